@@ -1,0 +1,214 @@
+"""A Hugging Face snapshot directory: checked before long work, listed in a manifest, loaded as INC sees it.
+
+In: a directory with config.json, safetensors, a tokenizer, an image processor config and a chat template.
+Out: a manifest (sha256 per file), an FP32 model in eval mode, and the model's own tokenizer and image processor.
+"""
+
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
+
+from auto_quantize_model.files import InputError, digest_of, read_json, sha256_file
+
+ARCHITECTURES: dict[str, type[PreTrainedModel]] = {
+    "Qwen2_5_VLForConditionalGeneration": Qwen2_5_VLForConditionalGeneration,
+}
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What turns a sample into tensors: the snapshot's tokenizer, its image processor, and its image token."""
+
+    tokenizer: Any
+    image_processor: Any
+    image_token: str
+    image_token_id: int
+
+
+class FxSafePatchEmbed(Qwen2_5_VisionPatchEmbed):
+    """The patch embedding without the cast to `self.proj.weight.dtype`.
+
+    Once INC has quantized `proj`, its weight is no tensor any more and reading its dtype fails. Everything here runs
+    in FP32, where the cast does nothing, so leaving it out changes no bit and lets INC measure this op as well.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Patches of shape (n, channels * time * height * width), float32, to embeddings of shape (n, embed_dim)."""
+        volume = hidden_states.view(
+            -1, self.in_channels, self.temporal_patch_size, self.patch_size, self.patch_size
+        )
+        return self.proj(volume).view(-1, self.embed_dim)
+
+
+def check_snapshot(directory: Path) -> dict[str, Any]:
+    """Refuse a snapshot that cannot be measured, reading only configuration and file headers.
+
+    Returns:
+        The parsed config.json.
+
+    Raises:
+        InputError: no such directory, unsupported architecture, remote code, pickle weights, weights that are missing
+            or truncated.
+    """
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such snapshot directory; check model.path, or run the rule that makes it")
+    config = read_json(directory / "config.json")
+    if "auto_map" in config:
+        raise InputError(
+            f"{directory}/config.json: the model needs trust_remote_code (auto_map), and code from a snapshot is never"
+            " run; use a model that transformers implements itself"
+        )
+    architecture = (config.get("architectures") or ["none"])[0]
+    if architecture not in ARCHITECTURES:
+        raise InputError(
+            f"{directory}/config.json: architecture {architecture} is not supported; supported: "
+            + ", ".join(ARCHITECTURES)
+        )
+    for shard in _weight_files(directory):
+        _check_safetensors(shard)
+    return config
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that hold the weights, each of them there."""
+    if (directory / WEIGHTS_INDEX).exists():
+        names = sorted(set(read_json(directory / WEIGHTS_INDEX)["weight_map"].values()))
+        missing = [name for name in names if not (directory / name).exists()]
+        if missing:
+            raise InputError(f"{directory}: {WEIGHTS_INDEX} names {', '.join(missing)}, not there; download the snapshot again")
+        return [directory / name for name in names]
+    if (directory / "model.safetensors").exists():
+        return [directory / "model.safetensors"]
+    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise InputError(
+            f"{directory}: weights are pickle files ({', '.join(pickles)}), which can run code when read; convert them"
+            " with model.save_pretrained(..., safe_serialization=True)"
+        )
+    raise InputError(f"{directory}: no model.safetensors and no {WEIGHTS_INDEX}; download the snapshot again")
+
+
+def _check_safetensors(path: Path) -> None:
+    """Compare a file's size with what its header promises (format: 8-byte length, JSON header, data)."""
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            (header_size,) = struct.unpack("<Q", file.read(8))
+            if header_size > size:
+                raise ValueError("header longer than the file")
+            header = json.loads(file.read(header_size))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a safetensors file ({error}); download it again") from None
+    expected = 8 + header_size + max(ends, default=0)
+    if size != expected:
+        raise InputError(f"{path}: {size} bytes where its header promises {expected}: truncated; download it again")
+
+
+def build_manifest(directory: Path, name: str, source: str, details: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a checked snapshot: the hand-off between rules that stands for the weights.
+
+    Args:
+        directory: the snapshot.
+        name: the model's name in result paths.
+        source: where it came from (`digits`, `local`).
+        details: what that source adds (its training split, say), JSON-able.
+
+    Returns:
+        {model, source, path, architecture, stand_in, files: [{name, bytes, sha256}], digest, details}; `digest` is
+        over the files alone, so that the same weights have the same digest wherever they lie.
+    """
+    config = check_snapshot(directory)
+    files = [
+        {"name": str(path.relative_to(directory)), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    ]
+    return {
+        "model": name,
+        "source": source,
+        "path": os.fspath(directory),
+        "architecture": config["architectures"][0],
+        "files": files,
+        "digest": digest_of(files),
+        "details": details,
+    }
+
+
+def verify_manifest(manifest: dict[str, Any]) -> Path:
+    """The snapshot directory that a manifest speaks of, seen to hold those very files.
+
+    Raises:
+        InputError: the directory or a file is gone, or differs from what was recorded.
+    """
+    directory = Path(manifest["path"])
+    again = "run the model rule again (snakemake --cores 1 --forcerun get_model), or restore the files"
+    if not directory.is_dir():
+        raise InputError(f"{directory}: the snapshot of model {manifest['model']} is not there; {again}")
+    for entry in manifest["files"]:
+        path = directory / entry["name"]
+        if not path.is_file():
+            raise InputError(f"{path}: listed in the model manifest but missing; {again}")
+        if path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
+            raise InputError(f"{path}: differs from the sha256 in the model manifest; {again}")
+    return directory
+
+
+def load_model(directory: Path) -> PreTrainedModel:
+    """The model of a snapshot in FP32 and eval mode on the CPU, safe for FX, its parameters frozen.
+
+    Raises:
+        InputError: the snapshot is refused by `check_snapshot`, or its weights do not fill the model.
+    """
+    config = check_snapshot(directory)
+    model, loading = ARCHITECTURES[config["architectures"][0]].from_pretrained(
+        directory,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    for problem in ("missing_keys", "mismatched_keys"):
+        if loading[problem]:
+            names = ", ".join(sorted(map(str, loading[problem]))[:3])
+            raise InputError(
+                f"{directory}: {len(loading[problem])} weights with {problem.replace('_', ' ')} ({names}, ...);"
+                " they would be random numbers; download the snapshot again"
+            )
+    for module in model.modules():
+        if type(module) is Qwen2_5_VisionPatchEmbed:
+            module.__class__ = FxSafePatchEmbed
+    return model.eval().requires_grad_(False)
+
+
+def load_processor(directory: Path) -> Processor:
+    """The snapshot's tokenizer and image processor.
+
+    The PIL image processor is taken everywhere: it needs no torchvision, and the same image gives the same pixels on
+    every machine.
+
+    Raises:
+        InputError: the tokenizer, the image processor config or the chat template is missing.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        image_processor = AutoImageProcessor.from_pretrained(directory, local_files_only=True, backend="pil")
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise InputError(f"{directory}: no usable tokenizer or image processor ({first_line}); complete the snapshot") from None
+    if tokenizer.chat_template is None and (directory / "chat_template.json").exists():
+        tokenizer.chat_template = read_json(directory / "chat_template.json")["chat_template"]
+    if tokenizer.chat_template is None:
+        raise InputError(f"{directory}: no chat template (chat_template.jinja); complete the snapshot")
+    image_token_id = read_json(directory / "config.json")["image_token_id"]
+    return Processor(tokenizer, image_processor, tokenizer.convert_ids_to_tokens(image_token_id), image_token_id)
