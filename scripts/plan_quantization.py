@@ -1,0 +1,44 @@
+"""Have INC plan the quantization and write its plan: every op, its observers, what is left out and why."""
+
+import argparse
+import json
+from pathlib import Path
+
+from auto_quantize_model import cli
+from auto_quantize_model.calibration import load_batches
+from auto_quantize_model.files import digest_of, read_json, write_json
+from auto_quantize_model.plan import SensitivitySpec, build_plan
+from auto_quantize_model.snapshot import load_model, load_processor, verify_manifest
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--manifest", type=Path, required=True, help="the model's manifest")
+    parser.add_argument("--calibration-manifest", type=Path, required=True, help="the calibration set's manifest")
+    parser.add_argument("--calibration-set", type=Path, required=True, help="the calibration samples (Parquet)")
+    parser.add_argument("--spec", required=True, help="the config's sensitivity block as JSON")
+    parser.add_argument("--plan", type=Path, required=True, help="the plan to write (JSON)")
+    parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
+    args = parser.parse_args()
+    return cli.run(lambda: plan_quantization(args), args.log)
+
+
+def plan_quantization(args: argparse.Namespace) -> None:
+    manifest, calibration = read_json(args.manifest), read_json(args.calibration_manifest)
+    spec = json.loads(args.spec)
+    directory = verify_manifest(manifest)
+    batches = load_batches(args.calibration_set, calibration, load_processor(directory))
+    plan = build_plan(load_model(directory), batches, SensitivitySpec(**spec))
+    identity = {
+        "model": manifest["model"],
+        "model_digest": manifest["digest"],
+        "calibration": calibration["calibration"],
+        "calibration_digest": calibration["digest"],
+        "config_digest": digest_of(spec),
+    }
+    write_json(args.plan, identity | plan)
+    cli.say(f"plan: {len(plan['ops'])} ops to measure at {plan['measured_op']}, {len(plan['excluded'])} excluded")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,279 @@
+"""INC 2.6's mse_v2 helpers, run unmodified, with the scores they keep to themselves captured at run time.
+
+INC computes the error of every op in `get_mse_order_per_fp32` and `get_mse_order_per_int8` and returns only the order of
+the names. Both look up `sorted` and `tqdm` as names of their module, so setting those two names there sees the
+complete map through the sort key and bounds the ops that are scored. INC's code is neither edited nor copied.
+"""
+
+import builtins
+import copy
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import neural_compressor.adaptor.torch_utils.util as nc_util
+import torch
+from neural_compressor.adaptor.pytorch import _cfg_to_qconfig
+from neural_compressor.config import PostTrainingQuantConfig, _Config, options
+from neural_compressor.model import Model
+from neural_compressor.strategy.mse_v2 import MSE_V2TuneStrategy
+
+OpKey = tuple[str, str]  # (op_name, op_type), INC's own key
+HELPERS = {"fallback": "get_mse_order_per_fp32", "requantize": "get_mse_order_per_int8"}
+MISSING = object()
+
+
+@dataclass
+class HelperCall:
+    """What one call of one of INC's helpers computed.
+
+    `helper` is `fallback` (get_mse_order_per_fp32) or `requantize` (get_mse_order_per_int8). `scores` maps each op to
+    INC's sum of squared errors at the measured output, in the order in which INC computed them. `second_pass` holds
+    what the fallback helper may rescore with the worst op in FP32 as well (at most 5 ops, another state, so never to
+    be mixed with `scores`). `order` is what the helper returned.
+    """
+
+    helper: str
+    scores: dict[OpKey, float] = field(default_factory=dict)
+    second_pass: dict[OpKey, float] = field(default_factory=dict)
+    order: list[OpKey] = field(default_factory=list)
+
+
+@dataclass
+class Capture:
+    """The calls seen while `capture_mse_v2_sensitivity` was in force, in order."""
+
+    calls: list[HelperCall] = field(default_factory=list)
+
+    def last(self, helper: str) -> HelperCall:
+        """The latest call of a helper.
+
+        Raises:
+            LookupError: it was never called.
+        """
+        for call in reversed(self.calls):
+            if call.helper == helper:
+                return call
+        raise LookupError(f"INC's {HELPERS[helper]} was not called")
+
+
+@contextmanager
+def capture_mse_v2_sensitivity(
+    only: Collection[str] | None = None, on_op: Callable[[str], None] | None = None
+) -> Iterator[Capture]:
+    """Install the patch on INC, yield what it captures, and put everything back, whatever happens in between.
+
+    Restored on success and on any exception: INC's helpers, its `sorted` and `tqdm`, its global `op_cfg_mapping` (which
+    would otherwise carry one model's qconfigs into the next), the hooks the helpers leave on the model, and
+    `torch.nn.Parameter.__deepcopy__`. May be nested and used again; an inner capture sees its own calls, and so does
+    the outer one.
+
+    Args:
+        only: names of the ops to score; None scores all.
+        on_op: called with an op's name before INC scores it.
+    """
+    capture = Capture()
+    saved = {name: getattr(nc_util, name, MISSING) for name in (*HELPERS.values(), "sorted", "tqdm")}
+    saved_mapping = dict(nc_util.op_cfg_mapping)
+    saved_deepcopy = torch.nn.Parameter.__deepcopy__
+    try:
+        nc_util.op_cfg_mapping.clear()
+        torch.nn.Parameter.__deepcopy__ = _share_parameter  # type: ignore[method-assign]
+        for helper, name in HELPERS.items():
+            setattr(nc_util, name, _capturing(helper, saved[name], capture, only, on_op))
+        yield capture
+    finally:
+        torch.nn.Parameter.__deepcopy__ = saved_deepcopy  # type: ignore[method-assign]
+        nc_util.op_cfg_mapping.clear()
+        nc_util.op_cfg_mapping.update(saved_mapping)
+        for name, value in saved.items():
+            _restore(name, value)
+
+
+def _share_parameter(parameter: torch.nn.Parameter, memo: dict[int, Any]) -> torch.nn.Parameter:
+    """INC deep-copies the model for every op; the weights are only read there, so the copies may share them."""
+    memo[id(parameter)] = parameter
+    return parameter
+
+
+def _restore(name: str, value: Any) -> None:
+    if value is MISSING:
+        if hasattr(nc_util, name):
+            delattr(nc_util, name)
+    else:
+        setattr(nc_util, name, value)
+
+
+def _capturing(
+    helper: str,
+    original: Callable[..., list[OpKey]],
+    capture: Capture,
+    only: Collection[str] | None,
+    on_op: Callable[[str], None] | None,
+) -> Callable[..., list[OpKey]]:
+    """A function that INC calls in place of `original`: it delegates, captures, and returns the same order."""
+
+    def patched(adaptor: Any, model: torch.nn.Module, example_input: Any, tune_cfg: dict[str, Any]) -> list[OpKey]:
+        call = HelperCall(helper)
+        passes = iter((call.scores, call.second_pass))
+
+        def capturing_sorted(items: Iterable[Any], *, key: Any = None, reverse: bool = False) -> list[Any]:
+            items = list(items)
+            next(passes).update((item, float(key(item))) for item in items)
+            return builtins.sorted(items, key=key, reverse=reverse)
+
+        def bounding_tqdm(items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+            for name, value in items:
+                if only is None or name in only:
+                    if on_op is not None:
+                        on_op(name)
+                    yield name, value
+
+        outer = {name: getattr(nc_util, name, MISSING) for name in ("sorted", "tqdm")}
+        hooks = {module: list(module._forward_hooks) for module in model.modules()}
+        nc_util.sorted, nc_util.tqdm = capturing_sorted, bounding_tqdm
+        try:
+            call.order = list(original(adaptor, model, example_input, tune_cfg))
+        finally:
+            for name, value in outer.items():
+                _restore(name, value)
+            for module, kept in hooks.items():
+                for handle in [handle for handle in module._forward_hooks if handle not in kept]:
+                    del module._forward_hooks[handle]
+        capture.calls.append(call)
+        return list(call.order)
+
+    return patched
+
+
+@contextmanager
+def temporary_workspace() -> Iterator[None]:
+    """Let INC write its `nc_workspace` into a temporary directory that is removed afterwards."""
+    saved = options.workspace
+    with tempfile.TemporaryDirectory(prefix="inc-workspace-") as directory:
+        options.workspace = directory
+        try:
+            yield
+        finally:
+            options.workspace = saved
+
+
+def build_strategy(
+    model: torch.nn.Module, conf: PostTrainingQuantConfig, calib_dataloader: Any
+) -> tuple[MSE_V2TuneStrategy, dict[str, Any]]:
+    """INC's own mse_v2 strategy for a model, and the first tuning configuration it would try.
+
+    Args:
+        model: an FP32 model in eval mode on the CPU.
+        conf: with `strategy="mse_v2"` and `approach="static"`.
+        calib_dataloader: yields `(inputs, label)` and has a `batch_size`, as INC expects.
+
+    Returns:
+        The strategy, ready to score, and INC's tune_cfg: `tune_cfg["op"]` maps (op_name, op_type) to its configuration
+        in INC's order.
+    """
+    config = _Config(quantization=conf, benchmark=None, pruning=None, distillation=None, nas=None)
+    with temporary_workspace():
+        strategy = MSE_V2TuneStrategy(model=Model(model, conf=conf), conf=config, q_dataloader=calib_dataloader)
+        strategy._prepare_tuning()
+        tune_cfg = strategy._tune_cfg_converter(next(strategy.next_tune_cfg()))
+    return strategy, tune_cfg
+
+
+def module_name(model: torch.nn.Module, op_name: str) -> str:
+    """The name of the module that INC calls `op_name`.
+
+    INC traces a lone Linear inside a QuantWrapper and keeps the wrapper's `.module` in the name of the op.
+    """
+    names = dict(model.named_modules())
+    return op_name if op_name in names else op_name.removesuffix(".module")
+
+
+def with_measured_op_last(tune_cfg: dict[str, Any], measured_op: str) -> dict[str, Any]:
+    """A copy of `tune_cfg` in which `measured_op` is the last op: INC measures the error at the last one.
+
+    Raises:
+        LookupError: the plan has no such op.
+    """
+    result = copy.deepcopy(tune_cfg)
+    keys = [key for key in result["op"] if key[0] == measured_op]
+    if not keys:
+        raise LookupError(f"{measured_op} is not an op of INC's plan, so INC cannot measure there")
+    result["op"].move_to_end(keys[0])
+    return result
+
+
+def with_ops_in_fp32(tune_cfg: dict[str, Any], only: Collection[str] | None = None) -> dict[str, Any]:
+    """A copy of `tune_cfg` with all ops, or those named in `only`, in FP32: from there INC's second helper quantizes."""
+    result = copy.deepcopy(tune_cfg)
+    for (name, _), configuration in result["op"].items():
+        if only is None or name in only:
+            configuration["weight"] = {"dtype": "fp32"}
+            configuration["activation"] = {"dtype": "fp32", "quant_mode": "fp32"}
+    return result
+
+
+def run_single_mse_v2_sensitivity_pass(
+    model: torch.nn.Module,
+    conf: PostTrainingQuantConfig,
+    calib_dataloader: Any,
+    *,
+    measured_op: str,
+    maps: Collection[str] = ("isolated", "fallback", "requantize"),
+    only: Collection[str] | None = None,
+    on_op: Callable[[str, str], None] | None = None,
+) -> dict[str, HelperCall]:
+    """One bounded sensitivity pass over the first batch of `calib_dataloader`, by way of INC's own strategy.
+
+    `MSE_V2TuneStrategy` makes the plan and `calculate_op_sensitivity` runs both helpers, whatever the accuracy
+    criterion says; nothing is tuned and no quantized model is produced.
+
+    Args:
+        model: an FP32 model in eval mode on the CPU; left as it was.
+        conf: INC's configuration, `strategy="mse_v2"`.
+        calib_dataloader: yields `(inputs, label)`; the first batch both calibrates and scores, as in INC.
+        measured_op: module name of the op at whose output the error is measured; the model's output op.
+        maps: which maps to capture: `fallback` (the op FP32, all others INT8), `requantize` (ops quantized one after
+            another and never reset), `isolated` (only this op INT8), and `all_int8` (one score, under the last op that
+            the plan quantizes: the error with every planned op INT8).
+        only: module names of the ops to score; None scores all that the plan quantizes.
+        on_op: called with the map and INC's name of the op before it is scored.
+
+    Returns:
+        By map: the scores INC computed (sum of squared errors), in its order.
+    """
+    strategy, tune_cfg = build_strategy(model, conf, calib_dataloader)
+    modules = {name: module_name(model, name) for name, _ in tune_cfg["op"]}
+    tune_cfg = with_measured_op_last(tune_cfg, next((name for name in modules if modules[name] == measured_op), ""))
+    # An op kept in FP32 stands in tune_cfg as well; "requantizing" it would score a change that is none.
+    planned = {name for (name, _), cfg in tune_cfg["op"].items() if cfg["weight"]["dtype"] != "fp32"}
+    wanted = [name for name, _ in tune_cfg["op"] if name in planned and (only is None or modules[name] in only)]
+
+    def score(label: str, cfg: dict[str, Any], ops: Collection[str], fallback: bool) -> HelperCall:
+        notify = None if on_op is None else lambda name: on_op(label, name)
+        with capture_mse_v2_sensitivity(ops, notify) as capture:
+            nc_util.op_cfg_mapping.update(qconfigs)
+            strategy.adaptor.calculate_op_sensitivity(
+                strategy.model, calib_dataloader, copy.deepcopy(cfg), None, 1, fallback=fallback
+            )
+        return capture.last("fallback" if fallback else "requantize")
+
+    # What the first helper leaves behind for the second one: the qconfig of every planned op.
+    qconfigs = {name: qconfig for name, qconfig in _cfg_to_qconfig(tune_cfg, tune_cfg["approach"]).items() if qconfig}
+    fp32_cfg = with_ops_in_fp32(tune_cfg)
+    results: dict[str, HelperCall] = {}
+    if "fallback" in maps:
+        results["fallback"] = score("fallback", tune_cfg, wanted, fallback=True)
+    if "requantize" in maps:
+        results["requantize"] = score("requantize", fp32_cfg, wanted, fallback=False)
+    if "isolated" in maps:
+        results["isolated"] = HelperCall("isolated")
+        for name in wanted:
+            results["isolated"].scores.update(score("isolated", fp32_cfg, [name], fallback=False).scores)
+    if "all_int8" in maps:
+        last = [name for name, _ in tune_cfg["op"] if name in planned][-1]
+        all_but_last = with_ops_in_fp32(tune_cfg, [last])
+        results["all_int8"] = score("all_int8", all_but_last, [last], fallback=False)
+    return results

@@ -1,0 +1,182 @@
+"""INC's own plan of the quantization, as JSON: every op with its observers and scheme, what is left out and why.
+
+In: a model, its calibration batches, and what the config asks for. Out: the plan that capture and report stand on.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from neural_compressor.config import AccuracyCriterion, PostTrainingQuantConfig, TuningCriterion
+
+from auto_quantize_model.calibration import CalibrationLoader
+from auto_quantize_model.files import InputError
+from auto_quantize_model.inc_pytorch_mse_patching import build_strategy, module_name, with_measured_op_last
+
+PACKAGES = ("neural-compressor", "torch", "transformers")
+FP32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
+OBSERVER_KEYS = ("dtype", "scheme", "granularity", "algorithm")
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SensitivitySpec:
+    """The `sensitivity` block of the config.
+
+    `op_type_dict` and `op_name_dict` name what stays in FP32: an op type, or a regular expression that a module's whole
+    name must match.
+    """
+
+    engine: str = "inc"
+    confidence_batches: int = 2
+    maps: Sequence[str] = ("isolated", "fallback", "requantize")
+    op_type_dict: dict[str, str] = field(default_factory=dict)
+    op_name_dict: dict[str, str] = field(default_factory=dict)
+
+
+def versions() -> dict[str, str]:
+    """The versions that the numbers depend on."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def quant_config(confidence_batches: int, kept: Iterable[str] = ()) -> PostTrainingQuantConfig:
+    """INC's configuration of a static mse_v2 run, with the ops of `kept` (INC's names) pinned to FP32.
+
+    Any model meets its accuracy criterion: the tolerable loss is 0.99 because INC asks for less than 1, and nothing is
+    ever evaluated against it.
+    """
+    return PostTrainingQuantConfig(
+        approach="static",
+        quant_level=1,
+        op_name_dict={re.escape(name): FP32 for name in kept} or None,
+        tuning_criterion=TuningCriterion(strategy="mse_v2", strategy_kwargs={"confidence_batches": confidence_batches}),
+        accuracy_criterion=AccuracyCriterion(tolerable_loss=0.99),
+    )
+
+
+def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: SensitivitySpec) -> dict[str, Any]:
+    """Have INC plan the quantization of `model`.
+
+    Args:
+        model: FP32, eval mode, on the CPU.
+        batches: the calibration batches; the first `confidence_batches` are the ones that will be scored.
+        spec: the config's sensitivity block.
+
+    Returns:
+        {engine, confidence_batches, maps, keep, measured_op, ops, excluded, versions}: `ops` in INC's order, each with
+        `op_name` (the module's name), `inc_name` (INC's name of it), `op_type`, `activation` and `weight`.
+
+    Raises:
+        InputError: too few batches, a keep entry that matches no op, non-finite output, an output op that INC cannot
+            measure, or nothing left to quantize.
+    """
+    if len(batches) < spec.confidence_batches:
+        raise InputError(
+            f"sensitivity.confidence_batches is {spec.confidence_batches}, but the calibration set makes"
+            f" {len(batches)} batches; raise calibration.num_samples or lower calibration.batch_size"
+        )
+    measured_op = find_output_op(model, batches[0])
+    kept = ops_to_keep(model, batches, spec)
+    _, tune_cfg = build_strategy(model, quant_config(spec.confidence_batches, kept), CalibrationLoader(batches))
+    inc_names = {module_name(model, name): name for name, _ in tune_cfg["op"]}
+    if measured_op not in inc_names:
+        raise InputError(
+            f"the model's output comes from {measured_op or 'no single module'}, which is no op of INC's plan; INC would"
+            " measure elsewhere, so this model cannot be measured"
+        )
+    ops, excluded = describe_ops(model, with_measured_op_last(tune_cfg, inc_names[measured_op]), kept)
+    if not ops:
+        raise InputError("sensitivity.op_type_dict and op_name_dict keep every op in FP32: nothing is left to measure")
+    return {
+        "engine": spec.engine,
+        "confidence_batches": spec.confidence_batches,
+        "maps": list(spec.maps),
+        "keep": {"op_type_dict": dict(spec.op_type_dict), "op_name_dict": dict(spec.op_name_dict)},
+        "measured_op": measured_op,
+        "ops": ops,
+        "excluded": excluded,
+        "versions": versions(),
+    }
+
+
+def find_output_op(model: torch.nn.Module, batch: Batch) -> str:
+    """The name of the leaf module whose output tensor is the logits that the model returns; empty if there is none.
+
+    Raises:
+        InputError: the FP32 logits of the first calibration batch are not all finite.
+    """
+    outputs: dict[str, torch.Tensor] = {}
+
+    def remember(name: str) -> Any:
+        return lambda module, args, output: outputs.update({name: output})
+
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    handles = [module.register_forward_hook(remember(name)) for name, module in leaves]
+    try:
+        with torch.no_grad():
+            logits = model(**batch).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not logits.isfinite().all():
+        raise InputError(
+            "the FP32 model's output on the first calibration batch has values that are not finite; check the weights"
+        )
+    return next((name for name, output in reversed(outputs.items()) if output is logits), "")
+
+
+def ops_to_keep(model: torch.nn.Module, batches: Sequence[Batch], spec: SensitivitySpec) -> dict[str, str]:
+    """INC's names of the ops that the config keeps in FP32, each with the entry that says so.
+
+    Raises:
+        InputError: an entry matches no op.
+    """
+    if not spec.op_type_dict and not spec.op_name_dict:
+        return {}
+    _, tune_cfg = build_strategy(model, quant_config(spec.confidence_batches), CalibrationLoader(batches))
+    ops = [(inc_name, module_name(model, inc_name), op_type) for inc_name, op_type in tune_cfg["op"]]
+    kept: dict[str, str] = {}
+    for op_type_wanted in spec.op_type_dict:
+        found = [inc_name for inc_name, _, op_type in ops if op_type == op_type_wanted]
+        _require_match(found, f"op_type_dict[{op_type_wanted!r}]", sorted({op_type for _, _, op_type in ops}))
+        kept.update((inc_name, f"kept in FP32 by sensitivity.op_type_dict[{op_type_wanted!r}]") for inc_name in found)
+    for pattern in spec.op_name_dict:
+        try:
+            found = [inc_name for inc_name, name, _ in ops if re.fullmatch(pattern, name)]
+        except re.error as error:
+            raise InputError(f"sensitivity.op_name_dict[{pattern!r}]: not a regular expression ({error})") from None
+        _require_match(found, f"op_name_dict[{pattern!r}]", [name for _, name, _ in ops])
+        kept.update((inc_name, f"kept in FP32 by sensitivity.op_name_dict[{pattern!r}]") for inc_name in found)
+    return kept
+
+
+def _require_match(found: list[str], entry: str, names: list[str]) -> None:
+    if not found:
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise InputError(f"sensitivity.{entry} matches no op of the model; ops are {shown}")
+
+
+def describe_ops(
+    model: torch.nn.Module, tune_cfg: dict[str, Any], kept: dict[str, str]
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """INC's tune_cfg as the plan's `ops` (quantized, in INC's order) and `excluded` (with the reason)."""
+    ops, excluded = [], []
+    for (inc_name, op_type), configuration in tune_cfg["op"].items():
+        name = module_name(model, inc_name)
+        if configuration["weight"]["dtype"] == "fp32":
+            reason = kept.get(inc_name, "INC plans it in FP32")
+            excluded.append({"op_name": name, "op_type": op_type, "reason": reason})
+            continue
+        observers = {
+            side: {key: configuration[side][key] for key in OBSERVER_KEYS} for side in ("activation", "weight")
+        }
+        ops.append({"op_name": name, "inc_name": inc_name, "op_type": op_type, **observers})
+    known = {entry["op_name"] for entry in [*ops, *excluded]}
+    for name, module in model.named_modules():
+        if name not in known and any(True for _ in module.parameters(recurse=False)):
+            reason = "INC 2.6 has no static INT8 configuration for this module type"
+            excluded.append({"op_name": name, "op_type": type(module).__name__, "reason": reason})
+    return ops, excluded
