@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from auto_quantize_model.calibration import CalibrationLoader
+from auto_quantize_model.calibration import Batch, CalibrationLoader
 from auto_quantize_model.files import InputError, digest_of
 from auto_quantize_model.inc_pytorch_mse_patching import HelperCall, run_single_mse_v2_sensitivity_pass
-from auto_quantize_model.plan import Batch, SensitivitySpec, build_plan, ops_to_keep, quant_config, versions
+from auto_quantize_model.plan import SensitivitySpec, build_plan, ops_to_keep, quant_config, versions
 
 
 def capture_sensitivity(

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from neural_compressor.config import AccuracyCriterion, PostTrainingQuantConfig, TuningCriterion
 
-from auto_quantize_model.calibration import CalibrationLoader
+from auto_quantize_model.calibration import Batch, CalibrationLoader
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc_pytorch_mse_patching import build_strategy, module_name, with_measured_op_last
 
 PACKAGES = ("neural-compressor", "torch", "transformers")
 FP32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
 OBSERVER_KEYS = ("dtype", "scheme", "granularity", "algorithm")
-Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)

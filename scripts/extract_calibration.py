@@ -1,0 +1,36 @@
+"""Draw the calibration and held-out samples, check each against the model's processor, and store them."""
+
+import argparse
+import json
+from pathlib import Path
+
+from auto_quantize_model import cli
+from auto_quantize_model.calibration import CalibrationSpec, extract, write_samples
+from auto_quantize_model.files import read_json, write_json
+from auto_quantize_model.snapshot import load_processor, verify_manifest
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--manifest", type=Path, required=True, help="the model's manifest")
+    parser.add_argument("--spec", required=True, help="the config's calibration block as JSON")
+    parser.add_argument("--calibration-set", type=Path, required=True, help="calibration samples to write (Parquet)")
+    parser.add_argument("--heldout-set", type=Path, required=True, help="held-out samples to write (Parquet)")
+    parser.add_argument("--calibration-manifest", type=Path, required=True, help="their manifest to write (JSON)")
+    parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
+    args = parser.parse_args()
+    return cli.run(lambda: extract_calibration(args), args.log)
+
+
+def extract_calibration(args: argparse.Namespace) -> None:
+    model_manifest = read_json(args.manifest)
+    processor = load_processor(verify_manifest(model_manifest))
+    calibration, heldout, manifest = extract(CalibrationSpec(**json.loads(args.spec)), processor, model_manifest)
+    write_samples(args.calibration_set, calibration)
+    write_samples(args.heldout_set, heldout)
+    write_json(args.calibration_manifest, manifest)
+    cli.say(f"calibration: {len(calibration)} samples, {len(heldout)} held out, from {manifest['source']}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,81 @@
+"""What every script shares: chatter into the log, progress and results on the terminal, errors in one line."""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from auto_quantize_model.files import InputError
+
+_terminal: dict[str, TextIO] = {}
+
+
+def say(text: str) -> None:
+    """Print a result on the terminal, also while chatter goes to a log."""
+    print(text, file=_terminal.get("out", sys.stdout), flush=True)
+
+
+def progress(steps: Sequence[Any], what: str) -> tqdm:
+    """A progress bar with the time left, on the terminal; iterate over it or call its `update`."""
+    stream = _terminal.get("err", sys.stderr)
+    # A bar in a file or a CI page is a line for every update: far between then.
+    return tqdm(steps, desc=what, file=stream, mininterval=0.5 if stream.isatty() else 15, dynamic_ncols=True)
+
+
+def run(work: Callable[[], None], log: Path | None) -> int:
+    """Run `work` and return the exit code: 0, 2 for an input that the user can mend, 1 for anything else.
+
+    Args:
+        work: the script's job.
+        log: where standard output and error go meanwhile, those of C libraries too; None leaves them on the terminal.
+    """
+    if log is None:
+        return _guarded(work, None)
+    with _chatter_into(log):
+        return _guarded(work, log)
+
+
+def _guarded(work: Callable[[], None], log: Path | None) -> int:
+    try:
+        work()
+    except InputError as error:
+        _report_error(str(error), log)
+        return 2
+    except Exception as error:  # the outermost frame: whatever it is, it is logged whole and named in one line
+        traceback.print_exc()
+        where = f"; the whole story is in {log}" if log else ""
+        _report_error(f"{type(error).__name__}: {error}{where}", log)
+        return 1
+    return 0
+
+
+def _report_error(message: str, log: Path | None) -> None:
+    if log:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {message}", file=_terminal.get("err", sys.stderr), flush=True)
+
+
+@contextlib.contextmanager
+def _chatter_into(log: Path) -> Iterator[None]:
+    """Point file descriptors 1 and 2 at `log`; keep the terminal for `say` and `progress`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with open(log, "w", encoding="utf-8") as file, open(saved[0], "w") as out, open(saved[1], "w") as err:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        _terminal.update(out=out, err=err)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            _terminal.clear()
+            os.dup2(saved[0], 1)
+            os.dup2(saved[1], 2)
