@@ -1,6 +1,7 @@
 """What every script shares: chatter into the log, progress and results on the terminal, errors in one line."""
 
 import contextlib
+import ctypes
 import os
 import sys
 import traceback
@@ -55,6 +56,7 @@ def _guarded(work: Callable[[], None], log: Path | None) -> int:
 
 
 def _report_error(message: str, log: Path | None) -> None:
+    message = " ".join(message.split())
     if log:
         print(f"error: {message}", file=sys.stderr, flush=True)
     print(f"error: {message}", file=_terminal.get("err", sys.stderr), flush=True)
@@ -76,6 +78,8 @@ def _chatter_into(log: Path) -> Iterator[None]:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
+            # C's own buffer too, or its chatter would come out on the terminal at exit.
+            ctypes.CDLL(None).fflush(None)
             _terminal.clear()
             os.dup2(saved[0], 1)
             os.dup2(saved[1], 2)

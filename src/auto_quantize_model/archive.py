@@ -1,0 +1,83 @@
+"""Results packed for keeping: a tar file that is the same bytes for the same files, and a list of their sha256.
+
+In: result files below the current directory. Out: an uncompressed tar and a JSON document of checksums beside it.
+"""
+
+import io
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from auto_quantize_model.files import InputError, atomic_path, sha256_bytes, sha256_file, write_json
+
+# 1 January 1980, UTC, in seconds: some unpackers refuse times before it.
+MEMBER_TIME = 315532800
+MEMBER_MODE = 0o644
+
+
+def archive_results(archive: Path, checksums: Path, files: Iterable[Path]) -> dict[str, Any]:
+    """Pack `files` into `archive` and write their checksums; both whole or not at all.
+
+    Only names and contents reach the tar: members are sorted, and times, owners and modes are fixed. It is not
+    compressed, because a compressor's bytes differ between its versions.
+
+    Args:
+        archive: the tar file to write.
+        checksums: the JSON document to write.
+        files: regular files below the current directory; each keeps its relative path.
+
+    Returns:
+        {archive, bytes, sha256, files: [{name, bytes, sha256}]}, as written to `checksums`.
+
+    Raises:
+        InputError: no files, a file that is missing or no regular file, one outside the current directory, or one
+            named twice.
+    """
+    members = _members(files)
+    entries = []
+    with atomic_path(archive) as temporary:
+        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+            for name, path in members:
+                content = path.read_bytes()
+                tar.addfile(_header(name, len(content)), io.BytesIO(content))
+                entries.append({"name": name, "bytes": len(content), "sha256": sha256_bytes(content)})
+        document = {
+            "archive": archive.name,
+            "bytes": temporary.stat().st_size,
+            "sha256": sha256_file(temporary),
+            "files": entries,
+        }
+    write_json(checksums, document)
+    return document
+
+
+def _members(files: Iterable[Path]) -> list[tuple[str, Path]]:
+    """Names in the archive with their files, checked and sorted."""
+    root = Path.cwd()
+    members: dict[str, Path] = {}
+    for path in files:
+        # Not resolved: a link keeps its own name, and what it points to is what is packed.
+        name = PurePosixPath(root / path)
+        if not name.is_relative_to(root.as_posix()) or ".." in name.parts:
+            raise InputError(f"{path}: outside {root}, so it has no name in the archive; run from the folder that holds it")
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; run the rule that makes it, or leave it out")
+        relative = name.relative_to(root.as_posix()).as_posix()
+        if relative in members:
+            raise InputError(f"{path}: named twice; leave one out")
+        members[relative] = path
+    if not members:
+        raise InputError("no files to archive; name at least one")
+    return sorted(members.items())
+
+
+def _header(name: str, size: int) -> tarfile.TarInfo:
+    """A member's header with nothing in it that could differ between two machines or two days."""
+    header = tarfile.TarInfo(name)
+    header.size = size
+    header.mtime = MEMBER_TIME
+    header.mode = MEMBER_MODE
+    header.uid = header.gid = 0
+    header.uname = header.gname = ""
+    return header

@@ -1,0 +1,182 @@
+"""The patch captures what INC computes, changes nothing that INC returns, and leaves nothing behind."""
+
+import builtins
+import copy
+
+import neural_compressor.adaptor.torch_utils.util as nc_util
+import pytest
+import torch
+from neural_compressor.config import options
+
+from auto_quantize_model.calibration import CalibrationLoader
+from auto_quantize_model.digits import LIMITS, build_snapshot, digit_samples
+from auto_quantize_model.inc_pytorch_mse_patching import (
+    build_strategy,
+    capture_mse_v2_sensitivity,
+    run_single_mse_v2_sensitivity_pass,
+    with_measured_op_last,
+    with_ops_in_fp32,
+)
+from auto_quantize_model.plan import quant_config
+from auto_quantize_model.samples import collate, encode
+from auto_quantize_model.snapshot import load_model, load_processor
+
+OPS = ["model.visual.patch_embed.proj", "model.language_model.embed_tokens", "model.visual.merger.mlp.0", "lm_head"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("snapshot")
+    build_snapshot(directory, depth=1, hidden=32, seed=0)
+    return load_model(directory)
+
+
+@pytest.fixture(scope="module")
+def loader(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("processor")
+    build_snapshot(directory, depth=1, hidden=32, seed=0)
+    processor = load_processor(directory)
+    return CalibrationLoader([collate([encode(sample, processor, LIMITS) for sample in digit_samples([0, 1])])])
+
+
+@pytest.fixture(scope="module")
+def scored(model, loader):
+    maps = ["fallback", "requantize", "isolated", "all_int8"]
+    return run_single_mse_v2_sensitivity_pass(model, quant_config(1), loader, measured_op="lm_head", maps=maps)
+
+
+def process_state(model):
+    names = ("get_mse_order_per_fp32", "get_mse_order_per_int8", "sorted", "tqdm")
+    return (
+        {name: vars(nc_util).get(name) for name in names},
+        dict(nc_util.op_cfg_mapping),
+        torch.nn.Parameter.__deepcopy__,
+        options.workspace,
+        [len(module._forward_hooks) for module in model.modules()],
+        {name: value.clone() for name, value in model.state_dict().items()},
+    )
+
+
+def assert_same_state(before, after):
+    assert before[:-1] == after[:-1]
+    assert before[-1].keys() == after[-1].keys()
+    assert all(torch.equal(before[-1][name], after[-1][name]) for name in before[-1])
+
+
+def test_every_op_of_the_plan_is_scored_in_all_maps(scored):
+    planned = scored["fallback"].scores.keys()
+    assert len(planned) == 17
+    assert scored["requantize"].scores.keys() == scored["isolated"].scores.keys() == planned
+    assert len(set(scored["isolated"].scores.values())) > 10
+
+
+def test_first_requantized_op_equals_its_isolated_score_and_the_last_is_all_int8(scored):
+    first, *_, last = scored["requantize"].scores
+    assert scored["requantize"].scores[first] == scored["isolated"].scores[first]
+    assert scored["requantize"].scores[last] == scored["all_int8"].scores[last]
+
+
+def test_helpers_return_incs_ascending_order(scored):
+    for helper in ("fallback", "requantize"):
+        call = scored[helper]
+        expected = call.second_pass or call.scores
+        assert call.order == sorted(expected, key=expected.get)
+
+
+@pytest.mark.parametrize("fallback", [True, False])
+def test_patched_and_unpatched_helpers_return_the_same_order(model, loader, fallback):
+    """The second helper scores what is in FP32 and in `op_cfg_mapping`, which the first one fills."""
+    strategy, tune_cfg = build_strategy(model, quant_config(1), loader)
+    name = next(name for name, _ in tune_cfg["op"] if name.startswith("lm_head"))
+    tune_cfg = with_measured_op_last(tune_cfg, name)
+
+    def order():
+        score = strategy.adaptor.calculate_op_sensitivity
+        first = score(strategy.model, loader, copy.deepcopy(tune_cfg), None, 1, fallback=True)
+        if fallback:
+            return first
+        return score(strategy.model, loader, with_ops_in_fp32(tune_cfg), None, 1, fallback=False)
+
+    with capture_mse_v2_sensitivity() as capture:
+        patched = order()
+    hooks = {module: dict(module._forward_hooks) for module in model.modules()}
+    mapping = dict(nc_util.op_cfg_mapping)
+    try:
+        unpatched = order()
+    finally:  # unpatched, INC leaves its hooks and its qconfigs behind
+        for module, kept in hooks.items():
+            module._forward_hooks.clear()
+            module._forward_hooks.update(kept)
+        nc_util.op_cfg_mapping.clear()
+        nc_util.op_cfg_mapping.update(mapping)
+    assert patched == unpatched
+    assert capture.calls[-1].order == unpatched != []
+
+
+def test_nothing_is_left_behind_by_a_pass(model, loader):
+    before = process_state(model)
+    run_single_mse_v2_sensitivity_pass(model, quant_config(1), loader, measured_op="lm_head", only=OPS[:2])
+    assert_same_state(before, process_state(model))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_everything_is_restored_when_scoring_breaks_off(model, loader, error):
+    before = process_state(model)
+
+    def fail(label, name):
+        raise error("in the middle")
+
+    with pytest.raises(error, match="in the middle"):
+        run_single_mse_v2_sensitivity_pass(model, quant_config(1), loader, measured_op="lm_head", on_op=fail)
+    assert_same_state(before, process_state(model))
+
+
+def test_nested_and_repeated_captures_restore_in_turn():
+    original = nc_util.get_mse_order_per_fp32
+    for _ in range(2):
+        with capture_mse_v2_sensitivity():
+            outer = nc_util.get_mse_order_per_fp32
+            with capture_mse_v2_sensitivity():
+                assert nc_util.get_mse_order_per_fp32 not in (outer, original)
+            assert nc_util.get_mse_order_per_fp32 is outer
+        assert nc_util.get_mse_order_per_fp32 is original
+    assert not hasattr(nc_util, "sorted") or nc_util.sorted is builtins.sorted
+
+
+def test_a_nested_capture_and_the_outer_one_both_see_the_call(model, loader):
+    with capture_mse_v2_sensitivity() as outer:
+        inner = run_single_mse_v2_sensitivity_pass(
+            model, quant_config(1), loader, measured_op="lm_head", maps=["isolated"], only=["lm_head"]
+        )
+    assert outer.last("requantize").scores == inner["isolated"].scores != {}
+
+
+def test_a_bounded_pass_gives_the_same_scores_as_the_whole(model, loader, scored):
+    bounded = run_single_mse_v2_sensitivity_pass(
+        model, quant_config(1), loader, measured_op="lm_head", maps=["fallback", "isolated"], only=OPS
+    )
+    for label, call in bounded.items():
+        assert len(call.scores) == len(OPS)
+        assert call.scores == {key: scored[label].scores[key] for key in call.scores}
+
+
+def test_an_op_kept_in_fp32_is_not_scored_and_the_output_op_stays_the_measured_one(model, loader):
+    kept = quant_config(1, ["model.visual.patch_embed.proj"])
+    maps = ["isolated", "requantize"]
+    result = run_single_mse_v2_sensitivity_pass(model, kept, loader, measured_op="lm_head", maps=maps, only=OPS)
+    assert {name for name, _ in result["isolated"].scores} == {name for name, _ in result["requantize"].scores}
+    assert "model.visual.patch_embed.proj" not in {name for name, _ in result["isolated"].scores}
+    assert all(value > 0 for value in result["isolated"].scores.values())
+
+
+def test_measuring_at_an_op_that_inc_does_not_plan_is_refused(model, loader):
+    with pytest.raises(LookupError, match="cannot measure there"):
+        run_single_mse_v2_sensitivity_pass(model, quant_config(1), loader, measured_op="model.visual", only=OPS)
+
+
+def test_fx_safe_patch_embedding_changes_no_bit(model, loader):
+    patch_embed = model.model.visual.patch_embed
+    original = copy.deepcopy(patch_embed)
+    original.__class__ = type(patch_embed).__mro__[1]
+    (batch,) = loader.batches
+    assert torch.equal(original(batch["pixel_values"]), patch_embed(batch["pixel_values"]))

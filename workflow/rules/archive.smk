@@ -1,0 +1,27 @@
+rule archive_results:
+    """Pack the results of this model and calibration set into one tar file, with a sha256 per member beside it.
+
+    The run record, logs and benchmarks stay out: they hold times and the host, and with them no two archives of the
+    same results would be the same bytes. The workflow itself is packed by `snakemake --archive`.
+    """
+    input:
+        manifest=rules.get_model.output.manifest,
+        calibration=rules.extract_calibration.output,
+        plan=rules.plan_quantization.output.plan,
+        capture=rules.capture_sensitivity.output.capture,
+        report=rules.render_report.output,
+    output:
+        archive=f"results/archives/{MODEL}-{CALIBRATION}.tar",
+        checksums=f"results/archives/{MODEL}-{CALIBRATION}.tar.sha256.json",
+    log:
+        f"{RUN}/logs/archive_results.log",
+    benchmark:
+        f"{RUN}/benchmarks/archive_results.tsv"
+    params:
+        code=code_digest("scripts/archive_results.py"),
+    shell:
+        "exec python scripts/archive_results.py"
+        " --archive {output.archive:q}"
+        " --checksums {output.checksums:q}"
+        " --log {log:q}"
+        " {input:q}"

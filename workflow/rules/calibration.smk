@@ -1,0 +1,28 @@
+rule extract_calibration:
+    """Draw calibration and held-out samples, and check each of them against the model's own processor.
+
+    It needs the model because limits in pixels and tokens mean something only through that model's image processor
+    and chat template. A row of either set is one sample: an image or none, a prompt, an answer or none.
+    """
+    input:
+        files=calibration_files,
+        manifest=rules.get_model.output.manifest,
+    output:
+        calibration=f"{RUN}/calibration/calibration.parquet",
+        heldout=f"{RUN}/calibration/heldout.parquet",
+        manifest=f"{RUN}/calibration_manifest.json",
+    log:
+        f"{RUN}/logs/extract_calibration.log",
+    benchmark:
+        f"{RUN}/benchmarks/extract_calibration.tsv"
+    params:
+        code=code_digest("scripts/extract_calibration.py"),
+        spec=block("calibration"),
+    shell:
+        "exec python scripts/extract_calibration.py"
+        " --manifest {input.manifest:q}"
+        " --spec {params.spec:q}"
+        " --calibration-set {output.calibration:q}"
+        " --heldout-set {output.heldout:q}"
+        " --calibration-manifest {output.manifest:q}"
+        " --log {log:q}"

@@ -1,0 +1,121 @@
+"""Names of a run, and the functions that tell Snakemake what a job depends on beside its inputs."""
+
+import ast
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+# INC's quantized kernels exist on the CPU only, so that is what every score is measured on. The resource `gpu` of
+# capture_sensitivity takes its place in the queue and nothing else.
+DEVICE = "cpu"
+
+ROOT = Path(workflow.basedir).parent
+MODEL = config["model"]["name"]
+CALIBRATION = config["calibration"]["name"]
+RUN = f"results/{MODEL}/{CALIBRATION}"
+REPORT = f"{RUN}/op_sensitivity_mse_v2_{DEVICE}"
+
+
+def check_ranges():
+    """Refuse values that are each in range but not together; the schema cannot compare two keys."""
+    calibration, batches = (
+        config["calibration"],
+        config["sensitivity"]["confidence_batches"],
+    )
+    if calibration["min_pixels"] > calibration["max_pixels"]:
+        raise WorkflowError(
+            "config: calibration.min_pixels is above calibration.max_pixels; raise max_pixels"
+        )
+    if batches * calibration["batch_size"] > calibration["num_samples"]:
+        raise WorkflowError(
+            f"config: sensitivity.confidence_batches ({batches}) times calibration.batch_size"
+            f" ({calibration['batch_size']}) is more than calibration.num_samples ({calibration['num_samples']});"
+            " raise num_samples"
+        )
+
+
+def block(*keys):
+    """A block of the config as JSON, the same text for the same values.
+
+    It is handed over as a function, because Snakemake would read the braces of a plain string as wildcards.
+    """
+    value = config
+    for key in keys:
+        value = value[key]
+    return lambda wildcards: json.dumps(value, sort_keys=True)
+
+
+def calibration_files(wildcards):
+    """The files of a local calibration source; the digits come with a package."""
+    if config["calibration"]["source"] != "local":
+        return []
+    path = Path(config["calibration"]["path"])
+    return (
+        sorted(str(file) for file in path.rglob("*") if file.is_file())
+        if path.is_dir()
+        else [str(path)]
+    )
+
+
+def code_digest(script, *extra):
+    """A digest of a script's bytes, those of every library module that it imports, and those of extra files or folders.
+
+    Content and not time decides, so a fresh clone reruns nothing; and because the imports are followed here, no list
+    of modules has to be kept.
+    """
+    files = {ROOT / script}
+    pending = [ROOT / script]
+    while pending:
+        found = imported_modules(pending.pop()) - files
+        files |= found
+        pending += found
+    for path in map(ROOT.joinpath, extra):
+        files |= (
+            {file for file in path.rglob("*") if file.is_file()}
+            if path.is_dir()
+            else {path}
+        )
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(
+            f"{file.relative_to(ROOT)}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode()
+        )
+    return digest.hexdigest()[:16]
+
+
+def imported_modules(path):
+    """The library's files that the file at `path` imports, at its top or in a function, without running anything."""
+    if not path.exists():
+        return set()
+    names = set()
+    for node in ast.walk(ast.parse(path.read_bytes(), filename=str(path))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # `from package import module` and `from package.module import name` look alike; files decide.
+            names |= {node.module} | {
+                f"{node.module}.{alias.name}" for alias in node.names
+            }
+    files = set()
+    for name in names:
+        parts = name.split(".")
+        if parts[0] == "auto_quantize_model":
+            # Importing a module runs the __init__ of each package above it.
+            files |= {
+                ROOT.joinpath("src", *parts[:end], "__init__.py")
+                for end in range(1, len(parts) + 1)
+            }
+            files.add(ROOT.joinpath("src", *parts).with_suffix(".py"))
+    return {file for file in files if file.exists()}
+
+
+def measuring_versions():
+    """The versions of the packages that scores depend on."""
+    packages = ("neural-compressor", "torch", "transformers", "numpy")
+    return " ".join(f"{package}={version(package)}" for package in packages)
+
+
+check_ranges()

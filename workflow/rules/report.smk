@@ -1,0 +1,54 @@
+rule render_report:
+    """Turn the capture into the report, for people (Markdown) and for programs (JSON).
+
+    A row of the primary table is one op, least to most sensitive. Both files are the same bytes for the same inputs.
+    """
+    input:
+        manifest=rules.get_model.output.manifest,
+        calibration_manifest=rules.extract_calibration.output.manifest,
+        plan=rules.plan_quantization.output.plan,
+        capture=rules.capture_sensitivity.output.capture,
+    output:
+        markdown=f"{REPORT}.md",
+        json=f"{REPORT}.json",
+    log:
+        f"{RUN}/logs/render_report.log",
+    benchmark:
+        f"{RUN}/benchmarks/render_report.tsv"
+    params:
+        # Templates are part of the code: as inputs they would have new times in every fresh clone.
+        code=code_digest("scripts/render_report.py", "workflow/templates"),
+        templates="workflow/templates",
+    shell:
+        "exec python scripts/render_report.py"
+        " --manifest {input.manifest:q}"
+        " --calibration-manifest {input.calibration_manifest:q}"
+        " --plan {input.plan:q}"
+        " --capture {input.capture:q}"
+        " --templates {params.templates:q}"
+        " --markdown {output.markdown:q}"
+        " --json {output.json:q}"
+        " --log {log:q}"
+
+
+rule publish_summary:
+    """Copy the report to its stable place, whose path does not change with the calibration set or the device."""
+    input:
+        markdown=rules.render_report.output.markdown,
+        json=rules.render_report.output.json,
+    output:
+        markdown=f"context/summaries/inc-kb/{MODEL}_mse_sensitivity.md",
+        json=f"context/summaries/inc-kb/{MODEL}_mse_sensitivity.json",
+    log:
+        f"{RUN}/logs/publish_summary.log",
+    benchmark:
+        f"{RUN}/benchmarks/publish_summary.tsv"
+    params:
+        code=code_digest("scripts/publish_summary.py"),
+    shell:
+        "exec python scripts/publish_summary.py"
+        " --markdown {input.markdown:q}"
+        " --json {input.json:q}"
+        " --into-markdown {output.markdown:q}"
+        " --into-json {output.json:q}"
+        " --log {log:q}"
