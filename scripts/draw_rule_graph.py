@@ -20,7 +20,7 @@ EDGE = re.compile(r"^\s*(\d+) -> (\d+)", re.MULTILINE)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--svg", type=Path, default=Path("docs/rulegraph.svg"), help="the picture to write")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="the page whose marked block is replaced")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="the page whose marked block is written")
     parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
     args = parser.parse_args()
     return cli.run(lambda: draw(args), args.log)

@@ -12,9 +12,9 @@ from auto_quantize_model.snapshot import build_manifest
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True, help="the model's name in result paths")
-    parser.add_argument("--source", required=True, choices=["digits", "local"], help="train the digit reader, or take --path")
+    parser.add_argument("--source", required=True, choices=["digits", "local"], help="train the reader, or take --path")
     parser.add_argument("--path", type=Path, required=True, help="snapshot directory: read (local) or written (digits)")
-    parser.add_argument("--training-json", default="{}", help="digits: {split_seed, seed, epochs, min_accuracy} as JSON")
+    parser.add_argument("--training-json", default="{}", help="digits: the config's model.training as JSON")
     parser.add_argument("--manifest", type=Path, required=True, help="the manifest to write (JSON)")
     parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
     args = parser.parse_args()

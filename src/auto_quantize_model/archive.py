@@ -60,7 +60,7 @@ def _members(files: Iterable[Path]) -> list[tuple[str, Path]]:
         # Not resolved: a link keeps its own name, and what it points to is what is packed.
         name = PurePosixPath(root / path)
         if not name.is_relative_to(root.as_posix()) or ".." in name.parts:
-            raise InputError(f"{path}: outside {root}, so it has no name in the archive; run from the folder that holds it")
+            raise InputError(f"{path}: outside {root}, so without a name in the archive; run from a folder above it")
         if not path.is_file():
             raise InputError(f"{path}: no such file; run the rule that makes it, or leave it out")
         relative = name.relative_to(root.as_posix()).as_posix()

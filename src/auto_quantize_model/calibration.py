@@ -51,7 +51,7 @@ class CalibrationSpec:
 
 
 class CalibrationLoader:
-    """Batches as INC takes them: iterable again and again, each `(inputs, None)`, with the `batch_size` INC asks for."""
+    """Batches as INC takes them: `(inputs, None)`, iterable again and again, with the `batch_size` INC asks for."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self.batches = batches
@@ -195,7 +195,7 @@ def _open_image(image: Any, where: str) -> Image.Image | None:
     if image is None:
         return None
     stored = image.get("bytes") if isinstance(image, dict) else None
-    path = image.get("path") if isinstance(image, dict) else image
+    path: Any = image.get("path") if isinstance(image, dict) else image
     try:
         with Image.open(io.BytesIO(stored) if stored else path) as opened:
             return opened.convert("RGB")
@@ -220,10 +220,10 @@ def _describe(sample: Sample, processor: Processor, limits: Limits) -> dict[str,
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Store samples as Parquet, images as PNG inside it, whole or not at all."""
-    rows = [
-        {"id": s.id, "prompt": s.prompt, "image": s.image and {"bytes": _png(s.image), "path": None}, "answer": s.answer}
-        for s in samples
-    ]
+    rows = []
+    for sample in samples:
+        image = sample.image and {"bytes": _png(sample.image), "path": None}
+        rows.append({"id": sample.id, "prompt": sample.prompt, "image": image, "answer": sample.answer})
     with atomic_path(path) as temporary:
         Dataset.from_list(rows, features=FEATURES).to_parquet(str(temporary))
 

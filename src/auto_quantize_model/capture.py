@@ -136,7 +136,9 @@ def _record_batch(
     modules: dict[str, str],
 ) -> None:
     """Add one batch to the capture, its scores under the modules' names."""
-    scores = {label: {modules[name]: value for (name, _), value in call.scores.items()} for label, call in calls.items()}
+    scores = {
+        label: {modules[name]: value for (name, _), value in call.scores.items()} for label, call in calls.items()
+    }
     for label, values in scores.items():
         for name, value in values.items():
             if counts[name] and not math.isfinite(value):
@@ -149,9 +151,7 @@ def _record_batch(
         for label, per_op in capture["maps"].items():
             per_op[name].append(scores[label][name] if count else None)
     (all_int8,) = scores["all_int8"].values()
-    capture["batches"].append(
-        {"batch": index, "reference_sum_of_squares": reference, "all_int8_mse_value": all_int8}
-    )
+    capture["batches"].append({"batch": index, "reference_sum_of_squares": reference, "all_int8_mse_value": all_int8})
     second = calls["fallback"].second_pass if "fallback" in calls else {}
     capture["second_pass"].append({modules[name]: value for (name, _), value in second.items()})
 

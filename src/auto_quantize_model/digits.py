@@ -86,7 +86,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
     trainee.train_from_iterator([PROMPT, "user assistant system"], trainer)
     learned = json.loads(trainee.to_str())["model"]
-    merges = [tuple(merge) for merge in learned["merges"]]
+    merges: Any = [tuple(merge) for merge in learned["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=learned["vocab"], merges=merges, eos_token="<|im_end|>")
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS})
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -95,7 +95,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 def build_config(tokenizer: Qwen2Tokenizer, depth: int, hidden: int) -> Qwen2_5_VLConfig:
     """A Qwen2.5-VL of `depth` vision and `depth` text layers of width `hidden`, four heads each."""
-    token = tokenizer.convert_tokens_to_ids
+    token: Any = tokenizer.convert_tokens_to_ids
     head = hidden // 4
     sections = [head // 2 - 2 * (head * 3 // 16), head * 3 // 16, head * 3 // 16]
     return Qwen2_5_VLConfig(
@@ -149,7 +149,7 @@ def train_snapshot(
     seed: int,
     epochs: int,
     min_accuracy: float,
-    progress: Callable[[range], Iterable[int]] = iter,  # type: ignore[assignment]
+    progress: Callable[[range], Iterable[int]] = iter,
 ) -> dict[str, Any]:
     """Train the digit reader and put its snapshot at `directory`, whole or not at all.
 

@@ -1,7 +1,7 @@
 """INC 2.6's mse_v2 helpers, run unmodified, with the scores they keep to themselves captured at run time.
 
-INC computes the error of every op in `get_mse_order_per_fp32` and `get_mse_order_per_int8` and returns only the order of
-the names. Both look up `sorted` and `tqdm` as names of their module, so setting those two names there sees the
+INC computes the error of every op in `get_mse_order_per_fp32` and `get_mse_order_per_int8` and returns only the order
+of the names. Both look up `sorted` and `tqdm` as names of their module, so setting those two names there sees the
 complete map through the sort key and bounds the ops that are scored. INC's code is neither edited nor copied.
 """
 
@@ -75,12 +75,12 @@ def capture_mse_v2_sensitivity(
         on_op: called with an op's name before INC scores it.
     """
     capture = Capture()
-    saved = {name: getattr(nc_util, name, MISSING) for name in (*HELPERS.values(), "sorted", "tqdm")}
+    saved: dict[str, Any] = {name: getattr(nc_util, name, MISSING) for name in (*HELPERS.values(), "sorted", "tqdm")}
     saved_mapping = dict(nc_util.op_cfg_mapping)
     saved_deepcopy = torch.nn.Parameter.__deepcopy__
     try:
         nc_util.op_cfg_mapping.clear()
-        torch.nn.Parameter.__deepcopy__ = _share_parameter  # type: ignore[method-assign]
+        torch.nn.Parameter.__deepcopy__ = _share_parameter  # type: ignore[method-assign,assignment]
         for helper, name in HELPERS.items():
             setattr(nc_util, name, _capturing(helper, saved[name], capture, only, on_op))
         yield capture
@@ -131,10 +131,10 @@ def _capturing(
                         on_op(name)
                     yield name, value
 
-        outer = {name: getattr(nc_util, name, MISSING) for name in ("sorted", "tqdm")}
+        outer: dict[str, Any] = {name: getattr(nc_util, name, MISSING) for name in ("sorted", "tqdm")}
         # In a nested capture the names are already taken: the inner capture's stay in force within these. INC's own
         # tqdm is left out, since progress is the caller's to show.
-        within = {"sorted": builtins.sorted, "tqdm": iter} if outer["sorted"] is MISSING else outer
+        within: dict[str, Any] = {"sorted": builtins.sorted, "tqdm": iter} if outer["sorted"] is MISSING else outer
         hooks = {module: list(module._forward_hooks) for module in model.modules()}
         nc_util.sorted, nc_util.tqdm = capturing_sorted, bounding_tqdm
         try:
@@ -209,7 +209,7 @@ def with_measured_op_last(tune_cfg: dict[str, Any], measured_op: str) -> dict[st
 
 
 def with_ops_in_fp32(tune_cfg: dict[str, Any], only: Collection[str] | None = None) -> dict[str, Any]:
-    """A copy of `tune_cfg` with all ops, or those named in `only`, in FP32: from there INC's second helper quantizes."""
+    """A copy of `tune_cfg` with all ops, or those in `only`, in FP32: from there INC's second helper quantizes."""
     result = copy.deepcopy(tune_cfg)
     for (name, _), configuration in result["op"].items():
         if only is None or name in only:

@@ -83,8 +83,8 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: Sensitivi
     inc_names = {module_name(model, name): name for name, _ in tune_cfg["op"]}
     if measured_op not in inc_names:
         raise InputError(
-            f"the model's output comes from {measured_op or 'no single module'}, which is no op of INC's plan; INC would"
-            " measure elsewhere, so this model cannot be measured"
+            f"the model's output comes from {measured_op or 'no single module'}, which is no op of INC's plan; INC"
+            " would measure elsewhere, so this model cannot be measured"
         )
     ops, excluded = describe_ops(model, with_measured_op_last(tune_cfg, inc_names[measured_op]), kept)
     if not ops:

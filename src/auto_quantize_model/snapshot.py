@@ -43,9 +43,7 @@ class FxSafePatchEmbed(Qwen2_5_VisionPatchEmbed):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Patches of shape (n, channels * time * height * width), float32, to embeddings of shape (n, embed_dim)."""
-        volume = hidden_states.view(
-            -1, self.in_channels, self.temporal_patch_size, self.patch_size, self.patch_size
-        )
+        volume = hidden_states.view(-1, self.in_channels, *self.proj.kernel_size)
         return self.proj(volume).view(-1, self.embed_dim)
 
 
@@ -84,7 +82,9 @@ def _weight_files(directory: Path) -> list[Path]:
         names = sorted(set(read_json(directory / WEIGHTS_INDEX)["weight_map"].values()))
         missing = [name for name in names if not (directory / name).exists()]
         if missing:
-            raise InputError(f"{directory}: {WEIGHTS_INDEX} names {', '.join(missing)}, not there; download the snapshot again")
+            raise InputError(
+                f"{directory}: {WEIGHTS_INDEX} names {', '.join(missing)}, not there; download the snapshot again"
+            )
         return [directory / name for name in names]
     if (directory / "model.safetensors").exists():
         return [directory / "model.safetensors"]
@@ -170,7 +170,7 @@ def load_model(directory: Path) -> PreTrainedModel:
         InputError: the snapshot is refused by `check_snapshot`, or its weights do not fill the model.
     """
     config = check_snapshot(directory)
-    model, loading = ARCHITECTURES[config["architectures"][0]].from_pretrained(
+    loaded: Any = ARCHITECTURES[config["architectures"][0]].from_pretrained(
         directory,
         dtype=torch.float32,
         local_files_only=True,
@@ -178,6 +178,7 @@ def load_model(directory: Path) -> PreTrainedModel:
         trust_remote_code=False,
         output_loading_info=True,
     )
+    model, loading = loaded
     for problem in ("missing_keys", "mismatched_keys"):
         if loading[problem]:
             names = ", ".join(sorted(map(str, loading[problem]))[:3])
@@ -205,10 +206,11 @@ def load_processor(directory: Path) -> Processor:
         image_processor = AutoImageProcessor.from_pretrained(directory, local_files_only=True, backend="pil")
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
-        raise InputError(f"{directory}: no usable tokenizer or image processor ({first_line}); complete the snapshot") from None
+        problem = f"no usable tokenizer or image processor ({first_line})"
+        raise InputError(f"{directory}: {problem}; complete the snapshot") from None
     if tokenizer.chat_template is None and (directory / "chat_template.json").exists():
         tokenizer.chat_template = read_json(directory / "chat_template.json")["chat_template"]
     if tokenizer.chat_template is None:
         raise InputError(f"{directory}: no chat template (chat_template.jinja); complete the snapshot")
     image_token_id = read_json(directory / "config.json")["image_token_id"]
-    return Processor(tokenizer, image_processor, tokenizer.convert_ids_to_tokens(image_token_id), image_token_id)
+    return Processor(tokenizer, image_processor, str(tokenizer.convert_ids_to_tokens(image_token_id)), image_token_id)

@@ -26,9 +26,7 @@ def check_ranges():
         config["sensitivity"]["confidence_batches"],
     )
     if calibration["min_pixels"] > calibration["max_pixels"]:
-        raise WorkflowError(
-            "config: calibration.min_pixels is above calibration.max_pixels; raise max_pixels"
-        )
+        raise WorkflowError("config: calibration.min_pixels is above calibration.max_pixels; raise max_pixels")
     if batches * calibration["batch_size"] > calibration["num_samples"]:
         raise WorkflowError(
             f"config: sensitivity.confidence_batches ({batches}) times calibration.batch_size"
@@ -53,11 +51,7 @@ def calibration_files(wildcards):
     if config["calibration"]["source"] != "local":
         return []
     path = Path(config["calibration"]["path"])
-    return (
-        sorted(str(file) for file in path.rglob("*") if file.is_file())
-        if path.is_dir()
-        else [str(path)]
-    )
+    return sorted(str(file) for file in path.rglob("*") if file.is_file()) if path.is_dir() else [str(path)]
 
 
 def code_digest(script, *extra):
@@ -73,16 +67,10 @@ def code_digest(script, *extra):
         files |= found
         pending += found
     for path in map(ROOT.joinpath, extra):
-        files |= (
-            {file for file in path.rglob("*") if file.is_file()}
-            if path.is_dir()
-            else {path}
-        )
+        files |= {file for file in path.rglob("*") if file.is_file()} if path.is_dir() else {path}
     digest = hashlib.sha256()
     for file in sorted(files):
-        digest.update(
-            f"{file.relative_to(ROOT)}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode()
-        )
+        digest.update(f"{file.relative_to(ROOT)}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -96,18 +84,13 @@ def imported_modules(path):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             # `from package import module` and `from package.module import name` look alike; files decide.
-            names |= {node.module} | {
-                f"{node.module}.{alias.name}" for alias in node.names
-            }
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     files = set()
     for name in names:
         parts = name.split(".")
         if parts[0] == "auto_quantize_model":
             # Importing a module runs the __init__ of each package above it.
-            files |= {
-                ROOT.joinpath("src", *parts[:end], "__init__.py")
-                for end in range(1, len(parts) + 1)
-            }
+            files |= {ROOT.joinpath("src", *parts[:end], "__init__.py") for end in range(1, len(parts) + 1)}
             files.add(ROOT.joinpath("src", *parts).with_suffix(".py"))
     return {file for file in files if file.exists()}
 

@@ -1,0 +1,102 @@
+"""What scripts show: chatter in the log, words on the terminal, errors in one line with their exit code."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PREAMBLE = """
+import ctypes, logging, os, sys
+from pathlib import Path
+from auto_quantize_model import cli
+from auto_quantize_model.files import InputError
+log = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+"""
+
+
+def run_script(body: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run `body`, which defines work(), as a script of its own: redirection is about a whole process."""
+    code = f"{PREAMBLE}\n{body}\nraise SystemExit(cli.run(work, log))"
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+
+
+CHATTER = """
+logging.basicConfig(level=logging.INFO)
+def work():
+    print("python out")
+    print("python err", file=sys.stderr)
+    logging.info("logged before the redirection was set up")
+    ctypes.CDLL(None).puts(b"c library")
+    os.system("echo child process")
+    cli.say("three ops")
+"""
+
+
+def test_chatter_goes_to_the_log_and_words_to_the_terminal(tmp_path: Path) -> None:
+    ended = run_script(CHATTER, tmp_path / "logs" / "work.log")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "three ops\n", "")
+    log = (tmp_path / "logs" / "work.log").read_text()
+    for line in ("python out", "python err", "logged before", "c library", "child process"):
+        assert line in log
+
+
+def test_without_a_log_nothing_is_redirected() -> None:
+    ended = run_script(CHATTER)
+    assert ended.returncode == 0
+    assert {"python out", "c library", "child process", "three ops"} <= set(ended.stdout.splitlines())
+    assert "python err" in ended.stderr
+
+
+@pytest.mark.parametrize("with_log", [True, False])
+def test_a_users_error_is_one_line_and_exit_code_2(tmp_path: Path, with_log: bool) -> None:
+    body = 'def work(): raise InputError("x.json: no such file;\\n  make it")'
+    log = tmp_path / "work.log"
+    ended = run_script(body, *([log] if with_log else []))
+    line = "error: x.json: no such file; make it\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", line)
+    assert not with_log or log.read_text() == line
+
+
+def test_any_other_error_is_one_line_that_names_the_log_with_the_traceback(tmp_path: Path) -> None:
+    log = tmp_path / "work.log"
+    ended = run_script("def work(): raise KeyError('weight')", log)
+    assert ended.returncode == 1
+    assert len(ended.stderr.splitlines()) == 1
+    assert "KeyError" in ended.stderr and str(log) in ended.stderr
+    assert "Traceback (most recent call last)" in log.read_text()
+
+
+def test_any_other_error_without_a_log_shows_its_traceback() -> None:
+    ended = run_script("def work(): raise KeyError('weight')")
+    assert ended.returncode == 1
+    assert "Traceback (most recent call last)" in ended.stderr
+
+
+def test_progress_is_shown_on_the_terminal_and_not_in_the_log(tmp_path: Path) -> None:
+    body = """
+def work():
+    for _ in cli.progress(range(3), "epochs"): pass
+    with cli.progress(range(2), "ops") as bar:
+        bar.update(); bar.update()
+"""
+    log = tmp_path / "work.log"
+    ended = run_script(body, log)
+    assert ended.returncode == 0
+    assert "epochs: 100%" in ended.stderr and "3/3" in ended.stderr
+    assert "ops: 100%" in ended.stderr and "2/2" in ended.stderr
+    assert log.read_text() == ""
+
+
+def test_streams_are_back_after_a_failure(tmp_path: Path) -> None:
+    body = """
+def fail(): raise ValueError("first")
+cli.run(fail, log)
+def work(): print("in the second log")
+cli.run(work, log.with_name("second.log"))
+print("on the terminal"); log = None
+def work(): pass
+"""
+    ended = run_script(body, tmp_path / "first.log")
+    assert ended.stdout == "on the terminal\n"
+    assert (tmp_path / "second.log").read_text() == "in the second log\n"

@@ -1,0 +1,302 @@
+"""The workflow as a user meets it: one run makes everything, and after a change only stale steps run again.
+
+One copy of the checkout runs end to end on a tiny model; after that every test is a dry run on that copy.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+EVERYTHING = {
+    "get_model",
+    "extract_calibration",
+    "plan_quantization",
+    "capture_sensitivity",
+    "render_report",
+    "publish_summary",
+    "archive_results",
+}
+FROM_REPORT = {"render_report", "publish_summary", "archive_results"}
+FROM_CAPTURE = FROM_REPORT | {"capture_sensitivity"}
+FROM_PLAN = FROM_CAPTURE | {"plan_quantization"}
+TINY = {
+    "model": {"name": "tiny", "source": "local", "path": "resources/models/tiny"},
+    "calibration": {"num_samples": 2, "num_heldout": 1, "batch_size": 1},
+    "sensitivity": {"confidence_batches": 1},
+}
+
+
+def copy_checkout(destination: Path) -> Path:
+    """Copy what a commit of the working tree would hold into a git repository of its own."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (destination / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, destination / name)
+    subprocess.run(["git", "init", "--quiet"], cwd=destination, check=True)
+    subprocess.run(["git", "add", "--all"], cwd=destination, check=True)
+    return destination
+
+
+def snakemake(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "snakemake", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        command, cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def planned(directory: Path, *arguments: str) -> set[str]:
+    """The rules that a run would execute, by a dry run; without `all`, which runs nothing."""
+    ended = snakemake(directory, "--dry-run", *arguments)
+    assert ended.returncode == 0, ended.stdout
+    rules = set(re.findall(r"^(?:local)?rule (\w+):", ended.stdout, re.MULTILINE)) - {"all"}
+    assert rules or "Nothing to be done" in ended.stdout, ended.stdout
+    return rules
+
+
+def write_config(directory: Path, changes: dict[str, Any]) -> None:
+    """Write config/config.yaml: the default with the changes, block by block."""
+    config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
+    for block, values in changes.items():
+        config[block].update(values)
+    (directory / "config" / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+@contextmanager
+def changed(path: Path, text: str) -> Iterator[None]:
+    """Replace a file's text for a while."""
+    before = path.read_text()
+    path.write_text(text)
+    try:
+        yield
+    finally:
+        path.write_text(before)
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout that nothing has run in."""
+    return copy_checkout(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A copy of the checkout in which the pipeline has run on a tiny model, and what that run printed."""
+    from auto_quantize_model.digits import build_snapshot
+
+    directory = copy_checkout(tmp_path_factory.mktemp("finished"))
+    build_snapshot(directory / "resources" / "models" / "tiny", depth=1, hidden=32, seed=0)
+    write_config(directory, TINY)
+    ended = snakemake(directory, "--cores", "1", "--resources", "gpu=1")
+    assert ended.returncode == 0, ended.stdout
+    return directory, ended.stdout
+
+
+def test_a_bare_checkout_plans_every_rule(checkout: Path) -> None:
+    assert planned(checkout) == EVERYTHING
+
+
+def test_the_workflow_passes_snakemakes_own_linter_and_its_formatter(checkout: Path) -> None:
+    ended = snakemake(checkout, "--lint")
+    assert ended.returncode == 0, ended.stdout
+    command = [str(Path(sys.executable).with_name("snakefmt")), "--check", "workflow"]
+    formatted = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert formatted.returncode == 0, formatted.stderr
+
+
+def test_every_key_of_the_default_config_is_described_and_every_described_key_is_there() -> None:
+    schema = yaml.safe_load((ROOT / "workflow" / "schemas" / "config.schema.yaml").read_text())
+    config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
+
+    def compare(part: dict[str, Any], values: dict[str, Any], place: str) -> None:
+        assert part["additionalProperties"] is False, place
+        assert set(part["properties"]) == set(values), place
+        for key, entry in part["properties"].items():
+            assert entry.get("description"), f"{place}.{key}"
+            if "properties" in entry:
+                compare(entry, values[key], f"{place}.{key}")
+
+    compare(schema, config, "config")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"sensitivity": {"confidnce_batches": 2}}, "'confidnce_batches' was unexpected"),
+        ({"model": {"nam": "x"}}, "'nam' was unexpected"),
+        ({"model": {"name": "../x"}}, "['model']['name']"),
+        ({"calibration": {"num_samples": 0}}, "['num_samples']"),
+        ({"calibration": {"seed": "zero"}}, "['seed']"),
+        ({"calibration": {"source": "local"}}, "['path']"),
+        ({"calibration": {"source": "local", "path": "gone.jsonl"}}, "gone.jsonl"),
+        ({"calibration": {"min_pixels": 6272}}, "calibration.min_pixels"),
+        ({"sensitivity": {"confidence_batches": 5}}, "sensitivity.confidence_batches"),
+        ({"sensitivity": {"maps": ["isolated", "sorted"]}}, "'sorted' is not one of"),
+    ],
+)
+def test_a_bad_config_ends_before_any_job_and_names_the_key(
+    checkout: Path, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(changes))
+    ended = snakemake(checkout, "--dry-run", "--configfile", str(tmp_path / "bad.yaml"))
+    assert ended.returncode != 0
+    assert named in ended.stdout
+    assert not (checkout / "results" / "digits_vlm").exists()
+
+
+def test_library_imports_are_followed_into_functions_and_through_modules(checkout: Path) -> None:
+    """A module that only a function imports, or only another module, is part of a rule's digest as well."""
+    results = checkout / "src" / "auto_quantize_model"
+    before = digests(checkout)
+    assert set(before) == EVERYTHING
+    with changed(results / "digits.py", (results / "digits.py").read_text() + "# changed\n"):
+        after = digests(checkout)
+    assert {"get_model", "extract_calibration"} <= {rule for rule in before if before[rule] != after[rule]}
+    assert before["archive_results"] == after["archive_results"]
+    assert digests(checkout) == before
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """Each rule's digest of its code, taken from the functions of common.smk themselves."""
+    code = (
+        "import json, pathlib, re, types\n"
+        "common = pathlib.Path('workflow/rules/common.smk').read_text()\n"
+        "config = __import__('yaml').safe_load(open('config/config.yaml'))\n"
+        "workflow = types.SimpleNamespace(basedir=str(pathlib.Path('workflow').absolute()))\n"
+        "exec(compile(common, 'common.smk', 'exec'))\n"
+        "text = ''.join(path.read_text() for path in pathlib.Path('workflow/rules').glob('*.smk'))\n"
+        "found = re.findall(r'^rule (\\w+):.*?(code_digest\\(.*?\\)),$', text, re.M | re.S)\n"
+        "print(json.dumps({rule: eval(call) for rule, call in found}))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=directory, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+@pytest.mark.slow
+def test_one_run_makes_the_report_the_summary_and_the_archive(finished: tuple[Path, str]) -> None:
+    directory, printed = finished
+    report = directory / "results" / "tiny" / "digits" / "op_sensitivity_mse_v2_cpu"
+    summary = directory / "context" / "summaries" / "inc-kb" / "tiny_mse_sensitivity"
+    for suffix in (".md", ".json"):
+        assert report.with_suffix(suffix).read_bytes() == summary.with_suffix(suffix).read_bytes()
+    assert f"{len(EVERYTHING) + 1} of {len(EVERYTHING) + 1} steps (100%) done" in printed
+    assert not list(directory.rglob("nc_workspace"))
+    for rule in EVERYTHING:
+        assert len(list(directory.glob(f"results/**/logs/{rule}.log"))) == 1
+        assert len(list(directory.glob(f"results/**/benchmarks/{rule}.tsv"))) == 1
+
+
+@pytest.mark.slow
+def test_the_archive_holds_the_results_with_their_checksums(finished: tuple[Path, str]) -> None:
+    directory, _ = finished
+    checksums = json.loads((directory / "results/archives/tiny-digits.tar.sha256.json").read_text())
+    with tarfile.open(directory / "results/archives/tiny-digits.tar") as tar:
+        assert tar.getnames() == [entry["name"] for entry in checksums["files"]]
+    assert "results/tiny/digits/op_sensitivity_mse_v2_cpu.json" in [entry["name"] for entry in checksums["files"]]
+
+
+@pytest.mark.slow
+def test_a_second_run_has_nothing_to_do(finished: tuple[Path, str]) -> None:
+    assert planned(finished[0]) == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "stale"),
+    [
+        ("archive.py", {"archive_results"}),
+        ("report.py", FROM_REPORT),
+        ("capture.py", FROM_CAPTURE),
+        ("plan.py", FROM_PLAN),
+        ("snapshot.py", EVERYTHING),
+    ],
+)
+def test_a_changed_module_reruns_the_rules_that_use_it_and_what_follows(
+    finished: tuple[Path, str], module: str, stale: set[str]
+) -> None:
+    path = finished[0] / "src" / "auto_quantize_model" / module
+    with changed(path, path.read_text() + "# changed\n"):
+        assert planned(finished[0]) == stale
+
+
+@pytest.mark.slow
+def test_a_changed_template_reruns_the_report_alone(finished: tuple[Path, str]) -> None:
+    template = next(path for path in sorted((finished[0] / "workflow" / "templates").rglob("*")) if path.is_file())
+    with changed(template, template.read_text() + "\n"):
+        assert planned(finished[0]) == FROM_REPORT
+
+
+@pytest.mark.slow
+def test_changed_confidence_batches_rerun_plan_capture_and_what_follows(finished: tuple[Path, str]) -> None:
+    config = finished[0] / "config" / "config.yaml"
+    text = config.read_text()
+    with changed(config, text.replace("confidence_batches: 1", "confidence_batches: 2")):
+        assert config.read_text() != text
+        assert planned(finished[0]) == FROM_PLAN
+
+
+@pytest.mark.slow
+def test_a_touched_file_and_a_reordered_config_rerun_nothing(finished: tuple[Path, str]) -> None:
+    directory, _ = finished
+    for path in [*(directory / "src").rglob("*.py"), *(directory / "scripts").rglob("*.py")]:
+        path.touch()
+    config = directory / "config" / "config.yaml"
+    reordered = yaml.safe_dump(dict(reversed(yaml.safe_load(config.read_text()).items())), sort_keys=False)
+    with changed(config, reordered):
+        assert planned(directory) == set()
+
+
+@pytest.mark.slow
+def test_a_fresh_clone_with_restored_results_reruns_nothing(finished: tuple[Path, str], tmp_path: Path) -> None:
+    directory, _ = finished
+    clone = copy_checkout(tmp_path / "clone")
+    write_config(clone, TINY)
+    for name in ("results", "context", ".snakemake"):
+        # Without the times, as a download or an unpacked archive of results might come.
+        shutil.copytree(directory / name, clone / name, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    assert planned(clone) == set()
+
+
+@pytest.mark.slow
+def test_snakemake_archive_packs_the_workflow_with_its_code(finished: tuple[Path, str], tmp_path: Path) -> None:
+    packed = tmp_path / "workflow.tar.gz"
+    ended = snakemake(finished[0], "--archive", str(packed))
+    assert ended.returncode == 0, ended.stdout
+    with tarfile.open(packed) as tar:
+        names = {name.removeprefix("./") for name in tar.getnames()}
+    for name in ("workflow/Snakefile", "workflow/rules/common.smk", "config/config.yaml", "scripts/get_model.py"):
+        assert name in names
+    assert "src/auto_quantize_model/archive.py" in names
+
+
+def test_the_rule_graph_is_the_same_bytes_under_any_hash_seed(checkout: Path) -> None:
+    page = checkout / "graph.md"
+    drawn = []
+    for seed in ("1", "2"):
+        page.write_text("before\n<!-- rulegraph:begin -->\nold\n<!-- rulegraph:end -->\nafter\n")
+        command = [sys.executable, "scripts/draw_rule_graph.py", "--svg", f"graph{seed}.svg", "--readme", "graph.md"]
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(checkout / "src")}
+        ended = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        drawn.append((page.read_text(), (checkout / f"graph{seed}.svg").read_bytes()))
+    assert drawn[0] == drawn[1]
+    text, svg = drawn[0]
+    assert text.startswith("before\n<!-- rulegraph:begin -->\n```mermaid\n") and text.endswith("after\n")
+    for rule in EVERYTHING:
+        assert rule in text and rule.encode() in svg
