@@ -11,7 +11,7 @@ VERSION_CHECK := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 ARCHIVE ?= tmp/auto-quantize-model.tar.gz
 
 # The first of these that starts and is 3.11; a version manager's shim may be there and start nothing.
-find_python = for python in $(PYTHON) python3.11 python3 python; do \
+find_python = for python in $(or $(PYTHON),python3.11 python3 python); do \
 	if "$$python" -c '$(VERSION_CHECK)' 2>/dev/null; then break; fi; python=; done; \
 	if [ -z "$$python" ]; then \
 	echo "error: no Python 3.11 found; install it, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 2; fi

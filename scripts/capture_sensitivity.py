@@ -5,8 +5,8 @@ from pathlib import Path
 
 from auto_quantize_model import cli
 from auto_quantize_model.calibration import load_batches
-from auto_quantize_model.capture import capture_sensitivity
-from auto_quantize_model.files import InputError, digest_of, read_json, write_json
+from auto_quantize_model.capture import capture_sensitivity, describe_batches
+from auto_quantize_model.files import InputError, read_json, write_json
 from auto_quantize_model.snapshot import load_model, load_processor, verify_manifest
 
 
@@ -30,18 +30,11 @@ def capture(args: argparse.Namespace) -> None:
     directory = verify_manifest(manifest)
     batches = load_batches(args.calibration_set, calibration, load_processor(directory))
     scores = plan["confidence_batches"] * (len(plan["maps"]) * len(plan["ops"]) + 1)
-    bar = cli.progress(range(scores), "capture")
-    captured, record = capture_sensitivity(load_model(directory), batches, plan, lambda *_: bar.update())
-    bar.close()
-    samples = calibration["samples"]["calibration"]
-    for entry, start in zip(captured["batches"], range(0, len(samples), calibration["batch_size"]), strict=False):
-        members = samples[start : start + calibration["batch_size"]]
-        entry["sample_ids"] = [sample["id"] for sample in members]
-        entry["tokens"] = sum(sample["tokens"] for sample in members)
-        entry["image_tokens"] = sum(sample["image_tokens"] for sample in members)
+    model = load_model(directory)
+    with cli.progress(range(scores), "capture") as bar:
+        captured, record = capture_sensitivity(model, batches, plan, lambda *_: bar.update())
     write_json(args.run_record, record)
-    identity = {"model": plan["model"], "calibration": plan["calibration"], "plan_digest": digest_of(plan)}
-    write_json(args.capture, captured | identity)
+    write_json(args.capture, describe_batches(captured, calibration))
 
 
 if __name__ == "__main__":

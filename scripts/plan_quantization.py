@@ -7,7 +7,7 @@ from pathlib import Path
 from auto_quantize_model import cli
 from auto_quantize_model.calibration import load_batches
 from auto_quantize_model.files import digest_of, read_json, write_json
-from auto_quantize_model.plan import SensitivitySpec, build_plan
+from auto_quantize_model.plan import SensitivitySpec, build_plan, identify
 from auto_quantize_model.snapshot import load_model, load_processor, verify_manifest
 
 
@@ -29,14 +29,7 @@ def plan_quantization(args: argparse.Namespace) -> None:
     directory = verify_manifest(manifest)
     batches = load_batches(args.calibration_set, calibration, load_processor(directory))
     plan = build_plan(load_model(directory), batches, SensitivitySpec(**spec))
-    identity = {
-        "model": manifest["model"],
-        "model_digest": manifest["digest"],
-        "calibration": calibration["calibration"],
-        "calibration_digest": calibration["digest"],
-        "config_digest": digest_of(spec),
-    }
-    write_json(args.plan, identity | plan)
+    write_json(args.plan, identify(plan, manifest, calibration, digest_of(spec)))
     cli.say(f"plan: {len(plan['ops'])} ops to measure at {plan['measured_op']}, {len(plan['excluded'])} excluded")
 
 

@@ -1,0 +1,38 @@
+"""Render the report of a capture as Markdown and JSON, and print the ten most sensitive ops."""
+
+import argparse
+from pathlib import Path
+
+from auto_quantize_model import cli
+from auto_quantize_model.files import read_json, write_text
+from auto_quantize_model.report import build_report, render, top_table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--manifest", type=Path, required=True, help="the model's manifest")
+    parser.add_argument("--calibration-manifest", type=Path, required=True, help="the calibration set's manifest")
+    parser.add_argument("--plan", type=Path, required=True, help="the plan")
+    parser.add_argument("--capture", type=Path, required=True, help="the capture")
+    parser.add_argument("--templates", type=Path, default=Path("workflow/templates"), help="folder of the templates")
+    parser.add_argument("--markdown", type=Path, required=True, help="the report to write (Markdown)")
+    parser.add_argument("--json", type=Path, required=True, help="the report to write (JSON)")
+    parser.add_argument("--log", type=Path, help="file for everything but results and errors")
+    args = parser.parse_args()
+    return cli.run(lambda: render_report(args), args.log)
+
+
+def render_report(args: argparse.Namespace) -> None:
+    parts = (read_json(path) for path in (args.manifest, args.calibration_manifest, args.plan, args.capture))
+    report = build_report(*parts)
+    markdown, document = render(report, args.templates)
+    write_text(args.markdown, markdown)
+    write_text(args.json, document)
+    for warning in report["warnings"]:
+        cli.say(f"warning: {warning}")
+    cli.say(f"The most sensitive ops of {report['model']['model']}:\n{top_table(report)}")
+    cli.say(f"The report: {args.markdown} and {args.json}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -255,6 +255,11 @@ def load_batches(path: Path, manifest: dict[str, Any], processor: Processor) -> 
     samples = read_samples(path)
     if [_describe(sample, processor, limits) for sample in samples] != manifest["samples"]["calibration"]:
         raise InputError(f"{path}: not the samples of its manifest; run the calibration rule again")
+    return batches_of(samples, manifest, processor)
+
+
+def batches_of(samples: Sequence[Sample], manifest: dict[str, Any], processor: Processor) -> list[Batch]:
+    """Samples in batches of the manifest's size; an incomplete last batch is left out."""
+    limits, size = Limits(**manifest["limits"]), manifest["batch_size"]
     encoded = [encode(sample, processor, limits) for sample in samples]
-    size = manifest["batch_size"]
     return [collate(encoded[start : start + size]) for start in range(0, len(encoded) - size + 1, size)]

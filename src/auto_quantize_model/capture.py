@@ -47,6 +47,8 @@ def capture_sensitivity(
     capture: dict[str, Any] = {
         "engine": spec.engine,
         "device": "cpu",
+        "model": plan["model"],
+        "calibration": plan["calibration"],
         "plan_digest": digest_of(plan),
         "versions": versions(),
         "batches": [],
@@ -91,6 +93,17 @@ def require_same_plan(model: torch.nn.Module, batches: Sequence[Batch], plan: di
 def spec_of(plan: dict[str, Any]) -> SensitivitySpec:
     """The sensitivity block that a plan was made from."""
     return SensitivitySpec(plan["engine"], plan["confidence_batches"], plan["maps"], **plan["keep"])
+
+
+def describe_batches(capture: dict[str, Any], calibration: dict[str, Any]) -> dict[str, Any]:
+    """The capture with each batch's sample ids and token counts, as the calibration manifest lists them."""
+    samples, size = calibration["samples"]["calibration"], calibration["batch_size"]
+    batches = []
+    for entry in capture["batches"]:
+        members = samples[entry["batch"] * size : (entry["batch"] + 1) * size]
+        counts = {key: sum(sample[key] for sample in members) for key in ("tokens", "image_tokens")}
+        batches.append(entry | {"sample_ids": [sample["id"] for sample in members]} | counts)
+    return capture | {"batches": batches}
 
 
 def count_executions(

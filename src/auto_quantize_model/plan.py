@@ -101,6 +101,20 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: Sensitivi
     }
 
 
+def identify(
+    plan: dict[str, Any], manifest: dict[str, Any], calibration: dict[str, Any], config_digest: str
+) -> dict[str, Any]:
+    """The plan with the names and digests of what it is for."""
+    return {
+        "model": manifest["model"],
+        "model_digest": manifest["digest"],
+        "calibration": calibration["calibration"],
+        "calibration_digest": calibration["digest"],
+        "config_digest": config_digest,
+        **plan,
+    }
+
+
 def find_output_op(model: torch.nn.Module, batch: Batch) -> str:
     """The name of the leaf module whose output tensor is the logits that the model returns; empty if there is none.
 

@@ -1,0 +1,87 @@
+"""Measure a snapshot's INT8 sensitivity with INC's mse_v2 helpers, without Snakemake: plan, capture and report.
+
+Reads any supported snapshot directory and any local calibration set (JSONL, Parquet or image folder). The report goes to
+--output; with --publish a copy goes to context/summaries/inc-kb/ as well.
+"""
+
+import argparse
+from pathlib import Path
+
+from auto_quantize_model import cli
+from auto_quantize_model.calibration import CalibrationSpec, batches_of, extract
+from auto_quantize_model.capture import capture_sensitivity, describe_batches
+from auto_quantize_model.files import digest_of, write_json, write_text
+from auto_quantize_model.plan import SensitivitySpec, build_plan, identify
+from auto_quantize_model.report import build_report, render, top_table
+from auto_quantize_model.snapshot import build_manifest, load_model, load_processor
+
+ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = Path("context/summaries/inc-kb")
+REPORT = "op_sensitivity_mse_v2_cpu"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="snapshot directory")
+    parser.add_argument("--name", default="qwen2_5_vl_3b", help="the model's name in the report and in published files")
+    parser.add_argument(
+        "--calibration", required=True, help="JSONL of {image?, prompt, answer?}, Parquet or image folder"
+    )
+    parser.add_argument("--num-samples", type=int, default=4, help="calibration samples to draw")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
+    parser.add_argument("--batch-size", type=int, default=1, help="samples in a batch")
+    parser.add_argument("--confidence-batches", type=int, default=1, help="batches to score")
+    parser.add_argument("--min-pixels", type=int, default=3136, help="smallest image area after resizing")
+    parser.add_argument("--max-pixels", type=int, default=200704, help="largest image area (200704: 256 visual tokens)")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="tokens above which a sample is refused")
+    parser.add_argument("--maps", nargs="+", default=["isolated", "fallback", "requantize"], help="maps to measure")
+    parser.add_argument("--keep-type", nargs="*", default=[], metavar="TYPE", help="op types kept in FP32")
+    parser.add_argument("--keep-name", nargs="*", default=[], metavar="REGEX", help="ops kept in FP32, by whole name")
+    parser.add_argument("--output", type=Path, default=Path("tmp/qwen2_5_vl_3b_inc"), help="folder of the run")
+    parser.add_argument("--publish", action="store_true", help=f"copy the report to {PUBLISHED} as well")
+    args = parser.parse_args()
+    return cli.run(lambda: measure(args), args.output / "run.log")
+
+
+def measure(args: argparse.Namespace) -> None:
+    manifest = build_manifest(args.model, args.name, "local", {})
+    processor = load_processor(args.model)
+    draw = CalibrationSpec(
+        name=Path(args.calibration).stem,
+        source="local",
+        path=args.calibration,
+        num_samples=args.num_samples,
+        num_heldout=0,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
+        max_tokens=args.max_tokens,
+    )
+    samples, _, calibration = extract(draw, processor, manifest)
+    batches = batches_of(samples, calibration, processor)
+    model = load_model(args.model)
+    keep = {
+        "op_type_dict": dict.fromkeys(args.keep_type, "fp32"),
+        "op_name_dict": dict.fromkeys(args.keep_name, "fp32"),
+    }
+    spec = SensitivitySpec("inc", args.confidence_batches, args.maps, **keep)
+    plan = identify(build_plan(model, batches, spec), manifest, calibration, digest_of(vars(spec)))
+    scores = plan["confidence_batches"] * (len(plan["maps"]) * len(plan["ops"]) + 1)
+    with cli.progress(range(scores), "capture") as bar:
+        captured, record = capture_sensitivity(model, batches, plan, lambda *_: bar.update())
+    captured = describe_batches(captured, calibration)
+    report = build_report(manifest, calibration, plan, captured)
+    markdown, document = render(report, ROOT / "workflow" / "templates")
+    for name, part in (("plan", plan), ("capture_cpu", captured), (f"{REPORT}.run", record)):
+        write_json(args.output / f"{name}.json", part)
+    targets = [args.output / REPORT] + [PUBLISHED / f"{args.name}_mse_sensitivity"] * args.publish
+    for target in targets:
+        write_text(target.with_name(f"{target.name}.md"), markdown)
+        write_text(target.with_name(f"{target.name}.json"), document)
+    cli.say(f"The most sensitive ops of {args.name}:\n{top_table(report)}")
+    cli.say("The report: " + ", ".join(f"{target}.md and .json" for target in targets))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,173 @@
+"""The report: the capture aggregated, ranked and put into words, for people (Markdown) and for programs (JSON).
+
+In: the manifests, the plan and the capture. Out: one document, the same for the same inputs, and its two renderings.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from auto_quantize_model.files import InputError, canonical_json, digest_of, read_json
+
+SCHEMA = Path(__file__).parents[2] / "workflow" / "schemas" / "op_sensitivity.schema.json"
+SCHEMA_VERSION = 1
+COLUMNS = ["rank", "op_name", "op_type", "mse_value", "relative_error", "sqnr_db"]
+# Below this the all-INT8 output is mostly error, and what one op in FP32 takes away from it is noise.
+FALLBACK_FLOOR_DB = 10.0
+DIRECTIONS = {
+    "isolated": "Only this op is INT8, all others stay FP32: the error it adds. The highest is the most sensitive.",
+    "fallback": "Only this op is FP32, all others are INT8: the error left. The lowest is the most sensitive.",
+    "requantize": (
+        "Ops are quantized one after another in the plan's order and never reset: the error so far. A running total"
+        " that depends on the order, not a score of the op."
+    ),
+}
+
+
+def build_report(
+    manifest: dict[str, Any], calibration: dict[str, Any], plan: dict[str, Any], capture: dict[str, Any]
+) -> dict[str, Any]:
+    """The report as a JSON-able document that its published schema describes.
+
+    Scores are aggregated over the confidence batches in which an op ran: `mse_value` is the mean of INC's sums of
+    squared errors, `relative_error` the sum of errors over the sum of squares of the FP32 output, `sqnr_db`
+    -10 log10 of that (dB; null where the error is 0).
+
+    Raises:
+        InputError: the capture is of another plan, or holds a score that is not finite.
+    """
+    if capture["plan_digest"] != digest_of(plan):
+        raise InputError("the capture was made from another plan; run the capture rule again (--forcerun)")
+    require_finite(capture)
+    references = [batch["reference_sum_of_squares"] for batch in capture["batches"]]
+    exercised = [op for op in plan["ops"] if any(capture["executions"][op["op_name"]])]
+    maps = {label: ranked(exercised, capture["maps"][label], references) for label in plan["maps"]}
+    all_int8 = score([batch["all_int8_mse_value"] for batch in capture["batches"]], references)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": {key: manifest[key] for key in ("model", "source", "architecture", "digest")},
+        "calibration": {
+            "name": calibration["calibration"],
+            **{key: calibration[key] for key in ("source", "seed", "batch_size", "text_only", "digest")},
+            "samples": {split: len(samples) for split, samples in calibration["samples"].items()},
+        },
+        "measurement": {key: capture[key] for key in ("engine", "device", "plan_digest")}
+        | {"measured_op": plan["measured_op"], "config_digest": plan["config_digest"]},
+        "versions": capture["versions"],
+        "warnings": warnings(calibration, all_int8, len(plan["ops"]) - len(exercised)),
+        "all_int8": all_int8,
+        "batches": capture["batches"],
+        "most_sensitive": maps["isolated"][::-1][:10] if "isolated" in maps else [],
+        "maps": {label: {"direction": DIRECTIONS[label], "ops": rows} for label, rows in maps.items()},
+        "ops": [
+            {
+                "op_name": op["op_name"],
+                "op_type": op["op_type"],
+                "status": "measured" if op in exercised else "not_exercised",
+                "executions": capture["executions"][op["op_name"]],
+            }
+            for op in plan["ops"]
+        ],
+        "excluded": plan["excluded"],
+    }
+
+
+def require_finite(capture: dict[str, Any]) -> None:
+    """Refuse a capture with a score that is no number.
+
+    Raises:
+        InputError: naming op, map and batch.
+    """
+    for label, per_op in capture["maps"].items():
+        for name, values in per_op.items():
+            for batch, value in enumerate(values):
+                if value is not None and not math.isfinite(value):
+                    raise InputError(
+                        f"map {label}, batch {batch}: the score of {name} is {value}; keep that op in FP32 with"
+                        " sensitivity.op_name_dict and run again"
+                    )
+
+
+def score(values: list[float | None], references: list[float]) -> dict[str, float | None]:
+    """Aggregate one op's errors over the batches in which it ran."""
+    pairs = [(value, reference) for value, reference in zip(values, references, strict=True) if value is not None]
+    error, reference = (math.fsum(side) for side in zip(*pairs, strict=True))
+    relative = error / reference
+    sqnr = -10 * math.log10(relative) if relative > 0 else None
+    return {"mse_value": error / len(pairs), "relative_error": relative, "sqnr_db": sqnr}
+
+
+def ranked(
+    ops: list[dict[str, Any]], values: dict[str, list[float | None]], references: list[float]
+) -> list[dict[str, Any]]:
+    """The ops by ascending `mse_value`, ties in the plan's order, with their rank from 1."""
+    if not ops:
+        return []
+    rows = [
+        {"op_name": op["op_name"], "op_type": op["op_type"], **score(values[op["op_name"]], references)} for op in ops
+    ]
+    table = pd.DataFrame(rows).sort_values("mse_value", kind="stable")
+    table.insert(0, "rank", range(1, len(table) + 1))
+    records = table[COLUMNS].to_dict("records")
+    # pandas turns the SQNR of an op without error into NaN, which JSON cannot say.
+    return [{str(key): None if value != value else value for key, value in row.items()} for row in records]
+
+
+def warnings(calibration: dict[str, Any], all_int8: dict[str, Any], not_exercised: int) -> list[str]:
+    """What a reader has to know before the first number."""
+    found = []
+    if calibration["text_only"]:
+        found.append("The vision tower was not exercised: no calibration sample has an image.")
+    if not_exercised:
+        found.append(f"{not_exercised} ops never ran on the calibration batches and have no score.")
+    if all_int8["sqnr_db"] is not None and all_int8["sqnr_db"] < FALLBACK_FLOOR_DB:
+        found.append(
+            f"With every op in INT8 the output has an SQNR of {all_int8['sqnr_db']:.1f} dB, below"
+            f" {FALLBACK_FLOOR_DB:.0f} dB: the fallback map is mostly noise there; use the isolated map."
+        )
+    return found
+
+
+def render(report: dict[str, Any], templates: Path) -> tuple[str, str]:
+    """The report as Markdown and as canonical JSON, after it was checked against its schema.
+
+    Args:
+        report: as `build_report` returns it.
+        templates: the folder with op_sensitivity.md.j2 and op_sensitivity.json.j2.
+
+    Raises:
+        jsonschema.ValidationError: the report is not what its published schema says.
+    """
+    jsonschema.validate(report, read_json(SCHEMA))
+    # No HTML here: the Markdown escapes cells itself, and JSON must stay as it is.
+    environment = Environment(  # noqa: S701
+        loader=FileSystemLoader(templates), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["cell"] = markdown_cell
+    environment.filters["canonical_json"] = canonical_json
+    markdown, document = (
+        environment.get_template(f"op_sensitivity.{kind}.j2").render(report=report) for kind in ("md", "json")
+    )
+    return markdown, document
+
+
+def markdown_cell(value: Any) -> str:
+    """A value as the text of a Markdown table's cell: 4 significant digits, `|` escaped, null as a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+
+
+def top_table(report: dict[str, Any]) -> str:
+    """The ten most sensitive ops as a text table for the terminal."""
+    rows = [{"place": place, **row} for place, row in enumerate(report["most_sensitive"], start=1)]
+    if not rows:
+        return "the isolated map was not measured: no ranking"
+    columns = ["place", "op_name", "op_type", "mse_value", "sqnr_db"]
+    return pd.DataFrame(rows)[columns].to_string(index=False, float_format=lambda value: f"{value:.4g}")
