@@ -1,7 +1,7 @@
 """Measure a snapshot's INT8 sensitivity with INC's mse_v2 helpers, without Snakemake: plan, capture and report.
 
-Reads any supported snapshot directory and any local calibration set (JSONL, Parquet or image folder). The report goes to
---output; with --publish a copy goes to context/summaries/inc-kb/ as well.
+Reads any supported snapshot directory and any local calibration set (JSONL, Parquet or image folder). The report goes
+to --output; with --publish a copy goes to context/summaries/inc-kb/ as well.
 """
 
 import argparse

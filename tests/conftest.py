@@ -1,0 +1,20 @@
+"""A real, tiny, untrained Qwen2.5-VL snapshot that tests read (and copy before they break it)."""
+
+from pathlib import Path
+
+import pytest
+
+from auto_quantize_model.digits import build_snapshot
+from auto_quantize_model.snapshot import Processor, load_processor
+
+
+@pytest.fixture(scope="session")
+def tiny_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("snapshot") / "tiny"
+    build_snapshot(directory, depth=1, hidden=32, seed=0)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def processor(tiny_snapshot: Path) -> Processor:
+    return load_processor(tiny_snapshot)
