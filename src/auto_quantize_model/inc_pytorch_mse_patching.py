@@ -19,6 +19,7 @@ from neural_compressor.adaptor.pytorch import _cfg_to_qconfig
 from neural_compressor.config import PostTrainingQuantConfig, _Config, options
 from neural_compressor.model import Model
 from neural_compressor.strategy.mse_v2 import MSE_V2TuneStrategy
+from torch.ao.quantization.fx.utils import assert_and_get_unique_device
 
 OpKey = tuple[str, str]  # (op_name, op_type), INC's own key
 HELPERS = {"fallback": "get_mse_order_per_fp32", "requantize": "get_mse_order_per_int8"}
@@ -126,6 +127,8 @@ def _capturing(
 
         def bounding_tqdm(items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
             for name, value in within["tqdm"](items):
+                # torch caches this function by module and so keeps every quantized copy of the model alive.
+                assert_and_get_unique_device.cache_clear()
                 if only is None or name in only:
                     if on_op is not None:
                         on_op(name)
@@ -140,6 +143,7 @@ def _capturing(
         try:
             call.order = list(original(adaptor, model, example_input, tune_cfg))
         finally:
+            assert_and_get_unique_device.cache_clear()
             for name, value in outer.items():
                 _restore(name, value)
             for module, kept in hooks.items():
