@@ -7,6 +7,7 @@ import neural_compressor.adaptor.torch_utils.util as nc_util
 import pytest
 import torch
 from neural_compressor.config import options
+from torch.ao.quantization.fx.utils import assert_and_get_unique_device
 
 from auto_quantize_model.calibration import CalibrationLoader
 from auto_quantize_model.digits import LIMITS, build_snapshot, digit_samples
@@ -46,12 +47,14 @@ def scored(model, loader):
 
 
 def process_state(model):
+    """Everything that a pass touches, with the weights last."""
     names = ("get_mse_order_per_fp32", "get_mse_order_per_int8", "sorted", "tqdm")
     return (
         {name: vars(nc_util).get(name) for name in names},
         dict(nc_util.op_cfg_mapping),
         torch.nn.Parameter.__deepcopy__,
         options.workspace,
+        assert_and_get_unique_device.cache_info().currsize,  # each entry would keep a quantized copy of the model
         [len(module._forward_hooks) for module in model.modules()],
         {name: value.clone() for name, value in model.state_dict().items()},
     )
