@@ -12,7 +12,7 @@ from auto_quantize_model.calibration import CalibrationSpec, batches_of, extract
 from auto_quantize_model.capture import capture_sensitivity, describe_batches
 from auto_quantize_model.files import digest_of, write_json, write_text
 from auto_quantize_model.plan import SensitivitySpec, build_plan, identify
-from auto_quantize_model.report import build_report, render, top_table
+from auto_quantize_model.report import DIRECTIONS, build_report, render, top_table
 from auto_quantize_model.snapshot import build_manifest, load_model, load_processor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--min-pixels", type=int, default=3136, help="smallest image area after resizing")
     parser.add_argument("--max-pixels", type=int, default=200704, help="largest image area (200704: 256 visual tokens)")
     parser.add_argument("--max-tokens", type=int, default=1024, help="tokens above which a sample is refused")
-    parser.add_argument("--maps", nargs="+", default=["isolated", "fallback", "requantize"], help="maps to measure")
+    parser.add_argument("--maps", nargs="+", choices=list(DIRECTIONS), default=list(DIRECTIONS), help="maps to measure")
     parser.add_argument("--keep-type", nargs="*", default=[], metavar="TYPE", help="op types kept in FP32")
     parser.add_argument("--keep-name", nargs="*", default=[], metavar="REGEX", help="ops kept in FP32, by whole name")
     parser.add_argument("--output", type=Path, default=Path("tmp/qwen2_5_vl_3b_inc"), help="folder of the run")

@@ -1,0 +1,56 @@
+"""The driver runs without Snakemake on any snapshot and calibration set, and a bad one ends it early."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from auto_quantize_model.digits import digit_samples
+
+ROOT = Path(__file__).parents[1]
+DRIVER = ROOT / "scripts" / "qwen" / "inc_qwen2_5_vl_3b_sensitivity.py"
+PUBLISHED = "context/summaries/inc-kb/qwen2_5_vl_3b_mse_sensitivity"
+
+
+def drive(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(DRIVER), *arguments]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for sample in digit_samples([0, 1]):
+        sample.image.save(tmp_path / f"{sample.id}.png")
+    path = tmp_path / "photos.jsonl"
+    rows = ({"image": f"digit-000{number}.png", "prompt": "Which?", "answer": str(number)} for number in range(2))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.slow
+def test_the_driver_writes_the_report_and_publishes_it(tiny_snapshot, photos, tmp_path):
+    common = ["--model", str(tiny_snapshot), "--calibration", str(photos), "--num-samples", "1"]
+    keep = ["--maps", "isolated", "--keep-name", r"model\.visual\.blocks.*", r"model\.language_model\.layers.*"]
+    ended = drive(tmp_path, *common, *keep, "--publish")
+    assert ended.returncode == 0, ended.stderr
+    report = json.loads((tmp_path / "tmp/qwen2_5_vl_3b_inc/op_sensitivity_mse_v2_cpu.json").read_text())
+    schema = json.loads((ROOT / "workflow" / "schemas" / "op_sensitivity.schema.json").read_text())
+    jsonschema.validate(report, schema)
+    assert {op["status"] for op in report["ops"]} == {"measured"}
+    for suffix in ("md", "json"):
+        written = (tmp_path / f"tmp/qwen2_5_vl_3b_inc/op_sensitivity_mse_v2_cpu.{suffix}").read_bytes()
+        assert (tmp_path / f"{PUBLISHED}.{suffix}").read_bytes() == written
+    assert "The most sensitive ops of qwen2_5_vl_3b" in ended.stdout
+    assert "INFO" not in ended.stdout
+    assert not (tmp_path / "nc_workspace").exists()
+
+
+def test_a_bad_calibration_set_ends_the_driver_before_any_output(tiny_snapshot, photos, tmp_path):
+    (tmp_path / "digit-0001.png").unlink()
+    ended = drive(tmp_path, "--model", str(tiny_snapshot), "--calibration", str(photos), "--num-samples", "2")
+    assert ended.returncode == 2
+    assert "line 2: image" in ended.stderr and "does not exist" in ended.stderr
+    assert not list((tmp_path / "tmp").rglob("*.json"))
