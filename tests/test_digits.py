@@ -1,0 +1,25 @@
+"""The embedded default trains on digits of its own and is refused, whole, where it reads too badly."""
+
+import pytest
+
+from auto_quantize_model.digits import train_snapshot
+from auto_quantize_model.files import InputError
+from auto_quantize_model.snapshot import build_manifest
+
+pytestmark = pytest.mark.slow
+
+
+def test_one_epoch_makes_a_snapshot_with_its_split_in_the_record(tmp_path):
+    details = train_snapshot(tmp_path / "reader", split_seed=0, seed=0, epochs=1, min_accuracy=0.0)
+    split = details["training"]["split"]
+    assert not set(split["train"]) & set(split["calibration"] + split["heldout"])
+    assert 0 < details["training"]["heldout_accuracy"] < 1
+    names = {entry["name"] for entry in build_manifest(tmp_path / "reader", "reader", "digits", details)["files"]}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= names
+    assert "chat_template.jinja" in names
+
+
+def test_a_reader_below_the_accuracy_asked_is_refused_and_leaves_nothing(tmp_path):
+    with pytest.raises(InputError, match=r"below model\.training\.min_accuracy 1\.0"):
+        train_snapshot(tmp_path / "reader", split_seed=0, seed=0, epochs=1, min_accuracy=1.0)
+    assert not list(tmp_path.iterdir())
