@@ -52,6 +52,7 @@ archive: $(READY) ## pack the workflow with its inputs into ARCHIVE (the results
 	@rm -f $(ARCHIVE)
 	$(BIN)/snakemake --archive $(ARCHIVE)
 
+# A build's local label (+cpu) is this machine's; the lock names the release, and each machine finds its own build.
 lock: ## write envs/requirements.lock anew from envs/requirements.in
 	@$(find_python); \
 	tools=$$(mktemp -d); trap 'rm -rf "$$tools"' EXIT; \
@@ -59,8 +60,8 @@ lock: ## write envs/requirements.lock anew from envs/requirements.in
 	"$$tools/bin/pip" install --disable-pip-version-check --quiet pip-tools; \
 	cd envs; \
 	"$$tools/bin/pip-compile" --quiet --upgrade --allow-unsafe --strip-extras --no-header \
-		--no-emit-index-url --no-emit-trusted-host --output-file="$$tools/lock" requirements.in; \
-	{ printf '#\n# Written by `make lock` from requirements.in with pip-compile, Python 3.11\n#\n'; cat "$$tools/lock"; } \
+		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --output-file="$$tools/lock" requirements.in; \
+	{ printf '#\n# Written by `make lock` from requirements.in with pip-compile, Python 3.11\n#\n'; sed 's/+cpu$$//' "$$tools/lock"; } \
 		> "$$tools/requirements.lock"; \
 	mv "$$tools/requirements.lock" requirements.lock
 
