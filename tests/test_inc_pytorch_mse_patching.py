@@ -106,7 +106,8 @@ def test_patched_and_unpatched_helpers_return_the_same_order(model, loader, fall
     mapping = dict(nc_util.op_cfg_mapping)
     try:
         unpatched = order()
-    finally:  # unpatched, INC leaves its hooks and its qconfigs behind
+    finally:  # unpatched, INC leaves its hooks, its qconfigs and torch's cache behind
+        assert_and_get_unique_device.cache_clear()
         for module, kept in hooks.items():
             module._forward_hooks.clear()
             module._forward_hooks.update(kept)
