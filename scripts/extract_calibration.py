@@ -13,7 +13,7 @@ from auto_quantize_model.snapshot import load_processor, verify_manifest
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--manifest", type=Path, required=True, help="the model's manifest")
-    parser.add_argument("--spec", required=True, help="the config's calibration block as JSON")
+    parser.add_argument("--spec", type=json.loads, required=True, help="the config's calibration block as JSON")
     parser.add_argument("--calibration-set", type=Path, required=True, help="calibration samples to write (Parquet)")
     parser.add_argument("--heldout-set", type=Path, required=True, help="held-out samples to write (Parquet)")
     parser.add_argument("--calibration-manifest", type=Path, required=True, help="their manifest to write (JSON)")
@@ -25,7 +25,7 @@ def main() -> int:
 def extract_calibration(args: argparse.Namespace) -> None:
     model_manifest = read_json(args.manifest)
     processor = load_processor(verify_manifest(model_manifest))
-    calibration, heldout, manifest = extract(CalibrationSpec(**json.loads(args.spec)), processor, model_manifest)
+    calibration, heldout, manifest = extract(CalibrationSpec.from_config(args.spec), processor, model_manifest)
     write_samples(args.calibration_set, calibration)
     write_samples(args.heldout_set, heldout)
     write_json(args.calibration_manifest, manifest)

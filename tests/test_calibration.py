@@ -1,15 +1,28 @@
 """Calibration sets: drawn by a seed, disjoint, stored as they are, and refused where they are wrong."""
 
 import json
-from dataclasses import replace
+import os
+import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from auto_quantize_model.calibration import CalibrationSpec, extract, load_batches, read_samples, write_samples
+from auto_quantize_model.calibration import (
+    CalibrationLoader,
+    CalibrationSpec,
+    batches_of,
+    extract,
+    load_batches,
+    read_samples,
+    write_samples,
+)
 from auto_quantize_model.digits import digit_samples, digits_split
 from auto_quantize_model.files import InputError
 
@@ -48,6 +61,20 @@ def test_digit_splits_are_disjoint_and_complete(seed):
     split = digits_split(seed)
     assert sorted(index for indices in split.values() for index in indices) == list(range(1797))
     assert digits_split(seed) == split
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(0, 6))
+@settings(max_examples=15, deadline=None)
+def test_local_splits_are_disjoint_exact_and_the_same_for_a_seed(processor, seed, num_samples, num_heldout):
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "set.jsonl"
+        path.write_text("".join(json.dumps({"prompt": f"word {number}"}) + "\n" for number in range(12)))
+        spec = local(path, num_samples=num_samples, num_heldout=num_heldout, seed=seed, batch_size=1)
+        first, second = (extract(spec, processor, UNTRAINED) for _ in range(2))
+    calibration, heldout, _ = first
+    assert len({sample.prompt for sample in calibration + heldout}) == num_samples + num_heldout
+    assert len(calibration) == num_samples
+    assert first == second
 
 
 def test_digits_come_from_the_splits_that_training_left_aside(processor):
@@ -168,3 +195,116 @@ def test_the_image_token_in_a_prompt_is_refused(processor, tmp_path):
     path.write_text(json.dumps({"prompt": "<|image_pad|>"}) + "\n")
     with pytest.raises(InputError, match=r"contains the image token <\|image_pad\|>"):
         extract(local(path, num_samples=1, num_heldout=0, batch_size=1), processor, UNTRAINED)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[]", "line 7: no JSON object"),
+        ('{"prompt": " "}', "line 7: no text under 'prompt'"),
+        ('{"prompt": "x", "image": 5}', "line 7: 'image' is no path"),
+        ('{"prompt": "x", "answer": 5}', "line 7: 'answer' is no text"),
+        ('{"prompt": "\udce9"}', "line 7: not valid JSON .*can't decode byte 0xe9"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(processor, jsonl, line, message):
+    jsonl.write_bytes(jsonl.read_bytes() + line.encode("utf-8", "surrogateescape") + b"\n")
+    with pytest.raises(InputError, match=message):
+        extract(local(jsonl), processor, UNTRAINED)
+
+
+def test_a_byte_order_mark_and_unicode_line_separators_are_text(processor, tmp_path):
+    path = tmp_path / "set.jsonl"
+    path.write_text(json.dumps({"prompt": "one\u2028two"}, ensure_ascii=False), encoding="utf-8-sig")
+    (sample,), _, _ = extract(local(path, num_samples=1, num_heldout=0, batch_size=1), processor, UNTRAINED)
+    assert sample.prompt == "one\u2028two"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (None, "not a readable Parquet file"),
+        ({"text": ["x"]}, "no column 'prompt'; there are text"),
+        ({"prompt": pyarrow.array([], pyarrow.string())}, "holds no samples"),
+        ({"prompt": ["x", None]}, "row 2: no text under 'prompt'"),
+        ({"prompt": ["x"], "answer": [3]}, "row 1: 'answer' is no text"),
+        ({"prompt": ["x"], "image": [3]}, "not a readable Parquet file"),
+        ({"prompt": ["x"], "image": ["gone.png"]}, r"row 1: image .*gone\.png does not exist"),
+    ],
+)
+def test_bad_parquet_is_refused(processor, tmp_path, columns, message):
+    path = tmp_path / "set.parquet"
+    if columns is None:
+        path.write_bytes(b"no Parquet")
+    else:
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    with pytest.raises(InputError, match=message):
+        extract(local(path, num_samples=1, num_heldout=0, batch_size=1), processor, UNTRAINED)
+
+
+def test_a_parquet_file_is_read_anew_though_path_and_time_are_the_same(tmp_path):
+    path = tmp_path / "set.parquet"
+    for index in (0, 1):
+        write_samples(path, digit_samples([index]))
+        os.utime(path, (0, 0))
+        assert read_samples(path)[0].id == f"digit-{index:04d}"
+
+
+def test_images_in_a_parquet_lie_relative_to_it(processor, tmp_path):
+    Image.new("RGB", (60, 30)).save(tmp_path / "a.png")
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x"], "image": ["a.png"]}), tmp_path / "set.parquet")
+    spec = local(tmp_path / "set.parquet", num_samples=1, num_heldout=0, batch_size=1)
+    assert extract(spec, processor, UNTRAINED)[0][0].image.size == (60, 30)
+
+
+def test_a_photo_is_turned_as_its_exif_says(processor, tmp_path):
+    photo = Image.new("RGB", (60, 30))
+    exif = photo.getexif()
+    exif[0x0112] = 6  # orientation: a quarter turn
+    photo.save(tmp_path / "photo.jpg", exif=exif)
+    spec = local(tmp_path, num_samples=1, num_heldout=0, batch_size=1)
+    assert extract(spec, processor, UNTRAINED)[0][0].image.size == (30, 60)
+
+
+def test_an_image_that_the_processor_refuses_is_named(processor, tmp_path):
+    Image.new("RGB", (3000, 5)).save(tmp_path / "thin.png")
+    with pytest.raises(InputError, match="sample .*000001: the model's processor refuses it .*aspect ratio"):
+        extract(local(tmp_path, num_samples=1, num_heldout=0, batch_size=1), processor, UNTRAINED)
+
+
+def test_an_image_of_absurd_size_is_named(processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    Image.new("RGB", (60, 30)).save(tmp_path / "bomb.png")
+    with pytest.raises(InputError, match=r"bomb\.png cannot be read .*decompression bomb"):
+        extract(local(tmp_path, num_samples=1, num_heldout=0, batch_size=1), processor, UNTRAINED)
+
+
+def test_one_sample_in_both_splits_is_refused(processor, tmp_path):
+    path = tmp_path / "set.jsonl"
+    path.write_text('{"prompt": "x"}\n' * 2)
+    with pytest.raises(InputError, match="are the same sample, one drawn to calibrate on and one held out"):
+        extract(local(path, num_samples=1, num_heldout=1, batch_size=1), processor, UNTRAINED)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "hub"}, "calibration.source: 'hub' is neither"),
+        ({"num_samples": "4"}, "calibration.num_samples: '4' is not a whole number"),
+        ({"num_samples": 1}, r"num_samples \(1\) is below calibration.batch_size \(2\)"),
+        ({"min_pixels": 9999}, "min_pixels is above calibration.max_pixels"),
+        ({"sede": 0}, "calibration.sede: no such key"),
+    ],
+)
+def test_a_wrong_config_block_is_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        CalibrationSpec.from_config(asdict(SPEC) | change)
+    with pytest.raises(InputError, match="calibration.seed: not set"):
+        CalibrationSpec.from_config({name: value for name, value in asdict(SPEC).items() if name != "seed"})
+
+
+def test_inc_can_iterate_the_loader_again_and_again(processor):
+    calibration, _, manifest = extract(SPEC, processor, UNTRAINED)
+    loader = CalibrationLoader(batches_of(calibration, manifest, processor))
+    assert loader.batch_size == 2
+    assert [label for _ in range(2) for _, label in loader] == [None] * 4

@@ -4,18 +4,21 @@ In: the digits, a JSONL, a Parquet file or a folder of images. Out: `calibration
 manifest of their ids and hashes; later the batches that INC and the capture read.
 """
 
+import codecs
 import io
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from auto_quantize_model.files import InputError, atomic_path, digest_of, sha256_bytes
 from auto_quantize_model.samples import Limits, Sample, collate, encode
@@ -24,13 +27,26 @@ from auto_quantize_model.snapshot import Processor
 FEATURES = Features(
     {"id": Value("string"), "prompt": Value("string"), "image": ImageFeature(decode=False), "answer": Value("string")}
 )
+MINIMA = {
+    "num_samples": 1,
+    "num_heldout": 0,
+    "seed": 0,
+    "batch_size": 1,
+    "min_pixels": 1,
+    "max_pixels": 1,
+    "max_tokens": 1,
+}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class CalibrationSpec:
-    """The `calibration` block of the config; `prompt` is asked of each image of a folder."""
+    """The `calibration` block of the config; `prompt` is asked of each image of a folder.
+
+    Raises:
+        InputError: a number is out of its range, the source is unknown, or the samples do not fill one batch.
+    """
 
     name: str
     source: str
@@ -43,6 +59,36 @@ class CalibrationSpec:
     max_tokens: int
     path: str | None = None
     prompt: str = "Describe this image."
+
+    def __post_init__(self) -> None:
+        # The schema checks a config; scripts run by hand come here without it.
+        if self.source not in ("digits", "local"):
+            raise InputError(f"calibration.source: {self.source!r} is neither digits nor local")
+        for name, least in MINIMA.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise InputError(f"calibration.{name}: {value!r} is not a whole number of at least {least}")
+        if self.num_samples < self.batch_size:
+            raise InputError(
+                f"calibration.num_samples ({self.num_samples}) is below calibration.batch_size ({self.batch_size}): not"
+                " one batch; raise num_samples"
+            )
+        if self.min_pixels > self.max_pixels:
+            raise InputError("calibration.min_pixels is above calibration.max_pixels; raise max_pixels")
+
+    @classmethod
+    def from_config(cls, block: dict[str, Any]) -> "CalibrationSpec":
+        """The spec of a config's `calibration` block.
+
+        Raises:
+            InputError: a key is unknown or missing, or a value is refused.
+        """
+        known = {field.name: field for field in fields(cls)}
+        if unknown := sorted(set(block) - set(known)):
+            raise InputError(f"calibration.{unknown[0]}: no such key; the keys are {', '.join(known)}")
+        if missing := [name for name, field in known.items() if field.default is MISSING and name not in block]:
+            raise InputError(f"calibration.{missing[0]}: not set; add it")
+        return cls(**block)
 
     @property
     def limits(self) -> Limits:
@@ -71,9 +117,9 @@ def extract(
 
     Raises:
         InputError: the source is empty, malformed, names an image that is missing or unreadable, has fewer samples than
-            asked, or a sample breaks a limit.
+            asked, a sample breaks a limit, or one held out is the same as one to calibrate on.
     """
-    pools = _digit_pools(model_manifest) if spec.source == "digits" else _local_pools(spec)
+    pools, load, details = _open_source(spec, model_manifest)
     generator = np.random.default_rng(spec.seed)
     drawn: dict[str, list[Any]] = {}
     for split, count in (("calibration", spec.num_samples), ("heldout", spec.num_heldout)):
@@ -85,8 +131,9 @@ def extract(
                 " or calibration.num_heldout, or give more samples"
             )
         drawn[split] = [pool[index] for index in sorted(generator.choice(len(pool), count, replace=False))]
-    samples = {split: _load(spec, items) for split, items in drawn.items()}
+    samples = {split: load(items) for split, items in drawn.items()}
     entries = {split: [_describe(sample, processor, spec.limits) for sample in samples[split]] for split in samples}
+    _refuse_shared(entries, spec.path)
     encoded = [encode(sample, processor, spec.limits) for sample in samples["calibration"]]
     for start in range(0, len(encoded), spec.batch_size):
         collate(encoded[start : start + spec.batch_size])
@@ -99,31 +146,42 @@ def extract(
         **content,
         "text_only": not any(entry["image_tokens"] for entry in entries["calibration"]),
         "digest": digest_of(content),
+        "details": details,
     }
     return samples["calibration"], samples["heldout"], manifest
 
 
-def _digit_pools(model_manifest: dict[str, Any]) -> dict[str, list[int]]:
-    """Indices of digits: those that the model's training left aside for each split."""
-    from auto_quantize_model.digits import digits_split
+def _open_source(
+    spec: CalibrationSpec, model_manifest: dict[str, Any]
+) -> tuple[dict[str, Sequence[int]], Callable[[Sequence[int]], list[Sample]], dict[str, Any]]:
+    """The numbers each split draws from, what turns drawn numbers into samples, and details for the manifest.
 
-    training = model_manifest["details"].get("training")
-    return training["split"] if training else digits_split(0)
-
-
-def _local_pools(spec: CalibrationSpec) -> dict[str, list[int]]:
-    """Row numbers of a local source; both splits draw from all of them, one after the other."""
-    rows = list(range(len(_read_rows(spec))))
-    return {"calibration": rows, "heldout": rows}
-
-
-def _load(spec: CalibrationSpec, items: Sequence[int]) -> list[Sample]:
+    Digits come from what the model's training left aside for each split. Both splits of a local source draw from all
+    of its rows, one after the other.
+    """
     if spec.source == "digits":
-        from auto_quantize_model.digits import digit_samples
+        from auto_quantize_model.digits import digit_samples, digits_split
 
-        return digit_samples(items)
+        split = model_manifest["details"].get("training", {}).get("split") or {"seed": 0, **digits_split(0)}
+        return split, digit_samples, {"split_seed": split["seed"]}
     rows = _read_rows(spec)
-    return [_sample_of(rows[item], f"{Path(spec.path or '').name}:{item + 1:06d}") for item in items]
+    name = Path(spec.path or "").name
+
+    def load(items: Sequence[int]) -> list[Sample]:
+        return [_sample_of(rows[item], f"{name}:{item + 1:06d}") for item in items]
+
+    return {"calibration": range(len(rows)), "heldout": range(len(rows))}, load, {}
+
+
+def _refuse_shared(entries: dict[str, list[dict[str, Any]]], path: str | None) -> None:
+    """Two rows may hold one sample; calibrated on and held out at once, it would flatter every held-out score."""
+    calibration = {entry["sha256"]: entry["id"] for entry in entries["calibration"]}
+    for entry in entries["heldout"]:
+        if entry["sha256"] in calibration:
+            raise InputError(
+                f"{path}: {calibration[entry['sha256']]} and {entry['id']} are the same sample, one drawn to calibrate"
+                " on and one held out; remove the duplicate or set calibration.num_heldout to 0"
+            )
 
 
 def _read_rows(spec: CalibrationSpec) -> list[dict[str, Any]]:
@@ -152,34 +210,55 @@ def _read_rows(spec: CalibrationSpec) -> list[dict[str, Any]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Split at newlines alone: str.splitlines also splits at U+2028 and others, which JSON strings may hold.
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not valid JSON ({error.msg}); mend or remove the line") from None
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise InputError(f"{where}: no text under 'prompt'; each line is {{image?, prompt, answer?}}")
+            row = json.loads(line.decode("utf-8"))
+        except ValueError as error:  # of the JSON or of the UTF-8
+            raise InputError(f"{where}: not valid JSON ({error}); mend or remove the line") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: no JSON object; each line is {{image?, prompt, answer?}}")
         unknown = sorted(set(row) - {"image", "prompt", "answer"})
         if unknown:
             raise InputError(f"{where}: unknown key {unknown[0]!r}; each line is {{image?, prompt, answer?}}")
-        if row.get("image") is not None:
-            row["image"] = str(path.parent / row["image"])
-        yield row | {"where": where}
+        image = row.get("image")
+        if image is not None and not isinstance(image, str):
+            raise InputError(f"{where}: 'image' is no path; give one relative to {path.parent}, or leave it out")
+        _check_words(row, where)
+        yield row | {"image": image and str(path.parent / image), "where": where}
+
+
+def _check_words(row: dict[str, Any], where: str) -> None:
+    prompt, answer = row.get("prompt"), row.get("answer")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(f"{where}: no text under 'prompt'; each sample is {{image?, prompt, answer?}}")
+    if answer is not None and not isinstance(answer, str):
+        raise InputError(f"{where}: 'answer' is no text; put it in quotes or leave it out")
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
-        table = Dataset.from_parquet(str(path))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable Parquet file ({error}); write it again") from None
+        # Not Dataset.from_parquet: it caches by path and mtime, and files unpacked from our archives share an mtime.
+        with pyarrow.parquet.ParquetFile(path) as file:
+            table = Dataset(file.read())
+        if "image" in table.column_names:
+            table = table.cast_column("image", ImageFeature(decode=False))
+    except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path}: not a readable Parquet file of samples ({error}); write it again") from None
     if "prompt" not in table.column_names:
         raise InputError(f"{path}: no column 'prompt'; there are {', '.join(table.column_names)}")
-    if "image" in table.column_names:
-        table = table.cast_column("image", ImageFeature(decode=False))
-    return [dict(row) | {"where": f"{path}, row {number}"} for number, row in enumerate(table, start=1)]
+    rows = []
+    for number, row in enumerate(table, start=1):
+        where = f"{path}, row {number}"
+        _check_words(row, where)
+        image = row.get("image")
+        if image and not image["bytes"] and image["path"]:
+            image = str(path.parent / image["path"])
+        rows.append(row | {"image": image, "where": where})
+    return rows
 
 
 def _sample_of(row: dict[str, Any], sample_id: str) -> Sample:
@@ -198,16 +277,22 @@ def _open_image(image: Any, where: str) -> Image.Image | None:
     path: Any = image.get("path") if isinstance(image, dict) else image
     try:
         with Image.open(io.BytesIO(stored) if stored else path) as opened:
-            return opened.convert("RGB")
+            # A phone stores a photo as its sensor lay and says in EXIF how to turn it.
+            return ImageOps.exif_transpose(opened).convert("RGB")
     except FileNotFoundError:
         raise InputError(f"{where}: image {path} does not exist; correct the path or remove the sample") from None
-    except (UnidentifiedImageError, OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{where}: image {path} cannot be read ({error}); replace it or remove the sample") from None
 
 
 def _describe(sample: Sample, processor: Processor, limits: Limits) -> dict[str, Any]:
     """The manifest's entry; the sha256 is over the words and the decoded RGB pixels."""
-    encoded = encode(sample, processor, limits)
+    try:
+        encoded = encode(sample, processor, limits)
+    except ValueError as error:  # the image processor's own, for an image too long and thin, say
+        raise InputError(
+            f"sample {sample.id}: the model's processor refuses it ({error}); change or remove the sample"
+        ) from None
     pixels = b"" if sample.image is None else repr(sample.image.size).encode() + sample.image.tobytes()
     words = json.dumps([sample.prompt, sample.answer]).encode()
     return {
