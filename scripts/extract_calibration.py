@@ -6,7 +6,7 @@ from pathlib import Path
 
 from auto_quantize_model import cli
 from auto_quantize_model.calibration import CalibrationSpec, extract, write_samples
-from auto_quantize_model.files import read_json, write_json
+from auto_quantize_model.files import from_block, read_json, write_json
 from auto_quantize_model.snapshot import load_processor, verify_manifest
 
 
@@ -25,7 +25,9 @@ def main() -> int:
 def extract_calibration(args: argparse.Namespace) -> None:
     model_manifest = read_json(args.manifest)
     processor = load_processor(verify_manifest(model_manifest))
-    calibration, heldout, manifest = extract(CalibrationSpec.from_config(args.spec), processor, model_manifest)
+    calibration, heldout, manifest = extract(
+        from_block(CalibrationSpec, args.spec, "calibration"), processor, model_manifest
+    )
     write_samples(args.calibration_set, calibration)
     write_samples(args.heldout_set, heldout)
     write_json(args.calibration_manifest, manifest)

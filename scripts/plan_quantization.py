@@ -6,7 +6,7 @@ from pathlib import Path
 
 from auto_quantize_model import cli
 from auto_quantize_model.calibration import load_batches
-from auto_quantize_model.files import digest_of, read_json, write_json
+from auto_quantize_model.files import digest_of, from_block, read_json, write_json
 from auto_quantize_model.plan import SensitivitySpec, build_plan, identify
 from auto_quantize_model.snapshot import load_model, load_processor, verify_manifest
 
@@ -16,7 +16,7 @@ def main() -> int:
     parser.add_argument("--manifest", type=Path, required=True, help="the model's manifest")
     parser.add_argument("--calibration-manifest", type=Path, required=True, help="the calibration set's manifest")
     parser.add_argument("--calibration-set", type=Path, required=True, help="the calibration samples (Parquet)")
-    parser.add_argument("--spec", required=True, help="the config's sensitivity block as JSON")
+    parser.add_argument("--spec", type=json.loads, required=True, help="the config's sensitivity block as JSON")
     parser.add_argument("--plan", type=Path, required=True, help="the plan to write (JSON)")
     parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
     args = parser.parse_args()
@@ -25,11 +25,11 @@ def main() -> int:
 
 def plan_quantization(args: argparse.Namespace) -> None:
     manifest, calibration = read_json(args.manifest), read_json(args.calibration_manifest)
-    spec = json.loads(args.spec)
+    spec = from_block(SensitivitySpec, args.spec, "sensitivity")
     directory = verify_manifest(manifest)
     batches = load_batches(args.calibration_set, calibration, load_processor(directory))
-    plan = build_plan(load_model(directory), batches, SensitivitySpec(**spec))
-    write_json(args.plan, identify(plan, manifest, calibration, digest_of(spec)))
+    plan = build_plan(load_model(directory), batches, spec)
+    write_json(args.plan, identify(plan, manifest, calibration, digest_of(args.spec)))
     cli.say(f"plan: {len(plan['ops'])} ops to measure at {plan['measured_op']}, {len(plan['excluded'])} excluded")
 
 

@@ -24,7 +24,7 @@ from auto_quantize_model.calibration import (
     write_samples,
 )
 from auto_quantize_model.digits import digit_samples, digits_split
-from auto_quantize_model.files import InputError
+from auto_quantize_model.files import InputError, from_block
 
 SPEC = CalibrationSpec(
     name="set",
@@ -298,9 +298,13 @@ def test_one_sample_in_both_splits_is_refused(processor, tmp_path):
 )
 def test_a_wrong_config_block_is_refused(change, message):
     with pytest.raises(InputError, match=message):
-        CalibrationSpec.from_config(asdict(SPEC) | change)
+        from_block(CalibrationSpec, asdict(SPEC) | change, "calibration")
+
+
+def test_a_key_that_is_missing_is_named():
     with pytest.raises(InputError, match="calibration.seed: not set"):
-        CalibrationSpec.from_config({name: value for name, value in asdict(SPEC).items() if name != "seed"})
+        without_seed = {name: value for name, value in asdict(SPEC).items() if name != "seed"}
+        from_block(CalibrationSpec, without_seed, "calibration")
 
 
 def test_inc_can_iterate_the_loader_again_and_again(processor):

@@ -159,6 +159,17 @@ def test_a_bad_config_ends_before_any_job_and_names_the_key(
     assert not (checkout / "results" / "digits_vlm").exists()
 
 
+def test_the_images_that_a_jsonl_names_are_inputs(checkout: Path) -> None:
+    (checkout / "set").mkdir()
+    (checkout / "set" / "there.png").touch()
+    (checkout / "set" / "set.jsonl").write_text('{"image": "there.png"}\nbroken\n{"image": "gone.png"}\n{"image": 3}\n')
+    config = checkout / "config" / "config.yaml"
+    with changed(config, config.read_text()):
+        write_config(checkout, {"calibration": {"source": "local", "path": "set/set.jsonl"}})
+        printed = snakemake(checkout, "--dry-run").stdout
+    assert "set/set.jsonl, set/there.png, results" in printed
+
+
 def test_library_imports_are_followed_into_functions_and_through_modules(checkout: Path) -> None:
     """A module that only a function imports, or only another module, is part of a rule's digest as well."""
     results = checkout / "src" / "auto_quantize_model"

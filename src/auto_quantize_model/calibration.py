@@ -8,7 +8,7 @@ import codecs
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,20 +75,6 @@ class CalibrationSpec:
             )
         if self.min_pixels > self.max_pixels:
             raise InputError("calibration.min_pixels is above calibration.max_pixels; raise max_pixels")
-
-    @classmethod
-    def from_config(cls, block: dict[str, Any]) -> "CalibrationSpec":
-        """The spec of a config's `calibration` block.
-
-        Raises:
-            InputError: a key is unknown or missing, or a value is refused.
-        """
-        known = {field.name: field for field in fields(cls)}
-        if unknown := sorted(set(block) - set(known)):
-            raise InputError(f"calibration.{unknown[0]}: no such key; the keys are {', '.join(known)}")
-        if missing := [name for name, field in known.items() if field.default is MISSING and name not in block]:
-            raise InputError(f"calibration.{missing[0]}: not set; add it")
-        return cls(**block)
 
     @property
     def limits(self) -> Limits:

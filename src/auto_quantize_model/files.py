@@ -1,4 +1,4 @@
-"""Files in and out: hashes, atomic writes, canonical JSON, and the one error that is the user's to mend."""
+"""Files in and out: hashes, atomic writes, canonical JSON, config blocks, and the error that is the user's to mend."""
 
 import hashlib
 import json
@@ -6,8 +6,11 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Spec = TypeVar("Spec")
 
 
 class InputError(Exception):
@@ -80,3 +83,18 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); write it anew or restore it") from None
+
+
+def from_block(spec: type[Spec], block: dict[str, Any], name: str) -> Spec:
+    """A dataclass from the block `name` of a config.
+
+    Raises:
+        InputError: a key is unknown or missing, or the dataclass refuses a value.
+    """
+    known = {field.name: field for field in fields(spec)}  # type: ignore[arg-type]
+    if unknown := sorted(set(block) - set(known)):
+        raise InputError(f"{name}.{unknown[0]}: no such key; the keys are {', '.join(known)}")
+    required = [key for key, field in known.items() if field.default is MISSING and field.default_factory is MISSING]
+    if missing := [key for key in required if key not in block]:
+        raise InputError(f"{name}.{missing[0]}: not set; add it")
+    return spec(**block)

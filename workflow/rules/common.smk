@@ -47,11 +47,24 @@ def block(*keys):
 
 
 def calibration_files(wildcards):
-    """The files of a local calibration source; the digits come with a package."""
+    """The files of a local calibration source, with the images that a JSONL names; the digits come with a package."""
     if config["calibration"]["source"] != "local":
         return []
     path = Path(config["calibration"]["path"])
-    return sorted(str(file) for file in path.rglob("*") if file.is_file()) if path.is_dir() else [str(path)]
+    if path.is_dir():
+        return sorted(str(file) for file in path.rglob("*") if file.is_file())
+    return [str(path), *(jsonl_images(path) if path.suffix == ".jsonl" and path.is_file() else [])]
+
+
+def jsonl_images(path):
+    """The images that a JSONL names and that are there; what is wrong with the others, the rule's script says."""
+    images = set()
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            images.add(path.parent / json.loads(line)["image"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return sorted(str(image) for image in images if image.is_file())
 
 
 def code_digest(script, *extra):
