@@ -195,7 +195,7 @@ class Conv3dSite(Site):
         """The same over patches (n, channels, t, h, w) of exactly the kernel's size or whole multiples of it."""
         patches, spatial = as_patches(quantize(x, self.in_scale, self.in_zero), self.module.kernel_size)
         accumulated = integer_matmul(patches, self.codes.flatten(1)).add_(self.row_sums, alpha=128 - self.in_zero)
-        # oneDNN is handed 1 / x_scale and inverts it again, multiplies scale by scale, and adds y_zero before it rounds.
+        # oneDNN is handed 1 / x_scale and inverts it again, takes scale by scale, and adds y_zero before it rounds.
         result = accumulated.float().mul_(self.in_scale.reciprocal().reciprocal()).mul_(self.w_scale)
         if self.module.bias is not None:
             result.add_(self.module.bias)
