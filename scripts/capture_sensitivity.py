@@ -1,13 +1,17 @@
-"""Score every planned op with INC's unmodified mse_v2 helpers, batch for batch."""
+"""Score every planned op, batch for batch, by the engine that the plan names. A killed run goes on where it ended."""
 
 import argparse
 from pathlib import Path
 
+import torch
+
 from auto_quantize_model import cli
 from auto_quantize_model.calibration import load_batches
-from auto_quantize_model.capture import capture_sensitivity, describe_batches
+from auto_quantize_model.capture import capture_sensitivity, describe_batches, fingerprint
+from auto_quantize_model.device import choose_device, explained_out_of_memory, require_memory
 from auto_quantize_model.files import InputError, read_json, write_json
-from auto_quantize_model.snapshot import load_model, load_processor, verify_manifest
+from auto_quantize_model.journal import Journal
+from auto_quantize_model.snapshot import count_parameters, load_model, load_processor, verify_manifest
 
 
 def main() -> int:
@@ -16,10 +20,16 @@ def main() -> int:
     parser.add_argument("--calibration-manifest", type=Path, required=True, help="the calibration set's manifest")
     parser.add_argument("--calibration-set", type=Path, required=True, help="the calibration samples (Parquet)")
     parser.add_argument("--plan", type=Path, required=True, help="the plan to follow")
-    parser.add_argument("--capture", type=Path, required=True, help="the capture to write (JSON)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to replay")
+    parser.add_argument("--tf32", action="store_true", help="let a GPU round float32 products to TF32")
+    parser.add_argument("--nondeterministic", action="store_true", help="let torch choose faster algorithms")
+    parser.add_argument(
+        "--capture", type=Path, required=True, help="the capture to write (JSON); a journal lies beside"
+    )
     parser.add_argument("--run-record", type=Path, required=True, help="times and host of this run, to write (JSON)")
     parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
     args = parser.parse_args()
+    cli.end_with_parent()
     return cli.run(lambda: capture(args), args.log)
 
 
@@ -28,13 +38,20 @@ def capture(args: argparse.Namespace) -> None:
     if (plan["model_digest"], plan["calibration_digest"]) != (manifest["digest"], calibration["digest"]):
         raise InputError(f"{args.plan}: made for another model or calibration set; make the plan again")
     directory = verify_manifest(manifest)
+    device = choose_device(args.device, tf32=args.tf32, deterministic=not args.nondeterministic)
+    require_memory(count_parameters(directory), device)
     batches = load_batches(args.calibration_set, calibration, load_processor(directory))
-    scores = plan["confidence_batches"] * (len(plan["maps"]) * len(plan["ops"]) + 1)
-    model = load_model(directory)
-    with cli.progress(range(scores), "capture") as bar:
-        captured, record = capture_sensitivity(model, batches, plan, lambda *_: bar.update())
-    write_json(args.run_record, record)
-    write_json(args.capture, describe_batches(captured, calibration))
+    with Journal(args.capture.with_name(f"{args.capture.name}.journal"), fingerprint(plan, device)) as journal:
+        if journal.dropped:
+            cli.say(f"capture: starting over, {journal.dropped} since the scores of an earlier run")
+        elif journal.found:
+            cli.say(f"capture: going on from {journal.found} records of an earlier run")
+        with explained_out_of_memory(device), cli.progress_bar("capture") as on_progress:
+            model: torch.nn.Module = load_model(directory)
+            captured, record = capture_sensitivity(model.to(device), batches, plan, journal, on_progress)
+        write_json(args.run_record, record)
+        write_json(args.capture, describe_batches(captured, calibration))
+        journal.remove()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ def main() -> int:
     parser.add_argument("--calibration-manifest", type=Path, required=True, help="the calibration set's manifest")
     parser.add_argument("--plan", type=Path, required=True, help="the plan")
     parser.add_argument("--capture", type=Path, required=True, help="the capture")
+    parser.add_argument("--audit", type=Path, required=True, help="the audit of the capture")
     parser.add_argument("--templates", type=Path, default=Path("workflow/templates"), help="folder of the templates")
     parser.add_argument("--markdown", type=Path, required=True, help="the report to write (Markdown)")
     parser.add_argument("--json", type=Path, required=True, help="the report to write (JSON)")
@@ -23,7 +24,9 @@ def main() -> int:
 
 
 def render_report(args: argparse.Namespace) -> None:
-    parts = (read_json(path) for path in (args.manifest, args.calibration_manifest, args.plan, args.capture))
+    parts = (
+        read_json(path) for path in (args.manifest, args.calibration_manifest, args.plan, args.capture, args.audit)
+    )
     report = build_report(*parts)
     markdown, document = render(report, args.templates)
     write_text(args.markdown, markdown)

@@ -46,10 +46,7 @@ def site_for(module):
 
 
 def set_qparams(site, in_scale, in_zero, out_scale, out_zero):
-    site.in_scale, site.in_zero = torch.tensor(in_scale), in_zero
-    site.out_scale, site.out_zero = torch.tensor(out_scale), out_zero
-    if isinstance(site, LinearSite):
-        site.wraps = site.can_wrap()
+    site.set_scales((torch.tensor(in_scale), in_zero), (torch.tensor(out_scale), out_zero))
 
 
 def differing(ours, theirs):
@@ -176,8 +173,7 @@ def test_a_site_gives_the_same_bits_on_the_gpu(shape):
     set_qparams(on_cpu, 0.03, 117, 0.02, 130)
     expected = on_cpu.quantized(x)
     on_gpu = site_for(module.cuda())
-    on_gpu.in_scale, on_gpu.in_zero = on_cpu.in_scale.cuda(), 117
-    on_gpu.out_scale, on_gpu.out_zero = on_cpu.out_scale.cuda(), 130
+    set_qparams(on_gpu, 0.03, 117, 0.02, 130)
     assert differing(on_gpu.quantized(x.cuda()).cpu(), expected) == 0
 
 

@@ -1,4 +1,7 @@
-"""Measure a snapshot's INT8 sensitivity with INC's mse_v2 helpers, without Snakemake: plan, capture and report.
+"""Measure a snapshot's INT8 sensitivity by INC's mse_v2, without Snakemake: plan, capture, audit and report.
+
+INC plans, and its unmodified helpers measure a sample of ops again (all of them with --engine inc); a killed run goes
+on where it ended.
 
 Reads any supported snapshot directory and any local calibration set (JSONL, Parquet or image folder). The report goes
 to --output; with --publish a copy goes to context/summaries/inc-kb/ as well.
@@ -6,18 +9,24 @@ to --output; with --publish a copy goes to context/summaries/inc-kb/ as well.
 
 import argparse
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from auto_quantize_model import cli
+from auto_quantize_model.audit import audit_capture
 from auto_quantize_model.calibration import CalibrationSpec, batches_of, extract
-from auto_quantize_model.capture import capture_sensitivity, describe_batches
+from auto_quantize_model.capture import capture_sensitivity, describe_batches, fingerprint
+from auto_quantize_model.device import choose_device, explained_out_of_memory, require_memory
 from auto_quantize_model.files import digest_of, write_json, write_text
+from auto_quantize_model.journal import Journal
 from auto_quantize_model.plan import SensitivitySpec, build_plan, identify
 from auto_quantize_model.report import DIRECTIONS, build_report, render, top_table
-from auto_quantize_model.snapshot import build_manifest, load_model, load_processor
+from auto_quantize_model.snapshot import build_manifest, count_parameters, load_model, load_processor
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = Path("context/summaries/inc-kb")
-REPORT = "op_sensitivity_mse_v2_cpu"
+REPORT = "op_sensitivity_mse_v2"
 
 
 def main() -> int:
@@ -35,6 +44,9 @@ def main() -> int:
     parser.add_argument("--max-pixels", type=int, default=200704, help="largest image area (200704: 256 visual tokens)")
     parser.add_argument("--max-tokens", type=int, default=1024, help="tokens above which a sample is refused")
     parser.add_argument("--maps", nargs="+", choices=list(DIRECTIONS), default=list(DIRECTIONS), help="maps to measure")
+    parser.add_argument("--engine", choices=["replay", "inc", "auto"], default="replay", help="who measures")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to replay")
+    parser.add_argument("--audit-ops", type=int, default=6, help="ops that INC measures again")
     parser.add_argument("--keep-type", nargs="*", default=[], metavar="TYPE", help="op types kept in FP32")
     parser.add_argument("--keep-name", nargs="*", default=[], metavar="REGEX", help="ops kept in FP32, by whole name")
     parser.add_argument("--output", type=Path, default=Path("tmp/qwen2_5_vl_3b_inc"), help="folder of the run")
@@ -44,7 +56,9 @@ def main() -> int:
 
 
 def measure(args: argparse.Namespace) -> None:
+    device = choose_device(args.device if args.engine == "replay" else "cpu")
     manifest = build_manifest(args.model, args.name, "local", {})
+    require_memory(count_parameters(args.model), device)
     processor = load_processor(args.model)
     draw = CalibrationSpec(
         name=Path(args.calibration).stem,
@@ -60,27 +74,42 @@ def measure(args: argparse.Namespace) -> None:
     )
     samples, _, calibration = extract(draw, processor, manifest)
     batches = batches_of(samples, calibration, processor)
-    model = load_model(args.model)
+    model: torch.nn.Module = load_model(args.model)
     keep = {
         "op_type_dict": dict.fromkeys(args.keep_type, "fp32"),
         "op_name_dict": dict.fromkeys(args.keep_name, "fp32"),
     }
-    spec = SensitivitySpec("inc", args.confidence_batches, args.maps, **keep)
+    spec = SensitivitySpec(args.engine, args.confidence_batches, args.maps, **keep)
     plan = identify(build_plan(model, batches, spec), manifest, calibration, digest_of(vars(spec)))
-    scores = plan["confidence_batches"] * (len(plan["maps"]) * len(plan["ops"]) + 1)
-    with cli.progress(range(scores), "capture") as bar:
-        captured, record = capture_sensitivity(model, batches, plan, lambda *_: bar.update())
+    captured, record = capture(args.output / f"capture_{device.type}.json.journal", model.to(device), batches, plan)
     captured = describe_batches(captured, calibration)
-    report = build_report(manifest, calibration, plan, captured)
+    with cli.progress_bar("audit by INC") as on_progress:
+        audit = audit_capture(model.to("cpu"), batches, plan, captured, args.audit_ops, on_progress)
+    report = build_report(manifest, calibration, plan, captured, audit)
     markdown, document = render(report, ROOT / "workflow" / "templates")
-    for name, part in (("plan", plan), ("capture_cpu", captured), (f"{REPORT}.run", record)):
-        write_json(args.output / f"{name}.json", part)
-    targets = [args.output / REPORT] + [PUBLISHED / f"{args.name}_mse_sensitivity"] * args.publish
+    name = f"{REPORT}_{device.type}"
+    parts = {"plan": plan, f"capture_{device.type}": captured, f"audit_{device.type}": audit, f"{name}.run": record}
+    for stem, part in parts.items():
+        write_json(args.output / f"{stem}.json", part)
+    targets = [args.output / name] + [PUBLISHED / f"{args.name}_mse_sensitivity"] * args.publish
     for target in targets:
         write_text(target.with_name(f"{target.name}.md"), markdown)
         write_text(target.with_name(f"{target.name}.json"), document)
     cli.say(f"The most sensitive ops of {args.name}:\n{top_table(report)}")
     cli.say("The report: " + ", ".join(f"{target}.md and .json" for target in targets))
+
+
+def capture(path: Path, model: Any, batches: Any, plan: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The capture and its run record, by way of a journal at `path`."""
+    device = next(model.parameters()).device
+    with (
+        Journal(path, fingerprint(plan, device)) as journal,
+        explained_out_of_memory(device),
+        cli.progress_bar("capture") as on_progress,
+    ):
+        result = capture_sensitivity(model, batches, plan, journal, on_progress)
+        journal.remove()
+    return result
 
 
 if __name__ == "__main__":

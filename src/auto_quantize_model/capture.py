@@ -1,98 +1,185 @@
-"""The error of every planned op, by INC's unmodified helpers, batch for batch.
+"""The error of every planned op, batch for batch, by the engine that the plan names.
 
 In: the model, the plan and the calibration batches. Out: the capture (deterministic) and a record of the run (times,
-host: volatile).
+host: volatile). Replay needs torch alone; INC is imported where the engine is `inc`, or `auto` needs it.
 """
 
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from auto_quantize_model.calibration import Batch, CalibrationLoader
-from auto_quantize_model.files import InputError, digest_of
-from auto_quantize_model.inc_pytorch_mse_patching import HelperCall, run_single_mse_v2_sensitivity_pass
-from auto_quantize_model.plan import SensitivitySpec, build_plan, ops_to_keep, quant_config, versions
+from auto_quantize_model.device import usage
+from auto_quantize_model.files import InputError, digest_of, sha256_file
+from auto_quantize_model.journal import Journal
+from auto_quantize_model.metrics import Reference
+from auto_quantize_model.replay import Batch, Replay, refusals, states
+
+Progress = Callable[[int, int], None]  # done and total, in runs of a block
 
 
 def capture_sensitivity(
     model: torch.nn.Module,
     batches: Sequence[Batch],
     plan: dict[str, Any],
-    on_op: Callable[[int, str, str], None] | None = None,
+    journal: Journal,
+    on_progress: Progress = lambda done, total: None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Score every op of `plan` on each confidence batch.
 
     Args:
-        model: FP32, eval mode, on the CPU; left as it was.
+        model: FP32, eval mode, on its device; left as it was.
         batches: the calibration batches; the first `plan["confidence_batches"]` are scored.
         plan: as `plan.build_plan` returns it.
-        on_op: called with batch, map and op before each score.
+        journal: keeps each score; those that it holds already are not measured again.
+        on_progress: called after each score.
 
     Returns:
-        (capture, run_record). The capture holds, for each batch, `reference_sum_of_squares` (of the FP32 output at the
-        measured op) and `all_int8_mse_value`, the executions of each op, and the maps: op to its sum of squared errors
-        per batch, null where the op did not run. INC gives such an op a plausible number, which means nothing.
+        (capture, run_record). The capture holds, for each batch, `reference` (sums of squares of the FP32 output at
+        the measured op) and `all_int8` (the record with every op in INT8), the executions of each op, and the maps: op
+        to its record per batch, null where the op did not run. A record is what `metrics.Reference.compare` returns,
+        or `mse_value` alone where INC measured.
 
     Raises:
-        InputError: INC plans the model otherwise than `plan` says, or a score or the reference is not finite.
+        InputError: a score or the reference is not finite, INC plans the model otherwise than `plan` says, or an op is
+            not covered by the engine.
     """
-    require_same_plan(model, batches, plan)
-    spec = spec_of(plan)
-    conf = quant_config(spec.confidence_batches, ops_to_keep(model, batches, spec))
+    device = next(model.parameters()).device
+    if len(batches) < plan["confidence_batches"]:
+        raise InputError(
+            f"the plan asks for {plan['confidence_batches']} batches, the calibration set has {len(batches)}"
+        )
+    started = time.monotonic()
+    batches = batches[: plan["confidence_batches"]]
+    by_replay, by_inc = share_of_engines(model, plan)
+    record: dict[str, Any] = {"resumed_scores": journal.found}
+    if by_replay:
+        record |= _measure_by_replay(model, batches, plan, by_replay, journal, on_progress)
+    if by_inc:
+        # Here and not above: machines that only replay need no INC.
+        from auto_quantize_model.inc_engine import measure_by_inc
+
+        measure_by_inc(model, batches, plan, by_inc, journal, on_progress)
+    record["seconds"] = round(time.monotonic() - started, 3)
+    return _assemble(plan, journal.records, device), record | usage(device)
+
+
+def share_of_engines(model: torch.nn.Module, plan: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Which ops of which map replay measures, and which INC: {map: ops}, `all_int8` among the maps.
+
+    With `auto`, an op that no site reproduces goes to INC, and so does every map in which other ops are in INT8 beside
+    it, since no state of such a map is without it.
+    """
     names = [op["op_name"] for op in plan["ops"]]
-    capture: dict[str, Any] = {
-        "engine": spec.engine,
-        "device": "cpu",
+    everything = {label: names for label in [*plan["maps"], "all_int8"]}
+    uncovered = refusals(model, plan["ops"]) if plan["engine"] == "auto" else {}
+    if plan["engine"] == "inc":
+        return {}, everything
+    if not uncovered:
+        return everything, {}
+    covered = {"isolated": [name for name in names if name not in uncovered]} if "isolated" in plan["maps"] else {}
+    return covered, everything | ({"isolated": list(uncovered)} if covered else {})
+
+
+def _measure_by_replay(
+    model: torch.nn.Module,
+    batches: Sequence[Batch],
+    plan: dict[str, Any],
+    share: dict[str, list[str]],
+    journal: Journal,
+    on_progress: Progress,
+) -> dict[str, Any]:
+    """Measure a share of the maps by replay, into the journal; what there is to say of it for the run record."""
+    ops = [op for op in plan["ops"] if op["op_name"] in next(iter(share.values()))]
+    done, seconds, cached = 0, [], 0
+    with Replay(model, ops, plan["measured_op"]) as replay:
+        for index, batch in enumerate(batches):
+            started = time.monotonic()
+            reference = Reference(replay.calibrate(batch), batch.get("mm_token_type_ids"))
+            note_batch(journal, index, reference.totals(), replay.executions)
+            work = list(states(replay.order, [op["op_name"] for op in ops], share))
+            costs = [replay.cost(changed) for _, changed, _ in work]
+            for cost, (label, name, state) in zip(costs, work, strict=True):
+                key = f"{index}/{label}/{name}"
+                if key not in journal.records:
+                    journal.add(key, require_finite(reference.compare(replay.run(state)), index, label, name))
+                done += cost
+                on_progress(done, sum(costs) * len(batches))
+            seconds.append(round(time.monotonic() - started, 3))
+            cached = max(cached, replay.cached_bytes)
+    return {"seconds_per_batch": seconds, "cached_bytes": cached}
+
+
+def note_batch(journal: Journal, index: int, totals: dict[str, float], executions: dict[str, int]) -> None:
+    """Put on record what a batch's FP32 run shows; where two engines share the work, each its ops."""
+    journal.add(f"{index}/reference", totals)
+    journal.add(f"{index}/executions", journal.records.get(f"{index}/executions", {}) | executions)
+
+
+def require_finite(record: dict[str, float], index: int, label: str, name: str) -> dict[str, float]:
+    """The record of an op, if each of its numbers is one.
+
+    Raises:
+        InputError: naming op, map and batch.
+    """
+    for metric, value in record.items():
+        if not math.isfinite(value):
+            raise InputError(
+                f"batch {index}, map {label}: {metric} of {name or 'all ops'} is {value}; keep that op in FP32 with"
+                " sensitivity.op_name_dict, or check the weights"
+            )
+    return record
+
+
+def _assemble(plan: dict[str, Any], records: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The journal's records as a capture."""
+    names = [op["op_name"] for op in plan["ops"]]
+    batches = range(plan["confidence_batches"])
+    executions = {name: [records[f"{index}/executions"][name] for index in batches] for name in names}
+    maps = {
+        label: {
+            name: [records[f"{index}/{label}/{name}"] if executions[name][index] else None for index in batches]
+            for name in names
+        }
+        for label in plan["maps"]
+    }
+    return {
+        "engine": plan["engine"],
+        "device": device.type,
+        # Sums of float32 depend on how many threads share them.
+        "threads": torch.get_num_threads(),
         "model": plan["model"],
         "calibration": plan["calibration"],
         "plan_digest": digest_of(plan),
-        "versions": versions(),
-        "batches": [],
-        "executions": {name: [] for name in names},
-        "maps": {label: {name: [] for name in names} for label in spec.maps},
-        "second_pass": [],
+        "versions": plan["versions"],
+        "batches": [
+            {"batch": index, "reference": records[f"{index}/reference"], "all_int8": records[f"{index}/all_int8/"]}
+            for index in batches
+        ],
+        "executions": executions,
+        "maps": maps,
+        "second_pass": [records.get(f"{index}/second_pass", {}) for index in batches],
     }
-    seconds = []
-    for index in range(spec.confidence_batches):
-        started = time.monotonic()
-        counts, reference = count_executions(model, batches[index], names, plan["measured_op"])
-        notify = None if on_op is None else lambda label, name, index=index: on_op(index, label, name)
-        calls = run_single_mse_v2_sensitivity_pass(
-            model,
-            conf,
-            CalibrationLoader([batches[index]]),
-            measured_op=plan["measured_op"],
-            maps=[*spec.maps, "all_int8"],
-            on_op=notify,
-        )
-        modules = {op["inc_name"]: op["op_name"] for op in plan["ops"]}
-        _record_batch(capture, index, calls, counts, reference, modules)
-        seconds.append(round(time.monotonic() - started, 3))
-    return capture, _run_record(seconds, len(names))
 
 
-def require_same_plan(model: torch.nn.Module, batches: Sequence[Batch], plan: dict[str, Any]) -> None:
-    """Refuse a plan that INC would not make today.
-
-    Raises:
-        InputError: the ops, what is excluded, or the measured op differ from those of the plan.
-    """
-    fresh = build_plan(model, batches, spec_of(plan))
-    for key in ("ops", "excluded", "measured_op"):
-        if fresh[key] != plan[key]:
-            raise InputError(
-                f"the plan's {key} are not what INC plans for this model now; make the plan again"
-                " (snakemake --cores 1 --forcerun plan_quantization)"
-            )
-
-
-def spec_of(plan: dict[str, Any]) -> SensitivitySpec:
-    """The sensitivity block that a plan was made from."""
-    return SensitivitySpec(plan["engine"], plan["confidence_batches"], plan["maps"], **plan["keep"])
+def fingerprint(plan: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What the scores of a capture depend on: a journal made under another one is of no use."""
+    library = sorted(Path(__file__).parent.glob("*.py"))
+    return {
+        "plan": digest_of(plan),
+        "model": plan["model_digest"],
+        "calibration": plan["calibration_digest"],
+        "versions": plan["versions"],
+        "torch": torch.__version__,
+        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "code": digest_of({path.name: sha256_file(path) for path in library}),
+    }
 
 
 def describe_batches(capture: dict[str, Any], calibration: dict[str, Any]) -> dict[str, Any]:
@@ -104,79 +191,3 @@ def describe_batches(capture: dict[str, Any], calibration: dict[str, Any]) -> di
         counts = {key: sum(sample[key] for sample in members) for key in ("tokens", "image_tokens")}
         batches.append(entry | {"sample_ids": [sample["id"] for sample in members]} | counts)
     return capture | {"batches": batches}
-
-
-def count_executions(
-    model: torch.nn.Module, batch: Batch, names: Sequence[str], measured_op: str
-) -> tuple[dict[str, int], float]:
-    """How often each op runs in one FP32 forward of `batch`, and the sum of squares of the measured op's output.
-
-    Raises:
-        InputError: that output is not finite.
-    """
-    counts = dict.fromkeys(names, 0)
-    reference: list[torch.Tensor] = []
-
-    def count(name: str) -> Any:
-        def hook(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
-            if name in counts:
-                counts[name] += 1
-            if name == measured_op:
-                reference.append(output)
-
-        return hook
-
-    modules = dict(model.named_modules())
-    handles = [modules[name].register_forward_hook(count(name)) for name in {*names, measured_op}]
-    try:
-        with torch.no_grad():
-            model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    total = float(reference[-1].double().pow(2).sum())
-    if not math.isfinite(total):
-        raise InputError(f"the FP32 output at {measured_op} is not finite on a calibration batch; check the weights")
-    return counts, total
-
-
-def _record_batch(
-    capture: dict[str, Any],
-    index: int,
-    calls: dict[str, HelperCall],
-    counts: dict[str, int],
-    reference: float,
-    modules: dict[str, str],
-) -> None:
-    """Add one batch to the capture, its scores under the modules' names."""
-    scores = {
-        label: {modules[name]: value for (name, _), value in call.scores.items()} for label, call in calls.items()
-    }
-    for label, values in scores.items():
-        for name, value in values.items():
-            if counts[name] and not math.isfinite(value):
-                raise InputError(
-                    f"batch {index}, map {label}: the score of {name} is {value}; keep that op in FP32 with"
-                    " sensitivity.op_name_dict, or check the weights"
-                )
-    for name, count in counts.items():
-        capture["executions"][name].append(count)
-        for label, per_op in capture["maps"].items():
-            per_op[name].append(scores[label][name] if count else None)
-    (all_int8,) = scores["all_int8"].values()
-    capture["batches"].append({"batch": index, "reference_sum_of_squares": reference, "all_int8_mse_value": all_int8})
-    second = calls["fallback"].second_pass if "fallback" in calls else {}
-    capture["second_pass"].append({modules[name]: value for (name, _), value in second.items()})
-
-
-def _run_record(seconds: list[float], ops: int) -> dict[str, Any]:
-    """What differs from run to run: never an input of the report."""
-    return {
-        "host": platform.node(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "ops": ops,
-        "seconds_per_batch": seconds,
-    }

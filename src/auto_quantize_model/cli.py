@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from auto_quantize_model.files import InputError
 
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 _terminal: dict[str, TextIO] = {}
 
 
@@ -22,10 +24,30 @@ def say(text: str) -> None:
 
 
 def progress(steps: Sequence[Any], what: str) -> tqdm:
-    """A progress bar with the time left, on the terminal; iterate over it or call its `update`."""
+    """A progress bar with the time left, on the terminal, to iterate over."""
     stream = _terminal.get("err", sys.stderr)
     # A bar in a file or a CI page is a line for every update: far between then.
     return tqdm(steps, desc=what, file=stream, mininterval=0.5 if stream.isatty() else 15, dynamic_ncols=True)
+
+
+@contextlib.contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for work that says itself how far it is: call what is yielded with what is done and the total."""
+    with progress((), what) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when the one that started it ends, so that no orphan goes on writing (Linux)."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before the request
+        raise SystemExit(1)
 
 
 def run(work: Callable[[], None], log: Path | None) -> int:

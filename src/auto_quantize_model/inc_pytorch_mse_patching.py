@@ -15,15 +15,17 @@ from typing import Any
 
 import neural_compressor.adaptor.torch_utils.util as nc_util
 import torch
-from neural_compressor.adaptor.pytorch import _cfg_to_qconfig
+from neural_compressor.adaptor.pytorch import PyTorch_FXAdaptor, _cfg_to_qconfig, _cfgs_to_fx_cfgs
 from neural_compressor.config import PostTrainingQuantConfig, _Config, options
 from neural_compressor.model import Model
 from neural_compressor.strategy.mse_v2 import MSE_V2TuneStrategy
 from torch.ao.quantization.fx.utils import assert_and_get_unique_device
+from torch.ao.quantization.quantize_fx import prepare_fx
 
 OpKey = tuple[str, str]  # (op_name, op_type), INC's own key
 HELPERS = {"fallback": "get_mse_order_per_fp32", "requantize": "get_mse_order_per_int8"}
 MISSING = object()
+TORCH_NAMES = (torch.dtype, torch.qscheme)
 
 
 @dataclass
@@ -78,25 +80,33 @@ def capture_mse_v2_sensitivity(
     capture = Capture()
     saved: dict[str, Any] = {name: getattr(nc_util, name, MISSING) for name in (*HELPERS.values(), "sorted", "tqdm")}
     saved_mapping = dict(nc_util.op_cfg_mapping)
-    saved_deepcopy = torch.nn.Parameter.__deepcopy__
     try:
         nc_util.op_cfg_mapping.clear()
-        torch.nn.Parameter.__deepcopy__ = _share_parameter  # type: ignore[method-assign,assignment]
         for helper, name in HELPERS.items():
             setattr(nc_util, name, _capturing(helper, saved[name], capture, only, on_op))
-        yield capture
+        with _copies_sharing_parameters():
+            yield capture
     finally:
-        torch.nn.Parameter.__deepcopy__ = saved_deepcopy  # type: ignore[method-assign]
         nc_util.op_cfg_mapping.clear()
         nc_util.op_cfg_mapping.update(saved_mapping)
         for name, value in saved.items():
             _restore(name, value)
 
 
-def _share_parameter(parameter: torch.nn.Parameter, memo: dict[int, Any]) -> torch.nn.Parameter:
+@contextmanager
+def _copies_sharing_parameters() -> Iterator[None]:
     """INC deep-copies the model for every op; the weights are only read there, so the copies may share them."""
-    memo[id(parameter)] = parameter
-    return parameter
+
+    def share(parameter: torch.nn.Parameter, memo: dict[int, Any]) -> torch.nn.Parameter:
+        memo[id(parameter)] = parameter
+        return parameter
+
+    saved = torch.nn.Parameter.__deepcopy__
+    torch.nn.Parameter.__deepcopy__ = share  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Parameter.__deepcopy__ = saved  # type: ignore[method-assign]
 
 
 def _restore(name: str, value: Any) -> None:
@@ -189,6 +199,37 @@ def build_strategy(
     return strategy, tune_cfg
 
 
+def describe_observers(qconfig: Any) -> dict[str, dict[str, Any]]:
+    """A qconfig as JSON: the observer class of `activation` and `weight` under `name`, beside its arguments."""
+    sides = {"activation": qconfig.activation, "weight": qconfig.weight}
+    return {
+        side: {"name": factory.p.func.__name__}
+        | {
+            key: str(value).removeprefix("torch.") if isinstance(value, TORCH_NAMES) else value
+            for key, value in factory.p.keywords.items()
+        }
+        for side, factory in sides.items()
+    }
+
+
+def fused_patterns(strategy: MSE_V2TuneStrategy, model: torch.nn.Module, tune_cfg: dict[str, Any]) -> dict[str, str]:
+    """The class that each op's module has once INC has prepared the model: FX fuses a Linear and its ReLU, say.
+
+    INC's names to class names. Calibrates nothing, and copies the model without its weights.
+    """
+    adaptor = strategy.adaptor
+    with _copies_sharing_parameters():
+        prepared = copy.deepcopy(model)
+    fx_cfgs = _cfgs_to_fx_cfgs(_cfg_to_qconfig(tune_cfg, tune_cfg["approach"]), tune_cfg["approach"])
+    if adaptor.sub_module_list is None:
+        prepared = prepare_fx(prepared, fx_cfgs, example_inputs=())
+    else:
+        PyTorch_FXAdaptor.prepare_sub_graph(adaptor.sub_module_list, fx_cfgs, prepared, prefix="")
+    assert_and_get_unique_device.cache_clear()
+    modules = dict(prepared.named_modules())
+    return {name: type(modules[name]).__name__ for name, _ in tune_cfg["op"] if name in modules}
+
+
 def module_name(model: torch.nn.Module, op_name: str) -> str:
     """The name of the module that INC calls `op_name`.
 
@@ -243,8 +284,9 @@ def run_single_mse_v2_sensitivity_pass(
         calib_dataloader: yields `(inputs, label)`; the first batch both calibrates and scores, as in INC.
         measured_op: module name of the op at whose output the error is measured; the model's output op.
         maps: which maps to capture: `fallback` (the op FP32, all others INT8), `requantize` (ops quantized one after
-            another and never reset), `isolated` (only this op INT8), and `all_int8` (one score, under the last op that
-            the plan quantizes: the error with every planned op INT8).
+            another and never reset), `isolated` (only this op INT8), `requantize_at` (the values of `requantize`, each
+            on its own: this op and all before it INT8), and `all_int8` (one score, under the last op that the plan
+            quantizes: the error with every planned op INT8).
         only: module names of the ops to score; None scores all that the plan quantizes.
         on_op: called with the map and INC's name of the op before it is scored.
 
@@ -255,8 +297,8 @@ def run_single_mse_v2_sensitivity_pass(
     modules = {name: module_name(model, name) for name, _ in tune_cfg["op"]}
     tune_cfg = with_measured_op_last(tune_cfg, next((name for name in modules if modules[name] == measured_op), ""))
     # An op kept in FP32 stands in tune_cfg as well; "requantizing" it would score a change that is none.
-    planned = {name for (name, _), cfg in tune_cfg["op"].items() if cfg["weight"]["dtype"] != "fp32"}
-    wanted = [name for name, _ in tune_cfg["op"] if name in planned and (only is None or modules[name] in only)]
+    in_order = [name for (name, _), cfg in tune_cfg["op"].items() if cfg["weight"]["dtype"] != "fp32"]
+    wanted = [name for name in in_order if only is None or modules[name] in only]
 
     def score(label: str, cfg: dict[str, Any], ops: Collection[str], fallback: bool) -> HelperCall:
         notify = None if on_op is None else lambda name: on_op(label, name)
@@ -266,6 +308,11 @@ def run_single_mse_v2_sensitivity_pass(
                 strategy.model, calib_dataloader, copy.deepcopy(cfg), None, 1, fallback=fallback
             )
         return capture.last("fallback" if fallback else "requantize")
+
+    def at(label: str, name: str) -> HelperCall:
+        """The score of an op with all before it in the plan's order in INT8 as well."""
+        later = in_order[in_order.index(name) :]
+        return score(label, with_ops_in_fp32(tune_cfg, later), [name], fallback=False)
 
     # What the first helper leaves behind for the second one: the qconfig of every planned op.
     qconfigs = {name: qconfig for name, qconfig in _cfg_to_qconfig(tune_cfg, tune_cfg["approach"]).items() if qconfig}
@@ -280,7 +327,9 @@ def run_single_mse_v2_sensitivity_pass(
         for name in wanted:
             results["isolated"].scores.update(score("isolated", fp32_cfg, [name], fallback=False).scores)
     if "all_int8" in maps:
-        last = [name for name, _ in tune_cfg["op"] if name in planned][-1]
-        all_but_last = with_ops_in_fp32(tune_cfg, [last])
-        results["all_int8"] = score("all_int8", all_but_last, [last], fallback=False)
+        results["all_int8"] = at("all_int8", in_order[-1])
+    if "requantize_at" in maps:
+        results["requantize_at"] = HelperCall("requantize_at")
+        for name in wanted:
+            results["requantize_at"].scores.update(at("requantize_at", name).scores)
     return results

@@ -10,11 +10,19 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from neural_compressor.adaptor.pytorch import _cfg_to_qconfig
 from neural_compressor.config import AccuracyCriterion, PostTrainingQuantConfig, TuningCriterion
 
 from auto_quantize_model.calibration import Batch, CalibrationLoader
 from auto_quantize_model.files import InputError
-from auto_quantize_model.inc_pytorch_mse_patching import build_strategy, module_name, with_measured_op_last
+from auto_quantize_model.inc_pytorch_mse_patching import (
+    build_strategy,
+    describe_observers,
+    fused_patterns,
+    module_name,
+    with_measured_op_last,
+)
+from auto_quantize_model.replay import require_replayable
 
 PACKAGES = ("neural-compressor", "torch", "transformers")
 FP32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
@@ -23,13 +31,13 @@ OBSERVER_KEYS = ("dtype", "scheme", "granularity", "algorithm")
 
 @dataclass(frozen=True)
 class SensitivitySpec:
-    """The `sensitivity` block of the config.
+    """What the plan needs of the config's `sensitivity` block.
 
-    `op_type_dict` and `op_name_dict` name what stays in FP32: an op type, or a regular expression that a module's whole
-    name must match.
+    `engine` is `replay`, `inc`, or `auto`: replay, and INC for what replay does not cover. `op_type_dict` and
+    `op_name_dict` name what stays in FP32: an op type, or a regular expression that a module's whole name must match.
     """
 
-    engine: str = "inc"
+    engine: str = "replay"
     confidence_batches: int = 2
     maps: Sequence[str] = ("isolated", "fallback", "requantize")
     op_type_dict: dict[str, str] = field(default_factory=dict)
@@ -66,11 +74,12 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: Sensitivi
 
     Returns:
         {engine, confidence_batches, maps, keep, measured_op, ops, excluded, versions}: `ops` in INC's order, each with
-        `op_name` (the module's name), `inc_name` (INC's name of it), `op_type`, `activation` and `weight`.
+        `op_name` (the module's name), `inc_name` (INC's name of it), `op_type`, `pattern` (its class once INC has fused
+        what it fuses), `activation` and `weight` (dtype, scheme, granularity, algorithm, and the observer).
 
     Raises:
         InputError: too few batches, a keep entry that matches no op, non-finite output, an output op that INC cannot
-            measure, or nothing left to quantize.
+            measure, nothing left to quantize, or an op that the replay engine does not cover.
     """
     if len(batches) < spec.confidence_batches:
         raise InputError(
@@ -79,16 +88,19 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: Sensitivi
         )
     measured_op = find_output_op(model, batches[0])
     kept = ops_to_keep(model, batches, spec)
-    _, tune_cfg = build_strategy(model, quant_config(spec.confidence_batches, kept), CalibrationLoader(batches))
+    strategy, tune_cfg = build_strategy(model, quant_config(spec.confidence_batches, kept), CalibrationLoader(batches))
     inc_names = {module_name(model, name): name for name, _ in tune_cfg["op"]}
     if measured_op not in inc_names:
         raise InputError(
             f"the model's output comes from {measured_op or 'no single module'}, which is no op of INC's plan; INC"
             " would measure elsewhere, so this model cannot be measured"
         )
-    ops, excluded = describe_ops(model, with_measured_op_last(tune_cfg, inc_names[measured_op]), kept)
+    tune_cfg = with_measured_op_last(tune_cfg, inc_names[measured_op])
+    ops, excluded = describe_ops(model, tune_cfg, kept, fused_patterns(strategy, model, tune_cfg))
     if not ops:
         raise InputError("sensitivity.op_type_dict and op_name_dict keep every op in FP32: nothing is left to measure")
+    if spec.engine == "replay":
+        require_replayable(model, ops)
     return {
         "engine": spec.engine,
         "confidence_batches": spec.confidence_batches,
@@ -173,20 +185,23 @@ def _require_match(found: list[str], entry: str, names: list[str]) -> None:
 
 
 def describe_ops(
-    model: torch.nn.Module, tune_cfg: dict[str, Any], kept: dict[str, str]
+    model: torch.nn.Module, tune_cfg: dict[str, Any], kept: dict[str, str], patterns: dict[str, str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """INC's tune_cfg as the plan's `ops` (quantized, in INC's order) and `excluded` (with the reason)."""
     ops, excluded = [], []
+    qconfigs = _cfg_to_qconfig(tune_cfg, tune_cfg["approach"])
     for (inc_name, op_type), configuration in tune_cfg["op"].items():
         name = module_name(model, inc_name)
         if configuration["weight"]["dtype"] == "fp32":
             reason = kept.get(inc_name, "INC plans it in FP32")
             excluded.append({"op_name": name, "op_type": op_type, "reason": reason})
             continue
-        observers = {
-            side: {key: configuration[side][key] for key in OBSERVER_KEYS} for side in ("activation", "weight")
+        pattern = patterns.get(inc_name, "module that FX does not keep")
+        sides = {
+            side: {key: configuration[side][key] for key in OBSERVER_KEYS} | {"observer": observer}
+            for side, observer in describe_observers(qconfigs[inc_name]).items()
         }
-        ops.append({"op_name": name, "inc_name": inc_name, "op_type": op_type, **observers})
+        ops.append({"op_name": name, "inc_name": inc_name, "op_type": op_type, "pattern": pattern, **sides})
     known = {entry["op_name"] for entry in [*ops, *excluded]}
     for name, module in model.named_modules():
         if name not in known and any(True for _ in module.parameters(recurse=False)):

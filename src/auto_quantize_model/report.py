@@ -14,8 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from auto_quantize_model.files import InputError, canonical_json, digest_of, read_json
 
 SCHEMA = Path(__file__).parents[2] / "workflow" / "schemas" / "op_sensitivity.schema.json"
-SCHEMA_VERSION = 1
-COLUMNS = ["rank", "op_name", "op_type", "mse_value", "relative_error", "sqnr_db"]
+SCHEMA_VERSION = 2
 # Below this the all-INT8 output is mostly error, and what one op in FP32 takes away from it is noise.
 FALLBACK_FLOOR_DB = 10.0
 DIRECTIONS = {
@@ -29,13 +28,13 @@ DIRECTIONS = {
 
 
 def build_report(
-    manifest: dict[str, Any], calibration: dict[str, Any], plan: dict[str, Any], capture: dict[str, Any]
+    manifest: dict[str, Any],
+    calibration: dict[str, Any],
+    plan: dict[str, Any],
+    capture: dict[str, Any],
+    audit: dict[str, Any],
 ) -> dict[str, Any]:
-    """The report as a JSON-able document that its published schema describes.
-
-    Scores are aggregated over the confidence batches in which an op ran: `mse_value` is the mean of INC's sums of
-    squared errors, `relative_error` the sum of errors over the sum of squares of the FP32 output, `sqnr_db`
-    -10 log10 of that (dB; null where the error is 0).
+    """The report as a JSON-able document that its published schema describes; `score` says how batches are aggregated.
 
     Raises:
         InputError: the capture is of another plan, or holds a score that is not finite.
@@ -43,10 +42,10 @@ def build_report(
     if capture["plan_digest"] != digest_of(plan):
         raise InputError("the capture was made from another plan; run the capture rule again (--forcerun)")
     require_finite(capture)
-    references = [batch["reference_sum_of_squares"] for batch in capture["batches"]]
+    references = [batch["reference"] for batch in capture["batches"]]
     exercised = [op for op in plan["ops"] if any(capture["executions"][op["op_name"]])]
     maps = {label: ranked(exercised, capture["maps"][label], references) for label in plan["maps"]}
-    all_int8 = score([batch["all_int8_mse_value"] for batch in capture["batches"]], references)
+    all_int8 = score([batch["all_int8"] for batch in capture["batches"]], references)
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {key: manifest[key] for key in ("model", "source", "architecture", "digest")},
@@ -55,12 +54,13 @@ def build_report(
             **{key: calibration[key] for key in ("source", "seed", "batch_size", "text_only", "digest")},
             "samples": {split: len(samples) for split, samples in calibration["samples"].items()},
         },
-        "measurement": {key: capture[key] for key in ("engine", "device", "plan_digest")}
+        "measurement": {key: capture[key] for key in ("engine", "device", "threads", "plan_digest")}
         | {"measured_op": plan["measured_op"], "config_digest": plan["config_digest"]},
+        "audit": audit,
         "versions": capture["versions"],
         "warnings": warnings(calibration, all_int8, len(plan["ops"]) - len(exercised)),
         "all_int8": all_int8,
-        "batches": capture["batches"],
+        "batches": [describe_batch(batch) for batch in capture["batches"]],
         "most_sensitive": maps["isolated"][::-1][:10] if "isolated" in maps else [],
         "maps": {label: {"direction": DIRECTIONS[label], "ops": rows} for label, rows in maps.items()},
         "ops": [
@@ -76,6 +76,15 @@ def build_report(
     }
 
 
+def describe_batch(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of the capture as the report shows it."""
+    return {
+        **{key: batch[key] for key in ("batch", "sample_ids", "tokens", "image_tokens")},
+        "reference_sum_of_squares": batch["reference"]["all"],
+        "all_int8_mse_value": batch["all_int8"]["mse_value"],
+    }
+
+
 def require_finite(capture: dict[str, Any]) -> None:
     """Refuse a capture with a score that is no number.
 
@@ -83,38 +92,67 @@ def require_finite(capture: dict[str, Any]) -> None:
         InputError: naming op, map and batch.
     """
     for label, per_op in capture["maps"].items():
-        for name, values in per_op.items():
-            for batch, value in enumerate(values):
-                if value is not None and not math.isfinite(value):
-                    raise InputError(
-                        f"map {label}, batch {batch}: the score of {name} is {value}; keep that op in FP32 with"
-                        " sensitivity.op_name_dict and run again"
-                    )
+        for name, records in per_op.items():
+            for batch, record in enumerate(records):
+                for metric, value in (record or {}).items():
+                    if not math.isfinite(value):
+                        raise InputError(
+                            f"map {label}, batch {batch}: the {metric} of {name} is {value}; keep that op in FP32 with"
+                            " sensitivity.op_name_dict and run again"
+                        )
 
 
-def score(values: list[float | None], references: list[float]) -> dict[str, float | None]:
-    """Aggregate one op's errors over the batches in which it ran."""
-    pairs = [(value, reference) for value, reference in zip(values, references, strict=True) if value is not None]
-    error, reference = (math.fsum(side) for side in zip(*pairs, strict=True))
-    relative = error / reference
-    sqnr = -10 * math.log10(relative) if relative > 0 else None
-    return {"mse_value": error / len(pairs), "relative_error": relative, "sqnr_db": sqnr}
+def score(records: list[dict[str, float] | None], references: list[dict[str, float]]) -> dict[str, float | None]:
+    """Aggregate one op's records over the batches in which it ran.
+
+    Returns:
+        `mse_value` is the mean of INC's sums of squared errors; `relative_error` the sum of errors over the sum of
+        squares of the FP32 output, and `image_relative_error` and `text_relative_error` the same at those positions;
+        `sqnr_db` is -10 log10 of `relative_error`, in dB; `kl_divergence` (nats) and `top1_agreement` are means. Null
+        is what was not measured, has no positions, or (the SQNR) an error of 0.
+    """
+    pairs = [(record, reference) for record, reference in zip(records, references, strict=True) if record is not None]
+    relative = {
+        name: ratio([(record.get(error), reference[part]) for record, reference in pairs])
+        for name, error, part in (
+            ("relative_error", "mse_value", "all"),
+            ("image_relative_error", "image_error", "image"),
+            ("text_relative_error", "text_error", "text"),
+        )
+    }
+    overall = relative["relative_error"]
+    means = {
+        name: mean([record.get(name) for record, _ in pairs])
+        for name in ("mse_value", "kl_divergence", "top1_agreement")
+    }
+    sqnr = -10 * math.log10(overall) if overall else None
+    return {"mse_value": means.pop("mse_value"), "relative_error": overall, "sqnr_db": sqnr, **means, **relative}
+
+
+def ratio(pairs: list[tuple[float | None, float]]) -> float | None:
+    """Sum of errors over sum of squares; None where an error was not measured or there is nothing to compare with."""
+    errors, squares = [error for error, _ in pairs if error is not None], math.fsum(square for _, square in pairs)
+    return math.fsum(errors) / squares if len(errors) == len(pairs) and squares else None
+
+
+def mean(values: list[float | None]) -> float | None:
+    """The mean, or None where a value was not measured."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if len(known) == len(values) else None
 
 
 def ranked(
-    ops: list[dict[str, Any]], values: dict[str, list[float | None]], references: list[float]
+    ops: list[dict[str, Any]], records: dict[str, list[dict[str, float] | None]], references: list[dict[str, float]]
 ) -> list[dict[str, Any]]:
     """The ops by ascending `mse_value`, ties in the plan's order, with their rank from 1."""
     if not ops:
         return []
     rows = [
-        {"op_name": op["op_name"], "op_type": op["op_type"], **score(values[op["op_name"]], references)} for op in ops
+        {"op_name": op["op_name"], "op_type": op["op_type"], **score(records[op["op_name"]], references)} for op in ops
     ]
-    table = pd.DataFrame(rows).sort_values("mse_value", kind="stable")
+    table = pd.DataFrame(rows, dtype=object).sort_values("mse_value", kind="stable")
     table.insert(0, "rank", range(1, len(table) + 1))
-    records = table[COLUMNS].to_dict("records")
-    # pandas turns the SQNR of an op without error into NaN, which JSON cannot say.
-    return [{str(key): None if value != value else value for key, value in row.items()} for row in records]
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
 
 
 def warnings(calibration: dict[str, Any], all_int8: dict[str, Any], not_exercised: int) -> list[str]:

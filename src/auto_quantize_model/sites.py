@@ -114,10 +114,13 @@ class Site:
         seen, self.observing = self.observing, []
         if not self.executions:
             return
+        self.set_scales(*(observer.calculate_qparams() for observer in seen))
+
+    def set_scales(self, inputs: tuple[torch.Tensor, Any], outputs: tuple[torch.Tensor, Any]) -> None:
+        """Set scale (float32, one value) and zero_point of input and output."""
         device = self.module.weight.device
-        (in_scale, in_zero), (out_scale, out_zero) = (observer.calculate_qparams() for observer in seen)
-        self.in_scale, self.in_zero = in_scale.to(device), int(in_zero)
-        self.out_scale, self.out_zero = out_scale.to(device), int(out_zero)
+        self.in_scale, self.in_zero = inputs[0].to(device), int(inputs[1])
+        self.out_scale, self.out_zero = outputs[0].to(device), int(outputs[1])
 
     def quantized(self, x: torch.Tensor) -> torch.Tensor:
         """The op's INT8 output for `x`, dequantized to float32."""
@@ -137,9 +140,9 @@ class LinearSite(Site):
         self.codes = quantize_weight(module.weight.detach(), self.w_scale)
         self.row_sums = self.codes.sum(dim=1, dtype=torch.int32)
 
-    def calibrated(self) -> None:
-        super().calibrated()
-        self.wraps = self.executions > 0 and self.can_wrap()
+    def set_scales(self, inputs: tuple[torch.Tensor, Any], outputs: tuple[torch.Tensor, Any]) -> None:
+        super().set_scales(inputs, outputs)
+        self.wraps = self.can_wrap()
 
     def can_wrap(self) -> bool:
         """Whether round(...) can leave int32, where fbgemm's conversion wraps to its lowest value.

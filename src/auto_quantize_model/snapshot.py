@@ -5,6 +5,7 @@ Out: a manifest (sha256 per file), an FP32 model in eval mode, and the model's o
 """
 
 import json
+import math
 import os
 import struct
 from dataclasses import dataclass
@@ -97,8 +98,18 @@ def _weight_files(directory: Path) -> list[Path]:
     raise InputError(f"{directory}: no model.safetensors and no {WEIGHTS_INDEX}; download the snapshot again")
 
 
-def _check_safetensors(path: Path) -> None:
-    """Compare a file's size with what its header promises (format: 8-byte length, JSON header, data)."""
+def count_parameters(directory: Path) -> int:
+    """Number of weights in a snapshot's safetensors, by their headers; tied weights are stored and counted once."""
+    return sum(
+        math.prod(entry["shape"])
+        for shard in _weight_files(directory)
+        for name, entry in _check_safetensors(shard).items()
+        if name != "__metadata__"
+    )
+
+
+def _check_safetensors(path: Path) -> dict[str, Any]:
+    """A file's header, if the file has the size that it promises (format: 8-byte length, JSON header, data)."""
     size = path.stat().st_size
     try:
         with open(path, "rb") as file:
@@ -112,6 +123,7 @@ def _check_safetensors(path: Path) -> None:
     expected = 8 + header_size + max(ends, default=0)
     if size != expected:
         raise InputError(f"{path}: {size} bytes where its header promises {expected}: truncated; download it again")
+    return header
 
 
 def build_manifest(directory: Path, name: str, source: str, details: dict[str, Any]) -> dict[str, Any]:

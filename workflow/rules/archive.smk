@@ -9,6 +9,7 @@ rule archive_results:
         calibration=rules.extract_calibration.output,
         plan=rules.plan_quantization.output.plan,
         capture=rules.capture_sensitivity.output.capture,
+        audit=rules.audit_capture.output.audit,
         report=rules.render_report.output,
     output:
         archive=f"results/archives/{MODEL}-{CALIBRATION}.tar",

@@ -8,10 +8,29 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-# INC's quantized kernels exist on the CPU only, so that is what every score is measured on. The resource `gpu` of
-# capture_sensitivity takes its place in the queue and nothing else.
-DEVICE = "cpu"
+# The keys of the sensitivity block that the plan depends on; the others are read where they are used.
+PLAN_KEYS = ("engine", "confidence_batches", "maps", "op_type_dict", "op_name_dict")
 
+
+def chosen_device():
+    """The device that the capture runs on, which is part of the names of its results.
+
+    INC's quantized kernels exist on the CPU only, so where INC measures it is the CPU; `--resources gpu=0` means the CPU
+    as well; `auto` takes a GPU that torch can use.
+    """
+    gpus = getattr(workflow, "global_resources", {}).get("gpu")
+    if config["sensitivity"]["engine"] != "replay" or (gpus is not None and gpus.value == 0):
+        return "cpu"
+    if config["sensitivity"]["device"] != "auto":
+        return config["sensitivity"]["device"]
+    if not any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/dxg")):
+        return "cpu"
+    import torch  # seconds, so on machines with a GPU only
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+DEVICE = chosen_device()
 ROOT = Path(workflow.basedir).parent
 MODEL = config["model"]["name"]
 CALIBRATION = config["calibration"]["name"]
@@ -21,6 +40,10 @@ REPORT = f"{RUN}/op_sensitivity_mse_v2_{DEVICE}"
 
 def check_ranges():
     """Refuse values that are each in range but not together; the schema cannot compare two keys."""
+    if config["sensitivity"]["engine"] != "replay" and config["sensitivity"]["device"] == "cuda":
+        raise WorkflowError(
+            "config: sensitivity.engine inc and auto run INC, on the CPU only; set sensitivity.device to cpu"
+        )
     calibration, batches = (
         config["calibration"],
         config["sensitivity"]["confidence_batches"],
@@ -44,6 +67,20 @@ def block(*keys):
     for key in keys:
         value = value[key]
     return lambda wildcards: json.dumps(value, sort_keys=True)
+
+
+def plan_spec(wildcards):
+    """What the plan needs of the sensitivity block, as JSON."""
+    return json.dumps({key: config["sensitivity"][key] for key in PLAN_KEYS}, sort_keys=True)
+
+
+def capture_flags():
+    """The capture's options that are on, as its script takes them."""
+    flags = {
+        "--tf32": config["sensitivity"]["tf32"],
+        "--nondeterministic": not config["sensitivity"]["deterministic"],
+    }
+    return " ".join(flag for flag, on in flags.items() if on)
 
 
 def calibration_files(wildcards):

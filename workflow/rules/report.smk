@@ -8,6 +8,7 @@ rule render_report:
         calibration_manifest=rules.extract_calibration.output.manifest,
         plan=rules.plan_quantization.output.plan,
         capture=rules.capture_sensitivity.output.capture,
+        audit=rules.audit_capture.output.audit,
     output:
         markdown=f"{REPORT}.md",
         json=f"{REPORT}.json",
@@ -25,6 +26,7 @@ rule render_report:
         " --calibration-manifest {input.calibration_manifest:q}"
         " --plan {input.plan:q}"
         " --capture {input.capture:q}"
+        " --audit {input.audit:q}"
         " --templates {params.templates:q}"
         " --markdown {output.markdown:q}"
         " --json {output.json:q}"

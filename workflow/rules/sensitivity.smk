@@ -17,7 +17,7 @@ rule plan_quantization:
     params:
         code=code_digest("scripts/plan_quantization.py"),
         versions=measuring_versions(),
-        spec=block("sensitivity"),
+        spec=plan_spec,
     shell:
         "exec python scripts/plan_quantization.py"
         " --manifest {input.manifest:q}"
@@ -29,9 +29,10 @@ rule plan_quantization:
 
 
 rule capture_sensitivity:
-    """Measure every op of the plan with INC's unmodified helpers: the long step, so it holds the GPU's place.
+    """Measure every op of the plan: the long step, so it holds the GPU's place.
 
-    A value of a map is the sum of squared errors at the measured output, per op and confidence batch. What differs
+    A record of a map is one op on one confidence batch, with the sum of squared errors at the measured op as INC's
+    number. Records are kept in a journal beside the output, so that a killed run goes on where it ended. What differs
     from run to run, times and host, goes to the run record, which nothing downstream reads.
     """
     input:
@@ -49,16 +50,54 @@ rule capture_sensitivity:
     # As many as --cores allows; Snakemake lowers the number by itself.
     threads: 64
     resources:
-        gpu=1,
+        gpu=1 if DEVICE == "cuda" else 0,
     params:
         code=code_digest("scripts/capture_sensitivity.py"),
         versions=measuring_versions(),
+        device=DEVICE,
+        flags=capture_flags(),
     shell:
         "exec python scripts/capture_sensitivity.py"
         " --manifest {input.manifest:q}"
         " --calibration-manifest {input.calibration_manifest:q}"
         " --calibration-set {input.calibration:q}"
         " --plan {input.plan:q}"
+        " --device {params.device}"
+        " {params.flags}"
         " --capture {output.capture:q}"
         " --run-record {output.run_record:q}"
+        " --log {log:q}"
+
+
+rule audit_capture:
+    """Have INC's unmodified helpers measure a sample of ops again: on the CPU every bit has to be the same.
+
+    So INC measures at least once in every run, whatever the engine, and a report never rests on the replay alone.
+    """
+    input:
+        manifest=rules.get_model.output.manifest,
+        calibration_manifest=rules.extract_calibration.output.manifest,
+        calibration=rules.extract_calibration.output.calibration,
+        plan=rules.plan_quantization.output.plan,
+        capture=rules.capture_sensitivity.output.capture,
+    output:
+        audit=f"{RUN}/audit_{DEVICE}.json",
+    log:
+        f"{RUN}/logs/audit_capture.log",
+    benchmark:
+        f"{RUN}/benchmarks/audit_capture.tsv"
+    threads: 64
+    params:
+        code=code_digest("scripts/audit_capture.py"),
+        versions=measuring_versions(),
+        ops=config["sensitivity"]["audit_ops"],
+    shell:
+        "exec python scripts/audit_capture.py"
+        " --manifest {input.manifest:q}"
+        " --calibration-manifest {input.calibration_manifest:q}"
+        " --calibration-set {input.calibration:q}"
+        " --plan {input.plan:q}"
+        " --capture {input.capture:q}"
+        " --ops {params.ops}"
+        " --audit {output.audit:q}"
         " --log {log:q}"

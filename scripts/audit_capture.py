@@ -1,0 +1,40 @@
+"""Measure a sample of ops again with INC's unmodified helpers and compare: a difference on the CPU is an error."""
+
+import argparse
+from pathlib import Path
+
+from auto_quantize_model import cli
+from auto_quantize_model.audit import audit_capture
+from auto_quantize_model.calibration import load_batches
+from auto_quantize_model.files import read_json, write_json
+from auto_quantize_model.snapshot import load_model, load_processor, verify_manifest
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--manifest", type=Path, required=True, help="the model's manifest")
+    parser.add_argument("--calibration-manifest", type=Path, required=True, help="the calibration set's manifest")
+    parser.add_argument("--calibration-set", type=Path, required=True, help="the calibration samples (Parquet)")
+    parser.add_argument("--plan", type=Path, required=True, help="the plan of the capture")
+    parser.add_argument("--capture", type=Path, required=True, help="the capture to audit")
+    parser.add_argument("--ops", type=int, default=6, help="ops to compare, the extremes among them")
+    parser.add_argument("--audit", type=Path, required=True, help="the audit to write (JSON)")
+    parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
+    args = parser.parse_args()
+    cli.end_with_parent()
+    return cli.run(lambda: audit(args), args.log)
+
+
+def audit(args: argparse.Namespace) -> None:
+    manifest, calibration = read_json(args.manifest), read_json(args.calibration_manifest)
+    plan, capture = read_json(args.plan), read_json(args.capture)
+    directory = verify_manifest(manifest)
+    batches = load_batches(args.calibration_set, calibration, load_processor(directory))
+    with cli.progress_bar("audit by INC") as on_progress:
+        result = audit_capture(load_model(directory), batches, plan, capture, args.ops, on_progress)
+    write_json(args.audit, result)
+    cli.say(f"audit: {result['status']}, {result['compared']} values compared")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

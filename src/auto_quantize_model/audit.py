@@ -1,0 +1,150 @@
+"""The audit: a sample of ops measured again by INC's unmodified helpers, and compared with the capture.
+
+In: the model, one calibration batch, the plan and the capture. Out: what was compared and how it ended; a difference on
+the CPU is an error, whatever its size.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from auto_quantize_model.files import InputError, digest_of
+from auto_quantize_model.inc_engine import inc_scores, spec_of
+from auto_quantize_model.plan import ops_to_keep, quant_config
+from auto_quantize_model.replay import Batch, Replay
+from auto_quantize_model.sites import SITES, EmbeddingSite
+
+# `requantize` is a running total: INC is put into the state before the op instead of measuring all that precede it.
+HELPER_OF = {"isolated": "isolated", "fallback": "fallback", "requantize": "requantize_at"}
+
+
+def sample_ops(capture: dict[str, Any], batch: int, count: int, seed: str) -> list[str]:
+    """The least and the most sensitive op of a batch, and others drawn by `seed`, in the plan's order."""
+    label = "isolated" if "isolated" in capture["maps"] else next(iter(capture["maps"]))
+    values = {name: records[batch]["mse_value"] for name, records in capture["maps"][label].items() if records[batch]}
+    ranked = sorted(values, key=values.__getitem__)
+    extremes = [ranked[-1], ranked[0]][:count] if len(ranked) > 1 else ranked[:count]
+    others = [name for name in ranked if name not in extremes]
+    generator = np.random.default_rng(int(seed[:16], 16))
+    drawn = generator.permutation(len(others))[: max(0, count - len(extremes))]
+    chosen = {*extremes, *(others[index] for index in drawn)}
+    return [name for name in capture["executions"] if name in chosen]
+
+
+def audit_capture(
+    model: torch.nn.Module,
+    batches: Sequence[Batch],
+    plan: dict[str, Any],
+    capture: dict[str, Any],
+    count: int,
+    on_op: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Compare `count` ops of one batch, in every map, with INC's unmodified helpers.
+
+    Args:
+        model: FP32, eval mode, on the CPU.
+        batches: the calibration batches.
+        plan: what the capture was made from.
+        capture: what is audited.
+        count: ops to compare; batch and ops are drawn by the plan's digest.
+        on_op: called with what is done and the total after each score.
+
+    Returns:
+        {status, batch, ops, maps, compared, ...}: `status` is `bit_identical`, or `not_needed` where INC itself was the
+        engine; on CUDA `sites_bit_identical` with `rank_agreement` (Spearman's, per map, over the ops compared).
+
+    Raises:
+        InputError: a value differs, naming op, map, batch and both values.
+    """
+    if capture["plan_digest"] != digest_of(plan):
+        raise InputError("the capture was made from another plan; run the capture rule again (--forcerun)")
+    if capture["engine"] == "inc":
+        return {"status": "not_needed", "batch": None, "ops": [], "maps": [], "compared": 0, "rank_agreement": {}}
+    seed = capture["plan_digest"]
+    batch = int(seed[16:32], 16) % len(capture["batches"])
+    names = sample_ops(capture, batch, count, seed)
+    found = {
+        label: {name: capture["maps"][label][name][batch]["mse_value"] for name in names} for label in plan["maps"]
+    }
+    torch.set_num_threads(capture["threads"])
+    expected = _by_inc(model, batches, batch, plan, names, on_op)
+    result = {"batch": batch, "ops": names, "maps": plan["maps"], "compared": len(names) * len(plan["maps"])}
+    if capture["device"] == "cpu":
+        for label, values in expected.items():
+            for name, value in values.items():
+                if found[label][name] != value:
+                    raise InputError(
+                        f"audit: batch {batch}, map {label}: {name} was captured as {found[label][name]!r}, and INC"
+                        f" gives {value!r}; do not use this capture, and report the difference with the plan"
+                    )
+        return {"status": "bit_identical", **result, "rank_agreement": {}}
+    check_sites(model, batches[batch], plan, names, torch.device(capture["device"]))
+    agreement = {
+        label: float(spearmanr(list(found[label].values()), list(expected[label].values())).statistic)
+        for label in plan["maps"]
+    }
+    return {"status": "sites_bit_identical", **result, "rank_agreement": agreement}
+
+
+def _by_inc(
+    model: torch.nn.Module,
+    batches: Sequence[Batch],
+    batch: int,
+    plan: dict[str, Any],
+    names: Sequence[str],
+    on_op: Callable[[int, int], None],
+) -> dict[str, dict[str, float]]:
+    """INC's values of the named ops on one batch: {map: {op: value}}."""
+    spec = spec_of(plan)
+    conf = quant_config(spec.confidence_batches, ops_to_keep(model, batches, spec))
+    modules = {op["inc_name"]: op["op_name"] for op in plan["ops"]}
+    done = 0
+
+    def count(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        on_op(done, len(names) * len(plan["maps"]))
+
+    values = {}
+    for label in plan["maps"]:
+        scores, _ = inc_scores(model, conf, batches[batch], plan["measured_op"], HELPER_OF[label], names, count)
+        values[label] = {modules[inc_name]: value for inc_name, value in scores.items()}
+    return values
+
+
+def check_sites(
+    model: torch.nn.Module, batch: Batch, plan: dict[str, Any], names: Sequence[str], device: torch.device
+) -> None:
+    """Compare each named op's INT8 output on `device` with that on the CPU, for the same input, bit for bit.
+
+    Raises:
+        InputError: naming the op, and how many values differ.
+    """
+    modules = dict(model.named_modules())
+    inputs: dict[str, torch.Tensor] = {}
+    with Replay(model, plan["ops"], plan["measured_op"]) as replay:
+        handles = [
+            modules[name].register_forward_pre_hook(lambda module, args, name=name: inputs.update({name: args[0]}))
+            for name in names
+        ]
+        replay.calibrate(batch)
+        for handle in handles:
+            handle.remove()
+        entries = {op["op_name"]: op for op in plan["ops"]}
+        for name in names:
+            on_cpu = replay.sites[name]
+            with torch.no_grad():
+                expected = on_cpu.quantized(inputs[name])
+                there = SITES[entries[name]["op_type"]][1](name, copy.deepcopy(modules[name]).to(device), entries[name])
+                if not isinstance(on_cpu, EmbeddingSite):
+                    there.set_scales((on_cpu.in_scale, on_cpu.in_zero), (on_cpu.out_scale, on_cpu.out_zero))
+                output = there.quantized(inputs[name].to(device)).cpu()
+            if differing := int((output != expected).sum()):
+                raise InputError(
+                    f"audit: {differing} of {output.numel()} INT8 outputs of {name} differ between {device.type} and"
+                    " CPU on the same input; do not use this capture, and report the difference with the plan"
+                )

@@ -1,0 +1,103 @@
+"""Where a replay runs: the device by name, exact arithmetic on it, and enough memory before long work begins."""
+
+import os
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+
+from auto_quantize_model.files import InputError
+
+GIB = 1 << 30
+WORKING_BYTES = 2 * GIB  # kept block outputs, logits and activations
+LOWER = "lower calibration.batch_size, max_pixels or max_tokens, or measure on a machine with more memory"
+
+
+def choose_device(name: str, *, tf32: bool = False, deterministic: bool = True) -> torch.device:
+    """The torch device for `auto`, `cpu` or `cuda`, set up so that float32 means float32.
+
+    Args:
+        name: `auto` takes a GPU where torch sees one.
+        tf32: let CUDA round float32 products to 10 bits of mantissa.
+        deterministic: ask torch for algorithms that give the same bits each time.
+
+    Raises:
+        InputError: a GPU was asked for and torch sees none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(
+                f"no GPU that this build of torch ({torch.__version__}) can use; set sensitivity.device to cpu, pass"
+                " --resources gpu=0, or install a CUDA build"
+            )
+        # cuBLAS is deterministic only with a workspace of fixed size, read when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+    torch.use_deterministic_algorithms(deterministic)
+    return torch.device(name)
+
+
+def require_memory(parameters: int, device: torch.device) -> None:
+    """Refuse a model that will not fit, before it is loaded.
+
+    Args:
+        parameters: number of the model's weights; each takes 4 bytes in FP32 and 1 as an INT8 code.
+        device: where it will run; weights pass through the host's memory on their way to a GPU.
+
+    Raises:
+        InputError: with what is needed, what there is, and what to lower.
+    """
+    needed = 5 * parameters + WORKING_BYTES
+    host = psutil.virtual_memory().available
+    places = [("this machine", host, needed if device.type == "cpu" else 4 * parameters)]
+    if device.type == "cuda":
+        places.append((torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0], needed))
+    for place, free, wanted in places:
+        if wanted > free:
+            raise InputError(
+                f"{parameters / 1e9:.2f} billion weights need {wanted / GIB:.1f} GiB, and {place} has"
+                f" {free / GIB:.1f} GiB free; {LOWER}"
+            )
+
+
+@contextmanager
+def explained_out_of_memory(device: torch.device) -> Iterator[None]:
+    """Turn torch's out-of-memory error into one that says what there was and what to lower.
+
+    Raises:
+        InputError: in its place.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        held = torch.cuda.max_memory_allocated(device)
+        first_line = str(error).splitlines()[0]
+        raise InputError(
+            f"out of GPU memory: {held / GIB:.1f} GiB were in use, {free / GIB:.1f} of {total / GIB:.1f} GiB are free"
+            f" ({first_line}); {LOWER}"
+        ) from None
+
+
+def usage(device: torch.device) -> dict[str, Any]:
+    """What a run took and where: for the run record, never for a report."""
+    record: dict[str, Any] = {
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    if device.type == "cuda":
+        record["gpu"] = torch.cuda.get_device_name(device)
+        record["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    return record

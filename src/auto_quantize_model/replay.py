@@ -1,0 +1,258 @@
+"""Replay: one model whose planned ops are switched between FP32 and INT8 in place, run again from where it changes.
+
+In: an FP32 model, INC's plan of it, and one batch at a time. Out: the output at the measured op for any set of ops in
+INT8, the same bits that INC 2.6 would measure on the CPU. Nothing is prepared, converted or copied per op, and INC is
+not imported: the plan is all it takes.
+"""
+
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from auto_quantize_model.files import InputError
+from auto_quantize_model.sites import SITES, Site, check_integer_matmul, why_not
+
+CACHE_BYTES = 2 << 30  # of block outputs; what does not fit is computed again
+Batch = dict[str, torch.Tensor]
+
+
+def refusals(model: torch.nn.Module, ops: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The ops of a plan that no site reproduces exactly, each with the reason."""
+    modules = dict(model.named_modules())
+    found = {op["op_name"]: why_not(modules[op["op_name"]], op) for op in ops}
+    return {name: reason for name, reason in found.items() if reason}
+
+
+def require_replayable(model: torch.nn.Module, ops: Sequence[dict[str, Any]]) -> None:
+    """Refuse a plan with an op that no site reproduces exactly.
+
+    Raises:
+        InputError: naming the first such op.
+    """
+    if refused := refusals(model, ops):
+        name, reason = next(iter(refused.items()))
+        raise InputError(
+            f"{len(refused)} of {len(ops)} ops cannot be replayed exactly, first {name}: {reason}; set"
+            " sensitivity.engine to inc or auto, or keep them in FP32 with sensitivity.op_name_dict"
+        )
+
+
+def block_of(model: torch.nn.Module, op_name: str) -> str:
+    """The part of the model whose output is kept for an op: its repeated block, or the op itself outside of any.
+
+    A repeated block is an element of a `ModuleList`, the outermost where they nest.
+    """
+    parent, parts = model, op_name.split(".")
+    for depth, part in enumerate(parts):
+        if isinstance(parent, torch.nn.ModuleList):
+            return ".".join(parts[: depth + 1])
+        parent = getattr(parent, part)
+    return op_name
+
+
+class Replay:
+    """A model under replay; a context manager, so that the model is as before afterwards.
+
+    `calibrate(batch)` runs the model in FP32 once: it sets every op's scales, records in which order the blocks run
+    and keeps their outputs. `run(int8)` then gives the measured output with exactly the ops of `int8` in INT8. Blocks
+    that ran before the first op whose state differs from the run before return what they returned then: the same
+    tensors, so nothing is approximated. Going through the ops from the last to the first therefore runs each time only
+    what follows the op.
+
+    Attributes:
+        order: the ops that ran, in the order of their first execution.
+        executions: how often each op ran in the calibration.
+        cached_bytes: what the kept outputs take, at most `cache_bytes`.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        ops: Sequence[dict[str, Any]],
+        measured_op: str,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        """Take over the forwards of the planned ops and of their blocks.
+
+        Args:
+            model: FP32, in eval mode, on its device.
+            ops: entries of the plan (`op_name`, `op_type`, `pattern`, `activation`, `weight`).
+            measured_op: the module at whose output the error is measured.
+            cache_bytes: bound of the memory for kept outputs.
+
+        Raises:
+            InputError: an op that no site reproduces, or a machine whose integer product is not exact.
+        """
+        require_replayable(model, ops)
+        self.model = model
+        self.device = next(model.parameters()).device
+        check_integer_matmul(self.device)
+        self.cache_bytes = cache_bytes
+        modules = dict(model.named_modules())
+        self.sites: dict[str, Site] = {}
+        for op in ops:
+            self.sites[op["op_name"]] = SITES[op["op_type"]][1](op["op_name"], modules[op["op_name"]], op)
+        self.blocks = {name: block_of(model, name) for name in self.sites}
+        self._taken: list[torch.nn.Module] = []
+        for name, site in self.sites.items():
+            self._take_over(modules[name], site)
+        for block in dict.fromkeys(self.blocks.values()):
+            self._take_over(modules[block], functools.partial(self._visit, block, modules[block].forward))
+        self._hook = modules[measured_op].register_forward_hook(self._measure)
+        self._forget()
+
+    def _take_over(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
+        module.forward = forward
+        self._taken.append(module)
+
+    def __enter__(self) -> "Replay":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give every module its own forward back."""
+        self._hook.remove()
+        for module in self._taken:
+            module.__dict__.pop("forward", None)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.batch: Batch = {}
+        self.sequence: list[str] = []  # the blocks in the order in which they ran
+        self.outputs: list[Any] = []  # what each of them returned in the run before, as far as it is kept
+        self.recording = False
+        self.state: frozenset[str] | None = None
+        self.measured = torch.empty(0)
+        self.order: list[str] = []
+        self.executions: dict[str, int] = {}
+        self.cached_bytes = 0
+
+    def calibrate(self, batch: Batch) -> torch.Tensor:
+        """Run `batch` in FP32, calibrate every op on it, and start replaying it.
+
+        Returns:
+            The FP32 output at the measured op.
+
+        Raises:
+            InputError: an op's input or output, or that output, is not finite, or the measured op did not run.
+        """
+        self._forget()
+        self.batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        for site in self.sites.values():
+            site.observe()
+        self.recording = True
+        self._forward(frozenset())
+        self.recording = False
+        for site in self.sites.values():
+            site.calibrated()
+        self.executions = {name: site.executions for name, site in self.sites.items()}
+        self.first_visit = {name: self.sequence.index(self.blocks[name]) for name in self.order}
+        if not self.measured.numel() or not self.measured.isfinite().all():
+            raise InputError("the FP32 output at the measured op is missing or not finite; check the weights")
+        return self.measured
+
+    def cost(self, name: str) -> int:
+        """How many blocks run again when this op changes, or all of them for no op: a measure of the time it takes."""
+        return len(self.sequence) - self.first_visit.get(name, 0)
+
+    def run(self, int8: Collection[str]) -> torch.Tensor:
+        """The output at the measured op with exactly the ops of `int8` in INT8; float32, as the op gives it.
+
+        Raises:
+            InputError: the blocks ran in another order than in the calibration, so kept outputs would be wrong.
+        """
+        return self._forward(frozenset(int8) & frozenset(self.order))
+
+    def _forward(self, int8: frozenset[str]) -> torch.Tensor:
+        changed = int8 ^ self.state if self.state is not None else frozenset()
+        self.valid = (
+            0 if self.state is None else min(map(self.first_visit.__getitem__, changed), default=len(self.outputs))
+        )
+        for name, site in self.sites.items():
+            site.int8 = name in int8
+        # Until this run has ended its state is that of no run.
+        self.state, self.visits = None, 0
+        with torch.no_grad():
+            self.model(**self.batch)
+        if self.visits != len(self.sequence):
+            raise InputError(self._disorder(f"{self.visits} blocks ran"))
+        self.state = int8
+        return self.measured
+
+    def _visit(self, block: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A block's turn: what it returned before, or a real run of it."""
+        index = self.visits
+        self.visits += 1
+        if self.recording:
+            self.sequence.append(block)
+            before = {name: site.executions for name, site in self.sites.items() if self.blocks[name] == block}
+        elif index >= len(self.sequence) or self.sequence[index] != block:
+            raise InputError(self._disorder(f"{block} ran"))
+        if index < min(self.valid, len(self.outputs)):
+            return _copied(self.outputs[index])
+        output = forward(*args, **kwargs)
+        if self.recording:
+            ran = [name for name, count in before.items() if not count and self.sites[name].executions]
+            self.order += ran
+        self._keep(index, output)
+        return output
+
+    def _keep(self, index: int, output: Any) -> None:
+        """Keep a block's output, as long as those before it are kept too and the memory allows.
+
+        It is copied, here and when it is returned: code behind the block may write into what it gets.
+        """
+        if index < len(self.outputs):
+            self.outputs[index] = _copied(output)
+        elif index == len(self.outputs) and self.cached_bytes + _size(output) <= self.cache_bytes:
+            self.outputs.append(_copied(output))
+            self.cached_bytes += _size(output)
+
+    def _measure(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+        self.measured = output
+
+    def _disorder(self, what: str) -> str:
+        return (
+            f"{what} where the calibration ran otherwise: the model decides by its values; use sensitivity.engine: inc"
+        )
+
+
+def _copied(output: Any) -> Any:
+    return tree_map_only(torch.Tensor, torch.clone, output)
+
+
+def _size(output: Any) -> int:
+    sizes: list[int] = []
+    tree_map_only(torch.Tensor, lambda tensor: sizes.append(tensor.nbytes), output)
+    return sum(sizes)
+
+
+def states(
+    order: Sequence[str], plan_order: Sequence[str], maps: Collection[str]
+) -> Iterator[tuple[str, str, frozenset[str]]]:
+    """Each state to measure as (map, op, ops in INT8), in the order that runs the least of the model.
+
+    `isolated` and `fallback` go from the last op that runs to the first, so that each run shares all blocks before its
+    op with the run before. `requantize` has to go in the plan's order, and ends with every op in INT8, which is where
+    `all_int8` (its op is empty) and `fallback` start.
+    """
+    everything = frozenset(order)
+    if "isolated" in maps:
+        for name in reversed(order):
+            yield "isolated", name, frozenset([name])
+    if "requantize" in maps:
+        so_far: set[str] = set()
+        for name in plan_order:
+            if name in everything:
+                so_far.add(name)
+                yield "requantize", name, frozenset(so_far)
+    if "all_int8" in maps:
+        yield "all_int8", "", everything
+    if "fallback" in maps:
+        for name in reversed(order):
+            yield "fallback", name, everything - {name}
