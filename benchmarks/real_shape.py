@@ -1,0 +1,101 @@
+"""The full shape of Qwen2.5-VL-3B through plan and capture: time of each step and peak memory, in one process.
+
+    python benchmarks/real_shape.py [--device cpu|cuda] [--threads N]
+
+The snapshot (7.5 GB, weights from a seed) is written to tmp/bench/ once. The plan is INC's and is written there as
+well, so that a machine without INC can run the capture from it.
+"""
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from snapshots import build, photo_batch
+
+from auto_quantize_model import cli
+from auto_quantize_model.capture import capture_sensitivity, fingerprint
+from auto_quantize_model.device import GIB, choose_device
+from auto_quantize_model.files import read_json, write_json
+from auto_quantize_model.journal import Journal
+from auto_quantize_model.snapshot import count_parameters, load_model
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="qwen2_5_vl_3b", help="a shape of snapshots.py")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads on the CPU")
+    parser.add_argument("--visual-tokens", type=int, default=100, help="of the one photograph in the batch")
+    parser.add_argument("--maps", nargs="+", default=["isolated", "fallback"], help="maps to measure")
+    parser.add_argument("--folder", type=Path, default=Path("tmp/bench"), help="where snapshot, plan and result go")
+    parser.add_argument("--plan-only", action="store_true", help="write the snapshot and the plan, and end")
+    args = parser.parse_args()
+    return cli.run(lambda: bench(args), None)
+
+
+def bench(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    seconds: dict[str, float] = {}
+
+    def timed(step: str, work: Any) -> Any:
+        started = time.monotonic()
+        result = work()
+        seconds[step] = round(time.monotonic() - started, 1)
+        cli.say(f"{step}: {seconds[step]} s, peak memory so far {peak():.1f} GiB")
+        return result
+
+    directory = timed("write the snapshot", lambda: build(args.shape, args.folder / args.shape))
+    batch = photo_batch(directory, args.visual_tokens)
+    model: Any = timed("load the model", lambda: load_model(directory))
+    plan_file = args.folder / f"{args.shape}.plan.json"
+    if not plan_file.exists():
+        timed("INC's plan", lambda: make_plan(plan_file, args, model, batch))
+    if args.plan_only:
+        return
+    plan = read_json(plan_file) | {"maps": args.maps}
+    device = choose_device(args.device)
+    timed("move to the device", lambda: model.to(device))
+    before = peak()
+    journal_file = args.folder / f"{args.shape}_{args.device}.journal"
+    with Journal(journal_file, fingerprint(plan, device)) as journal, cli.progress_bar("capture") as on_progress:
+        captured, record = timed("capture", lambda: capture_sensitivity(model, [batch], plan, journal, on_progress))
+        journal.remove()
+    size = 4 * count_parameters(directory) / GIB
+    result = {
+        "shape": args.shape,
+        "ops": len(plan["ops"]),
+        "tokens": batch["input_ids"].shape[1],
+        "image_tokens": int(batch["mm_token_type_ids"].sum()),
+        "maps": args.maps,
+        "seconds": seconds,
+        "fp32_gib": round(size, 2),
+        "peak_gib": round(peak(), 2),
+        "peak_before_capture_gib": round(before, 2),
+        "peak_over_fp32": round(peak() / size, 2),
+        "run": record,
+    }
+    write_json(args.folder / f"real_shape_{args.shape}_{args.device}.json", result)
+    write_json(args.folder / f"capture_{args.shape}_{args.device}.json", captured)
+    cli.say(json.dumps(result, indent=2))
+
+
+def make_plan(path: Path, args: argparse.Namespace, model: Any, batch: Any) -> None:
+    from auto_quantize_model.plan import SensitivitySpec, build_plan, identify
+
+    spec = SensitivitySpec("replay", 1, ("isolated", "fallback", "requantize"))
+    manifest = {"model": args.shape, "digest": "0" * 64}
+    calibration = {"calibration": "photo", "digest": "0" * 64}
+    write_json(path, identify(build_plan(model, [batch], spec), manifest, calibration, "0" * 64))
+
+
+def peak() -> float:
+    """This process's peak resident memory, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB >> 10)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
