@@ -19,7 +19,7 @@ from auto_quantize_model.samples import Limits, Sample, collate, encode
 from auto_quantize_model.snapshot import load_processor
 
 SHARD_BYTES = 2 << 30
-PROMPT = "Describe this image in one sentence, naming what stands out."
+PROMPT = "What is this?"  # about as many byte tokens as a longer question has tokens of the published vocabulary
 # hidden, intermediate, layers, heads and key-value heads of text and vision, and the vocabulary; qwen2_5_vl_3b is the
 # published configuration of Qwen/Qwen2.5-VL-3B-Instruct, medium a model of its proportions with 150 M parameters.
 SHAPES: dict[str, dict[str, Any]] = {

@@ -4,9 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from auto_quantize_model.digits import build_snapshot
 from auto_quantize_model.snapshot import Processor, load_processor
+
+# How long an example takes depends on the machine, and no test is about time.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,19 +1,23 @@
 """The plan is INC's, measured at the model's output; the capture follows it and counts what really ran."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from auto_quantize_model.capture import capture_sensitivity
+from auto_quantize_model.capture import capture_sensitivity, require_finite
 from auto_quantize_model.digits import LIMITS, digit_samples
-from auto_quantize_model.files import InputError
+from auto_quantize_model.files import InputError, digest_of
+from auto_quantize_model.journal import Journal
 from auto_quantize_model.plan import SensitivitySpec, build_plan, identify
 from auto_quantize_model.samples import Sample, collate, encode
 from auto_quantize_model.snapshot import load_model
 
 pytestmark = pytest.mark.slow
 KEPT = "model.visual.patch_embed.proj"
+MAPS = ["isolated", "fallback", "requantize"]
 IDENTITY = ({"model": "tiny", "digest": "0"}, {"calibration": "set", "digest": "1"}, "2")
 
 
@@ -38,12 +42,22 @@ def test_the_plan_holds_every_op_and_measures_at_the_output(model, batches):
     assert {op["op_type"] for op in plan["ops"]} == {"Linear", "Conv3d", "Embedding"}
     modules = dict(model.named_modules())
     assert all(op["op_name"] in modules for op in plan["ops"] + plan["excluded"])
-    assert plan["ops"][0]["weight"] == {
+    weight = plan["ops"][0]["weight"]
+    assert {key: value for key, value in weight.items() if key != "observer"} == {
         "dtype": "int8",
         "scheme": "sym",
         "granularity": "per_channel",
         "algorithm": "minmax",
     }
+    assert weight["observer"] == {
+        "name": "PerChannelMinMaxObserver",
+        "dtype": "qint8",
+        "qscheme": "per_channel_symmetric",
+        "reduce_range": False,
+        "quant_min": None,
+        "quant_max": None,
+    }
+    assert {op["pattern"] for op in plan["ops"]} == {"Linear", "Conv3d", "Embedding"}
     assert json.loads(json.dumps(plan)) == plan
 
 
@@ -84,29 +98,72 @@ def test_output_that_is_not_finite_is_refused(tiny_snapshot, batches):
         build_plan(broken, batches, spec())
 
 
-def test_the_capture_has_a_value_for_each_op_and_batch(model, batches):
-    keep = {f"model.{part}.*": "fp32" for part in ("visual.blocks", "language_model.layers")}
-    plan = identify(build_plan(model, batches, spec(confidence_batches=2, op_name_dict=keep)), *IDENTITY)
-    capture, record = capture_sensitivity(model, batches, plan)
+@pytest.fixture
+def few():
+    """Keep most ops in FP32, so that INC has few to measure."""
+    return {f"model.{part}.*": "fp32" for part in ("visual.blocks", "language_model.layers")}
+
+
+def captured(model, batches, plan, path, on_progress=lambda done, total: None):
+    with Journal(path, {"plan": digest_of(plan)}) as journal:
+        return capture_sensitivity(model, batches, plan, journal, on_progress)
+
+
+@pytest.mark.parametrize("engine", ["replay", "inc"])
+def test_the_capture_has_a_record_for_each_op_and_batch(model, batches, few, tmp_path, engine):
+    wanted = spec(engine=engine, confidence_batches=2, op_name_dict=few)
+    plan = identify(build_plan(model, batches, wanted), *IDENTITY)
+    seen = []
+    capture, record = captured(model, batches, plan, tmp_path / "j", lambda done, total: seen.append(done / total))
     names = [op["op_name"] for op in plan["ops"]]
     assert list(capture["maps"]["isolated"]) == names
-    assert all(value > 0 for values in capture["maps"]["isolated"].values() for value in values)
+    assert all(entry["mse_value"] > 0 for records in capture["maps"]["isolated"].values() for entry in records)
     assert set(map(tuple, capture["executions"].values())) == {(1, 1)}
-    assert capture["batches"][0]["all_int8_mse_value"] > 0
-    assert record["ops"] == len(names)
+    assert capture["batches"][0]["all_int8"]["mse_value"] > 0
+    assert record["seconds"] > 0
     assert "host" not in json.dumps(capture)
+    assert seen == sorted(seen) and seen[-1] == 1
 
 
-def test_an_op_that_text_does_not_reach_has_no_score(model, processor):
+@pytest.mark.parametrize("engine", ["replay", "inc"])
+def test_a_capture_that_was_stopped_goes_on_and_ends_the_same(model, batches, few, tmp_path, engine):
+    plan = identify(build_plan(model, batches, spec(engine=engine, maps=MAPS, op_name_dict=few)), *IDENTITY)
+    whole, _ = captured(model, batches, plan, tmp_path / "whole")
+
+    def stop(done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        captured(model, batches, plan, tmp_path / "stopped", stop)
+    again, record = captured(model, batches, plan, tmp_path / "stopped")
+    assert again == whole
+    assert record["resumed_scores"] > len(plan["ops"])
+
+
+def test_an_op_that_text_does_not_reach_has_no_score(model, processor, few, tmp_path):
     texts = [collate([encode(Sample("text", "Which digit is this?"), processor, LIMITS)])]
-    keep = {f"model.{part}.*": "fp32" for part in ("visual.blocks", "language_model.layers")}
-    plan = identify(build_plan(model, texts, spec(op_name_dict=keep)), *IDENTITY)
-    capture, _ = capture_sensitivity(model, texts, plan)
-    for name, (value,) in capture["maps"]["isolated"].items():
-        assert (value is None) == name.startswith("model.visual."), name
+    plan = identify(build_plan(model, texts, spec(engine="inc", op_name_dict=few)), *IDENTITY)
+    capture, _ = captured(model, texts, plan, tmp_path / "j")
+    for name, (record,) in capture["maps"]["isolated"].items():
+        assert (record is None) == name.startswith("model.visual."), name
 
 
-def test_a_plan_that_inc_would_not_make_is_refused(model, batches):
-    plan = identify(build_plan(model, batches, spec()), *IDENTITY)
+def test_a_plan_that_inc_would_not_make_is_refused(model, batches, tmp_path):
+    plan = identify(build_plan(model, batches, spec(engine="inc")), *IDENTITY)
     with pytest.raises(InputError, match="the plan's ops are not what INC plans"):
-        capture_sensitivity(model, batches, plan | {"ops": plan["ops"][1:]})
+        captured(model, batches, plan | {"ops": plan["ops"][1:]}, tmp_path / "j")
+
+
+def test_an_op_whose_score_is_not_finite_is_named(tmp_path):
+    with pytest.raises(InputError, match="batch 1, map fallback: mse_value of lm_head is inf"):
+        require_finite({"mse_value": float("inf")}, 1, "fallback", "lm_head")
+
+
+def test_replay_needs_no_inc():
+    code = (
+        "import sys\n"
+        "import auto_quantize_model.capture, auto_quantize_model.snapshot, auto_quantize_model.calibration\n"
+        "sys.exit(any(name.startswith('neural_compressor') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

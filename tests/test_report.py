@@ -16,8 +16,14 @@ TEMPLATES = Path(__file__).parents[1] / "workflow" / "templates"
 NAMES = ["visual.proj", "layers.0.mlp", "layers.1.mlp", "lm_head"]
 
 
+def record(mse_value):
+    """What replay measures of one op: a tenth of the error at image tokens."""
+    at = {"image_error": mse_value / 10, "text_error": mse_value * 0.9}
+    return {"mse_value": mse_value, **at, "kl_divergence": 0.25, "top1_agreement": 0.5}
+
+
 def parts(**changes):
-    """Manifest, calibration manifest, plan and capture of four ops on two batches."""
+    """Manifest, calibration manifest, plan, capture and audit of four ops on two batches."""
     observers = {"dtype": "int8", "scheme": "sym", "granularity": "per_channel", "algorithm": "minmax"}
     manifest = {"model": "tiny", "source": "local", "architecture": "Qwen2_5_VL", "digest": "0" * 64, "details": {}}
     sample = {"id": "a|b", "sha256": "1" * 64, "tokens": 24, "image_tokens": 4}
@@ -44,11 +50,14 @@ def parts(**changes):
         "excluded": [{"op_name": "norm|x", "op_type": "RMSNorm", "reason": "kept"}],
     }
     plan.update(changes.pop("plan", {}))
-    values = dict(zip(NAMES, ([3.0, 1.0], [0.5, 0.5], [0.5, 0.5], [8.0, 4.0]), strict=True))
+    pairs = ([3.0, 1.0], [0.5, 0.5], [0.5, 0.5], [8.0, 4.0])
+    values = {name: [record(value) for value in pair] for name, pair in zip(NAMES, pairs, strict=True)}
+    audit = {"status": "bit_identical", "batch": 0, "ops": ["lm_head"], "maps": ["isolated"], "compared": 1}
     capture = {
         "plan_digest": digest_of(plan),
-        "engine": "inc",
+        "engine": "replay",
         "device": "cpu",
+        "threads": 1,
         "versions": {"torch": "2.13.0"},
         "batches": [
             {
@@ -56,8 +65,8 @@ def parts(**changes):
                 "sample_ids": ["a|b"],
                 "tokens": 24,
                 "image_tokens": 4,
-                "reference_sum_of_squares": 1000.0,
-                "all_int8_mse_value": 10.0,
+                "reference": {"all": 1000.0, "image": 200.0, "text": 800.0},
+                "all_int8": record(10.0),
             }
             for index in range(2)
         ],
@@ -66,7 +75,7 @@ def parts(**changes):
         "second_pass": [{}, {}],
     }
     capture.update(changes)
-    return manifest, calibration, plan, capture
+    return manifest, calibration, plan, capture, audit | {"rank_agreement": {}}
 
 
 def test_the_primary_table_runs_from_least_to_most_sensitive_with_ties_in_plan_order():
@@ -80,6 +89,9 @@ def test_scores_are_aggregated_over_batches():
     assert row["mse_value"] == 6.0
     assert row["relative_error"] == 12 / 2000
     assert math.isclose(row["sqnr_db"], -10 * math.log10(0.006))
+    assert math.isclose(row["image_relative_error"], 1.2 / 400)
+    assert math.isclose(row["text_relative_error"], 10.8 / 1600)
+    assert (row["kl_divergence"], row["top1_agreement"]) == (0.25, 0.5)
 
 
 def test_the_ten_most_sensitive_come_first():
@@ -89,11 +101,11 @@ def test_the_ten_most_sensitive_come_first():
 
 
 def test_an_op_that_never_ran_has_a_status_and_no_score():
-    manifest, calibration, plan, capture = parts()
+    manifest, calibration, plan, capture, audit = parts()
     capture["executions"]["visual.proj"] = [0, 0]
     for per_op in capture["maps"].values():
         per_op["visual.proj"] = [None, None]
-    report = build_report(manifest, calibration | {"text_only": True}, plan, capture)
+    report = build_report(manifest, calibration | {"text_only": True}, plan, capture, audit)
     assert {op["op_name"]: op["status"] for op in report["ops"]}["visual.proj"] == "not_exercised"
     assert all("visual.proj" not in {row["op_name"] for row in part["ops"]} for part in report["maps"].values())
     markdown, _ = render(report, TEMPLATES)
@@ -101,15 +113,47 @@ def test_an_op_that_never_ran_has_a_status_and_no_score():
 
 
 def test_an_op_that_ran_in_one_batch_is_scored_on_that_batch():
-    assert score([None, 5.0], [1.0, 50.0]) == {"mse_value": 5.0, "relative_error": 0.1, "sqnr_db": 10.0}
+    references = [{"all": 1.0, "image": 0.0, "text": 1.0}, {"all": 50.0, "image": 0.0, "text": 50.0}]
+    row = score([None, record(5.0)], references)
+    assert (row["mse_value"], row["relative_error"], row["sqnr_db"]) == (5.0, 0.1, 10.0)
+    assert row["image_relative_error"] is None  # no image tokens
+
+
+def test_what_inc_alone_measured_has_no_other_metrics():
+    manifest, calibration, plan, capture, audit = parts()
+    for per_op in capture["maps"].values():
+        for name, records in per_op.items():
+            per_op[name] = [{"mse_value": entry["mse_value"]} for entry in records]
+    report = build_report(manifest, calibration, plan, capture, audit)
+    row = report["maps"]["isolated"]["ops"][0]
+    assert row["kl_divergence"] is row["top1_agreement"] is row["image_relative_error"] is None
+    assert "| KL (nats) |" not in render(report, TEMPLATES)[0]
+
+
+@pytest.mark.parametrize(
+    ("audit", "words"),
+    [
+        ({"status": "bit_identical", "compared": 18}, "18 values (1 ops, maps isolated, batch 0) were measured again"),
+        ({"status": "not_needed"}, "not needed, Intel Neural Compressor itself measured every op"),
+        (
+            {"status": "sites_bit_identical", "rank_agreement": {"isolated": 0.94}},
+            "over these ops (batch 0): isolated 0.94.",
+        ),
+    ],
+)
+def test_the_audit_stands_in_the_report(audit, words):
+    *others, usual = parts()
+    report = build_report(*others, usual | audit)
+    markdown, _ = render(report, TEMPLATES)
+    assert words in markdown
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_score_that_is_not_finite_is_refused_by_name(value):
-    manifest, calibration, plan, capture = parts()
-    capture["maps"]["fallback"]["lm_head"][1] = value
-    with pytest.raises(InputError, match="map fallback, batch 1: the score of lm_head"):
-        build_report(manifest, calibration, plan, capture)
+    manifest, calibration, plan, capture, audit = parts()
+    capture["maps"]["fallback"]["lm_head"][1]["mse_value"] = value
+    with pytest.raises(InputError, match="map fallback, batch 1: the mse_value of lm_head"):
+        build_report(manifest, calibration, plan, capture, audit)
 
 
 def test_a_capture_of_another_plan_is_refused():
@@ -118,17 +162,17 @@ def test_a_capture_of_another_plan_is_refused():
 
 
 def test_a_low_all_int8_sqnr_warns_of_the_fallback_map():
-    manifest, calibration, plan, capture = parts()
+    manifest, calibration, plan, capture, audit = parts()
     for batch in capture["batches"]:
-        batch["all_int8_mse_value"] = 900.0
-    (warning,) = build_report(manifest, calibration, plan, capture)["warnings"]
+        batch["all_int8"] = record(900.0)
+    (warning,) = build_report(manifest, calibration, plan, capture, audit)["warnings"]
     assert "fallback map is mostly noise" in warning
 
 
 def test_an_op_without_error_has_no_sqnr_and_is_still_valid_json():
-    manifest, calibration, plan, capture = parts()
-    capture["maps"]["isolated"]["visual.proj"] = [0.0, 0.0]
-    report = build_report(manifest, calibration, plan, capture)
+    manifest, calibration, plan, capture, audit = parts()
+    capture["maps"]["isolated"]["visual.proj"] = [record(0.0), record(0.0)]
+    report = build_report(manifest, calibration, plan, capture, audit)
     assert report["maps"]["isolated"]["ops"][0]["sqnr_db"] is None
     render(report, TEMPLATES)
 
@@ -157,8 +201,8 @@ def test_every_markdown_table_has_as_many_cells_in_each_row_as_in_its_head():
 
 
 def test_a_map_that_was_not_measured_says_so():
-    manifest, calibration, plan, capture = parts(plan={"maps": ["isolated"]})
-    report = build_report(manifest, calibration, plan, capture)
+    manifest, calibration, plan, capture, audit = parts(plan={"maps": ["isolated"]})
+    report = build_report(manifest, calibration, plan, capture, audit)
     assert list(report["maps"]) == ["isolated"]
     assert render(report, TEMPLATES)[0].count("Not measured.") == 2
 

@@ -78,19 +78,17 @@ def capture_mse_v2_sensitivity(
         on_op: called with an op's name before INC scores it.
     """
     capture = Capture()
-    saved: dict[str, Any] = {name: getattr(nc_util, name, MISSING) for name in (*HELPERS.values(), "sorted", "tqdm")}
+    helpers = {
+        name: _capturing(helper, getattr(nc_util, name), capture, only, on_op) for helper, name in HELPERS.items()
+    }
     saved_mapping = dict(nc_util.op_cfg_mapping)
+    nc_util.op_cfg_mapping.clear()
     try:
-        nc_util.op_cfg_mapping.clear()
-        for helper, name in HELPERS.items():
-            setattr(nc_util, name, _capturing(helper, saved[name], capture, only, on_op))
-        with _copies_sharing_parameters():
+        with replaced_names(**helpers), _copies_sharing_parameters():
             yield capture
     finally:
         nc_util.op_cfg_mapping.clear()
         nc_util.op_cfg_mapping.update(saved_mapping)
-        for name, value in saved.items():
-            _restore(name, value)
 
 
 @contextmanager
@@ -109,12 +107,20 @@ def _copies_sharing_parameters() -> Iterator[None]:
         torch.nn.Parameter.__deepcopy__ = saved  # type: ignore[method-assign]
 
 
-def _restore(name: str, value: Any) -> None:
-    if value is MISSING:
-        if hasattr(nc_util, name):
-            delattr(nc_util, name)
-    else:
+@contextmanager
+def replaced_names(**values: Any) -> Iterator[None]:
+    """Set names of INC's module for the duration, and put back what was there, or that there was nothing."""
+    saved = {name: getattr(nc_util, name, MISSING) for name in values}
+    for name, value in values.items():
         setattr(nc_util, name, value)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is MISSING:
+                delattr(nc_util, name)
+            else:
+                setattr(nc_util, name, value)
 
 
 def _capturing(
@@ -149,13 +155,11 @@ def _capturing(
         # tqdm is left out, since progress is the caller's to show.
         within: dict[str, Any] = {"sorted": builtins.sorted, "tqdm": iter} if outer["sorted"] is MISSING else outer
         hooks = {module: list(module._forward_hooks) for module in model.modules()}
-        nc_util.sorted, nc_util.tqdm = capturing_sorted, bounding_tqdm
         try:
-            call.order = list(original(adaptor, model, example_input, tune_cfg))
+            with replaced_names(sorted=capturing_sorted, tqdm=bounding_tqdm):
+                call.order = list(original(adaptor, model, example_input, tune_cfg))
         finally:
             assert_and_get_unique_device.cache_clear()
-            for name, value in outer.items():
-                _restore(name, value)
             for module, kept in hooks.items():
                 for handle in [handle for handle in module._forward_hooks if handle not in kept]:
                     del module._forward_hooks[handle]
@@ -192,7 +196,8 @@ def build_strategy(
         in INC's order.
     """
     config = _Config(quantization=conf, benchmark=None, pruning=None, distillation=None, nas=None)
-    with temporary_workspace():
+    # INC copies the model here too, to see which parts of it can be traced.
+    with temporary_workspace(), _copies_sharing_parameters():
         strategy = MSE_V2TuneStrategy(model=Model(model, conf=conf), conf=config, q_dataloader=calib_dataloader)
         strategy._prepare_tuning()
         tune_cfg = strategy._tune_cfg_converter(next(strategy.next_tune_cfg()))
@@ -212,12 +217,11 @@ def describe_observers(qconfig: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def fused_patterns(strategy: MSE_V2TuneStrategy, model: torch.nn.Module, tune_cfg: dict[str, Any]) -> dict[str, str]:
+def fused_patterns(adaptor: Any, model: torch.nn.Module, tune_cfg: dict[str, Any]) -> dict[str, str]:
     """The class that each op's module has once INC has prepared the model: FX fuses a Linear and its ReLU, say.
 
     INC's names to class names. Calibrates nothing, and copies the model without its weights.
     """
-    adaptor = strategy.adaptor
     with _copies_sharing_parameters():
         prepared = copy.deepcopy(model)
     fx_cfgs = _cfgs_to_fx_cfgs(_cfg_to_qconfig(tune_cfg, tune_cfg["approach"]), tune_cfg["approach"])

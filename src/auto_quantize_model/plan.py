@@ -96,7 +96,7 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: Sensitivi
             " would measure elsewhere, so this model cannot be measured"
         )
     tune_cfg = with_measured_op_last(tune_cfg, inc_names[measured_op])
-    ops, excluded = describe_ops(model, tune_cfg, kept, fused_patterns(strategy, model, tune_cfg))
+    ops, excluded = describe_ops(model, tune_cfg, kept, fused_patterns(strategy.adaptor, model, tune_cfg))
     if not ops:
         raise InputError("sensitivity.op_type_dict and op_name_dict keep every op in FP32: nothing is left to measure")
     if spec.engine == "replay":

@@ -74,6 +74,7 @@ class Replay:
         model: torch.nn.Module,
         ops: Sequence[dict[str, Any]],
         measured_op: str,
+        call: Callable[[], Any] | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Take over the forwards of the planned ops and of their blocks.
@@ -82,15 +83,16 @@ class Replay:
             model: FP32, in eval mode, on its device.
             ops: entries of the plan (`op_name`, `op_type`, `pattern`, `activation`, `weight`).
             measured_op: the module at whose output the error is measured.
+            call: runs the model; by default `model(**batch)` on what `calibrate` was given.
             cache_bytes: bound of the memory for kept outputs.
 
         Raises:
             InputError: an op that no site reproduces, or a machine whose integer product is not exact.
         """
         require_replayable(model, ops)
-        self.model = model
         self.device = next(model.parameters()).device
         check_integer_matmul(self.device)
+        self.call = call or (lambda: model(**self.batch))
         self.cache_bytes = cache_bytes
         modules = dict(model.named_modules())
         self.sites: dict[str, Site] = {}
@@ -125,7 +127,7 @@ class Replay:
         self.batch: Batch = {}
         self.sequence: list[str] = []  # the blocks in the order in which they ran
         self.outputs: list[Any] = []  # what each of them returned in the run before, as far as it is kept
-        self.recording = False
+        self.recording = self.running = False
         self.state: frozenset[str] | None = None
         self.measured = torch.empty(0)
         self.order: list[str] = []
@@ -169,23 +171,36 @@ class Replay:
         return self._forward(frozenset(int8) & frozenset(self.order))
 
     def _forward(self, int8: frozenset[str]) -> torch.Tensor:
-        changed = int8 ^ self.state if self.state is not None else frozenset()
-        self.valid = (
-            0 if self.state is None else min(map(self.first_visit.__getitem__, changed), default=len(self.outputs))
-        )
-        for name, site in self.sites.items():
-            site.int8 = name in int8
-        # Until this run has ended its state is that of no run.
+        self.valid = self._unchanged(int8)
+        # Until this run has ended, the kept outputs are those of no state.
         self.state, self.visits = None, 0
-        with torch.no_grad():
-            self.model(**self.batch)
+        self._switch(int8, running=True)
+        try:
+            with torch.no_grad():
+                self.call()
+        finally:
+            self._switch(frozenset(), running=False)
         if self.visits != len(self.sequence):
             raise InputError(self._disorder(f"{self.visits} blocks ran"))
         self.state = int8
         return self.measured
 
+    def _unchanged(self, int8: frozenset[str]) -> int:
+        """How many of the kept outputs are those of the state `int8` too."""
+        if self.state is None:
+            return 0
+        return min((self.first_visit[name] for name in int8 ^ self.state), default=len(self.outputs))
+
+    def _switch(self, int8: frozenset[str], running: bool) -> None:
+        """Set every op's flag; outside of a run the model is its FP32 self."""
+        self.running = running
+        for name, site in self.sites.items():
+            site.int8 = name in int8
+
     def _visit(self, block: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A block's turn: what it returned before, or a real run of it."""
+        if not self.running:
+            return forward(*args, **kwargs)
         index = self.visits
         self.visits += 1
         if self.recording:
@@ -214,7 +229,8 @@ class Replay:
             self.cached_bytes += _size(output)
 
     def _measure(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
-        self.measured = output
+        if self.running:
+            self.measured = output
 
     def _disorder(self, what: str) -> str:
         return (

@@ -100,6 +100,11 @@ class Site:
             return self.quantized(x)
         output = self.forward(x)
         for observer, tensor in zip(self.observing, (x, output), strict=False):
+            if not tensor.isfinite().all():
+                raise InputError(
+                    f"{self.name}: its FP32 input or output on a calibration batch is not finite, so it has no scale;"
+                    " keep it in FP32 with sensitivity.op_name_dict, or check the weights"
+                )
             # On the CPU whatever the device: the histogram of one machine is then that of every other.
             observer(tensor.detach().float().cpu())
         return output
