@@ -21,10 +21,11 @@ def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
-def test_algorithms_are_deterministic_unless_asked_otherwise():
-    choose_device("cpu")
+def test_algorithms_on_a_gpu_are_deterministic_unless_asked_otherwise(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    choose_device("cuda")
     assert torch.are_deterministic_algorithms_enabled()
-    choose_device("cpu", deterministic=False)
+    choose_device("cuda", deterministic=False)
     assert not torch.are_deterministic_algorithms_enabled()
 
 

@@ -24,17 +24,19 @@ EVERYTHING = {
     "extract_calibration",
     "plan_quantization",
     "capture_sensitivity",
+    "audit_capture",
     "render_report",
     "publish_summary",
     "archive_results",
 }
 FROM_REPORT = {"render_report", "publish_summary", "archive_results"}
-FROM_CAPTURE = FROM_REPORT | {"capture_sensitivity"}
+FROM_AUDIT = FROM_REPORT | {"audit_capture"}
+FROM_CAPTURE = FROM_AUDIT | {"capture_sensitivity"}
 FROM_PLAN = FROM_CAPTURE | {"plan_quantization"}
 TINY = {
     "model": {"name": "tiny", "source": "local", "path": "resources/models/tiny"},
     "calibration": {"num_samples": 2, "num_heldout": 1, "batch_size": 1},
-    "sensitivity": {"confidence_batches": 1},
+    "sensitivity": {"confidence_batches": 1, "audit_ops": 2},
 }
 
 
@@ -147,6 +149,8 @@ def test_every_key_of_the_default_config_is_described_and_every_described_key_is
         ({"calibration": {"min_pixels": 6272}}, "calibration.min_pixels"),
         ({"sensitivity": {"confidence_batches": 5}}, "sensitivity.confidence_batches"),
         ({"sensitivity": {"maps": ["isolated", "sorted"]}}, "'sorted' is not one of"),
+        ({"sensitivity": {"engine": "replai"}}, "'replai' is not one of"),
+        ({"sensitivity": {"engine": "inc", "device": "cuda"}}, "sensitivity.engine inc and auto run INC"),
     ],
 )
 def test_a_bad_config_ends_before_any_job_and_names_the_key(
@@ -233,6 +237,7 @@ def test_a_second_run_has_nothing_to_do(finished: tuple[Path, str]) -> None:
     [
         ("archive.py", {"archive_results"}),
         ("report.py", FROM_REPORT),
+        ("audit.py", FROM_AUDIT),
         ("capture.py", FROM_CAPTURE),
         ("plan.py", FROM_PLAN),
         ("snapshot.py", EVERYTHING),
@@ -260,6 +265,53 @@ def test_changed_confidence_batches_rerun_plan_capture_and_what_follows(finished
     with changed(config, text.replace("confidence_batches: 1", "confidence_batches: 2")):
         assert config.read_text() != text
         assert planned(finished[0]) == FROM_PLAN
+
+
+@pytest.mark.slow
+def test_changed_audit_ops_rerun_the_audit_and_what_follows(finished: tuple[Path, str]) -> None:
+    config = finished[0] / "config" / "config.yaml"
+    text = config.read_text()
+    with changed(config, text.replace("audit_ops: 2", "audit_ops: 3")):
+        assert config.read_text() != text
+        assert planned(finished[0]) == FROM_AUDIT
+
+
+@pytest.mark.slow
+def test_a_gpu_that_is_asked_for_names_other_results_and_none_means_the_cpu(finished: tuple[Path, str]) -> None:
+    config = finished[0] / "config" / "config.yaml"
+    with changed(config, config.read_text().replace("device: auto", "device: cuda")):
+        assert planned(finished[0], "--resources", "gpu=1") == FROM_CAPTURE
+        assert planned(finished[0], "--resources", "gpu=0") == set()
+
+
+@pytest.mark.slow
+def test_a_killed_capture_goes_on_and_ends_in_the_same_bytes(finished: tuple[Path, str], tmp_path: Path) -> None:
+    directory = finished[0]
+    results = directory / "results" / "tiny" / "digits"
+    command = [sys.executable, "scripts/capture_sensitivity.py", "--device", "cpu"]
+    for option, path in (
+        ("--manifest", directory / "results" / "tiny" / "model_manifest.json"),
+        ("--calibration-manifest", results / "calibration_manifest.json"),
+        ("--calibration-set", results / "calibration" / "calibration.parquet"),
+        ("--plan", results / "plan.json"),
+        ("--capture", tmp_path / "capture.json"),
+        ("--run-record", tmp_path / "run.json"),
+    ):
+        command += [option, str(path)]
+    # One thread, as Snakemake gave the run that it is compared with.
+    environment = os.environ | {"PYTHONPATH": str(directory / "src"), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.Popen(command, cwd=directory, env=environment, stderr=subprocess.DEVNULL)
+    journal = tmp_path / "capture.json.journal"
+    while killed.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 10):
+        pass
+    killed.kill()
+    assert killed.wait() != 0
+    assert not (tmp_path / "capture.json").exists()
+    ended = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "capture: going on from" in ended.stdout
+    assert (tmp_path / "capture.json").read_bytes() == (results / "capture_cpu.json").read_bytes()
+    assert not journal.exists()
 
 
 @pytest.mark.slow

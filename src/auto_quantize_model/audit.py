@@ -5,7 +5,8 @@ the CPU is an error, whatever its size.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -70,8 +71,8 @@ def audit_capture(
     found = {
         label: {name: capture["maps"][label][name][batch]["mse_value"] for name in names} for label in plan["maps"]
     }
-    torch.set_num_threads(capture["threads"])
-    expected = _by_inc(model, batches, batch, plan, names, on_op)
+    with incs_surroundings(capture["threads"]):
+        expected = _by_inc(model, batches, batch, plan, names, on_op)
     result = {"batch": batch, "ops": names, "maps": plan["maps"], "compared": len(names) * len(plan["maps"])}
     if capture["device"] == "cpu":
         for label, values in expected.items():
@@ -88,6 +89,20 @@ def audit_capture(
         for label in plan["maps"]
     }
     return {"status": "sites_bit_identical", **result, "rank_agreement": agreement}
+
+
+@contextmanager
+def incs_surroundings(threads: int) -> Iterator[None]:
+    """As many threads as the capture had, on which float32 sums depend, and INC's kernels allowed, as a GPU's run may
+    have asked torch for deterministic ones alone."""
+    saved = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(saved[0])
+        torch.use_deterministic_algorithms(saved[1])
 
 
 def _by_inc(

@@ -41,7 +41,8 @@ def choose_device(name: str, *, tf32: bool = False, deterministic: bool = True) 
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
-    torch.use_deterministic_algorithms(deterministic)
+        # On the CPU all this is deterministic anyway, and the switch would refuse kernels that INC needs.
+        torch.use_deterministic_algorithms(deterministic)
     return torch.device(name)
 
 

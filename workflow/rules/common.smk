@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def chosen_device():
         return "cpu"
     if config["sensitivity"]["device"] != "auto":
         return config["sensitivity"]["device"]
-    if not any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/dxg")):
+    if not shutil.which("nvidia-smi"):
         return "cpu"
     import torch  # seconds, so on machines with a GPU only
 

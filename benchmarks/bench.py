@@ -1,0 +1,215 @@
+"""Equality with INC, speed beside INC, and how the cost grows: printed as Markdown, for docs/performance.md.
+
+    python benchmarks/bench.py [equality] [speed] [growth]
+
+Every figure is measured in this run. Speed is the ratio of seconds an op, INC and replay taking turns in one process.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from snapshots import SHAPES, build, photo_batch
+
+from auto_quantize_model import cli
+from auto_quantize_model.calibration import CalibrationSpec, batches_of, extract
+from auto_quantize_model.digits import train_snapshot
+from auto_quantize_model.files import write_json
+from auto_quantize_model.inc_engine import inc_scores
+from auto_quantize_model.plan import SensitivitySpec, build_plan, quant_config
+from auto_quantize_model.replay import Replay, states
+from auto_quantize_model.snapshot import build_manifest, load_model, load_processor
+
+MAPS = ("isolated", "fallback", "requantize")
+# INC measures single ops of `requantize` from the state before them.
+INC_MAP = {"isolated": "isolated", "fallback": "fallback", "requantize": "requantize_at"}
+FOLDER = Path("tmp/bench")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["equality", "speed", "growth"], help="what to measure")
+    parser.add_argument("--ops", type=int, default=6, help="ops that INC measures on the medium model, per map")
+    args = parser.parse_args()
+    return cli.run(lambda: bench(args), None)
+
+
+def bench(args: argparse.Namespace) -> None:
+    cli.say(f"\n{machine()}\n")
+    for part in args.parts:
+        result = {"equality": equality, "speed": speed, "growth": growth}[part](args)
+        write_json(FOLDER / f"{part}.json", result)
+
+
+def machine() -> str:
+    """Where and with what these figures were measured."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("neural-compressor", "torch", "transformers"))
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    return f"{cpu}, {torch.get_num_threads()} threads; Python {platform.python_version()}, {versions}"
+
+
+def inc_values(model: Any, plan: dict[str, Any], batch: Any, label: str, names: list[str]) -> dict[str, float]:
+    """INC's scores of the named ops, by module name."""
+    modules = {op["inc_name"]: op["op_name"] for op in plan["ops"]}
+    scores, _ = inc_scores(model, quant_config(1), batch, plan["measured_op"], label, names)
+    return {modules[name]: value for name, value in scores.items()}
+
+
+def replayed(model: Any, plan: dict[str, Any], batch: Any) -> dict[tuple[str, str], float]:
+    """Every value of every map by replay: {(map, op): value}."""
+    with Replay(model, plan["ops"], plan["measured_op"]) as replay:
+        reference = replay.calibrate(batch)
+        names = [op["op_name"] for op in plan["ops"]]
+        return {
+            (label, name): float((reference - replay.run(state)).pow(2).sum())
+            for label, name, state in states(replay.order, names, MAPS)
+        }
+
+
+def equality(args: argparse.Namespace) -> dict[str, Any]:
+    """All ops of the embedded default, three maps, two batches: how many values differ from INC's."""
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary) / "digits_vlm"
+        details = train_snapshot(directory, split_seed=0, seed=0, epochs=5, min_accuracy=0.95)
+        manifest = build_manifest(directory, "digits_vlm", "digits", details)
+        processor, model = load_processor(directory), load_model(directory)
+        spec = CalibrationSpec("digits", "digits", 4, 0, 0, 2, 3136, 3136, 512)
+        samples, _, calibration = extract(spec, processor, manifest)
+        batches = batches_of(samples, calibration, processor)
+        plan = build_plan(model, batches, SensitivitySpec("replay", 2, MAPS))
+        names = [op["op_name"] for op in plan["ops"]]
+        compared = differing = 0
+        seconds = {"INC": 0.0, "replay": 0.0}
+        for batch in batches:
+            started = time.monotonic()
+            ours = replayed(model, plan, batch)
+            seconds["replay"] += time.monotonic() - started
+            for label in MAPS:
+                started = time.monotonic()
+                theirs = inc_values(model, plan, batch, label, names)
+                seconds["INC"] += time.monotonic() - started
+                compared += len(theirs)
+                differing += sum(ours[label, name] != value for name, value in theirs.items())
+    cli.say(
+        f"digits_vlm, {len(names)} ops, {len(MAPS)} maps, {len(batches)} batches: {differing} of {compared} values differ"
+        f" from INC's; INC took {seconds['INC']:.0f} s, replay {seconds['replay']:.1f} s"
+    )
+    return {"ops": len(names), "compared": compared, "differing": differing, "seconds": seconds}
+
+
+def medium() -> tuple[Any, dict[str, Any], Any]:
+    """The model of real proportions, its plan, and a batch with a photograph."""
+    directory = build("medium", FOLDER / "medium")
+    batch = photo_batch(directory, 100)
+    model = load_model(directory)
+    return model, build_plan(model, [batch], SensitivitySpec("replay", 1, MAPS)), batch
+
+
+def speed(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds an op and map, INC and replay taking turns; the values have to be the same."""
+    model, plan, batch = medium()
+    names = [op["op_name"] for op in plan["ops"]]
+    chosen = names[:: max(1, len(names) // args.ops)][: args.ops]
+    rows: dict[str, dict[str, list[float]]] = {label: {"INC": [], "replay": []} for label in MAPS}
+    differing = compared = 0
+    ours: dict[tuple[str, str], float] = {}
+    for name in chosen:
+        for label in MAPS:
+            # A whole map of replay for a turn of INC's, its calibration included, divided by its ops.
+            started = time.monotonic()
+            ours.update(one_map(model, plan, batch, label))
+            rows[label]["replay"].append((time.monotonic() - started) / len(names))
+            started = time.monotonic()
+            theirs = inc_values(model, plan, batch, INC_MAP[label], [name])
+            rows[label]["INC"].append(time.monotonic() - started)
+            compared += 1
+            differing += theirs[name] != ours[label, name]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    cli.say(
+        f"\n{parameters / 1e6:.0f} M parameters, {len(names)} ops, {batch['input_ids'].shape[1]} tokens:"
+        f" {differing} of {compared} values differ from INC's\n"
+    )
+    cli.say("| map | INC, s an op | replay, s an op | ratio | lowest to highest ratio |\n|---|---:|---:|---:|---|")
+    result: dict[str, Any] = {"compared": compared, "differing": differing, "ops": len(names), "chosen": chosen}
+    for label, sides in rows.items():
+        ratios = [inc / replay for inc, replay in zip(sides["INC"], sides["replay"], strict=True)]
+        inc, replay = (statistics.median(sides[side]) for side in ("INC", "replay"))
+        cli.say(f"| {label} | {inc:.2f} | {replay:.3f} | {inc / replay:.0f} | {min(ratios):.0f} to {max(ratios):.0f} |")
+        result[label] = {"seconds": sides, "ratio": inc / replay}
+    return result
+
+
+def one_map(model: Any, plan: dict[str, Any], batch: Any, label: str) -> dict[tuple[str, str], float]:
+    """A whole map by replay, from its start."""
+    with Replay(model, plan["ops"], plan["measured_op"]) as replay:
+        reference = replay.calibrate(batch)
+        names = [op["op_name"] for op in plan["ops"]]
+        return {
+            (label, name): float((reference - replay.run(state)).pow(2).sum())
+            for _, name, state in states(replay.order, names, [label])
+        }
+
+
+def growth(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of the isolated and the fallback map against tokens, and against ops at a fixed number of tokens."""
+    points = []
+    for depth, tokens in settings():
+        name = f"medium_{depth}"
+        SHAPES[name] = {
+            **SHAPES["medium"],
+            "text": SHAPES["medium"]["text"] | {"num_hidden_layers": depth},
+            "vision": SHAPES["medium"]["vision"] | {"depth": depth, "full": [depth - 1]},
+        }
+        directory = build(name, FOLDER / name)
+        batch, model = photo_batch(directory, tokens), load_model(directory)
+        plan = build_plan(model, [batch], SensitivitySpec("replay", 1, MAPS))
+        point: dict[str, Any] = {"ops": len(plan["ops"]), "tokens": batch["input_ids"].shape[1]}
+        for label in ("isolated", "fallback"):
+            started = time.monotonic()
+            one_map(model, plan, batch, label)
+            point[label] = time.monotonic() - started
+        points.append(point)
+        cli.say(json.dumps(point))
+    plot(points, FOLDER / "growth.svg")
+    return {"points": points}
+
+
+def settings() -> Iterator[tuple[int, int]]:
+    """(layers of each tower, visual tokens): first more layers, then more tokens."""
+    yield from ((depth, 100) for depth in (2, 4, 8, 12))
+    yield from ((4, tokens) for tokens in (50, 200, 400, 800))
+
+
+def plot(points: list[dict[str, Any]], path: Path) -> None:
+    """Two panels of time: against ops, and against tokens."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "growth"
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for panel, axis, wanted in (
+        (panels[0], "ops", points[:4]),
+        (panels[1], "tokens", sorted([points[1], *points[4:]], key=lambda point: point["tokens"])),
+    ):
+        for label, marker in (("isolated", "o"), ("fallback", "s")):
+            panel.plot(
+                [point[axis] for point in wanted], [point[label] for point in wanted], marker, ls="-", label=label
+            )
+        panel.set(xlabel=axis, ylabel="seconds a map", xlim=0, ylim=0)
+        panel.legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+    cli.say(f"the plot: {path}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
