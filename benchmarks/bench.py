@@ -99,8 +99,8 @@ def equality(args: argparse.Namespace) -> dict[str, Any]:
                 compared += len(theirs)
                 differing += sum(ours[label, name] != value for name, value in theirs.items())
     cli.say(
-        f"digits_vlm, {len(names)} ops, {len(MAPS)} maps, {len(batches)} batches: {differing} of {compared} values differ"
-        f" from INC's; INC took {seconds['INC']:.0f} s, replay {seconds['replay']:.1f} s"
+        f"digits_vlm, {len(names)} ops, {len(MAPS)} maps, {len(batches)} batches: {differing} of {compared} values"
+        f" differ from INC's; INC took {seconds['INC']:.0f} s, replay {seconds['replay']:.1f} s"
     )
     return {"ops": len(names), "compared": compared, "differing": differing, "seconds": seconds}
 
@@ -114,37 +114,50 @@ def medium() -> tuple[Any, dict[str, Any], Any]:
 
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds an op and map, INC and replay taking turns; the values have to be the same."""
+    """Seconds an op of the fallback map, INC and replay taking turns; the values of all maps have to be the same.
+
+    INC's time is from the moment it takes up one op to the moment it takes up the next: its planning, its FP32 run and
+    its second pass are left out. Replay's is a whole map by its number of ops, with its own FP32 run and calibration.
+    """
     model, plan, batch = medium()
     names = [op["op_name"] for op in plan["ops"]]
     chosen = names[:: max(1, len(names) // args.ops)][: args.ops]
-    rows: dict[str, dict[str, list[float]]] = {label: {"INC": [], "replay": []} for label in MAPS}
-    differing = compared = 0
     ours: dict[tuple[str, str], float] = {}
-    for name in chosen:
-        for label in MAPS:
-            # A whole map of replay for a turn of INC's, its calibration included, divided by its ops.
-            started = time.monotonic()
-            ours.update(one_map(model, plan, batch, label))
-            rows[label]["replay"].append((time.monotonic() - started) / len(names))
-            started = time.monotonic()
-            theirs = inc_values(model, plan, batch, INC_MAP[label], [name])
-            rows[label]["INC"].append(time.monotonic() - started)
+    differing = compared = 0
+    turns = []
+    for pair in zip(chosen, chosen[1:] + chosen[:1], strict=True):
+        started = time.monotonic()
+        ours |= one_map(model, plan, batch, "fallback")
+        turn = {"replay": (time.monotonic() - started) / len(names)}
+        taken_up: list[float] = []
+        scores, _ = inc_scores(
+            model,
+            quant_config(1),
+            batch,
+            plan["measured_op"],
+            "fallback",
+            pair,
+            lambda *_, taken_up=taken_up: taken_up.append(time.monotonic()),  # type: ignore[misc]
+        )
+        turn["INC"] = taken_up[1] - taken_up[0]
+        turns.append(turn)
+        cli.say(f"INC {turn['INC']:.2f} s an op, replay {turn['replay']:.3f} s an op")
+    ours |= one_map(model, plan, batch, "isolated") | one_map(model, plan, batch, "requantize")
+    for label in MAPS:
+        for name, value in inc_values(model, plan, batch, INC_MAP[label], chosen).items():
             compared += 1
-            differing += theirs[name] != ours[label, name]
+            differing += value != ours[label, name]
+    ratios = [turn["INC"] / turn["replay"] for turn in turns]
+    inc, replay = (statistics.median(turn[side] for turn in turns) for side in ("INC", "replay"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     cli.say(
-        f"\n{parameters / 1e6:.0f} M parameters, {len(names)} ops, {batch['input_ids'].shape[1]} tokens:"
-        f" {differing} of {compared} values differ from INC's\n"
+        f"\n{parameters / 1e6:.0f} M parameters, {len(names)} ops, {batch['input_ids'].shape[1]} tokens, of them"
+        f" {int(batch['mm_token_type_ids'].sum())} of a photograph; fallback map, medians of {len(turns)} turns:\n\n"
+        "| INC, s an op | replay, s an op | ratio | lowest to highest |\n|---:|---:|---:|---|\n"
+        f"| {inc:.2f} | {replay:.3f} | {inc / replay:.0f} | {min(ratios):.0f} to {max(ratios):.0f} |\n\n"
+        f"{differing} of {compared} values differ from INC's ({len(chosen)} ops, all maps)"
     )
-    cli.say("| map | INC, s an op | replay, s an op | ratio | lowest to highest ratio |\n|---|---:|---:|---:|---|")
-    result: dict[str, Any] = {"compared": compared, "differing": differing, "ops": len(names), "chosen": chosen}
-    for label, sides in rows.items():
-        ratios = [inc / replay for inc, replay in zip(sides["INC"], sides["replay"], strict=True)]
-        inc, replay = (statistics.median(sides[side]) for side in ("INC", "replay"))
-        cli.say(f"| {label} | {inc:.2f} | {replay:.3f} | {inc / replay:.0f} | {min(ratios):.0f} to {max(ratios):.0f} |")
-        result[label] = {"seconds": sides, "ratio": inc / replay}
-    return result
+    return {"compared": compared, "differing": differing, "ops": len(names), "turns": turns, "ratio": inc / replay}
 
 
 def one_map(model: Any, plan: dict[str, Any], batch: Any, label: str) -> dict[tuple[str, str], float]:
@@ -190,24 +203,22 @@ def settings() -> Iterator[tuple[int, int]]:
 
 def plot(points: list[dict[str, Any]], path: Path) -> None:
     """Two panels of time: against ops, and against tokens."""
-    import matplotlib
+    import altair
 
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "growth"
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for panel, axis, wanted in (
-        (panels[0], "ops", points[:4]),
-        (panels[1], "tokens", sorted([points[1], *points[4:]], key=lambda point: point["tokens"])),
-    ):
-        for label, marker in (("isolated", "o"), ("fallback", "s")):
-            panel.plot(
-                [point[axis] for point in wanted], [point[label] for point in wanted], marker, ls="-", label=label
+    panels = []
+    for axis, wanted in (("ops", points[:4]), ("tokens", [points[1], *points[4:]])):
+        rows = [
+            {axis: point[axis], "map": label, "seconds": point[label]}
+            for point in wanted
+            for label in ("isolated", "fallback")
+        ]
+        marks = altair.Chart(altair.Data(values=rows), title=f"seconds a map against {axis}", width=280, height=180)
+        panels.append(
+            marks.mark_line(point=True).encode(
+                x=f"{axis}:Q", y="seconds:Q", color=altair.Color("map:N", scale=altair.Scale(scheme="dark2"))
             )
-        panel.set(xlabel=axis, ylabel="seconds a map", xlim=0, ylim=0)
-        panel.legend(frameon=False)
-    figure.savefig(path, metadata={"Date": None})
+        )
+    (panels[0] | panels[1]).save(path)
     cli.say(f"the plot: {path}")
 
 
