@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import spearmanr
 from snapshots import build, photo_batch
 
 from auto_quantize_model import cli
@@ -80,7 +81,24 @@ def bench(args: argparse.Namespace) -> None:
     }
     write_json(args.folder / f"real_shape_{args.shape}_{args.device}.json", result)
     write_json(args.folder / f"capture_{args.shape}_{args.device}.json", captured)
+    result["against_other_device"] = compare_devices(args)
     cli.say(json.dumps(result, indent=2))
+
+
+def compare_devices(args: argparse.Namespace) -> dict[str, Any]:
+    """Spearman's rank correlation and the largest relative difference of CPU and GPU, per map, where both were run."""
+    files = [args.folder / f"capture_{args.shape}_{device}.json" for device in ("cpu", "cuda")]
+    if not all(path.exists() for path in files):
+        return {"not_run": "one device only"}
+    maps = [read_json(path)["maps"] for path in files]
+    found = {}
+    for label in set(maps[0]) & set(maps[1]):
+        cpu, gpu = ([records[0]["mse_value"] for records in side[label].values() if records[0]] for side in maps)
+        found[label] = {
+            "spearman": float(spearmanr(cpu, gpu).statistic),
+            "largest_relative_difference": max(abs(a - b) / a for a, b in zip(cpu, gpu, strict=True)),
+        }
+    return found
 
 
 def make_plan(path: Path, args: argparse.Namespace, model: Any, batch: Any) -> None:
