@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--shape", default="qwen2_5_vl_3b", help="a shape of snapshots.py")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads on the CPU")
-    parser.add_argument("--visual-tokens", type=int, default=100, help="of the one photograph in the batch")
+    parser.add_argument("--visual-tokens", type=int, default=64, help="of the one photograph (64: 224 x 224 pixels)")
     parser.add_argument("--maps", nargs="+", default=["isolated", "fallback"], help="maps to measure")
     parser.add_argument("--folder", type=Path, default=Path("tmp/bench"), help="where snapshot, plan and result go")
     parser.add_argument("--plan-only", action="store_true", help="write the snapshot and the plan, and end")

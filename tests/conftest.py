@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from auto_quantize_model.digits import build_snapshot
+from auto_quantize_model.digits import LIMITS, build_snapshot, digit_samples
+from auto_quantize_model.samples import collate, encode
 from auto_quantize_model.snapshot import Processor, load_processor
 
 # How long an example takes depends on the machine, and no test is about time.
@@ -31,3 +32,9 @@ def tiny_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def processor(tiny_snapshot: Path) -> Processor:
     return load_processor(tiny_snapshot)
+
+
+@pytest.fixture(scope="session")
+def batches(processor: Processor) -> list[dict[str, torch.Tensor]]:
+    """Two batches of one digit each."""
+    return [collate([encode(sample, processor, LIMITS)]) for sample in digit_samples([0, 1])]

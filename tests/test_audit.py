@@ -7,11 +7,9 @@ import pytest
 
 from auto_quantize_model.audit import audit_capture, check_sites, sample_ops
 from auto_quantize_model.capture import capture_sensitivity
-from auto_quantize_model.digits import LIMITS, digit_samples
 from auto_quantize_model.files import InputError
 from auto_quantize_model.journal import Journal
 from auto_quantize_model.plan import SensitivitySpec, build_plan, identify
-from auto_quantize_model.samples import collate, encode
 from auto_quantize_model.snapshot import load_model
 
 IDENTITY = ({"model": "tiny", "digest": "0"}, {"calibration": "set", "digest": "1"}, "2")
@@ -20,11 +18,6 @@ IDENTITY = ({"model": "tiny", "digest": "0"}, {"calibration": "set", "digest": "
 @pytest.fixture(scope="module")
 def model(tiny_snapshot):
     return load_model(tiny_snapshot)
-
-
-@pytest.fixture(scope="module")
-def batches(processor):
-    return [collate([encode(sample, processor, LIMITS)]) for sample in digit_samples([0, 1])]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from auto_quantize_model.capture import capture_sensitivity, require_finite
-from auto_quantize_model.digits import LIMITS, digit_samples
+from auto_quantize_model.digits import LIMITS
 from auto_quantize_model.files import InputError, digest_of
 from auto_quantize_model.journal import Journal
 from auto_quantize_model.plan import SensitivitySpec, build_plan, identify
@@ -24,11 +24,6 @@ IDENTITY = ({"model": "tiny", "digest": "0"}, {"calibration": "set", "digest": "
 @pytest.fixture(scope="module")
 def model(tiny_snapshot):
     return load_model(tiny_snapshot)
-
-
-@pytest.fixture(scope="module")
-def batches(processor):
-    return [collate([encode(sample, processor, LIMITS)]) for sample in digit_samples([0, 1])]
 
 
 def spec(**changes):

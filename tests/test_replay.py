@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from auto_quantize_model import replay as replay_module
 from auto_quantize_model.capture import capture_sensitivity
-from auto_quantize_model.digits import LIMITS, build_snapshot, digit_samples
+from auto_quantize_model.digits import LIMITS, build_snapshot
 from auto_quantize_model.files import InputError
 from auto_quantize_model.journal import Journal
 from auto_quantize_model.plan import SensitivitySpec, build_plan, identify
@@ -26,11 +26,6 @@ def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("small") / "snapshot"
     build_snapshot(directory, depth=2, hidden=32, seed=0)
     return load_model(directory)
-
-
-@pytest.fixture(scope="module")
-def batches(processor):
-    return [collate([encode(sample, processor, LIMITS)]) for sample in digit_samples([0, 1])]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,41 @@ def test_a_killed_capture_goes_on_and_ends_in_the_same_bytes(finished: tuple[Pat
     assert "capture: going on from" in ended.stdout
     assert (tmp_path / "capture.json").read_bytes() == (results / "capture_cpu.json").read_bytes()
     assert not journal.exists()
+
+
+@pytest.mark.slow
+def test_no_capture_outlives_a_killed_snakemake(finished: tuple[Path, str], tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+    write_config(directory, {**TINY, "sensitivity": TINY["sensitivity"] | {"engine": "inc"}})
+    command = [sys.executable, "-m", "snakemake", "--cores", "1"]
+    running = subprocess.Popen(command, cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    captures = wait_for(lambda: captures_in(directory), 120)
+    running.kill()
+    running.wait()
+    assert captures
+    assert wait_for(lambda: not captures_in(directory), 20)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
+    """What `condition` returns once it is true, or in the end."""
+    for _ in range(int(seconds * 10)):
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    return condition()
+
+
+def captures_in(directory: Path) -> list[str]:
+    """The processes that capture in a directory."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if b"scripts/capture_sensitivity.py" in words and (process / "cwd").resolve() == directory:
+                found.append(process.name)
+        except OSError:  # it ended meanwhile
+            continue
+    return found
 
 
 @pytest.mark.slow

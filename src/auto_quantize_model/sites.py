@@ -161,7 +161,7 @@ class LinearSite(Site):
         return bool(((largest + bias) * (both / self.out_scale)).max() >= 2.0**31)
 
     def quantized(self, x: torch.Tensor) -> torch.Tensor:
-        codes = quantize(x, self.in_scale, self.in_zero).view(-1, x.shape[-1])
+        codes = quantize(x, self.in_scale, self.in_zero).reshape(-1, x.shape[-1])
         # x_q - x_zero = code + 128 - x_zero: the constant comes back as a multiple of each row's sum.
         accumulated = integer_matmul(codes, self.codes).add_(self.row_sums, alpha=128 - self.in_zero)
         both = self.in_scale * self.w_scale
