@@ -64,14 +64,15 @@ def float32(value):
     return float(torch.tensor(value))
 
 
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])  # as on CPU, as on CUDA
 @given(seed=seeds, exponent=exponents, zero_point=zero_points, size=st.integers(1, 5000), spread=st.floats(0.1, 4))
-def test_an_input_is_quantized_as_torch_does(seed, exponent, zero_point, size, spread):
+def test_an_input_is_quantized_as_torch_does(wide, seed, exponent, zero_point, size, spread):
     torch.manual_seed(seed)
     scale = float32(10.0**exponent)
     x = torch.randn(size) * scale * 128 * spread
     x[::3] = (torch.randint(-300, 300, x[::3].shape) + 0.5) * scale  # near every tie
     expected = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8).int_repr().int() - 128
-    assert torch.equal(quantize(x, torch.tensor(scale), zero_point).int(), expected)
+    assert torch.equal(quantize(x, torch.tensor(scale), zero_point, wide).int(), expected)
 
 
 @given(seed=seeds, exponent=exponents, rows=sizes, columns=sizes)

@@ -24,14 +24,14 @@ def build_observer(entry: dict[str, Any]) -> Any:
     return getattr(observers, entry["name"])(**arguments)
 
 
-def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: int) -> torch.Tensor:
+def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: int, wide: torch.dtype | None = None) -> torch.Tensor:
     """`x` (any shape, float32) as int8 codes `quint8 - 128`, rounded as `torch.quantize_per_tensor` rounds.
 
     The kernel rounds once after a fused multiply-add, so that x / scale + zero_point near a tie goes the way of its
     float32 sum. On CPU `addcmul` is that fused operation; on CUDA it may round the product first, so it is done in
-    float64 there, where the product of two float32 numbers is exact.
+    float64 there (`wide`), where the product of two float32 numbers is exact.
     """
-    wide = torch.float64 if x.is_cuda else torch.float32
+    wide = wide or (torch.float64 if x.is_cuda else torch.float32)
     shift = torch.full((), zero_point, dtype=wide, device=x.device)
     codes = torch.addcmul(shift, x.to(wide), scale.reciprocal().to(wide)).float()
     return codes.round_().clamp_(0, 255).sub_(128).to(torch.int8)
@@ -79,7 +79,7 @@ def check_integer_matmul(device: torch.device) -> None:
 class Site:
     """One op of the plan; called in place of its module's forward.
 
-    `int8` is the flag. While `observing`, the op runs in FP32 and its observers see its input and output. `executions`
+    `int8` is the flag. Between `observe` and `calibrated`, in FP32, observers see the op's input and output. `executions`
     counts calls since `observe`. Calibration state (scales and zero_points of input and output) belongs to one batch;
     the weight's codes belong to the model.
     """
@@ -94,12 +94,12 @@ class Site:
         self.observing: list[Any] = []
         self.executions = 0
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:  # named as in torch's modules
         self.executions += 1
-        if self.int8 and not self.observing:
-            return self.quantized(x)
-        output = self.forward(x)
-        for observer, tensor in zip(self.observing, (x, output), strict=False):
+        if self.int8:
+            return self.quantized(input)
+        output = self.forward(input)
+        for observer, tensor in zip(self.observing, (input, output), strict=False):
             if not tensor.isfinite().all():
                 raise InputError(
                     f"{self.name}: its FP32 input or output on a calibration batch is not finite, so it has no scale;"
