@@ -79,9 +79,9 @@ def check_integer_matmul(device: torch.device) -> None:
 class Site:
     """One op of the plan; called in place of its module's forward.
 
-    `int8` is the flag. Between `observe` and `calibrated`, in FP32, observers see the op's input and output. `executions`
-    counts calls since `observe`. Calibration state (scales and zero_points of input and output) belongs to one batch;
-    the weight's codes belong to the model.
+    `int8` is the flag. Between `observe` and `calibrated`, in FP32, observers see the op's input and output.
+    `executions` counts calls since `observe`. Scales and zero_points of input and output belong to one batch, the
+    weight's codes to the model.
     """
 
     def __init__(self, name: str, module: Any, entry: dict[str, Any]) -> None:
