@@ -99,7 +99,7 @@ class Replay:
         for op in ops:
             self.sites[op["op_name"]] = SITES[op["op_type"]][1](op["op_name"], modules[op["op_name"]], op)
         self.blocks = {name: block_of(model, name) for name in self.sites}
-        self._taken: list[torch.nn.Module] = []
+        self._taken: list[tuple[torch.nn.Module, Any]] = []
         for name, site in self.sites.items():
             self._take_over(modules[name], site)
         for block in dict.fromkeys(self.blocks.values()):
@@ -108,8 +108,8 @@ class Replay:
         self._forget()
 
     def _take_over(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
+        self._taken.append((module, vars(module).get("forward")))
         module.forward = forward
-        self._taken.append(module)
 
     def __enter__(self) -> "Replay":
         return self
@@ -119,8 +119,11 @@ class Replay:
     ) -> None:
         """Give every module its own forward back."""
         self._hook.remove()
-        for module in self._taken:
-            module.__dict__.pop("forward", None)
+        for module, before in reversed(self._taken):
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
         self._forget()
 
     def _forget(self) -> None:
