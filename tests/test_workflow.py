@@ -325,7 +325,7 @@ def test_no_capture_outlives_a_killed_snakemake(finished: tuple[Path, str], tmp_
     running.kill()
     running.wait()
     assert captures
-    assert wait_for(lambda: not captures_in(directory), 20)
+    assert wait_for(lambda: not captures_in(directory), 60)
 
 
 def wait_for(condition: Callable[[], Any], seconds: float) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
 from tqdm import tqdm
 
 from auto_quantize_model.files import InputError
@@ -43,11 +44,18 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def end_with_parent() -> None:
-    """Have the kernel end this process when the one that started it ends, so that no orphan goes on writing (Linux)."""
-    parent = os.getppid()
+    """Have the kernel end this process when the one that started it ends, so that no orphan goes on writing (Linux).
+
+    The workflow says who that is in the environment: it may have ended while this process was still importing.
+    """
+    workflow = int(os.environ.get("PIPELINE_PID", os.getppid()))
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it ended before the request
-        raise SystemExit(1)
+    try:
+        ended = psutil.Process(workflow).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        ended = True
+    if ended:
+        raise SystemExit("error: the process that started this one has ended")
 
 
 def run(work: Callable[[], None], log: Path | None) -> int:
