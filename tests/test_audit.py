@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from auto_quantize_model.audit import audit_capture, check_sites, sample_ops
+from auto_quantize_model.audit import audit_capture, check_sites, rank_agreement, sample_ops
 from auto_quantize_model.capture import capture_sensitivity
 from auto_quantize_model.files import InputError
 from auto_quantize_model.journal import Journal
@@ -64,6 +64,11 @@ def test_the_sample_has_both_extremes_and_is_drawn_by_the_seed():
     assert first == sample_ops(capture, 0, 6, "1" * 64)
     assert first != sample_ops(capture, 0, 6, "2" * 64)
     assert len(sample_ops(capture, 0, 100, "1" * 64)) == 20
+
+
+def test_rank_agreement_goes_by_name_and_is_none_without_ranks():
+    assert rank_agreement({"a": 1.0, "b": 2.0, "c": 3.0}, {"c": 30.0, "b": 20.0, "a": 10.0}) == pytest.approx(1.0)
+    assert rank_agreement({"a": 1.0, "b": 2.0}, {"a": 2.0, "b": 1.0}) == pytest.approx(-1.0)
 
 
 def test_an_op_that_did_not_run_is_not_audited():

@@ -5,6 +5,7 @@ the CPU is an error, whatever its size.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -84,11 +85,14 @@ def audit_capture(
                     )
         return {"status": "bit_identical", **result, "rank_agreement": {}}
     check_sites(model, batches[batch], plan, names, torch.device(capture["device"]))
-    agreement = {
-        label: float(spearmanr(list(found[label].values()), list(expected[label].values())).statistic)
-        for label in plan["maps"]
-    }
+    agreement = {label: rank_agreement(found[label], expected[label]) for label in plan["maps"]}
     return {"status": "sites_bit_identical", **result, "rank_agreement": agreement}
+
+
+def rank_agreement(found: dict[str, float], expected: dict[str, float]) -> float | None:
+    """Spearman's rank correlation over the ops of `found`; None where all values of a side are alike."""
+    statistic = float(spearmanr(list(found.values()), [expected[name] for name in found]).statistic)
+    return None if math.isnan(statistic) else statistic
 
 
 @contextmanager
@@ -149,17 +153,18 @@ def check_sites(
         replay.calibrate(batch)
         for handle in handles:
             handle.remove()
-        entries = {op["op_name"]: op for op in plan["ops"]}
-        for name in names:
-            on_cpu = replay.sites[name]
-            with torch.no_grad():
-                expected = on_cpu.quantized(inputs[name])
-                there = SITES[entries[name]["op_type"]][1](name, copy.deepcopy(modules[name]).to(device), entries[name])
-                if not isinstance(on_cpu, EmbeddingSite):
-                    there.set_scales((on_cpu.in_scale, on_cpu.in_zero), (on_cpu.out_scale, on_cpu.out_zero))
-                output = there.quantized(inputs[name].to(device)).cpu()
-            if differing := int((output != expected).sum()):
-                raise InputError(
-                    f"audit: {differing} of {output.numel()} INT8 outputs of {name} differ between {device.type} and"
-                    " CPU on the same input; do not use this capture, and report the difference with the plan"
-                )
+    # After the replay, so that copies of the modules do not carry its forwards, and with them the model.
+    entries = {op["op_name"]: op for op in plan["ops"]}
+    for name in names:
+        on_cpu = replay.sites[name]
+        there = SITES[entries[name]["op_type"]][1](name, copy.deepcopy(modules[name]).to(device), entries[name])
+        if not isinstance(on_cpu, EmbeddingSite):
+            there.set_scales((on_cpu.in_scale, on_cpu.in_zero), (on_cpu.out_scale, on_cpu.out_zero))
+        with torch.no_grad():
+            expected = on_cpu.quantized(inputs[name])
+            output = there.quantized(inputs[name].to(device)).cpu()
+        if differing := int((output != expected).sum()):
+            raise InputError(
+                f"audit: {differing} of {output.numel()} INT8 outputs of {name} differ between {device.type} and CPU on"
+                " the same input; do not use this capture, and report the difference with the plan"
+            )
