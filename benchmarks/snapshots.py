@@ -75,7 +75,7 @@ def shaped_config(name: str) -> Qwen2_5_VLConfig:
 
 
 def build(name: str, directory: Path, seed: int = 0) -> Path:
-    """Write the snapshot of a shape, unless it is there already; one weight in memory at a time."""
+    """Write the snapshot of a shape, unless it is there already; one shard in memory at a time."""
     if (directory / "model.safetensors.index.json").exists():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -83,20 +83,20 @@ def build(name: str, directory: Path, seed: int = 0) -> Path:
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
     generator = torch.Generator().manual_seed(seed)
-    shards: list[dict[str, torch.Tensor]] = [{}]
+    shard: dict[str, torch.Tensor] = {}
     weight_map: dict[str, str] = {}
-    total = held = 0
+    number, total, held = 1, 0, 0
     for weight, meta in model.state_dict().items():
         if shape_is_tied(config, weight):
             continue
         tensor = drawn(weight, meta.shape, generator)
-        if held + tensor.nbytes > SHARD_BYTES and shards[-1]:
-            write_shard(directory, len(shards), shards[-1])
-            shards, held = [*([{}] * len(shards)), {}], 0
-        shards[-1][weight] = tensor
-        weight_map[weight] = shard_name(len(shards))
+        if shard and held + tensor.nbytes > SHARD_BYTES:
+            write_shard(directory, number, shard)
+            shard, number, held = {}, number + 1, 0
+        shard[weight] = tensor
+        weight_map[weight] = shard_name(number)
         held, total = held + tensor.nbytes, total + tensor.nbytes
-    write_shard(directory, len(shards), shards[-1])
+    write_shard(directory, number, shard)
     config.save_pretrained(directory)
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(directory)

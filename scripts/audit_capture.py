@@ -6,6 +6,7 @@ from pathlib import Path
 from auto_quantize_model import cli
 from auto_quantize_model.audit import audit_capture
 from auto_quantize_model.calibration import load_batches
+from auto_quantize_model.capture import require_plan_of
 from auto_quantize_model.files import read_json, write_json
 from auto_quantize_model.snapshot import load_model, load_processor, verify_manifest
 
@@ -28,6 +29,7 @@ def main() -> int:
 def audit(args: argparse.Namespace) -> None:
     manifest, calibration = read_json(args.manifest), read_json(args.calibration_manifest)
     plan, capture = read_json(args.plan), read_json(args.capture)
+    require_plan_of(plan, manifest, calibration)
     directory = verify_manifest(manifest)
     batches = load_batches(args.calibration_set, calibration, load_processor(directory))
     with cli.progress_bar("audit by INC") as on_progress:

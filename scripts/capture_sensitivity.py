@@ -7,9 +7,9 @@ import torch
 
 from auto_quantize_model import cli
 from auto_quantize_model.calibration import load_batches
-from auto_quantize_model.capture import capture_sensitivity, describe_batches, fingerprint
+from auto_quantize_model.capture import capture_sensitivity, describe_batches, fingerprint, require_plan_of
 from auto_quantize_model.device import choose_device, explained_out_of_memory, require_memory
-from auto_quantize_model.files import InputError, read_json, write_json
+from auto_quantize_model.files import read_json, write_json
 from auto_quantize_model.journal import Journal
 from auto_quantize_model.snapshot import count_parameters, load_model, load_processor, verify_manifest
 
@@ -35,8 +35,7 @@ def main() -> int:
 
 def capture(args: argparse.Namespace) -> None:
     manifest, calibration, plan = (read_json(path) for path in (args.manifest, args.calibration_manifest, args.plan))
-    if (plan["model_digest"], plan["calibration_digest"]) != (manifest["digest"], calibration["digest"]):
-        raise InputError(f"{args.plan}: made for another model or calibration set; make the plan again")
+    require_plan_of(plan, manifest, calibration)
     directory = verify_manifest(manifest)
     device = choose_device(args.device, tf32=args.tf32, deterministic=not args.nondeterministic)
     require_memory(count_parameters(directory), device)

@@ -41,6 +41,8 @@ def test_a_model_that_does_not_fit_is_refused_with_both_figures():
     ):
         require_memory(10**15, torch.device("cpu"))
     require_memory(10**6, torch.device("cpu"))
+    with pytest.raises(InputError, match="need 3725290.3 GiB"):  # loaded only: 4 bytes a weight
+        require_memory(10**15)
 
 
 def test_running_out_of_memory_says_what_there_was_and_what_to_lower(monkeypatch):

@@ -58,6 +58,7 @@ def parts(**changes):
         "engine": "replay",
         "device": "cpu",
         "threads": 1,
+        "tf32": False,
         "versions": {"torch": "2.13.0"},
         "batches": [
             {
@@ -128,6 +129,16 @@ def test_what_inc_alone_measured_has_no_other_metrics():
     row = report["maps"]["isolated"]["ops"][0]
     assert row["kl_divergence"] is row["top1_agreement"] is row["image_relative_error"] is None
     assert "| KL (nats) |" not in render(report, TEMPLATES)[0]
+
+
+def test_where_both_engines_measured_the_metrics_of_the_replay_are_shown_and_the_others_are_dashes():
+    manifest, calibration, plan, capture, audit = parts()
+    isolated = capture["maps"]["isolated"]
+    isolated["layers.0.mlp"] = [{"mse_value": 0.5}, {"mse_value": 0.5}]  # first in the table
+    markdown, _ = render(build_report(manifest, calibration, plan, capture, audit), TEMPLATES)
+    table = markdown.split("## Isolated map")[1].split("\n## ")[0]
+    first, second = (line for line in table.splitlines() if line[:3] in ("| 1", "| 2"))
+    assert first.count("–") == 4 and "0.25" in second
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from auto_quantize_model.journal import Journal
 from auto_quantize_model.metrics import Reference
 from auto_quantize_model.replay import Batch, Replay, refusals, states
 
-Progress = Callable[[int, int], None]  # done and total, in runs of a block
+Progress = Callable[[int, int], None]  # done and total, in runs of a block (replay) or ops (INC)
 
 
 def capture_sensitivity(
@@ -151,6 +151,7 @@ def _assemble(plan: dict[str, Any], records: dict[str, Any], device: torch.devic
         "device": device.type,
         # Sums of float32 depend on how many threads share them.
         "threads": torch.get_num_threads(),
+        "tf32": device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
         "model": plan["model"],
         "calibration": plan["calibration"],
         "plan_digest": digest_of(plan),
@@ -180,6 +181,19 @@ def fingerprint(plan: dict[str, Any], device: torch.device) -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "code": digest_of({path.name: sha256_file(path) for path in library}),
     }
+
+
+def require_plan_of(plan: dict[str, Any], manifest: dict[str, Any], calibration: dict[str, Any]) -> None:
+    """Refuse a plan that was made for another model or calibration set.
+
+    Raises:
+        InputError: a digest differs.
+    """
+    if (plan["model_digest"], plan["calibration_digest"]) != (manifest["digest"], calibration["digest"]):
+        raise InputError(
+            f"the plan is of model {plan['model']} and calibration set {plan['calibration']} as they were, not as they"
+            " are; make the plan again (snakemake --cores 1 --forcerun plan_quantization)"
+        )
 
 
 def describe_batches(capture: dict[str, Any], calibration: dict[str, Any]) -> dict[str, Any]:

@@ -44,10 +44,13 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def end_with_parent() -> None:
-    """Have the kernel end this process when the one that started it ends, so that no orphan goes on writing (Linux).
+    """Have the kernel end this process when the one that started it ends, so that no orphan goes on writing.
 
-    The workflow says who that is in the environment: it may have ended while this process was still importing.
+    Linux alone has that signal; elsewhere the journal's lock still keeps a second writer out. The workflow says who it
+    is in the environment: it may have ended while this process was still importing.
     """
+    if sys.platform != "linux":
+        return
     workflow = int(os.environ.get("PIPELINE_PID", os.getppid()))
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     try:

@@ -46,21 +46,21 @@ def choose_device(name: str, *, tf32: bool = False, deterministic: bool = True) 
     return torch.device(name)
 
 
-def require_memory(parameters: int, device: torch.device) -> None:
+def require_memory(parameters: int, replay_on: torch.device | None = None) -> None:
     """Refuse a model that will not fit, before it is loaded.
 
     Args:
-        parameters: number of the model's weights; each takes 4 bytes in FP32 and 1 as an INT8 code.
-        device: where it will run; weights pass through the host's memory on their way to a GPU.
+        parameters: number of the model's weights; each takes 4 bytes in FP32 and, in a replay, 1 as an INT8 code.
+        replay_on: the device of the replay, if there is to be one; weights pass through the host's memory to a GPU.
 
     Raises:
         InputError: with what is needed, what there is, and what to lower.
     """
-    needed = 5 * parameters + WORKING_BYTES
-    host = psutil.virtual_memory().available
-    places = [("this machine", host, needed if device.type == "cpu" else 4 * parameters)]
-    if device.type == "cuda":
-        places.append((torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0], needed))
+    loaded, replayed = 4 * parameters, 5 * parameters + WORKING_BYTES
+    on_cpu = replay_on is not None and replay_on.type == "cpu"
+    places = [("this machine", psutil.virtual_memory().available, replayed if on_cpu else loaded)]
+    if replay_on is not None and replay_on.type == "cuda":
+        places.append((torch.cuda.get_device_name(replay_on), torch.cuda.mem_get_info(replay_on)[0], replayed))
     for place, free, wanted in places:
         if wanted > free:
             raise InputError(

@@ -59,7 +59,8 @@ def measure_by_inc(
                     record = require_finite({"mse_value": value}, index, label, name)
                     journal.add(f"{index}/{label}/{name}", record)
             if label == "fallback":
-                journal.add(f"{index}/second_pass", {modules[name]: value for name, value in second_pass.items()})
+                rescored = {modules[name]: value for name, value in second_pass.items()}
+                journal.add(f"{index}/second_pass", require_finite(rescored, index, "fallback, second pass", ""))
 
 
 def inc_scores(

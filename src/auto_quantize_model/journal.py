@@ -57,7 +57,7 @@ class Journal:
                 if rest:
                     self.file.truncate(self.file.tell() - len(rest))
                 return records, ""
-            before = head["of"]
+            before = dict(head["of"])
         except (ValueError, KeyError, TypeError):
             return {}, "the journal is damaged"
         changed = [key for key in {**before, **fingerprint} if before.get(key) != fingerprint.get(key)]
@@ -71,7 +71,7 @@ class Journal:
     def _write(self, entry: dict[str, Any], truncate: bool = False) -> None:
         if truncate:
             self.file.truncate(0)
-        self.file.write(json.dumps(entry, allow_nan=True).encode() + b"\n")
+        self.file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
         self.file.flush()
         os.fsync(self.file.fileno())
 

@@ -54,7 +54,7 @@ def build_report(
             **{key: calibration[key] for key in ("source", "seed", "batch_size", "text_only", "digest")},
             "samples": {split: len(samples) for split, samples in calibration["samples"].items()},
         },
-        "measurement": {key: capture[key] for key in ("engine", "device", "threads", "plan_digest")}
+        "measurement": {key: capture[key] for key in ("engine", "device", "threads", "tf32", "plan_digest")}
         | {"measured_op": plan["measured_op"], "config_digest": plan["config_digest"]},
         "audit": audit,
         "versions": capture["versions"],

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
 
+from auto_quantize_model.device import require_memory
 from auto_quantize_model.files import InputError, digest_of, read_json, sha256_file
 
 ARCHITECTURES: dict[str, type[PreTrainedModel]] = {
@@ -179,9 +180,11 @@ def load_model(directory: Path) -> PreTrainedModel:
     """The model of a snapshot in FP32 and eval mode on the CPU, safe for FX, its parameters frozen.
 
     Raises:
-        InputError: the snapshot is refused by `check_snapshot`, or its weights do not fill the model.
+        InputError: the snapshot is refused by `check_snapshot`, its weights do not fill the model, or they do not fit
+            into memory.
     """
     config = check_snapshot(directory)
+    require_memory(count_parameters(directory))
     loaded: Any = ARCHITECTURES[config["architectures"][0]].from_pretrained(
         directory,
         dtype=torch.float32,

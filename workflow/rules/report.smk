@@ -18,7 +18,11 @@ rule render_report:
         f"{RUN}/benchmarks/render_report.tsv"
     params:
         # Templates are part of the code: as inputs they would have new times in every fresh clone.
-        code=code_digest("scripts/render_report.py", "workflow/templates"),
+        code=code_digest(
+            "scripts/render_report.py",
+            "workflow/templates",
+            "workflow/schemas/op_sensitivity.schema.json",
+        ),
         templates="workflow/templates",
     shell:
         "exec python scripts/render_report.py"
