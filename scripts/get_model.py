@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from auto_quantize_model import cli
 from auto_quantize_model.files import InputError, write_json
@@ -12,8 +13,12 @@ from auto_quantize_model.snapshot import build_manifest
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True, help="the model's name in result paths")
-    parser.add_argument("--source", required=True, choices=["digits", "local"], help="train the reader, or take --path")
-    parser.add_argument("--path", type=Path, required=True, help="snapshot directory: read (local) or written (digits)")
+    parser.add_argument(
+        "--source", required=True, choices=["digits", "local", "hub"], help="train, take --path, or download"
+    )
+    parser.add_argument("--path", type=Path, required=True, help="snapshot directory, or the link to it (hub)")
+    parser.add_argument("--repo-id", help="hub: the repository, as owner/name")
+    parser.add_argument("--revision", help="hub: its commit, 40 hexadecimal digits")
     parser.add_argument("--training-json", default="{}", help="digits: the config's model.training as JSON")
     parser.add_argument("--manifest", type=Path, required=True, help="the manifest to write (JSON)")
     parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
@@ -22,16 +27,25 @@ def main() -> int:
 
 
 def get_model(args: argparse.Namespace) -> None:
-    details = {}
+    details: dict[str, Any] = {}
     if args.source == "digits":
         from auto_quantize_model.digits import train_snapshot
 
         training = json.loads(args.training_json)
         details = train_snapshot(args.path, **training, progress=lambda epochs: cli.progress(epochs, "training epochs"))
         cli.say(f"{args.name}: held-out accuracy {details['training']['heldout_accuracy']:.1%}")
+    elif args.source == "hub":
+        from auto_quantize_model import hub
+
+        snapshot = hub.fetch_snapshot(args.repo_id, args.revision, cli.TerminalBar)
+        hub.link_snapshot(snapshot, args.path)
+        details = {"hub": {"repo_id": args.repo_id, "commit": args.revision}}
     elif not args.path.is_dir():
         raise InputError(f"model.path: {args.path} is no directory; give a Hugging Face snapshot directory")
-    write_json(args.manifest, build_manifest(args.path, args.name, args.source, details))
+    manifest = build_manifest(args.path, args.name, args.source, details)
+    if args.source == "hub":
+        hub.check_against_hub(args.path, {file["name"]: file["sha256"] for file in manifest["files"]})
+    write_json(args.manifest, manifest)
 
 
 if __name__ == "__main__":

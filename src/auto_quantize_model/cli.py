@@ -31,6 +31,15 @@ def progress(steps: Sequence[Any], what: str) -> tqdm:
     return tqdm(steps, desc=what, file=stream, mininterval=0.5 if stream.isatty() else 15, dynamic_ncols=True)
 
 
+class TerminalBar(tqdm):
+    """A bar for libraries that make their own from a class: on the terminal too, while chatter goes to a log."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        stream = _terminal.get("err", sys.stderr)
+        kwargs.pop("name", None)  # huggingface_hub's, for groups of bars
+        super().__init__(*args, **kwargs | {"file": stream, "mininterval": 0.5 if stream.isatty() else 15})
+
+
 @contextlib.contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar for work that says itself how far it is: call what is yielded with what is done and the total."""

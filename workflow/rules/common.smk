@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+import shlex
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -73,6 +74,13 @@ def block(*keys):
 def plan_spec(wildcards):
     """What the plan needs of the sensitivity block, as JSON."""
     return json.dumps({key: config["sensitivity"][key] for key in PLAN_KEYS}, sort_keys=True)
+
+
+def hub_flags(name):
+    """Repository and revision of a block whose source is the hub, as its script takes them."""
+    if config[name]["source"] != "hub":
+        return ""
+    return f"--repo-id {shlex.quote(config[name]['repo_id'])} --revision {shlex.quote(config[name]['revision'])}"
 
 
 def capture_flags():

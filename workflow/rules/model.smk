@@ -2,7 +2,7 @@ rule get_model:
     """Get the model as a local snapshot, and write the manifest that stands for it from here on.
 
     The weights are no declared output: a manifest of kilobytes with a sha256 per file can be restored, compared and
-    archived where gigabytes cannot. A row of `files` is one file of the snapshot. A `hub` source belongs here too.
+    archived where gigabytes cannot. A row of `files` is one file of the snapshot.
     """
     output:
         manifest=f"results/{MODEL}/model_manifest.json",
@@ -15,12 +15,14 @@ rule get_model:
         name=MODEL,
         source=config["model"]["source"],
         path=config["model"]["path"],
+        hub=hub_flags("model"),
         training=block("model", "training"),
     shell:
         "exec python scripts/get_model.py"
         " --name {params.name:q}"
         " --source {params.source:q}"
         " --path {params.path:q}"
+        " {params.hub}"
         " --training-json {params.training:q}"
         " --manifest {output.manifest:q}"
         " --log {log:q}"

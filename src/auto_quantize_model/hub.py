@@ -1,0 +1,217 @@
+"""The Hugging Face hub: a pinned snapshot in the hub's own cache, every file compared with the hash that the hub names.
+
+In: a repository and a commit. Out: a directory of links into the cache that other tools share. `HF_ENDPOINT`,
+`HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` mean what they mean everywhere.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx2
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    DryRunError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from auto_quantize_model.files import InputError
+
+Result = TypeVar("Result")
+# What a snapshot is read from; pickled weights and code are left at the hub.
+PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
+PAUSES = (1.0, 5.0, 20.0, 60.0)  # seconds between tries where the hub does not name a time
+TRANSIENT = {408, 429, 500, 502, 503, 504}
+MARGIN_BYTES = 1 << 30  # left free on the disk
+
+
+def fetch_snapshot(repo_id: str, revision: str, bar: Any = None) -> Path:
+    """The directory, in the hub's cache, of a repository at a commit; what is there already is not fetched again.
+
+    Args:
+        repo_id: `owner/name`.
+        revision: the 40 digits of a commit.
+        bar: a tqdm class for the progress bars.
+
+    Raises:
+        InputError: the revision moves, is unknown or cannot be reached; access is refused; the disk is too small; or
+            the hub sent another size than it promised.
+    """
+    with explained("model", repo_id, revision):
+        require_commit("model", repo_id, revision)
+        wanted: dict[str, Any] = {"revision": revision, "allow_patterns": PATTERNS}
+        if not constants.HF_HUB_OFFLINE:
+            _require_disk(repo_id, wanted)
+        return Path(with_retries(lambda: snapshot_download(repo_id, tqdm_class=bar, **wanted)))
+
+
+def require_commit(kind: str, repo_id: str, revision: str) -> None:
+    """Refuse a revision that can move: a branch or a tag today is not what it is tomorrow.
+
+    Raises:
+        InputError: naming the commit that it is now, to be written into the config.
+    """
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise InputError(f"{repo_id}: revision {revision!r} is no commit of 40 hexadecimal digits; write one")
+    now = with_retries(lambda: HfApi().repo_info(repo_id, repo_type=kind, revision=revision)).sha
+    raise InputError(f"{repo_id}: revision {revision!r} can move; pin the commit that it is now: {now}")
+
+
+def _require_disk(repo_id: str, wanted: dict[str, Any]) -> None:
+    """Compare what has to be fetched with the free space of the cache's disk.
+
+    Raises:
+        InputError: there is too little.
+    """
+    try:
+        files: Any = with_retries(lambda: snapshot_download(repo_id, dry_run=True, **wanted))
+    except DryRunError:
+        return  # the hub is out of reach: a cached snapshot may do, and the download itself says why if not
+    missing = sum(file.file_size for file in files if file.will_download)
+    place = Path(constants.HF_HUB_CACHE)
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if missing and missing + MARGIN_BYTES > free:
+        raise InputError(
+            f"{repo_id}: {missing / 1e9:.2f} GB to fetch, and the disk of {constants.HF_HUB_CACHE} has"
+            f" {free / 1e9:.2f} GB free (1 GB stays free); free some, or set HF_HOME to a folder on another disk"
+        )
+
+
+def with_retries(work: Callable[[], Result]) -> Result:
+    """`work()`, tried again while the hub is busy or out of reach, after the pause that it asks for.
+
+    A download that is tried again goes on where it ended: what has arrived stays in the cache, marked incomplete.
+    """
+    for pause in PAUSES:
+        try:
+            return work()
+        except (HfHubHTTPError, httpx2.TransportError, LocalEntryNotFoundError, DryRunError) as error:
+            cause = error if isinstance(error, (HfHubHTTPError, httpx2.TransportError)) else error.__cause__
+            response = cause.response if isinstance(cause, HfHubHTTPError) else None
+            if response is None:
+                # A refused connection is no busy hub: it stays refused.
+                if not isinstance(cause, httpx2.TransportError) or isinstance(cause, httpx2.ConnectError):
+                    raise
+            elif response.status_code not in TRANSIENT:
+                raise
+            asked = response.headers.get("Retry-After", "") if response is not None else ""
+            time.sleep(min(float(asked), 300.0) if asked.isdigit() else pause)
+    return work()
+
+
+def check_against_hub(directory: Path, sha256: dict[str, str]) -> None:
+    """Compare the files of a cached snapshot with the hub's own hashes, by which the cache names them.
+
+    A file is a link to a blob that is named by its sha256 (large files) or by git's sha1 of it. One that differs is
+    removed from the cache, so that the next run fetches it again.
+
+    Args:
+        directory: as `fetch_snapshot` returned it.
+        sha256: of each file, by its name in the snapshot.
+
+    Raises:
+        InputError: naming the file.
+    """
+    for name, found in sha256.items():
+        path = directory / name
+        if not path.is_symlink():
+            continue  # a cache without links, as some file systems force: nothing names the hash
+        expected = Path(os.readlink(path)).name
+        if len(expected) == 40:
+            found = _git_sha1(path)
+        if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", expected) and found != expected:
+            path.resolve().unlink()
+            path.unlink()
+            raise InputError(
+                f"{name}: its hash is {found[:12]}..., the hub names {expected[:12]}...; it was removed from the cache:"
+                " run again to fetch it anew"
+            )
+
+
+def _git_sha1(path: Path) -> str:
+    """Git's name for a file's content."""
+    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def link_snapshot(snapshot: Path, path: Path) -> None:
+    """Have `path` lead to a snapshot in the cache, so that manifests name no folder of one machine.
+
+    Raises:
+        InputError: something else than such a link lies at `path`.
+    """
+    if path.exists() and not path.is_symlink():
+        raise InputError(f"model.path: {path} exists and is no link to the hub's cache; move it away")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to(snapshot.resolve(), target_is_directory=True)
+
+
+@contextmanager
+def explained(kind: str, repo_id: str, revision: str) -> Iterator[None]:
+    """Turn the hub's errors into ones that name the repository and the next step.
+
+    Raises:
+        InputError: in their place.
+    """
+    place = f"{kind} {repo_id} at {revision[:12]}"
+    try:
+        yield
+    except GatedRepoError:
+        raise InputError(
+            f"{place}: gated; accept its licence on the hub, and set HF_TOKEN to a token of that account"
+        ) from None
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"{place}: not found, or not yours to see (401); check repo_id, and HF_TOKEN if it is private"
+        ) from None
+    except RevisionNotFoundError:
+        raise InputError(f"{place}: the repository has no such revision; check revision") from None
+    except HFValidationError as error:
+        raise InputError(f"{place}: {error}; write repo_id as owner/name") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        if constants.HF_HUB_OFFLINE:
+            raise InputError(
+                f"{place}: HF_HUB_OFFLINE is set and the cache ({constants.HF_HUB_CACHE}) does not hold all of it;"
+                " unset it once to fetch the rest"
+            ) from None
+        raise InputError(f"{place}: {constants.ENDPOINT} cannot be reached ({_innermost(error)}); run again") from None
+    except (HfHubHTTPError, EntryNotFoundError, httpx2.TransportError) as error:
+        raise InputError(
+            f"{place}: {constants.ENDPOINT} answered with an error ({_innermost(error)}); what has arrived is kept, run"
+            " again later"
+        ) from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(
+                f"{place}: the disk of {constants.HF_HUB_CACHE} is full; free some space or set HF_HOME to a folder on"
+                " another disk, and run again: what has arrived is kept"
+            ) from None
+        raise InputError(f"{place}: {error}; run again: what has arrived is kept") from None
+
+
+def _innermost(error: BaseException) -> str:
+    """The first line of the error that began it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
