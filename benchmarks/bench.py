@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from snapshots import SHAPES, build, photo_batch
+from photos import photo_batch
 
 from auto_quantize_model import cli
 from auto_quantize_model.calibration import CalibrationSpec, batches_of, extract
@@ -27,6 +27,7 @@ from auto_quantize_model.inc_engine import inc_scores
 from auto_quantize_model.plan import SensitivitySpec, build_plan, quant_config
 from auto_quantize_model.replay import Replay, states
 from auto_quantize_model.snapshot import build_manifest, load_model, load_processor
+from auto_quantize_model.standin import SHAPES, build_once
 
 MAPS = ("isolated", "fallback", "requantize")
 # INC measures single ops of `requantize` from the state before them.
@@ -107,7 +108,7 @@ def equality(args: argparse.Namespace) -> dict[str, Any]:
 
 def medium() -> tuple[Any, dict[str, Any], Any]:
     """The model of real proportions, its plan, and a batch with a photograph."""
-    directory = build("medium", FOLDER / "medium")
+    directory = build_once(SHAPES["medium"], FOLDER / "medium")
     batch = photo_batch(directory, 100)
     model = load_model(directory)
     return model, build_plan(model, [batch], SensitivitySpec("replay", 1, MAPS)), batch
@@ -175,13 +176,9 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of the isolated and the fallback map against tokens, and against ops at a fixed number of tokens."""
     points = []
     for depth, tokens in settings():
-        name = f"medium_{depth}"
-        SHAPES[name] = {
-            **SHAPES["medium"],
-            "text": SHAPES["medium"]["text"] | {"num_hidden_layers": depth},
-            "vision": SHAPES["medium"]["vision"] | {"depth": depth, "full": [depth - 1]},
-        }
-        directory = build(name, FOLDER / name)
+        vision = SHAPES["medium"]["vision_config"] | {"depth": depth, "fullatt_block_indexes": [depth - 1]}
+        shape = SHAPES["medium"] | {"num_hidden_layers": depth, "vision_config": vision}
+        directory = build_once(shape, FOLDER / f"medium_{depth}")
         batch, model = photo_batch(directory, tokens), load_model(directory)
         plan = build_plan(model, [batch], SensitivitySpec("replay", 1, MAPS))
         point: dict[str, Any] = {"ops": len(plan["ops"]), "tokens": batch["input_ids"].shape[1]}

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from photos import photo_batch
 from scipy.stats import spearmanr
-from snapshots import build, photo_batch
 
 from auto_quantize_model import cli
 from auto_quantize_model.capture import capture_sensitivity, fingerprint
@@ -23,11 +23,12 @@ from auto_quantize_model.device import GIB, choose_device
 from auto_quantize_model.files import read_json, write_json
 from auto_quantize_model.journal import Journal
 from auto_quantize_model.snapshot import count_parameters, load_model
+from auto_quantize_model.standin import SHAPES, build_once
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="qwen2_5_vl_3b", help="a shape of snapshots.py")
+    parser.add_argument("--shape", default="qwen2_5_vl_3b", choices=list(SHAPES), help="whose shape")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads on the CPU")
     parser.add_argument("--visual-tokens", type=int, default=64, help="of the one photograph (64: 224 x 224 pixels)")
@@ -49,7 +50,7 @@ def bench(args: argparse.Namespace) -> None:
         cli.say(f"{step}: {seconds[step]} s, peak memory so far {peak():.1f} GiB")
         return result
 
-    directory = timed("write the snapshot", lambda: build(args.shape, args.folder / args.shape))
+    directory = timed("write the snapshot", lambda: build_once(SHAPES[args.shape], args.folder / args.shape))
     batch = photo_batch(directory, args.visual_tokens)
     model: Any = timed("load the model", lambda: load_model(directory))
     plan_file = args.folder / f"{args.shape}.plan.json"

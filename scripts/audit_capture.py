@@ -31,7 +31,8 @@ def audit(args: argparse.Namespace) -> None:
     plan, capture = read_json(args.plan), read_json(args.capture)
     require_plan_of(plan, manifest, calibration)
     directory = verify_manifest(manifest)
-    batches = load_batches(args.calibration_set, calibration, load_processor(directory))
+    processor = load_processor(directory, calibration["image_backend"])
+    batches = load_batches(args.calibration_set, calibration, processor)
     with cli.progress_bar("audit by INC") as on_progress:
         result = audit_capture(load_model(directory), batches, plan, capture, args.ops, on_progress)
     write_json(args.audit, result)

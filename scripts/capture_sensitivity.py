@@ -39,7 +39,8 @@ def capture(args: argparse.Namespace) -> None:
     directory = verify_manifest(manifest)
     device = choose_device(args.device, tf32=args.tf32, deterministic=not args.nondeterministic)
     require_memory(count_parameters(directory), device)
-    batches = load_batches(args.calibration_set, calibration, load_processor(directory))
+    processor = load_processor(directory, calibration["image_backend"])
+    batches = load_batches(args.calibration_set, calibration, processor)
     with Journal(args.capture.with_name(f"{args.capture.name}.journal"), fingerprint(plan, device)) as journal:
         if journal.dropped:
             cli.say(f"capture: starting over, {journal.dropped} since the scores of an earlier run")

@@ -26,6 +26,7 @@ def parts(**changes):
     """Manifest, calibration manifest, plan, capture and audit of four ops on two batches."""
     observers = {"dtype": "int8", "scheme": "sym", "granularity": "per_channel", "algorithm": "minmax"}
     manifest = {"model": "tiny", "source": "local", "architecture": "Qwen2_5_VL", "digest": "0" * 64, "details": {}}
+    manifest["stand_in"] = changes.pop("stand_in", None)
     sample = {"id": "a|b", "sha256": "1" * 64, "tokens": 24, "image_tokens": 4}
     calibration = {
         "calibration": "set",
@@ -33,6 +34,7 @@ def parts(**changes):
         "seed": 0,
         "batch_size": 1,
         "text_only": False,
+        "image_backend": "pil",
         "digest": "2" * 64,
         "samples": {"calibration": [sample, sample], "heldout": []},
     }

@@ -1,14 +1,14 @@
 """The calibration set: real samples from a source, drawn by a seed, checked whole, stored as Parquet with a manifest.
 
-In: the digits, a JSONL, a Parquet file or a folder of images. Out: `calibration` and `heldout` samples, disjoint, and a
-manifest of their ids and hashes; later the batches that INC and the capture read.
+In: the digits, a JSONL, a Parquet file, a folder of images, or a data set of the hub. Out: `calibration` and
+`heldout` samples, disjoint, and a manifest of their ids and hashes; later the batches that INC and the capture read.
 """
 
 import codecs
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
@@ -36,13 +36,16 @@ MINIMA = {
     "max_pixels": 1,
     "max_tokens": 1,
 }
+COLUMNS = ("id", "image", "prompt", "answer")
+# A stream is shuffled within a buffer: this many rows are fetched for each that is drawn.
+ROWS_PER_DRAWN = 10
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class CalibrationSpec:
-    """The `calibration` block of the config; `prompt` is asked of each image of a folder.
+    """The `calibration` block of the config; `prompt` is asked of each image that brings none of its own.
 
     Raises:
         InputError: a number is out of its range, the source is unknown, or the samples do not fill one batch.
@@ -59,11 +62,19 @@ class CalibrationSpec:
     max_tokens: int
     path: str | None = None
     prompt: str = "Describe this image."
+    repo_id: str | None = None
+    revision: str | None = None
+    split: str | None = None
+    columns: dict[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # The schema checks a config; scripts run by hand come here without it.
-        if self.source not in ("digits", "local"):
-            raise InputError(f"calibration.source: {self.source!r} is neither digits nor local")
+        if self.source not in ("digits", "local", "hub"):
+            raise InputError(f"calibration.source: {self.source!r} is neither digits, local nor hub")
+        if self.source == "hub" and not (self.repo_id and self.revision and self.split):
+            raise InputError("calibration.repo_id, revision and split: not all set; calibration.source hub needs them")
+        if unknown := sorted(set(self.columns) - set(COLUMNS)):
+            raise InputError(f"calibration.columns.{unknown[0]}: no such key; the keys are {', '.join(COLUMNS)}")
         for name, least in MINIMA.items():
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -80,6 +91,11 @@ class CalibrationSpec:
     def limits(self) -> Limits:
         """The limits that every sample has to keep."""
         return Limits(self.min_pixels, self.max_pixels, self.max_tokens)
+
+    @property
+    def place(self) -> str:
+        """Where the samples come from, for messages."""
+        return self.path or self.repo_id or f"calibration.source {self.source}"
 
 
 class CalibrationLoader:
@@ -111,15 +127,14 @@ def extract(
     for split, count in (("calibration", spec.num_samples), ("heldout", spec.num_heldout)):
         pool = [item for item in pools[split] if item not in drawn.get("calibration", ())]
         if len(pool) < count:
-            where = spec.path or f"the {split} digits"
             raise InputError(
-                f"{where}: {len(pool)} samples left for the {split} split, {count} asked; lower calibration.num_samples"
-                " or calibration.num_heldout, or give more samples"
+                f"{spec.place}: {len(pool)} samples left for the {split} split, {count} asked; lower"
+                " calibration.num_samples or calibration.num_heldout, or give more samples"
             )
         drawn[split] = [pool[index] for index in sorted(generator.choice(len(pool), count, replace=False))]
     samples = {split: load(items) for split, items in drawn.items()}
     entries = {split: [_describe(sample, processor, spec.limits) for sample in samples[split]] for split in samples}
-    _refuse_shared(entries, spec.path)
+    _refuse_shared(entries, spec.place)
     encoded = [encode(sample, processor, spec.limits) for sample in samples["calibration"]]
     for start in range(0, len(encoded), spec.batch_size):
         collate(encoded[start : start + spec.batch_size])
@@ -130,6 +145,7 @@ def extract(
         "path": spec.path,
         "seed": spec.seed,
         **content,
+        "image_backend": processor.image_backend,
         "text_only": not any(entry["image_tokens"] for entry in entries["calibration"]),
         "digest": digest_of(content),
         "details": details,
@@ -142,7 +158,7 @@ def _open_source(
 ) -> tuple[dict[str, Sequence[int]], Callable[[Sequence[int]], list[Sample]], dict[str, Any]]:
     """The numbers each split draws from, what turns drawn numbers into samples, and details for the manifest.
 
-    Digits come from what the model's training left aside for each split. Both splits of a local source draw from all
+    Digits come from what the model's training left aside for each split. Both splits of another source draw from all
     of its rows, one after the other.
     """
     if spec.source == "digits":
@@ -150,28 +166,28 @@ def _open_source(
 
         split = model_manifest["details"].get("training", {}).get("split") or {"seed": 0, **digits_split(0)}
         return split, digit_samples, {"split_seed": split["seed"]}
-    rows = _read_rows(spec)
-    name = Path(spec.path or "").name
+    rows, details = (_read_local(spec), {}) if spec.source == "local" else _read_hub(spec)
+    everything = range(len(rows))
 
     def load(items: Sequence[int]) -> list[Sample]:
-        return [_sample_of(rows[item], f"{name}:{item + 1:06d}") for item in items]
+        return [_sample_of(rows[item]) for item in items]
 
-    return {"calibration": range(len(rows)), "heldout": range(len(rows))}, load, {}
+    return {"calibration": everything, "heldout": everything}, load, details
 
 
-def _refuse_shared(entries: dict[str, list[dict[str, Any]]], path: str | None) -> None:
+def _refuse_shared(entries: dict[str, list[dict[str, Any]]], place: str) -> None:
     """Two rows may hold one sample; calibrated on and held out at once, it would flatter every held-out score."""
     calibration = {entry["sha256"]: entry["id"] for entry in entries["calibration"]}
     for entry in entries["heldout"]:
         if entry["sha256"] in calibration:
             raise InputError(
-                f"{path}: {calibration[entry['sha256']]} and {entry['id']} are the same sample, one drawn to calibrate"
+                f"{place}: {calibration[entry['sha256']]} and {entry['id']} are the same sample, one drawn to calibrate"
                 " on and one held out; remove the duplicate or set calibration.num_heldout to 0"
             )
 
 
-def _read_rows(spec: CalibrationSpec) -> list[dict[str, Any]]:
-    """A local source as rows {image?, prompt, answer?, where}, `where` naming the place for errors.
+def _read_local(spec: CalibrationSpec) -> list[dict[str, Any]]:
+    """A local source as rows {id, image?, prompt, answer?, where}, `where` naming the place for errors.
 
     Raises:
         InputError: there is no such source, or it is of no known kind, empty or malformed.
@@ -192,7 +208,7 @@ def _read_rows(spec: CalibrationSpec) -> list[dict[str, Any]]:
         raise InputError(f"calibration.path: {path} is neither .jsonl, .parquet nor an image folder; convert it")
     if not rows:
         raise InputError(f"{path}: holds no samples; add some, or set calibration.path to another source")
-    return rows
+    return [row | {"id": f"{path.name}:{number:06d}"} for number, row in enumerate(rows, start=1)]
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -247,8 +263,53 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _sample_of(row: dict[str, Any], sample_id: str) -> Sample:
-    return Sample(sample_id, row["prompt"], _open_image(row.get("image"), row["where"]), row.get("answer"))
+def _read_hub(spec: CalibrationSpec) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The drawn rows of a data set of the hub, as `_read_local` gives them, and details for the manifest.
+
+    The data set is streamed: its row groups are taken in an order drawn by the seed and their rows shuffled in a
+    buffer, so of gigabytes only some megabytes are fetched.
+
+    Raises:
+        InputError: the data set, its revision or its split is not there or cannot be reached, or a column is missing.
+    """
+    from auto_quantize_model import hub
+
+    wanted = spec.num_samples + spec.num_heldout
+    columns = dict.fromkeys(COLUMNS) | spec.columns
+    repo_id, revision = str(spec.repo_id), str(spec.revision)
+    with hub.explained("calibration", repo_id, revision):
+        hub.require_commit("dataset", repo_id, revision)
+        hub.commit_of("dataset", repo_id, revision)
+        stream = hub.with_retries(lambda: load_dataset(repo_id, split=spec.split, revision=revision, streaming=True))
+        there = stream.column_names or list(next(iter(stream)))
+        for key, column in columns.items():
+            if column is not None and column not in there:
+                raise InputError(
+                    f"{repo_id}: no column {column!r} (calibration.columns.{key}); there are {', '.join(there)}"
+                )
+        if columns["image"]:
+            stream = stream.cast_column(columns["image"], ImageFeature(decode=False))
+        stream = stream.reshard().shuffle(seed=spec.seed, buffer_size=ROWS_PER_DRAWN * wanted)
+        rows = [_hub_row(row, columns, spec, number) for number, row in enumerate(stream.take(wanted), start=1)]
+    return rows, {"hub": {"repo_id": repo_id, "commit": revision, "split": spec.split, "columns": columns}}
+
+
+def _hub_row(row: dict[str, Any], columns: dict[str, str | None], spec: CalibrationSpec, number: int) -> dict[str, Any]:
+    """A row by our names for its columns; of a list of captions the first is taken."""
+    ours: dict[str, Any] = {key: row[column] if column else None for key, column in columns.items()}
+    for key in ("prompt", "answer"):
+        if isinstance(ours[key], list):
+            ours[key] = next(iter(ours[key]), None)
+    sample_id = str(ours["id"]) if columns["id"] else f"{number:06d}"
+    ours |= {"id": f"{spec.split}:{sample_id}", "where": f"{spec.repo_id}, {spec.split}, row {sample_id}"}
+    if not columns["prompt"]:
+        ours["prompt"] = spec.prompt
+    _check_words(ours, ours["where"])
+    return ours
+
+
+def _sample_of(row: dict[str, Any]) -> Sample:
+    return Sample(row["id"], row["prompt"], _open_image(row.get("image"), row["where"]), row.get("answer"))
 
 
 def _open_image(image: Any, where: str) -> Image.Image | None:
@@ -285,7 +346,7 @@ def _describe(sample: Sample, processor: Processor, limits: Limits) -> dict[str,
         "id": sample.id,
         "sha256": sha256_bytes(words + pixels),
         "tokens": encoded["input_ids"].shape[1],
-        "image_tokens": int(encoded["mm_token_type_ids"].sum()),
+        "image_tokens": int(encoded["mm_token_type_ids"].sum()) if "mm_token_type_ids" in encoded else 0,
     }
 
 
@@ -313,7 +374,7 @@ def read_samples(path: Path) -> list[Sample]:
     """
     if not path.exists():
         raise InputError(f"{path}: no such calibration set; run the calibration rule again")
-    return [_sample_of(row, row["id"]) for row in _read_parquet(path)]
+    return [_sample_of(row) for row in _read_parquet(path)]
 
 
 def load_batches(path: Path, manifest: dict[str, Any], processor: Processor) -> list[Batch]:

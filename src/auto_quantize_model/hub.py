@@ -62,6 +62,11 @@ def fetch_snapshot(repo_id: str, revision: str, bar: Any = None) -> Path:
 def require_commit(kind: str, repo_id: str, revision: str) -> None:
     """Refuse a revision that can move: a branch or a tag today is not what it is tomorrow.
 
+    Args:
+        kind: `model` or `dataset`.
+        repo_id: `owner/name`.
+        revision: what the config gives.
+
     Raises:
         InputError: naming the commit that it is now, to be written into the config.
     """
@@ -69,8 +74,15 @@ def require_commit(kind: str, repo_id: str, revision: str) -> None:
         return
     if constants.HF_HUB_OFFLINE:
         raise InputError(f"{repo_id}: revision {revision!r} is no commit of 40 hexadecimal digits; write one")
-    now = with_retries(lambda: HfApi().repo_info(repo_id, repo_type=kind, revision=revision)).sha
-    raise InputError(f"{repo_id}: revision {revision!r} can move; pin the commit that it is now: {now}")
+    raise InputError(
+        f"{repo_id}: revision {revision!r} can move; pin the commit that it is now: "
+        f"{commit_of(kind, repo_id, revision)}"
+    )
+
+
+def commit_of(kind: str, repo_id: str, revision: str) -> str:
+    """The commit that a revision is now; asking for it says early whether repository and revision are there."""
+    return str(with_retries(lambda: HfApi().repo_info(repo_id, repo_type=kind, revision=revision)).sha)
 
 
 def _require_disk(repo_id: str, wanted: dict[str, Any]) -> None:

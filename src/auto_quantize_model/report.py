@@ -14,9 +14,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from auto_quantize_model.files import InputError, canonical_json, digest_of, read_json
 
 SCHEMA = Path(__file__).parents[2] / "workflow" / "schemas" / "op_sensitivity.schema.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # Below this the all-INT8 output is mostly error, and what one op in FP32 takes away from it is noise.
 FALLBACK_FLOOR_DB = 10.0
+CALIBRATION_KEYS = ("source", "seed", "batch_size", "text_only", "image_backend", "digest")
 DIRECTIONS = {
     "isolated": "Only this op is INT8, all others stay FP32: the error it adds. The highest is the most sensitive.",
     "fallback": "Only this op is FP32, all others are INT8: the error left. The lowest is the most sensitive.",
@@ -48,17 +49,20 @@ def build_report(
     all_int8 = score([batch["all_int8"] for batch in capture["batches"]], references)
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": {key: manifest[key] for key in ("model", "source", "architecture", "digest")},
+        "model": {key: manifest[key] for key in ("model", "source", "architecture", "stand_in", "digest")},
         "calibration": {
             "name": calibration["calibration"],
-            **{key: calibration[key] for key in ("source", "seed", "batch_size", "text_only", "digest")},
+            **{
+                key: calibration[key]
+                for key in ("source", "seed", "batch_size", "text_only", "image_backend", "digest")
+            },
             "samples": {split: len(samples) for split, samples in calibration["samples"].items()},
         },
         "measurement": {key: capture[key] for key in ("engine", "device", "threads", "tf32", "plan_digest")}
         | {"measured_op": plan["measured_op"], "config_digest": plan["config_digest"]},
         "audit": audit,
         "versions": capture["versions"],
-        "warnings": warnings(calibration, all_int8, len(plan["ops"]) - len(exercised)),
+        "warnings": warnings(manifest["stand_in"], calibration, all_int8, len(plan["ops"]) - len(exercised)),
         "all_int8": all_int8,
         "batches": [describe_batch(batch) for batch in capture["batches"]],
         "most_sensitive": maps["isolated"][::-1][:10] if "isolated" in maps else [],
@@ -155,10 +159,14 @@ def ranked(
     return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
 
 
-def warnings(calibration: dict[str, Any], all_int8: dict[str, Any], not_exercised: int) -> list[str]:
+def warnings(
+    stand_in: str | None, calibration: dict[str, Any], all_int8: dict[str, Any], not_exercised: int
+) -> list[str]:
     """What a reader has to know before the first number."""
     found = []
-    if calibration["text_only"]:
+    if stand_in:
+        found.append(f"This is a stand-in, not a published model: {stand_in}.")
+    if calibration["text_only"] and calibration["image_backend"]:
         found.append("The vision tower was not exercised: no calibration sample has an image.")
     if not_exercised:
         found.append(f"{not_exercised} ops never ran on the calibration batches and have no score.")

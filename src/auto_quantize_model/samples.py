@@ -33,12 +33,13 @@ def encode(sample: Sample, processor: Processor, limits: Limits) -> dict[str, to
     """The model's keyword arguments for one sample.
 
     Returns:
-        `input_ids`, `attention_mask` and `mm_token_type_ids` (1 at image tokens), each int64 of shape (1, tokens); with
-        an image also `pixel_values`, float32 (patches, channels * time * height * width), and `image_grid_thw`, int64
-        (1, 3), in patches. The answer, where there is one, is the assistant's turn; without it the turn is opened.
+        `input_ids` and `attention_mask`, int64 of shape (1, tokens); where the model takes images also
+        `mm_token_type_ids` (1 at image tokens), the same; with an image also `pixel_values`, float32 (patches,
+        channels * time * height * width), and `image_grid_thw`, int64 (1, 3), in patches. The answer, where there is
+        one, is the assistant's turn; without it the turn is opened.
 
     Raises:
-        InputError: the sample has more than `limits.max_tokens` tokens.
+        InputError: the sample has more than `limits.max_tokens` tokens, or an image that the model does not take.
     """
     text = render_conversation(sample, processor)
     image_inputs: dict[str, torch.Tensor] = {}
@@ -51,36 +52,45 @@ def encode(sample: Sample, processor: Processor, limits: Limits) -> dict[str, to
             )
         )
         image_tokens = int(image_inputs["image_grid_thw"].prod()) // processor.image_processor.merge_size**2
-        text = text.replace(processor.image_token, processor.image_token * image_tokens, 1)
+        token = str(processor.image_token)
+        text = text.replace(token, token * image_tokens, 1)
     ids = torch.tensor([processor.tokenizer(text, add_special_tokens=False)["input_ids"]])
     if ids.shape[1] > limits.max_tokens:
         raise InputError(
             f"sample {sample.id}: {ids.shape[1]} tokens, over the limit of {limits.max_tokens}; raise"
             " calibration.max_tokens or lower calibration.max_pixels"
         )
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == processor.image_token_id).long(),
-        **image_inputs,
-    }
+    encoded = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if processor.image_token_id is not None:
+        encoded["mm_token_type_ids"] = (ids == processor.image_token_id).long()
+    return encoded | image_inputs
 
 
 def render_conversation(sample: Sample, processor: Processor) -> str:
     """The sample as text by the model's chat template, with one image token standing for the image.
 
     Raises:
-        InputError: the sample's own words contain the image token, which would be taken for an image.
+        InputError: the sample's own words contain the image token, which would be taken for an image, or it has an
+            image and the model takes none.
     """
-    words = sample.prompt + (sample.answer or "")
-    if processor.image_token in words:
+    words = {"user": sample.prompt, "assistant": sample.answer}
+    messages: list[dict[str, Any]] = [
+        {"role": role, "content": text} for role, text in words.items() if text is not None
+    ]
+    if processor.image_token is None:
+        if sample.image is not None:
+            raise InputError(
+                f"sample {sample.id} has an image, and the model takes none; use samples of text"
+                " (calibration.columns.image null, or a JSONL without 'image')"
+            )
+    elif any(processor.image_token in message["content"] for message in messages):
         raise InputError(f"sample {sample.id}: its text contains the image token {processor.image_token}; take it out")
-    content: list[dict[str, Any]] = [{"type": "text", "text": sample.prompt}]
-    if sample.image is not None:
-        content.insert(0, {"type": "image"})
-    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-    if sample.answer is not None:
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": sample.answer}]})
+    else:
+        # Templates of text models take words, those of models with images lists of parts.
+        for message in messages:
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        if sample.image is not None:
+            messages[0]["content"].insert(0, {"type": "image"})
     return processor.tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=sample.answer is None
     )

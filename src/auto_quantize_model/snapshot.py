@@ -13,40 +13,61 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, Qwen2_5_VLForConditionalGeneration
+import transformers
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
+from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchEmbed as Qwen2VLPatchEmbed
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionPatchEmbed
+from transformers.utils import is_torchvision_available
 
 from auto_quantize_model.device import require_memory
 from auto_quantize_model.files import InputError, digest_of, read_json, sha256_file
 
-ARCHITECTURES: dict[str, type[PreTrainedModel]] = {
-    "Qwen2_5_VLForConditionalGeneration": Qwen2_5_VLForConditionalGeneration,
+# Models that take images, with the module that each reads patches by; beside them, every causal language model.
+PATCH_EMBEDS: dict[str, type[torch.nn.Module]] = {
+    "Qwen2_5_VLForConditionalGeneration": Qwen2_5_VisionPatchEmbed,
+    "Qwen2VLForConditionalGeneration": Qwen2VLPatchEmbed,
+    "Qwen3VLForConditionalGeneration": Qwen3VLVisionPatchEmbed,
 }
+CAUSAL_LANGUAGE_MODELS = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 WEIGHTS_INDEX = "model.safetensors.index.json"
+STAND_IN = "stand_in.json"  # a snapshot that holds this file has the shape of a published model and made-up weights
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What turns a sample into tensors: the snapshot's tokenizer, its image processor, and its image token."""
+    """What turns a sample into tensors: the snapshot's tokenizer, its image processor and what resizes for it.
+
+    All but the tokenizer are None where the model takes no images.
+    """
 
     tokenizer: Any
-    image_processor: Any
-    image_token: str
-    image_token_id: int
+    image_processor: Any = None
+    image_token: str | None = None
+    image_token_id: int | None = None
+    image_backend: str | None = None
 
 
-class FxSafePatchEmbed(Qwen2_5_VisionPatchEmbed):
-    """The patch embedding without the cast to `self.proj.weight.dtype`.
+class FxSafePatchEmbed(torch.nn.Module):
+    """The `forward` of a patch embedding without the cast to `self.proj.weight.dtype`, put before the class it is for.
 
     Once INC has quantized `proj`, its weight is no tensor any more and reading its dtype fails. Everything here runs
     in FP32, where the cast does nothing, so leaving it out changes no bit and lets INC measure this op as well.
     """
 
+    in_channels: int
+    embed_dim: int
+    proj: torch.nn.Conv3d
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Patches of shape (n, channels * time * height * width), float32, to embeddings of shape (n, embed_dim)."""
         volume = hidden_states.view(-1, self.in_channels, *self.proj.kernel_size)
         return self.proj(volume).view(-1, self.embed_dim)
+
+
+FX_SAFE = {module: type(f"FxSafe{module.__name__}", (FxSafePatchEmbed, module), {}) for module in PATCH_EMBEDS.values()}
 
 
 def check_snapshot(directory: Path) -> dict[str, Any]:
@@ -68,10 +89,11 @@ def check_snapshot(directory: Path) -> dict[str, Any]:
             " run; use a model that transformers implements itself"
         )
     architecture = (config.get("architectures") or ["none"])[0]
-    if architecture not in ARCHITECTURES:
+    if architecture not in {*PATCH_EMBEDS, *CAUSAL_LANGUAGE_MODELS}:
         raise InputError(
             f"{directory}/config.json: architecture {architecture} is not supported; supported: "
-            + ", ".join(ARCHITECTURES)
+            + ", ".join(PATCH_EMBEDS)
+            + ", and the causal language models of transformers (AutoModelForCausalLM)"
         )
     for shard in _weight_files(directory):
         _check_safetensors(shard)
@@ -137,8 +159,9 @@ def build_manifest(directory: Path, name: str, source: str, details: dict[str, A
         details: what that source adds (its training split, say), JSON-able.
 
     Returns:
-        {model, source, path, architecture, stand_in, files: [{name, bytes, sha256}], digest, details}; `digest` is
-        over the files alone, so that the same weights have the same digest wherever they lie.
+        {model, source, path, architecture, stand_in, files: [{name, bytes, sha256}], digest, details}; `stand_in` is
+        what a snapshot of made-up weights says of itself, null for any other; `digest` is over the files alone, so
+        that the same weights have the same digest wherever they lie.
     """
     config = check_snapshot(directory)
     files = [
@@ -151,6 +174,7 @@ def build_manifest(directory: Path, name: str, source: str, details: dict[str, A
         "source": source,
         "path": os.fspath(directory),
         "architecture": config["architectures"][0],
+        "stand_in": read_json(directory / STAND_IN)["stand_in"] if (directory / STAND_IN).exists() else None,
         "files": files,
         "digest": digest_of(files),
         "details": details,
@@ -185,7 +209,9 @@ def load_model(directory: Path) -> PreTrainedModel:
     """
     config = check_snapshot(directory)
     require_memory(count_parameters(directory))
-    loaded: Any = ARCHITECTURES[config["architectures"][0]].from_pretrained(
+    architecture = config["architectures"][0]
+    factory = getattr(transformers, architecture) if architecture in PATCH_EMBEDS else AutoModelForCausalLM
+    loaded: Any = factory.from_pretrained(
         directory,
         dtype=torch.float32,
         local_files_only=True,
@@ -202,30 +228,47 @@ def load_model(directory: Path) -> PreTrainedModel:
                 " they would be random numbers; download the snapshot again"
             )
     for module in model.modules():
-        if type(module) is Qwen2_5_VisionPatchEmbed:
-            module.__class__ = FxSafePatchEmbed
+        module.__class__ = FX_SAFE.get(type(module), type(module))
     return model.eval().requires_grad_(False)
 
 
-def load_processor(directory: Path) -> Processor:
+def load_processor(directory: Path, backend: str | None = None) -> Processor:
     """The snapshot's tokenizer and image processor.
 
-    The PIL image processor is taken everywhere: it needs no torchvision, and the same image gives the same pixels on
-    every machine.
+    Args:
+        directory: the snapshot.
+        backend: what resizes images, `torchvision` or `pil`; by default torchvision where it is installed. A
+            calibration set names the one that it was checked with.
 
     Raises:
-        InputError: the tokenizer, the image processor config or the chat template is missing.
+        InputError: the tokenizer, the image processor config or the chat template is missing, or the backend is not
+            installed.
     """
+    config = read_json(directory / "config.json")
+    takes_images = config["architectures"][0] in PATCH_EMBEDS
+    backend = backend or ("torchvision" if is_torchvision_available() else "pil")
+    if takes_images and backend == "torchvision" and not is_torchvision_available():
+        raise InputError(
+            "the calibration set was made with torchvision, which is not installed; install it, or run the calibration"
+            " rule again (snakemake --cores 1 --forcerun extract_calibration)"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        image_processor = AutoImageProcessor.from_pretrained(directory, local_files_only=True, backend="pil")
+        if takes_images:
+            image_processor = AutoImageProcessor.from_pretrained(directory, local_files_only=True, backend=backend)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         problem = f"no usable tokenizer or image processor ({first_line})"
         raise InputError(f"{directory}: {problem}; complete the snapshot") from None
-    if tokenizer.chat_template is None and (directory / "chat_template.json").exists():
+    # The processor's own template comes first: the tokenizer's may be that of a text model, without images.
+    if (directory / "chat_template.json").exists():
         tokenizer.chat_template = read_json(directory / "chat_template.json")["chat_template"]
     if tokenizer.chat_template is None:
-        raise InputError(f"{directory}: no chat template (chat_template.jinja); complete the snapshot")
-    image_token_id = read_json(directory / "config.json")["image_token_id"]
-    return Processor(tokenizer, image_processor, str(tokenizer.convert_ids_to_tokens(image_token_id)), image_token_id)
+        raise InputError(
+            f"{directory}: no chat template (chat_template.jinja, chat_template.json, or in tokenizer_config.json);"
+            " complete the snapshot, or use the instruction-tuned model"
+        )
+    if not takes_images:
+        return Processor(tokenizer)
+    image_token = str(tokenizer.convert_ids_to_tokens(config["image_token_id"]))
+    return Processor(tokenizer, image_processor, image_token, config["image_token_id"], backend)
