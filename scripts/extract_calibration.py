@@ -25,8 +25,9 @@ def main() -> int:
 def extract_calibration(args: argparse.Namespace) -> None:
     model_manifest = read_json(args.manifest)
     processor = load_processor(verify_manifest(model_manifest))
+    spec = from_block(CalibrationSpec, args.spec, "calibration")
     calibration, heldout, manifest = extract(
-        from_block(CalibrationSpec, args.spec, "calibration"), processor, model_manifest
+        spec, processor, model_manifest, lambda samples: cli.progress(samples, "samples from the hub")
     )
     write_samples(args.calibration_set, calibration)
     write_samples(args.heldout_set, heldout)

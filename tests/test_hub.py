@@ -1,5 +1,6 @@
 """Downloads through a loopback hub: a failure is said clearly or recovers; nothing half-written counts as whole."""
 
+import io
 import json
 import os
 import subprocess
@@ -7,17 +8,27 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
 from loopback_hub import Fault, Hub, serving
+from PIL import Image
+
+from auto_quantize_model.calibration import read_samples
+from auto_quantize_model.files import read_json, write_json
+from auto_quantize_model.snapshot import build_manifest
 
 COMMIT = "6" * 40
 REPO = "org/tiny"
 # The hub's address is read from the environment when huggingface_hub is imported: a process for each download.
 DRIVER = """
-import sys
+import sys, time
 from pathlib import Path
 from auto_quantize_model import hub
+time.sleep = lambda seconds: None  # huggingface_hub's own pauses between tries
 from auto_quantize_model.files import InputError, sha256_file
 {setup}
 try:
@@ -219,3 +230,150 @@ def test_a_later_run_of_the_model_rule_verifies_the_manifest(download: Downloade
     (link / "config.json").resolve().write_text("{}")
     with pytest.raises(InputError, match=r"config\.json: differs from the sha256"):
         verify_manifest(written)
+
+
+COLUMNS = {"id": "question_id", "image": "image", "prompt": "question", "answer": "answer"}
+DATASET = "5" * 40
+
+
+def write_captions(folder: Path, rows_of_group: int = 10) -> Path:
+    """A tiny data set as its hub repository lies: two Parquet files of 50 captioned images, in row groups."""
+    features = Features(
+        {
+            "question_id": Value("string"),
+            "image": ImageFeature(decode=False),
+            "question": Value("string"),
+            "answer": List(Value("string")),
+        }
+    )
+    (folder / "data").mkdir(parents=True)
+    for part in range(2):
+        rows = []
+        for number in range(50):
+            image = io.BytesIO()
+            noise = np.random.default_rng(50 * part + number).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(image, "JPEG")
+            rows.append(
+                {
+                    "question_id": f"{part}{number:02d}.jpg",
+                    "image": {"bytes": image.getvalue(), "path": None},
+                    "question": "What is this?",
+                    "answer": [f"noise {part} {number}", "another caption"],
+                }
+            )
+        path = folder / "data" / f"val-0000{part}-of-00002.parquet"
+        Dataset.from_list(rows, features=features).to_parquet(str(path), batch_size=rows_of_group)
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: val, path: data/val-*}\n---\n"
+    (folder / "README.md").write_text(card)
+    return folder
+
+
+@dataclass
+class Calibrator:
+    """Extracts a calibration set from a hub by the rule's own script."""
+
+    hub: Hub
+    folder: Path
+    model: Path
+
+    def __call__(self, setup: dict[str, str], **changes: Any) -> subprocess.CompletedProcess[str]:
+        spec = {"name": "captions", "source": "hub", "repo_id": "org/captions", "revision": DATASET, "split": "val"}
+        spec |= {"columns": COLUMNS, "num_samples": 2, "num_heldout": 1, "seed": 0, "batch_size": 1}
+        spec |= {"min_pixels": 3136, "max_pixels": 3136, "max_tokens": 512} | changes
+        manifest = self.folder / "model.json"
+        write_json(manifest, build_manifest(self.model, "tiny", "local", {}))
+        command = [sys.executable, "scripts/extract_calibration.py", "--manifest", str(manifest)]
+        command += ["--spec", json.dumps(spec), "--calibration-set", str(self.folder / "calibration.parquet")]
+        command += ["--heldout-set", str(self.folder / "heldout.parquet")]
+        command += ["--calibration-manifest", str(self.folder / "calibration.json")]
+        environment = {"HF_ENDPOINT": self.hub.address, "HF_HOME": str(self.folder / "home"), **setup}
+        root = Path(__file__).parents[1]
+        return subprocess.run(command, cwd=root, env=os.environ | environment, capture_output=True, text=True)
+
+    def succeeds(self, **changes: Any) -> dict[str, Any]:
+        ended = self({}, **changes)
+        assert ended.returncode == 0, ended.stderr
+        return read_json(self.folder / "calibration.json")
+
+    def fails(self, setup: dict[str, str] | None = None, **changes: Any) -> str:
+        ended = self(setup or {}, **changes)
+        assert ended.returncode == 2, ended.stderr
+        assert not (self.folder / "calibration.json").exists()
+        return ended.stderr
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_captions(tmp_path_factory.mktemp("captions"))
+
+
+@pytest.fixture
+def calibrate(captions: Path, tiny_snapshot: Path, tmp_path: Path) -> Iterator[Calibrator]:
+    with serving() as hub:
+        hub.repositories[("dataset", "org/captions", DATASET)] = captions
+        yield Calibrator(hub, tmp_path, tiny_snapshot)
+
+
+def test_a_streamed_set_is_drawn_by_the_seed_and_stored_with_its_images(calibrate: Calibrator, captions: Path) -> None:
+    manifest = calibrate.succeeds()
+    drawn = manifest["samples"]["calibration"] + manifest["samples"]["heldout"]
+    assert len({sample["id"] for sample in drawn}) == 3
+    assert all(sample["image_tokens"] > 0 for sample in drawn)
+    assert manifest["details"] == {
+        "hub": {"repo_id": "org/captions", "commit": DATASET, "split": "val", "columns": COLUMNS}
+    }
+    stored = read_samples(calibrate.folder / "calibration.parquet")
+    assert [sample.id for sample in stored] == [sample["id"] for sample in manifest["samples"]["calibration"]]
+    part, number = stored[0].id[4:5], stored[0].id[5:7]
+    assert (stored[0].prompt, stored[0].answer) == ("What is this?", f"noise {part} {int(number)}")
+    assert stored[0].image is not None and stored[0].image.size == (80, 60)
+    assert calibrate.succeeds() == manifest
+    assert calibrate.succeeds(seed=1)["digest"] != manifest["digest"]
+
+
+def test_only_the_rows_that_are_needed_are_fetched(calibrate: Calibrator, tmp_path: Path) -> None:
+    """The draw takes row groups from a random place; most of a data set never leaves the hub."""
+    calibrate.hub.repositories[("dataset", "org/captions", DATASET)] = write_captions(tmp_path / "large", 1)
+    calibrate.succeeds(num_samples=1, num_heldout=0)
+    reads = [wanted.removeprefix("bytes=").split("-") for wanted in calibrate.hub.ranges]
+    # Readers ask for everything from a place on, and hang up when they have what they want: places tell them apart.
+    groups = {first for first, _ in reads}
+    assert 1 < len(groups) < 50
+    assert read_samples(calibrate.folder / "heldout.parquet") == []
+
+
+def test_a_missing_column_is_named_with_those_there_are(calibrate: Calibrator) -> None:
+    message = calibrate.fails(columns=COLUMNS | {"answer": "caption"})
+    assert "no column 'caption' (calibration.columns.answer); there are question_id, image, question, answer" in message
+
+
+def test_captions_alone_make_a_set_of_text(calibrate: Calibrator) -> None:
+    manifest = calibrate.succeeds(columns={"id": None, "image": None, "prompt": "answer", "answer": None})
+    assert manifest["text_only"]
+    (first, _) = read_samples(calibrate.folder / "calibration.parquet")
+    assert first.prompt.startswith("noise ") and first.image is None and first.answer is None
+
+
+def test_the_configs_prompt_is_asked_where_there_is_no_column_of_prompts(calibrate: Calibrator) -> None:
+    calibrate.succeeds(columns=COLUMNS | {"prompt": None}, prompt="What do you see?")
+    assert {sample.prompt for sample in read_samples(calibrate.folder / "calibration.parquet")} == {"What do you see?"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "test"}, "split test cannot be read"),
+        ({"revision": "7" * 40}, "the repository has no such revision"),
+        ({"revision": "main"}, f"can move; pin the commit that it is now: {DATASET}"),
+        ({"repo_id": "org/none"}, "calibration org/none at 555555555555: not found, or not yours to see"),
+        ({"num_samples": 90, "num_heldout": 20}, "10 samples left for the heldout split, 20 asked"),
+        ({"columns": COLUMNS | {"image": "answer"}}, "split val cannot be read"),
+    ],
+)
+def test_a_data_set_that_cannot_be_drawn_from(calibrate: Calibrator, changes: dict[str, Any], message: str) -> None:
+    calibrate.hub.branches["main"] = DATASET
+    assert message in calibrate.fails(**changes)
+
+
+def test_streaming_is_refused_offline(calibrate: Calibrator) -> None:
+    assert "HF_HUB_OFFLINE is set and samples are streamed" in calibrate.fails({"HF_HUB_OFFLINE": "1"})

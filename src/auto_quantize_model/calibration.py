@@ -7,7 +7,7 @@ In: the digits, a JSONL, a Parquet file, a folder of images, or a data set of th
 import codecs
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pyarrow.parquet
 import torch
 from datasets import Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
+from datasets.exceptions import DatasetsError
 from PIL import Image, ImageOps
 
 from auto_quantize_model.files import InputError, atomic_path, digest_of, sha256_bytes
@@ -41,6 +42,7 @@ COLUMNS = ("id", "image", "prompt", "answer")
 ROWS_PER_DRAWN = 10
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 Batch = dict[str, torch.Tensor]
+Progress = Callable[[range], Iterable[int]]
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,15 @@ class CalibrationLoader:
 
 
 def extract(
-    spec: CalibrationSpec, processor: Processor, model_manifest: dict[str, Any]
+    spec: CalibrationSpec, processor: Processor, model_manifest: dict[str, Any], progress: Progress = iter
 ) -> tuple[list[Sample], list[Sample], dict[str, Any]]:
     """Draw the samples, run each through the model's processor, and describe them.
+
+    Args:
+        spec: the config's calibration block.
+        processor: the model's.
+        model_manifest: as `snapshot.build_manifest` returns it; the digits are those that its training left aside.
+        progress: wraps the range of samples while they are fetched from the hub.
 
     Returns:
         The calibration samples, the held-out samples, and the manifest: ids, sha256, token counts, limits, seed.
@@ -121,7 +129,7 @@ def extract(
         InputError: the source is empty, malformed, names an image that is missing or unreadable, has fewer samples than
             asked, a sample breaks a limit, or one held out is the same as one to calibrate on.
     """
-    pools, load, details = _open_source(spec, model_manifest)
+    pools, load, details = _open_source(spec, model_manifest, progress)
     generator = np.random.default_rng(spec.seed)
     drawn: dict[str, list[Any]] = {}
     for split, count in (("calibration", spec.num_samples), ("heldout", spec.num_heldout)):
@@ -154,7 +162,7 @@ def extract(
 
 
 def _open_source(
-    spec: CalibrationSpec, model_manifest: dict[str, Any]
+    spec: CalibrationSpec, model_manifest: dict[str, Any], progress: Progress
 ) -> tuple[dict[str, Sequence[int]], Callable[[Sequence[int]], list[Sample]], dict[str, Any]]:
     """The numbers each split draws from, what turns drawn numbers into samples, and details for the manifest.
 
@@ -166,7 +174,7 @@ def _open_source(
 
         split = model_manifest["details"].get("training", {}).get("split") or {"seed": 0, **digits_split(0)}
         return split, digit_samples, {"split_seed": split["seed"]}
-    rows, details = (_read_local(spec), {}) if spec.source == "local" else _read_hub(spec)
+    rows, details = (_read_local(spec), {}) if spec.source == "local" else _read_hub(spec, progress)
     everything = range(len(rows))
 
     def load(items: Sequence[int]) -> list[Sample]:
@@ -263,11 +271,11 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_hub(spec: CalibrationSpec) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _read_hub(spec: CalibrationSpec, progress: Progress) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The drawn rows of a data set of the hub, as `_read_local` gives them, and details for the manifest.
 
-    The data set is streamed: its row groups are taken in an order drawn by the seed and their rows shuffled in a
-    buffer, so of gigabytes only some megabytes are fetched.
+    The data set is streamed: a buffer is filled from ten of its row groups (Parquet's unit of reading) at a time, in
+    an order drawn by the seed, and rows are drawn from the buffer; of gigabytes only these groups are fetched.
 
     Raises:
         InputError: the data set, its revision or its split is not there or cannot be reached, or a column is missing.
@@ -280,18 +288,30 @@ def _read_hub(spec: CalibrationSpec) -> tuple[list[dict[str, Any]], dict[str, An
     with hub.explained("calibration", repo_id, revision):
         hub.require_commit("dataset", repo_id, revision)
         hub.commit_of("dataset", repo_id, revision)
-        stream = hub.with_retries(lambda: load_dataset(repo_id, split=spec.split, revision=revision, streaming=True))
-        there = stream.column_names or list(next(iter(stream)))
-        for key, column in columns.items():
-            if column is not None and column not in there:
-                raise InputError(
-                    f"{repo_id}: no column {column!r} (calibration.columns.{key}); there are {', '.join(there)}"
-                )
-        if columns["image"]:
-            stream = stream.cast_column(columns["image"], ImageFeature(decode=False))
-        stream = stream.reshard().shuffle(seed=spec.seed, buffer_size=ROWS_PER_DRAWN * wanted)
-        rows = [_hub_row(row, columns, spec, number) for number, row in enumerate(stream.take(wanted), start=1)]
+        try:
+            stream = load_dataset(repo_id, split=spec.split, revision=revision, streaming=True)
+            _require_columns(repo_id, columns, stream.column_names or list(next(iter(stream))))
+            if columns["image"]:
+                stream = stream.cast_column(columns["image"], ImageFeature(decode=False))
+            drawn = stream.reshard().shuffle(seed=spec.seed, buffer_size=ROWS_PER_DRAWN * wanted).take(wanted)
+            rows = [
+                _hub_row(row, columns, spec, number)
+                for number, row in zip(progress(range(wanted)), drawn, strict=False)
+            ]
+        except (ValueError, TypeError, DatasetsError, pyarrow.ArrowException) as error:
+            raise InputError(
+                f"{repo_id}: split {spec.split} cannot be read ({error}); check calibration.split and"
+                " calibration.columns"
+            ) from None
     return rows, {"hub": {"repo_id": repo_id, "commit": revision, "split": spec.split, "columns": columns}}
+
+
+def _require_columns(repo_id: str, columns: dict[str, str | None], there: list[str]) -> None:
+    for key, column in columns.items():
+        if column is not None and column not in there:
+            raise InputError(
+                f"{repo_id}: no column {column!r} (calibration.columns.{key}); there are {', '.join(there)}"
+            )
 
 
 def _hub_row(row: dict[str, Any], columns: dict[str, str | None], spec: CalibrationSpec, number: int) -> dict[str, Any]:
@@ -352,12 +372,15 @@ def _describe(sample: Sample, processor: Processor, limits: Limits) -> dict[str,
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Store samples as Parquet, images as PNG inside it, whole or not at all."""
-    rows = []
-    for sample in samples:
-        image = sample.image and {"bytes": _png(sample.image), "path": None}
-        rows.append({"id": sample.id, "prompt": sample.prompt, "image": image, "answer": sample.answer})
+    columns: dict[str, list[Any]] = {
+        "id": [sample.id for sample in samples],
+        "prompt": [sample.prompt for sample in samples],
+        "image": [sample.image and {"bytes": _png(sample.image), "path": None} for sample in samples],
+        "answer": [sample.answer for sample in samples],
+    }
     with atomic_path(path) as temporary:
-        Dataset.from_list(rows, features=FEATURES).to_parquet(str(temporary))
+        # Columns and not rows: there may be none held out, and no row has no columns.
+        Dataset.from_dict(columns, features=FEATURES).to_parquet(str(temporary))
 
 
 def _png(image: Image.Image) -> bytes:

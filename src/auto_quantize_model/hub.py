@@ -182,10 +182,16 @@ def link_snapshot(snapshot: Path, path: Path) -> None:
 def explained(kind: str, repo_id: str, revision: str) -> Iterator[None]:
     """Turn the hub's errors into ones that name the repository and the next step.
 
+    Args:
+        kind: the block of the config, `model` or `calibration`.
+        repo_id: `owner/name`.
+        revision: its commit.
+
     Raises:
         InputError: in their place.
     """
     place = f"{kind} {repo_id} at {revision[:12]}"
+    again = "run again: what has arrived is kept" if kind == "model" else "run again"
     try:
         yield
     except GatedRepoError:
@@ -202,23 +208,21 @@ def explained(kind: str, repo_id: str, revision: str) -> Iterator[None]:
         raise InputError(f"{place}: {error}; write repo_id as owner/name") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         if constants.HF_HUB_OFFLINE:
-            raise InputError(
-                f"{place}: HF_HUB_OFFLINE is set and the cache ({constants.HF_HUB_CACHE}) does not hold all of it;"
-                " unset it once to fetch the rest"
-            ) from None
+            cache = f"the cache ({constants.HF_HUB_CACHE}) does not hold all of it"
+            lacking = cache if kind == "model" else "samples are streamed"
+            raise InputError(f"{place}: HF_HUB_OFFLINE is set and {lacking}; unset it once to fetch it") from None
         raise InputError(f"{place}: {constants.ENDPOINT} cannot be reached ({_innermost(error)}); run again") from None
     except (HfHubHTTPError, EntryNotFoundError, httpx2.TransportError) as error:
         raise InputError(
-            f"{place}: {constants.ENDPOINT} answered with an error ({_innermost(error)}); what has arrived is kept, run"
-            " again later"
+            f"{place}: {constants.ENDPOINT} answered with an error ({_innermost(error)}); {again}"
         ) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
                 f"{place}: the disk of {constants.HF_HUB_CACHE} is full; free some space or set HF_HOME to a folder on"
-                " another disk, and run again: what has arrived is kept"
+                f" another disk, and {again}"
             ) from None
-        raise InputError(f"{place}: {error}; run again: what has arrived is kept") from None
+        raise InputError(f"{place}: {error}; {again}") from None
 
 
 def _innermost(error: BaseException) -> str:

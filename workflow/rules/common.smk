@@ -1,4 +1,4 @@
-"""Names of a run, and the functions that tell Snakemake what a job depends on beside its inputs."""
+"""The config checked, names of a run, and the functions that tell Snakemake what a job depends on beside its inputs."""
 
 import ast
 import hashlib
@@ -8,10 +8,47 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
+import yaml
 from snakemake.exceptions import WorkflowError
+from snakemake.utils import update_config, validate
 
 # The keys of the sensitivity block that the plan depends on; the others are read where they are used.
 PLAN_KEYS = ("engine", "confidence_batches", "maps", "op_type_dict", "op_name_dict")
+
+
+def typed(value):
+    """A value of `--config` as YAML reads it: Snakemake leaves what stands inside a mapping as text."""
+    if isinstance(value, dict):
+        return {key: typed(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [typed(inner) for inner in value]
+    return yaml.safe_load(value) if isinstance(value, str) else value
+
+
+def check_ranges():
+    """Refuse values that are each in range but not together; the schema cannot compare two keys."""
+    if config["sensitivity"]["engine"] != "replay" and config["sensitivity"]["device"] == "cuda":
+        raise WorkflowError(
+            "config: sensitivity.engine inc and auto run INC, on the CPU only; set sensitivity.device to cpu"
+        )
+    calibration, batches = (
+        config["calibration"],
+        config["sensitivity"]["confidence_batches"],
+    )
+    if calibration["min_pixels"] > calibration["max_pixels"]:
+        raise WorkflowError("config: calibration.min_pixels is above calibration.max_pixels; raise max_pixels")
+    if batches * calibration["batch_size"] > calibration["num_samples"]:
+        raise WorkflowError(
+            f"config: sensitivity.confidence_batches ({batches}) times calibration.batch_size"
+            f" ({calibration['batch_size']}) is more than calibration.num_samples ({calibration['num_samples']});"
+            " raise num_samples"
+        )
+
+
+# Before anything reads it, the config is made what it is meant to be, and every key and range is checked.
+update_config(config, typed(dict(workflow.config_settings.config)))
+validate(config, f"{workflow.basedir}/schemas/config.schema.yaml")
+check_ranges()
 
 
 def chosen_device():
@@ -38,26 +75,6 @@ MODEL = config["model"]["name"]
 CALIBRATION = config["calibration"]["name"]
 RUN = f"results/{MODEL}/{CALIBRATION}"
 REPORT = f"{RUN}/op_sensitivity_mse_v2_{DEVICE}"
-
-
-def check_ranges():
-    """Refuse values that are each in range but not together; the schema cannot compare two keys."""
-    if config["sensitivity"]["engine"] != "replay" and config["sensitivity"]["device"] == "cuda":
-        raise WorkflowError(
-            "config: sensitivity.engine inc and auto run INC, on the CPU only; set sensitivity.device to cpu"
-        )
-    calibration, batches = (
-        config["calibration"],
-        config["sensitivity"]["confidence_batches"],
-    )
-    if calibration["min_pixels"] > calibration["max_pixels"]:
-        raise WorkflowError("config: calibration.min_pixels is above calibration.max_pixels; raise max_pixels")
-    if batches * calibration["batch_size"] > calibration["num_samples"]:
-        raise WorkflowError(
-            f"config: sensitivity.confidence_batches ({batches}) times calibration.batch_size"
-            f" ({calibration['batch_size']}) is more than calibration.num_samples ({calibration['num_samples']});"
-            " raise num_samples"
-        )
 
 
 def block(*keys):
@@ -158,6 +175,3 @@ def measuring_versions():
     """The versions of the packages that scores depend on."""
     packages = ("neural-compressor", "torch", "transformers", "numpy")
     return " ".join(f"{package}={version(package)}" for package in packages)
-
-
-check_ranges()
