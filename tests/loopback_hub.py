@@ -5,6 +5,7 @@ headers, large files by a redirect to a second address, error codes in `X-Error-
 """
 
 import hashlib
+import io
 import json
 import re
 import threading
@@ -15,6 +16,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import numpy as np
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image
 
 LARGE_BYTES = 4096  # what is larger is stored as a large file: named by its sha256, served after a redirect
 
@@ -207,3 +213,35 @@ def serving() -> Iterator[Hub]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def write_captions(folder: Path, rows_of_group: int = 10) -> Path:
+    """A tiny data set as its hub repository lies: two Parquet files of 50 captioned images, in row groups."""
+    features = Features(
+        {
+            "question_id": Value("string"),
+            "image": ImageFeature(decode=False),
+            "question": Value("string"),
+            "answer": List(Value("string")),
+        }
+    )
+    (folder / "data").mkdir(parents=True)
+    for part in range(2):
+        rows = []
+        for number in range(50):
+            image = io.BytesIO()
+            noise = np.random.default_rng(50 * part + number).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(image, "JPEG")
+            rows.append(
+                {
+                    "question_id": f"{part}{number:02d}.jpg",
+                    "image": {"bytes": image.getvalue(), "path": None},
+                    "question": "What is this?",
+                    "answer": [f"noise {part} {number}", "another caption"],
+                }
+            )
+        path = folder / "data" / f"val-0000{part}-of-00002.parquet"
+        Dataset.from_list(rows, features=features).to_parquet(str(path), batch_size=rows_of_group)
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: val, path: data/val-*}\n---\n"
+    (folder / "README.md").write_text(card)
+    return folder

@@ -1,6 +1,5 @@
 """Downloads through a loopback hub: a failure is said clearly or recovers; nothing half-written counts as whole."""
 
-import io
 import json
 import os
 import subprocess
@@ -10,12 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from datasets import Dataset, Features, List, Value
-from datasets import Image as ImageFeature
-from loopback_hub import Fault, Hub, serving
-from PIL import Image
+from loopback_hub import Fault, Hub, serving, write_captions
 
 from auto_quantize_model.calibration import read_samples
 from auto_quantize_model.files import read_json, write_json
@@ -234,38 +229,6 @@ def test_a_later_run_of_the_model_rule_verifies_the_manifest(download: Downloade
 
 COLUMNS = {"id": "question_id", "image": "image", "prompt": "question", "answer": "answer"}
 DATASET = "5" * 40
-
-
-def write_captions(folder: Path, rows_of_group: int = 10) -> Path:
-    """A tiny data set as its hub repository lies: two Parquet files of 50 captioned images, in row groups."""
-    features = Features(
-        {
-            "question_id": Value("string"),
-            "image": ImageFeature(decode=False),
-            "question": Value("string"),
-            "answer": List(Value("string")),
-        }
-    )
-    (folder / "data").mkdir(parents=True)
-    for part in range(2):
-        rows = []
-        for number in range(50):
-            image = io.BytesIO()
-            noise = np.random.default_rng(50 * part + number).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-            Image.fromarray(noise).save(image, "JPEG")
-            rows.append(
-                {
-                    "question_id": f"{part}{number:02d}.jpg",
-                    "image": {"bytes": image.getvalue(), "path": None},
-                    "question": "What is this?",
-                    "answer": [f"noise {part} {number}", "another caption"],
-                }
-            )
-        path = folder / "data" / f"val-0000{part}-of-00002.parquet"
-        Dataset.from_list(rows, features=features).to_parquet(str(path), batch_size=rows_of_group)
-    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: val, path: data/val-*}\n---\n"
-    (folder / "README.md").write_text(card)
-    return folder
 
 
 @dataclass

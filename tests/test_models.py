@@ -70,7 +70,7 @@ def write_snapshot(architecture: str, directory: Path) -> Path:
 @pytest.mark.parametrize(
     ("architecture", "number"),
     [
-        ("Qwen2_5_VLForConditionalGeneration", 33),
+        ("Qwen2_5_VLForConditionalGeneration", 29),
         ("Qwen2VLForConditionalGeneration", 16),
         ("Qwen3VLForConditionalGeneration", 23),
         ("Qwen2ForCausalLM", 9),

@@ -18,6 +18,9 @@ from typing import Any
 
 import pytest
 import yaml
+from loopback_hub import serving, write_captions
+
+from auto_quantize_model import standin
 
 ROOT = Path(__file__).parents[1]
 EVERYTHING = {
@@ -55,9 +58,9 @@ def copy_checkout(destination: Path) -> Path:
     return destination
 
 
-def snakemake(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def snakemake(directory: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "snakemake", *arguments]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | settings
     return subprocess.run(
         command, cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -146,6 +149,9 @@ def test_every_key_of_the_default_config_is_described_and_every_described_key_is
         ({"calibration": {"num_samples": 0}}, "['num_samples']"),
         ({"calibration": {"seed": "zero"}}, "['seed']"),
         ({"calibration": {"source": "local"}}, "['path']"),
+        ({"calibration": {"source": "hub"}}, "['repo_id']"),
+        ({"calibration": {"columns": {"picture": "image"}}}, "'picture' was unexpected"),
+        ({"model": {"source": "hub"}}, "['repo_id']"),
         ({"calibration": {"source": "local", "path": "gone.jsonl"}}, "gone.jsonl"),
         ({"calibration": {"min_pixels": 6272}}, "calibration.min_pixels"),
         ({"sensitivity": {"confidence_batches": 5}}, "sensitivity.confidence_batches"),
@@ -162,6 +168,25 @@ def test_a_bad_config_ends_before_any_job_and_names_the_key(
     assert ended.returncode != 0
     assert named in ended.stdout
     assert not (checkout / "results" / "digits_vlm").exists()
+
+
+def test_numbers_and_nulls_inside_a_mapping_of_the_command_line_keep_their_types(checkout: Path) -> None:
+    ended = snakemake(checkout, "--dry-run", "--config", "calibration={num_samples: 4, columns: {id: null}}")
+    assert ended.returncode == 0, ended.stdout
+    assert '"num_samples": 4' in ended.stdout
+    ended = snakemake(checkout, "--dry-run", "--config", "calibration={num_samples: four}")
+    assert ended.returncode != 0 and "'four' is not of type 'integer'" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    "names", [["qwen2_5_vl_3b"], ["qwen2_5_vl_3b", "standin"], ["qwen2_5_vl_3b", "qwen2_5_vl_7b"], ["qwen2_5_0_5b"]]
+)
+def test_every_shipped_config_plans_every_rule(checkout: Path, names: list[str]) -> None:
+    photos = checkout / "resources" / "photos" / "photos.jsonl"
+    photos.parent.mkdir(parents=True, exist_ok=True)
+    photos.touch()
+    files = [f"config/{name}.yaml" for name in names]
+    assert planned(checkout, "--configfile", *files) == EVERYTHING
 
 
 def test_the_images_that_a_jsonl_names_are_inputs(checkout: Path) -> None:
@@ -227,6 +252,37 @@ def test_the_archive_holds_the_results_with_their_checksums(finished: tuple[Path
     with tarfile.open(directory / "results/archives/tiny-digits.tar") as tar:
         assert tar.getnames() == [entry["name"] for entry in checksums["files"]]
     assert "results/tiny/digits/op_sensitivity_mse_v2_cpu.json" in [entry["name"] for entry in checksums["files"]]
+
+
+@pytest.mark.slow
+def test_the_shipped_config_of_the_3b_runs_from_the_hub_to_the_published_summary(tmp_path: Path) -> None:
+    """Only ids and sizes are overridden: the hub is one on loopback, with a tiny model in the published layout."""
+    directory = copy_checkout(tmp_path / "checkout")
+    model, data = "a" * 40, "b" * 40
+    standin.build(standin.SHAPES["tiny"], tmp_path / "model", shard_bytes=100_000)
+    overrides = [
+        f"model={{repo_id: org/tiny, revision: {model}}}",
+        f"calibration={{repo_id: org/captions, revision: {data}, num_samples: 2, num_heldout: 1}}",
+    ]
+    command = ["--configfile", "config/qwen2_5_vl_3b.yaml", "--config", *overrides]
+    with serving() as hub:
+        hub.repositories[("model", "org/tiny", model)] = tmp_path / "model"
+        hub.repositories[("dataset", "org/captions", data)] = write_captions(tmp_path / "captions")
+        settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home")}
+        ended = snakemake(directory, "--cores", "1", "--resources", "gpu=1", *command, **settings)
+    assert ended.returncode == 0, ended.stdout
+    summary = directory / "context" / "summaries" / "inc-kb" / "qwen2_5_vl_3b_mse_sensitivity"
+    report = json.loads(summary.with_suffix(".json").read_text())
+    assert (report["model"]["source"], report["calibration"]["source"]) == ("hub", "hub")
+    assert (len(report["ops"]), len(report["batches"]), set(report["maps"])) == (29, 2, {"isolated", "fallback"})
+    assert {op["status"] for op in report["ops"]} == {"measured"}
+    assert all(batch["image_tokens"] > 0 for batch in report["batches"])
+    assert report["audit"]["status"] == "bit_identical"
+    markdown = summary.with_suffix(".md").read_text()
+    assert markdown.startswith("# INT8 sensitivity of qwen2_5_vl_3b (stand-in)\n")
+    assert "> **Warning:** This is a stand-in, not a published model: weights from seed 0" in markdown
+    # The hub is gone; what it gave is kept.
+    assert planned(directory, *command) == set()
 
 
 @pytest.mark.slow
