@@ -280,7 +280,7 @@ def test_the_shipped_config_of_the_3b_runs_from_the_hub_to_the_published_summary
     assert report["audit"]["status"] == "bit_identical"
     markdown = summary.with_suffix(".md").read_text()
     assert markdown.startswith("# INT8 sensitivity of qwen2_5_vl_3b (stand-in)\n")
-    assert "> **Warning:** This is a stand-in, not a published model: weights from seed 0" in markdown
+    assert "> **Warning:** This is a stand-in for a published model: its weights are drawn from seed 0" in markdown
     # The hub is gone; what it gave is kept.
     assert planned(directory, *command) == set()
 

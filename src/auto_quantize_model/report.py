@@ -165,7 +165,7 @@ def warnings(
     """What a reader has to know before the first number."""
     found = []
     if stand_in:
-        found.append(f"This is a stand-in, not a published model: {stand_in}.")
+        found.append(f"This is a stand-in for a published model: {stand_in}.")
     if calibration["text_only"] and calibration["image_backend"]:
         found.append("The vision tower was not exercised: no calibration sample has an image.")
     if not_exercised:

@@ -183,7 +183,7 @@ def build(
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     (directory / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2))
     (directory / "chat_template.json").write_text(json.dumps({"chat_template": compact(CHAT_TEMPLATE)}, indent=2))
-    note = f"weights from seed {seed} in the shape of a published model: sensitivities here say nothing about it"
+    note = f"its weights are drawn from seed {seed}, and their sensitivities say nothing about the model of that shape"
     (directory / STAND_IN).write_text(json.dumps({"stand_in": note}, indent=2))
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(dict(config)))
