@@ -289,7 +289,7 @@ def test_one_sample_in_both_splits_is_refused(processor, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"source": "hub"}, "calibration.source: 'hub' is neither"),
+        ({"source": "cloud"}, "calibration.source: 'cloud' is neither"),
         ({"num_samples": "4"}, "calibration.num_samples: '4' is not a whole number"),
         ({"num_samples": 1}, r"num_samples \(1\) is below calibration.batch_size \(2\)"),
         ({"min_pixels": 9999}, "min_pixels is above calibration.max_pixels"),
