@@ -262,7 +262,7 @@ def load_processor(directory: Path, backend: str | None = None) -> Processor:
         raise InputError(f"{directory}: {problem}; complete the snapshot") from None
     # The processor's own template comes first: the tokenizer's may be that of a text model, without images.
     if (directory / "chat_template.json").exists():
-        tokenizer.chat_template = read_json(directory / "chat_template.json")["chat_template"]
+        tokenizer.chat_template = read_json(directory / "chat_template.json").get("chat_template")
     if tokenizer.chat_template is None:
         raise InputError(
             f"{directory}: no chat template (chat_template.jinja, chat_template.json, or in tokenizer_config.json);"
