@@ -15,6 +15,7 @@ def main() -> int:
     parser.add_argument("--plan", type=Path, required=True, help="the plan")
     parser.add_argument("--capture", type=Path, required=True, help="the capture")
     parser.add_argument("--audit", type=Path, required=True, help="the audit of the capture")
+    parser.add_argument("--tradeoff", type=Path, required=True, help="what keeping ops in FP32 buys")
     parser.add_argument("--templates", type=Path, default=Path("workflow/templates"), help="folder of the templates")
     parser.add_argument("--markdown", type=Path, required=True, help="the report to write (Markdown)")
     parser.add_argument("--json", type=Path, required=True, help="the report to write (JSON)")
@@ -24,10 +25,8 @@ def main() -> int:
 
 
 def render_report(args: argparse.Namespace) -> None:
-    parts = (
-        read_json(path) for path in (args.manifest, args.calibration_manifest, args.plan, args.capture, args.audit)
-    )
-    report = build_report(*parts)
+    paths = (args.manifest, args.calibration_manifest, args.plan, args.capture, args.audit, args.tradeoff)
+    report = build_report(*(read_json(path) for path in paths))
     markdown, document = render(report, args.templates)
     write_text(args.markdown, markdown)
     write_text(args.json, document)

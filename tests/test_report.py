@@ -13,6 +13,7 @@ from auto_quantize_model.files import InputError, canonical_json, digest_of
 from auto_quantize_model.report import build_report, markdown_cell, render, score, top_table
 
 TEMPLATES = Path(__file__).parents[1] / "workflow" / "templates"
+UNMEASURED = {"status": "not_measured", "reason": "tradeoff.heldout_batches is 0"}
 NAMES = ["visual.proj", "layers.0.mlp", "layers.1.mlp", "lm_head"]
 
 
@@ -78,7 +79,7 @@ def parts(**changes):
         "second_pass": [{}, {}],
     }
     capture.update(changes)
-    return manifest, calibration, plan, capture, audit | {"rank_agreement": {}}
+    return manifest, calibration, plan, capture, audit | {"rank_agreement": {}}, UNMEASURED
 
 
 def test_the_primary_table_runs_from_least_to_most_sensitive_with_ties_in_plan_order():
@@ -104,11 +105,11 @@ def test_the_ten_most_sensitive_come_first():
 
 
 def test_an_op_that_never_ran_has_a_status_and_no_score():
-    manifest, calibration, plan, capture, audit = parts()
+    manifest, calibration, plan, capture, audit, _ = parts()
     capture["executions"]["visual.proj"] = [0, 0]
     for per_op in capture["maps"].values():
         per_op["visual.proj"] = [None, None]
-    report = build_report(manifest, calibration | {"text_only": True}, plan, capture, audit)
+    report = build_report(manifest, calibration | {"text_only": True}, plan, capture, audit, UNMEASURED)
     assert {op["op_name"]: op["status"] for op in report["ops"]}["visual.proj"] == "not_exercised"
     assert all("visual.proj" not in {row["op_name"] for row in part["ops"]} for part in report["maps"].values())
     markdown, _ = render(report, TEMPLATES)
@@ -123,21 +124,21 @@ def test_an_op_that_ran_in_one_batch_is_scored_on_that_batch():
 
 
 def test_what_inc_alone_measured_has_no_other_metrics():
-    manifest, calibration, plan, capture, audit = parts()
+    manifest, calibration, plan, capture, audit, _ = parts()
     for per_op in capture["maps"].values():
         for name, records in per_op.items():
             per_op[name] = [{"mse_value": entry["mse_value"]} for entry in records]
-    report = build_report(manifest, calibration, plan, capture, audit)
+    report = build_report(manifest, calibration, plan, capture, audit, UNMEASURED)
     row = report["maps"]["isolated"]["ops"][0]
     assert row["kl_divergence"] is row["top1_agreement"] is row["image_relative_error"] is None
     assert "| KL (nats) |" not in render(report, TEMPLATES)[0]
 
 
 def test_where_both_engines_measured_the_metrics_of_the_replay_are_shown_and_the_others_are_dashes():
-    manifest, calibration, plan, capture, audit = parts()
+    manifest, calibration, plan, capture, audit, _ = parts()
     isolated = capture["maps"]["isolated"]
     isolated["layers.0.mlp"] = [{"mse_value": 0.5}, {"mse_value": 0.5}]  # first in the table
-    markdown, _ = render(build_report(manifest, calibration, plan, capture, audit), TEMPLATES)
+    markdown, _ = render(build_report(manifest, calibration, plan, capture, audit, UNMEASURED), TEMPLATES)
     table = markdown.split("## Isolated map")[1].split("\n## ")[0]
     first, second = (line for line in table.splitlines() if line[:3] in ("| 1", "| 2"))
     assert first.count("–") == 4 and "0.25" in second
@@ -155,18 +156,18 @@ def test_where_both_engines_measured_the_metrics_of_the_replay_are_shown_and_the
     ],
 )
 def test_the_audit_stands_in_the_report(audit, words):
-    *others, usual = parts()
-    report = build_report(*others, usual | audit)
+    *others, usual, tradeoff = parts()
+    report = build_report(*others, usual | audit, tradeoff)
     markdown, _ = render(report, TEMPLATES)
     assert words in markdown
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_score_that_is_not_finite_is_refused_by_name(value):
-    manifest, calibration, plan, capture, audit = parts()
+    manifest, calibration, plan, capture, audit, _ = parts()
     capture["maps"]["fallback"]["lm_head"][1]["mse_value"] = value
     with pytest.raises(InputError, match="map fallback, batch 1: the mse_value of lm_head"):
-        build_report(manifest, calibration, plan, capture, audit)
+        build_report(manifest, calibration, plan, capture, audit, UNMEASURED)
 
 
 def test_a_capture_of_another_plan_is_refused():
@@ -175,17 +176,17 @@ def test_a_capture_of_another_plan_is_refused():
 
 
 def test_a_low_all_int8_sqnr_warns_of_the_fallback_map():
-    manifest, calibration, plan, capture, audit = parts()
+    manifest, calibration, plan, capture, audit, _ = parts()
     for batch in capture["batches"]:
         batch["all_int8"] = record(900.0)
-    (warning,) = build_report(manifest, calibration, plan, capture, audit)["warnings"]
+    (warning,) = build_report(manifest, calibration, plan, capture, audit, UNMEASURED)["warnings"]
     assert "fallback map is mostly noise" in warning
 
 
 def test_an_op_without_error_has_no_sqnr_and_is_still_valid_json():
-    manifest, calibration, plan, capture, audit = parts()
+    manifest, calibration, plan, capture, audit, _ = parts()
     capture["maps"]["isolated"]["visual.proj"] = [record(0.0), record(0.0)]
-    report = build_report(manifest, calibration, plan, capture, audit)
+    report = build_report(manifest, calibration, plan, capture, audit, UNMEASURED)
     assert report["maps"]["isolated"]["ops"][0]["sqnr_db"] is None
     render(report, TEMPLATES)
 
@@ -214,8 +215,8 @@ def test_every_markdown_table_has_as_many_cells_in_each_row_as_in_its_head():
 
 
 def test_a_map_that_was_not_measured_says_so():
-    manifest, calibration, plan, capture, audit = parts(plan={"maps": ["isolated"]})
-    report = build_report(manifest, calibration, plan, capture, audit)
+    manifest, calibration, plan, capture, audit, _ = parts(plan={"maps": ["isolated"]})
+    report = build_report(manifest, calibration, plan, capture, audit, UNMEASURED)
     assert list(report["maps"]) == ["isolated"]
     assert render(report, TEMPLATES)[0].count("Not measured.") == 2
 

@@ -29,18 +29,21 @@ EVERYTHING = {
     "plan_quantization",
     "capture_sensitivity",
     "audit_capture",
+    "measure_tradeoff",
     "render_report",
     "publish_summary",
     "archive_results",
 }
 FROM_REPORT = {"render_report", "publish_summary", "archive_results"}
 FROM_AUDIT = FROM_REPORT | {"audit_capture"}
-FROM_CAPTURE = FROM_AUDIT | {"capture_sensitivity"}
+FROM_TRADEOFF = FROM_REPORT | {"measure_tradeoff"}
+FROM_CAPTURE = FROM_AUDIT | FROM_TRADEOFF | {"capture_sensitivity"}
 FROM_PLAN = FROM_CAPTURE | {"plan_quantization"}
 TINY = {
     "model": {"name": "tiny", "source": "local", "path": "resources/models/tiny"},
     "calibration": {"num_samples": 2, "num_heldout": 1, "batch_size": 1},
     "sensitivity": {"confidence_batches": 1, "audit_ops": 2},
+    "tradeoff": {"heldout_batches": 1},
 }
 
 
@@ -155,6 +158,7 @@ def test_every_key_of_the_default_config_is_described_and_every_described_key_is
         ({"calibration": {"source": "local", "path": "gone.jsonl"}}, "gone.jsonl"),
         ({"calibration": {"min_pixels": 6272}}, "calibration.min_pixels"),
         ({"sensitivity": {"confidence_batches": 5}}, "sensitivity.confidence_batches"),
+        ({"tradeoff": {"heldout_batches": 33}}, "tradeoff.heldout_batches (33) times"),
         ({"sensitivity": {"maps": ["isolated", "sorted"]}}, "'sorted' is not one of"),
         ({"sensitivity": {"engine": "replai"}}, "'replai' is not one of"),
         ({"sensitivity": {"engine": "inc", "device": "cuda"}}, "sensitivity.engine inc and auto run INC"),
@@ -263,6 +267,7 @@ def test_the_shipped_config_of_the_3b_runs_from_the_hub_to_the_published_summary
     overrides = [
         f"model={{repo_id: org/tiny, revision: {model}}}",
         f"calibration={{repo_id: org/captions, revision: {data}, num_samples: 2, num_heldout: 1}}",
+        "tradeoff={heldout_batches: 1}",
     ]
     command = ["--configfile", "config/qwen2_5_vl_3b.yaml", "--config", *overrides]
     with serving() as hub:
@@ -297,6 +302,7 @@ def test_a_second_run_has_nothing_to_do(finished: tuple[Path, str]) -> None:
         ("archive.py", {"archive_results"}),
         ("report.py", FROM_REPORT),
         ("audit.py", FROM_AUDIT),
+        ("tradeoff.py", FROM_TRADEOFF),
         ("capture.py", FROM_CAPTURE),
         ("plan.py", FROM_PLAN),
         ("snapshot.py", EVERYTHING),

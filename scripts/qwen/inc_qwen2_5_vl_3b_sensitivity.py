@@ -85,7 +85,8 @@ def measure(args: argparse.Namespace) -> None:
     captured = describe_batches(captured, calibration)
     with cli.progress_bar("audit by INC") as on_progress:
         audit = audit_capture(model.to("cpu"), batches, plan, captured, args.audit_ops, on_progress)
-    report = build_report(manifest, calibration, plan, captured, audit)
+    unmeasured = {"status": "not_measured", "reason": "this script draws no held-out samples"}
+    report = build_report(manifest, calibration, plan, captured, audit, unmeasured)
     markdown, document = render(report, ROOT / "workflow" / "templates")
     name = f"{REPORT}_{device.type}"
     parts = {"plan": plan, f"capture_{device.type}": captured, f"audit_{device.type}": audit, f"{name}.run": record}

@@ -406,11 +406,20 @@ def load_batches(path: Path, manifest: dict[str, Any], processor: Processor) -> 
     Raises:
         InputError: the set is not the one that the manifest describes.
     """
+    return batches_of(load_samples(path, manifest, processor, "calibration"), manifest, processor)
+
+
+def load_samples(path: Path, manifest: dict[str, Any], processor: Processor, split: str) -> list[Sample]:
+    """The samples of a stored split, `calibration` or `heldout`.
+
+    Raises:
+        InputError: they are not those that the manifest describes.
+    """
     limits = Limits(**manifest["limits"])
     samples = read_samples(path)
-    if [_describe(sample, processor, limits) for sample in samples] != manifest["samples"]["calibration"]:
+    if [_describe(sample, processor, limits) for sample in samples] != manifest["samples"][split]:
         raise InputError(f"{path}: not the samples of its manifest; run the calibration rule again")
-    return batches_of(samples, manifest, processor)
+    return samples
 
 
 def batches_of(samples: Sequence[Sample], manifest: dict[str, Any], processor: Processor) -> list[Batch]:

@@ -65,7 +65,7 @@ class Replay:
 
     Attributes:
         order: the ops that ran, in the order of their first execution.
-        executions: how often each op ran in the calibration.
+        executions: how often each op ran in FP32 on the batch.
         cached_bytes: what the kept outputs take, at most `cache_bytes`.
     """
 
@@ -146,15 +146,35 @@ class Replay:
         Raises:
             InputError: an op's input or output, or that output, is not finite, or the measured op did not run.
         """
-        self._forget()
-        self.batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         for site in self.sites.values():
             site.observe()
+        output = self._first_run(batch)
+        for site in self.sites.values():
+            site.calibrated()
+        self.calibrated = frozenset(self.order)
+        return output
+
+    def take_up(self, batch: Batch) -> torch.Tensor:
+        """Run another batch in FP32 and start replaying it, with the scales of the calibration.
+
+        An op that did not run in the calibration has no scales and stays in FP32.
+
+        Returns:
+            The FP32 output at the measured op.
+
+        Raises:
+            InputError: that output is not finite, or the measured op did not run.
+        """
+        for site in self.sites.values():
+            site.executions = 0
+        return self._first_run(batch)
+
+    def _first_run(self, batch: Batch) -> torch.Tensor:
+        self._forget()
+        self.batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         self.recording = True
         self._forward(frozenset())
         self.recording = False
-        for site in self.sites.values():
-            site.calibrated()
         self.executions = {name: site.executions for name, site in self.sites.items()}
         self.first_visit = {name: self.sequence.index(self.blocks[name]) for name in self.order}
         if not self.measured.numel() or not self.measured.isfinite().all():
@@ -171,7 +191,7 @@ class Replay:
         Raises:
             InputError: the blocks ran in another order than in the calibration, so kept outputs would be wrong.
         """
-        return self._forward(frozenset(int8) & frozenset(self.order))
+        return self._forward(frozenset(int8) & self.calibrated & frozenset(self.order))
 
     def _forward(self, int8: frozenset[str]) -> torch.Tensor:
         self.valid = self._unchanged(int8)

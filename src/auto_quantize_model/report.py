@@ -34,6 +34,7 @@ def build_report(
     plan: dict[str, Any],
     capture: dict[str, Any],
     audit: dict[str, Any],
+    tradeoff: dict[str, Any],
 ) -> dict[str, Any]:
     """The report as a JSON-able document that its published schema describes; `score` says how batches are aggregated.
 
@@ -66,6 +67,7 @@ def build_report(
         "all_int8": all_int8,
         "batches": [describe_batch(batch) for batch in capture["batches"]],
         "most_sensitive": maps["isolated"][::-1][:10] if "isolated" in maps else [],
+        "tradeoff": tradeoff,
         "maps": {label: {"direction": DIRECTIONS[label], "ops": rows} for label, rows in maps.items()},
         "ops": [
             {
@@ -78,6 +80,13 @@ def build_report(
         ],
         "excluded": plan["excluded"],
     }
+
+
+def most_sensitive_first(plan: dict[str, Any], capture: dict[str, Any]) -> list[str]:
+    """The names of the measured ops by the isolated map, the most sensitive first."""
+    measured = [op for op in plan["ops"] if any(capture["executions"][op["op_name"]])]
+    references = [batch["reference"] for batch in capture["batches"]]
+    return [row["op_name"] for row in ranked(measured, capture["maps"]["isolated"], references)][::-1]
 
 
 def describe_batch(batch: dict[str, Any]) -> dict[str, Any]:

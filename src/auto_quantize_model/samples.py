@@ -1,6 +1,6 @@
 """One sample {image?, prompt, answer?} to the tensors that the model takes, through its own processor and template."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,6 +94,21 @@ def render_conversation(sample: Sample, processor: Processor) -> str:
     return processor.tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=sample.answer is None
     )
+
+
+def answer_span(sample: Sample, processor: Processor, limits: Limits) -> range | None:
+    """The positions of the answer's tokens in the encoded sample; None where it has none of its own.
+
+    It has none where the template writes the answer otherwise than after the opened turn, or the tokenizer joins it to
+    its surroundings: what would be compared then is not the answer.
+    """
+    if sample.answer is None:
+        return None
+    whole = encode(sample, processor, limits)["input_ids"][0].tolist()
+    before = encode(replace(sample, answer=None), processor, limits)["input_ids"][0].tolist()
+    answer = processor.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
+    span = range(len(before), len(before) + len(answer))
+    return span if answer and whole[: span.stop] == before + answer else None
 
 
 def collate(encoded: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ rule archive_results:
         plan=rules.plan_quantization.output.plan,
         capture=rules.capture_sensitivity.output.capture,
         audit=rules.audit_capture.output.audit,
+        tradeoff=rules.measure_tradeoff.output.tradeoff,
         report=rules.render_report.output,
     output:
         archive=f"results/archives/{MODEL}-{CALIBRATION}.tar",

@@ -43,6 +43,13 @@ def check_ranges():
             f" ({calibration['batch_size']}) is more than calibration.num_samples ({calibration['num_samples']});"
             " raise num_samples"
         )
+    heldout = config["tradeoff"]["heldout_batches"]
+    if heldout * calibration["batch_size"] > calibration["num_heldout"]:
+        raise WorkflowError(
+            f"config: tradeoff.heldout_batches ({heldout}) times calibration.batch_size ({calibration['batch_size']}) is"
+            f" more than calibration.num_heldout ({calibration['num_heldout']}); raise num_heldout, or set"
+            " heldout_batches to 0"
+        )
 
 
 # Before anything reads it, the config is made what it is meant to be, and every key and range is checked.

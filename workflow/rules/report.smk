@@ -9,6 +9,7 @@ rule render_report:
         plan=rules.plan_quantization.output.plan,
         capture=rules.capture_sensitivity.output.capture,
         audit=rules.audit_capture.output.audit,
+        tradeoff=rules.measure_tradeoff.output.tradeoff,
     output:
         markdown=f"{REPORT}.md",
         json=f"{REPORT}.json",
@@ -31,6 +32,7 @@ rule render_report:
         " --plan {input.plan:q}"
         " --capture {input.capture:q}"
         " --audit {input.audit:q}"
+        " --tradeoff {input.tradeoff:q}"
         " --templates {params.templates:q}"
         " --markdown {output.markdown:q}"
         " --json {output.json:q}"

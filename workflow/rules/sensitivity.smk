@@ -101,3 +101,44 @@ rule audit_capture:
         " --ops {params.ops}"
         " --audit {output.audit:q}"
         " --log {log:q}"
+
+
+rule measure_tradeoff:
+    """Measure the mixed-precision model on held-out samples for growing keep-lists, along the ranking and controls.
+
+    A ranking has to earn its place: beside it stand random orders, the ranking turned round, and the largest weights
+    first. A point of a curve is one keep-list; each forward's record is journalled, so a killed run goes on.
+    """
+    input:
+        manifest=rules.get_model.output.manifest,
+        calibration_manifest=rules.extract_calibration.output.manifest,
+        calibration=rules.extract_calibration.output.calibration,
+        heldout=rules.extract_calibration.output.heldout,
+        plan=rules.plan_quantization.output.plan,
+        capture=rules.capture_sensitivity.output.capture,
+    output:
+        tradeoff=f"{RUN}/tradeoff_{DEVICE}.json",
+    log:
+        f"{RUN}/logs/measure_tradeoff.log",
+    benchmark:
+        f"{RUN}/benchmarks/measure_tradeoff.tsv"
+    threads: 64
+    resources:
+        gpu=1 if DEVICE == "cuda" else 0,
+    params:
+        code=code_digest("scripts/measure_tradeoff.py"),
+        versions=measuring_versions(),
+        batches=config["tradeoff"]["heldout_batches"],
+        device=DEVICE,
+    shell:
+        "exec python scripts/measure_tradeoff.py"
+        " --manifest {input.manifest:q}"
+        " --calibration-manifest {input.calibration_manifest:q}"
+        " --calibration-set {input.calibration:q}"
+        " --heldout-set {input.heldout:q}"
+        " --plan {input.plan:q}"
+        " --capture {input.capture:q}"
+        " --batches {params.batches}"
+        " --device {params.device}"
+        " --tradeoff {output.tradeoff:q}"
+        " --log {log:q}"

@@ -1,0 +1,68 @@
+"""Measure on held-out samples what keeping ops in FP32 buys. A killed run goes on where it ended."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from auto_quantize_model import cli
+from auto_quantize_model.calibration import batches_of, load_batches, load_samples
+from auto_quantize_model.capture import fingerprint, require_plan_of
+from auto_quantize_model.device import choose_device, explained_out_of_memory, require_memory
+from auto_quantize_model.files import digest_of, read_json, write_json
+from auto_quantize_model.journal import Journal
+from auto_quantize_model.replay import refusals
+from auto_quantize_model.report import most_sensitive_first
+from auto_quantize_model.samples import Limits, answer_span
+from auto_quantize_model.snapshot import count_parameters, load_model, load_processor, verify_manifest
+from auto_quantize_model.tradeoff import measure_tradeoff
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--manifest", type=Path, required=True, help="the model's manifest")
+    parser.add_argument("--calibration-manifest", type=Path, required=True, help="the calibration set's manifest")
+    parser.add_argument("--calibration-set", type=Path, required=True, help="the calibration samples (Parquet)")
+    parser.add_argument("--heldout-set", type=Path, required=True, help="the held-out samples (Parquet)")
+    parser.add_argument("--plan", type=Path, required=True, help="the plan")
+    parser.add_argument("--capture", type=Path, required=True, help="the capture, for its ranking")
+    parser.add_argument("--batches", type=int, required=True, help="held-out batches to measure on; 0: none at all")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to replay")
+    parser.add_argument("--tradeoff", type=Path, required=True, help="the result (JSON); a journal lies beside")
+    parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
+    args = parser.parse_args()
+    cli.end_with_parent()
+    return cli.run(lambda: write_json(args.tradeoff, tradeoff(args)), args.log)
+
+
+def tradeoff(args: argparse.Namespace) -> dict[str, Any]:
+    if not args.batches:
+        return {"status": "not_measured", "reason": "tradeoff.heldout_batches is 0"}
+    paths = (args.manifest, args.calibration_manifest, args.plan, args.capture)
+    manifest, calibration, plan, capture = (read_json(path) for path in paths)
+    require_plan_of(plan, manifest, calibration)
+    directory = verify_manifest(manifest)
+    device = choose_device(args.device)
+    require_memory(count_parameters(directory), device)
+    processor = load_processor(directory, calibration["image_backend"])
+    batch = load_batches(args.calibration_set, calibration, processor)[0]
+    size = calibration["batch_size"]
+    samples = load_samples(args.heldout_set, calibration, processor, "heldout")[: args.batches * size]
+    spans = [answer_span(sample, processor, Limits(**calibration["limits"])) for sample in samples]
+    answers = [spans[start : start + size] for start in range(0, len(spans), size)]
+    model: torch.nn.Module = load_model(directory)
+    if refused := refusals(model, plan["ops"]):
+        return {"status": "not_measured", "reason": f"{len(refused)} ops, such as {min(refused)}, cannot be replayed"}
+    ranking = most_sensitive_first(plan, capture)
+    of = fingerprint(plan, device) | {"ranking": digest_of(ranking), "batches": args.batches}
+    with Journal(args.tradeoff.with_name(f"{args.tradeoff.name}.journal"), of) as journal:
+        with explained_out_of_memory(device), cli.progress_bar("trade-off") as on_progress:
+            heldout = batches_of(samples, calibration, processor)
+            found = measure_tradeoff(model.to(device), plan, ranking, batch, heldout, answers, journal, on_progress)
+        journal.remove()
+    return {"status": "measured", **found}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,208 @@
+"""What keeping ops in FP32 buys: the mixed-precision model itself, measured on held-out samples for growing keep-lists.
+
+In: a model, its plan, the ranking of its capture, one calibration batch and held-out batches. Out: a curve per order
+of keeping: the ranking and, as controls, random orders, the ranking turned round, and the largest weights first.
+"""
+
+import math
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from auto_quantize_model.journal import Journal
+from auto_quantize_model.metrics import Reference
+from auto_quantize_model.replay import Batch, Replay
+
+RANDOM_SEEDS = 5
+Progress = Callable[[int, int], None]  # done and total, in forwards
+
+
+def keep_sizes(ops: int) -> list[int]:
+    """How many ops the keep-lists hold: 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, ... and all."""
+    sizes, step = {0, 1, 2, 3, ops}, 4
+    while step < ops:
+        sizes |= {step, step * 3 // 2}
+        step *= 2
+    return sorted(size for size in sizes if size <= ops)
+
+
+def orders(ranking: Sequence[str], weight_bytes: dict[str, int]) -> dict[str, list[str]]:
+    """The orders in which ops are kept, by name; `ranking` is the most sensitive first.
+
+    Args:
+        ranking: op names.
+        weight_bytes: of each op in FP32.
+
+    Returns:
+        `ranking`, `inverse`, `weight_bytes` (the largest first, ties by the ranking), and `random_0` to `random_4`.
+    """
+    found = {
+        "ranking": list(ranking),
+        "inverse": list(ranking)[::-1],
+        "weight_bytes": sorted(ranking, key=lambda name: -weight_bytes[name]),
+    }
+    for seed in range(RANDOM_SEEDS):
+        found[f"random_{seed}"] = random.Random(seed).sample(sorted(ranking), len(ranking))  # noqa: S311
+    return found
+
+
+def model_bytes(model: torch.nn.Module, ops: Sequence[str], kept: frozenset[str]) -> int:
+    """Bytes of the weights with the ops of `ops` in INT8 but for those of `kept`.
+
+    An INT8 weight takes a byte a value and a float32 scale for each row; all else takes float32. A parameter that is
+    shared by modules in FP32 is counted once.
+    """
+    modules = dict(model.named_modules())
+    weights = [modules[name].weight for name in ops if name not in kept]
+    int8 = sum(weight.numel() + 4 * weight.shape[0] for weight in weights)
+    quantized = {f"{name}.weight" for name in ops if name not in kept}
+    named = model.named_parameters(remove_duplicate=False)
+    in_fp32 = {id(parameter): parameter.numel() for name, parameter in named if name not in quantized}
+    return int8 + 4 * sum(in_fp32.values())
+
+
+def measure_tradeoff(
+    model: torch.nn.Module,
+    plan: dict[str, Any],
+    ranking: Sequence[str],
+    calibration: Batch,
+    heldout: Sequence[Batch],
+    answers: Sequence[list[range | None]],
+    journal: Journal,
+    on_progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Measure every keep-list of every order on the held-out batches; scales come from the calibration batch.
+
+    Args:
+        model: FP32, eval mode, on its device; left as it was.
+        plan: as `plan.build_plan` returns it.
+        ranking: the ops that were measured, the most sensitive first.
+        calibration: the batch that sets every scale.
+        heldout: batches that nothing was calibrated on.
+        answers: for each held-out batch, of each sample, the positions of its answer's tokens; None without an answer.
+        journal: keeps each forward's record; what it holds already is not measured again.
+        on_progress: called after each forward.
+
+    Returns:
+        {ops, batches, answers, curves: {order: [point]}, random: [point], gain_db, gain_over_inverse_db,
+        gain_over_weight_bytes_db}. A point is {keep, added, weight_bytes, relative_error, sqnr_db, kl_divergence,
+        top1_agreement, accuracy}; `added` are the ops kept beyond the point before; `accuracy` is the share of answers
+        whose every token is the most likely one, null without answers. A point of `random` has the mean and the
+        standard deviation over its seeds. A gain is the mean over keep-lists, by the area between the two curves of
+        SQNR, in dB.
+    """
+    sizes = keep_sizes(len(ranking))
+    modules = dict(model.named_modules())
+    kept_by = orders(ranking, {name: 4 * modules[name].weight.numel() for name in ranking})
+    # Orders meet, at no op and at all of them at the least: a state is measured once.
+    states = {frozenset(names[:size]): f"{order}/{size}" for order, names in kept_by.items() for size in sizes}
+    asked = sum(span is not None for spans in answers for span in spans)
+    with Replay(model, plan["ops"], plan["measured_op"]) as replay:
+        replay.calibrate(calibration)
+        records, references = _measure(replay, heldout, answers, frozenset(ranking), states, journal, on_progress)
+    points = {
+        kept: summary(found, references, asked) | {"weight_bytes": model_bytes(model, ranking, kept)}
+        for kept, found in records.items()
+    }
+    curves = {
+        order: [
+            {"keep": size, "added": names[before:size], **points[frozenset(names[:size])]}
+            for before, size in zip([0, *sizes], sizes, strict=False)
+        ]
+        for order, names in kept_by.items()
+    }
+    seeds = [curves[f"random_{seed}"] for seed in range(RANDOM_SEEDS)]
+    averaged = [spread(list(of_one_length)) for of_one_length in zip(*seeds, strict=True)]
+    return {
+        "ops": len(ranking),
+        "batches": len(heldout),
+        "answers": asked,
+        "curves": curves,
+        "random": averaged,
+        "gain_db": gain(curves["ranking"], averaged),
+        "gain_over_inverse_db": gain(curves["ranking"], curves["inverse"]),
+        "gain_over_weight_bytes_db": gain(curves["ranking"], curves["weight_bytes"]),
+    }
+
+
+def _measure(
+    replay: Replay,
+    heldout: Sequence[Batch],
+    answers: Sequence[list[range | None]],
+    ops: frozenset[str],
+    states: dict[frozenset[str], str],
+    journal: Journal,
+    on_progress: Progress,
+) -> tuple[dict[frozenset[str], list[dict[str, Any]]], list[float]]:
+    """The records of each keep-list, one for each batch, and the sum of squares of each batch's FP32 output."""
+    records: dict[frozenset[str], list[dict[str, Any]]] = {kept: [] for kept in states}
+    references, done = [], 0
+    for index, batch in enumerate(heldout):
+        reference = Reference(replay.take_up(batch), batch.get("mm_token_type_ids"))
+        references.append(reference.totals()["all"])
+        for kept, name in states.items():
+            key = f"{index}/{name}"
+            if key not in journal.records:
+                output = replay.run(ops - kept)
+                right = right_answers(output, batch, answers[index])
+                journal.add(key, reference.compare(output) | {"right": right})
+            records[kept].append(journal.records[key])
+            done += 1
+            on_progress(done, len(states) * len(heldout))
+    return records, references
+
+
+def right_answers(output: torch.Tensor, batch: Batch, spans: Sequence[range | None]) -> int:
+    """How many samples of a batch have every token of their answer as the most likely one, given those before it.
+
+    Args:
+        output: (samples, tokens, vocabulary) logits.
+        batch: its `input_ids`, int64 (samples, tokens).
+        spans: of each sample, the positions of its answer's tokens.
+    """
+    right = 0
+    for row, span in enumerate(spans):
+        if span is not None:
+            expected = batch["input_ids"][row, span.start : span.stop].to(output.device)
+            predicted = output[row, span.start - 1 : span.stop - 1].argmax(-1)
+            right += bool(torch.equal(predicted, expected))
+    return right
+
+
+def summary(records: list[dict[str, Any]], references: list[float], asked: int) -> dict[str, float | None]:
+    """A keep-list's point: sums of errors over the sums of squares of the FP32 output, means over batches."""
+    relative = math.fsum(record["mse_value"] for record in records) / math.fsum(references)
+    means = {name: statistics.fmean(record[name] for record in records) for name in ("kl_divergence", "top1_agreement")}
+    accuracy = sum(record["right"] for record in records) / asked if asked else None
+    sqnr = -10 * math.log10(relative) if relative else None
+    return {"relative_error": relative, "sqnr_db": sqnr, **means, "accuracy": accuracy}
+
+
+def spread(points: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds, of keep-lists of one length."""
+    found: dict[str, Any] = {"keep": points[0]["keep"]}
+    for name in ("weight_bytes", "sqnr_db", "kl_divergence", "top1_agreement", "accuracy"):
+        values = [point[name] for point in points]
+        known = None not in values
+        found[name] = statistics.fmean(values) if known else None
+        found[f"{name}_std"] = statistics.stdev(values) if known else None
+    return found
+
+
+def gain(curve: list[dict[str, Any]], other: list[dict[str, Any]]) -> float | None:
+    """The area between two curves of SQNR over the number of kept ops, divided by that range: dB; None without one.
+
+    Trapezoids; points whose SQNR is infinite (all ops kept) end the range.
+    """
+    pairs = [
+        (mine["keep"], mine["sqnr_db"] - theirs["sqnr_db"])
+        for mine, theirs in zip(curve, other, strict=True)
+        if mine["sqnr_db"] is not None and theirs["sqnr_db"] is not None
+    ]
+    if len(pairs) < 2:
+        return None
+    area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(pairs, pairs[1:], strict=False))
+    return area / (pairs[-1][0] - pairs[0][0])
