@@ -16,6 +16,7 @@ def main() -> int:
     parser.add_argument("--capture", type=Path, required=True, help="the capture")
     parser.add_argument("--audit", type=Path, required=True, help="the audit of the capture")
     parser.add_argument("--tradeoff", type=Path, required=True, help="what keeping ops in FP32 buys")
+    parser.add_argument("--profiles", type=Path, required=True, help="the profiles")
     parser.add_argument("--templates", type=Path, default=Path("workflow/templates"), help="folder of the templates")
     parser.add_argument("--markdown", type=Path, required=True, help="the report to write (Markdown)")
     parser.add_argument("--json", type=Path, required=True, help="the report to write (JSON)")
@@ -25,7 +26,15 @@ def main() -> int:
 
 
 def render_report(args: argparse.Namespace) -> None:
-    paths = (args.manifest, args.calibration_manifest, args.plan, args.capture, args.audit, args.tradeoff)
+    paths = (
+        args.manifest,
+        args.calibration_manifest,
+        args.plan,
+        args.capture,
+        args.audit,
+        args.tradeoff,
+        args.profiles,
+    )
     report = build_report(*(read_json(path) for path in paths))
     markdown, document = render(report, args.templates)
     write_text(args.markdown, markdown)

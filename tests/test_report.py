@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from auto_quantize_model.files import InputError, canonical_json, digest_of
+from auto_quantize_model.profiles import Target, build_profiles
 from auto_quantize_model.report import build_report, markdown_cell, render, score, top_table
 
 TEMPLATES = Path(__file__).parents[1] / "workflow" / "templates"
 UNMEASURED = {"status": "not_measured", "reason": "tradeoff.heldout_batches is 0"}
+PROFILES = build_profiles(UNMEASURED, Target())
 NAMES = ["visual.proj", "layers.0.mlp", "layers.1.mlp", "lm_head"]
 
 
@@ -79,7 +81,7 @@ def parts(**changes):
         "second_pass": [{}, {}],
     }
     capture.update(changes)
-    return manifest, calibration, plan, capture, audit | {"rank_agreement": {}}, UNMEASURED
+    return manifest, calibration, plan, capture, audit | {"rank_agreement": {}}, UNMEASURED, PROFILES
 
 
 def test_the_primary_table_runs_from_least_to_most_sensitive_with_ties_in_plan_order():
@@ -105,11 +107,11 @@ def test_the_ten_most_sensitive_come_first():
 
 
 def test_an_op_that_never_ran_has_a_status_and_no_score():
-    manifest, calibration, plan, capture, audit, _ = parts()
+    manifest, calibration, plan, capture, audit, *_ = parts()
     capture["executions"]["visual.proj"] = [0, 0]
     for per_op in capture["maps"].values():
         per_op["visual.proj"] = [None, None]
-    report = build_report(manifest, calibration | {"text_only": True}, plan, capture, audit, UNMEASURED)
+    report = build_report(manifest, calibration | {"text_only": True}, plan, capture, audit, UNMEASURED, PROFILES)
     assert {op["op_name"]: op["status"] for op in report["ops"]}["visual.proj"] == "not_exercised"
     assert all("visual.proj" not in {row["op_name"] for row in part["ops"]} for part in report["maps"].values())
     markdown, _ = render(report, TEMPLATES)
@@ -124,21 +126,21 @@ def test_an_op_that_ran_in_one_batch_is_scored_on_that_batch():
 
 
 def test_what_inc_alone_measured_has_no_other_metrics():
-    manifest, calibration, plan, capture, audit, _ = parts()
+    manifest, calibration, plan, capture, audit, *_ = parts()
     for per_op in capture["maps"].values():
         for name, records in per_op.items():
             per_op[name] = [{"mse_value": entry["mse_value"]} for entry in records]
-    report = build_report(manifest, calibration, plan, capture, audit, UNMEASURED)
+    report = build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)
     row = report["maps"]["isolated"]["ops"][0]
     assert row["kl_divergence"] is row["top1_agreement"] is row["image_relative_error"] is None
     assert "| KL (nats) |" not in render(report, TEMPLATES)[0]
 
 
 def test_where_both_engines_measured_the_metrics_of_the_replay_are_shown_and_the_others_are_dashes():
-    manifest, calibration, plan, capture, audit, _ = parts()
+    manifest, calibration, plan, capture, audit, *_ = parts()
     isolated = capture["maps"]["isolated"]
     isolated["layers.0.mlp"] = [{"mse_value": 0.5}, {"mse_value": 0.5}]  # first in the table
-    markdown, _ = render(build_report(manifest, calibration, plan, capture, audit, UNMEASURED), TEMPLATES)
+    markdown, _ = render(build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES), TEMPLATES)
     table = markdown.split("## Isolated map")[1].split("\n## ")[0]
     first, second = (line for line in table.splitlines() if line[:3] in ("| 1", "| 2"))
     assert first.count("–") == 4 and "0.25" in second
@@ -156,18 +158,18 @@ def test_where_both_engines_measured_the_metrics_of_the_replay_are_shown_and_the
     ],
 )
 def test_the_audit_stands_in_the_report(audit, words):
-    *others, usual, tradeoff = parts()
-    report = build_report(*others, usual | audit, tradeoff)
+    *others, usual, tradeoff, profiles = parts()
+    report = build_report(*others, usual | audit, tradeoff, profiles)
     markdown, _ = render(report, TEMPLATES)
     assert words in markdown
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_score_that_is_not_finite_is_refused_by_name(value):
-    manifest, calibration, plan, capture, audit, _ = parts()
+    manifest, calibration, plan, capture, audit, *_ = parts()
     capture["maps"]["fallback"]["lm_head"][1]["mse_value"] = value
     with pytest.raises(InputError, match="map fallback, batch 1: the mse_value of lm_head"):
-        build_report(manifest, calibration, plan, capture, audit, UNMEASURED)
+        build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)
 
 
 def test_a_capture_of_another_plan_is_refused():
@@ -176,17 +178,17 @@ def test_a_capture_of_another_plan_is_refused():
 
 
 def test_a_low_all_int8_sqnr_warns_of_the_fallback_map():
-    manifest, calibration, plan, capture, audit, _ = parts()
+    manifest, calibration, plan, capture, audit, *_ = parts()
     for batch in capture["batches"]:
         batch["all_int8"] = record(900.0)
-    (warning,) = build_report(manifest, calibration, plan, capture, audit, UNMEASURED)["warnings"]
+    (warning,) = build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)["warnings"]
     assert "fallback map is mostly noise" in warning
 
 
 def test_an_op_without_error_has_no_sqnr_and_is_still_valid_json():
-    manifest, calibration, plan, capture, audit, _ = parts()
+    manifest, calibration, plan, capture, audit, *_ = parts()
     capture["maps"]["isolated"]["visual.proj"] = [record(0.0), record(0.0)]
-    report = build_report(manifest, calibration, plan, capture, audit, UNMEASURED)
+    report = build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)
     assert report["maps"]["isolated"]["ops"][0]["sqnr_db"] is None
     render(report, TEMPLATES)
 
@@ -215,8 +217,8 @@ def test_every_markdown_table_has_as_many_cells_in_each_row_as_in_its_head():
 
 
 def test_a_map_that_was_not_measured_says_so():
-    manifest, calibration, plan, capture, audit, _ = parts(plan={"maps": ["isolated"]})
-    report = build_report(manifest, calibration, plan, capture, audit, UNMEASURED)
+    manifest, calibration, plan, capture, audit, *_ = parts(plan={"maps": ["isolated"]})
+    report = build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)
     assert list(report["maps"]) == ["isolated"]
     assert render(report, TEMPLATES)[0].count("Not measured.") == 2
 

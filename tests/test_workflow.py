@@ -30,13 +30,15 @@ EVERYTHING = {
     "capture_sensitivity",
     "audit_capture",
     "measure_tradeoff",
+    "build_profiles",
     "render_report",
     "publish_summary",
     "archive_results",
 }
 FROM_REPORT = {"render_report", "publish_summary", "archive_results"}
 FROM_AUDIT = FROM_REPORT | {"audit_capture"}
-FROM_TRADEOFF = FROM_REPORT | {"measure_tradeoff"}
+FROM_PROFILES = FROM_REPORT | {"build_profiles"}
+FROM_TRADEOFF = FROM_PROFILES | {"measure_tradeoff"}
 FROM_CAPTURE = FROM_AUDIT | FROM_TRADEOFF | {"capture_sensitivity"}
 FROM_PLAN = FROM_CAPTURE | {"plan_quantization"}
 TINY = {
@@ -302,6 +304,7 @@ def test_a_second_run_has_nothing_to_do(finished: tuple[Path, str]) -> None:
         ("archive.py", {"archive_results"}),
         ("report.py", FROM_REPORT),
         ("audit.py", FROM_AUDIT),
+        ("profiles.py", FROM_PROFILES),
         ("tradeoff.py", FROM_TRADEOFF),
         ("capture.py", FROM_CAPTURE),
         ("plan.py", FROM_PLAN),

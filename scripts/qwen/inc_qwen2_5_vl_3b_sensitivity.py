@@ -21,6 +21,7 @@ from auto_quantize_model.device import choose_device, explained_out_of_memory, r
 from auto_quantize_model.files import digest_of, write_json, write_text
 from auto_quantize_model.journal import Journal
 from auto_quantize_model.plan import SensitivitySpec, build_plan, identify
+from auto_quantize_model.profiles import Target, build_profiles
 from auto_quantize_model.report import DIRECTIONS, build_report, render, top_table
 from auto_quantize_model.snapshot import build_manifest, count_parameters, load_model, load_processor
 
@@ -86,7 +87,9 @@ def measure(args: argparse.Namespace) -> None:
     with cli.progress_bar("audit by INC") as on_progress:
         audit = audit_capture(model.to("cpu"), batches, plan, captured, args.audit_ops, on_progress)
     unmeasured = {"status": "not_measured", "reason": "this script draws no held-out samples"}
-    report = build_report(manifest, calibration, plan, captured, audit, unmeasured)
+    report = build_report(
+        manifest, calibration, plan, captured, audit, unmeasured, build_profiles(unmeasured, Target())
+    )
     markdown, document = render(report, ROOT / "workflow" / "templates")
     name = f"{REPORT}_{device.type}"
     parts = {"plan": plan, f"capture_{device.type}": captured, f"audit_{device.type}": audit, f"{name}.run": record}

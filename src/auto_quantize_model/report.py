@@ -35,6 +35,7 @@ def build_report(
     capture: dict[str, Any],
     audit: dict[str, Any],
     tradeoff: dict[str, Any],
+    profiles: dict[str, Any],
 ) -> dict[str, Any]:
     """The report as a JSON-able document that its published schema describes; `score` says how batches are aggregated.
 
@@ -68,6 +69,7 @@ def build_report(
         "batches": [describe_batch(batch) for batch in capture["batches"]],
         "most_sensitive": maps["isolated"][::-1][:10] if "isolated" in maps else [],
         "tradeoff": tradeoff,
+        "profiles": profiles,
         "maps": {label: {"direction": DIRECTIONS[label], "ops": rows} for label, rows in maps.items()},
         "ops": [
             {

@@ -11,6 +11,7 @@ rule archive_results:
         capture=rules.capture_sensitivity.output.capture,
         audit=rules.audit_capture.output.audit,
         tradeoff=rules.measure_tradeoff.output.tradeoff,
+        profiles=rules.build_profiles.output.profiles,
         report=rules.render_report.output,
     output:
         archive=f"results/archives/{MODEL}-{CALIBRATION}.tar",

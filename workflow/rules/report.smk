@@ -1,3 +1,27 @@
+rule build_profiles:
+    """Name measured keep-lists: `minimal`, `moderate`, `aggressive`, `max`, and the smallest that reaches the target.
+
+    A profile is a point of the ranking's curve with all the ops that it keeps.
+    """
+    input:
+        tradeoff=rules.measure_tradeoff.output.tradeoff,
+    output:
+        profiles=f"{RUN}/profiles_{DEVICE}.json",
+    log:
+        f"{RUN}/logs/build_profiles.log",
+    benchmark:
+        f"{RUN}/benchmarks/build_profiles.tsv"
+    params:
+        code=code_digest("scripts/build_profiles.py"),
+        target=block("profiles"),
+    shell:
+        "exec python scripts/build_profiles.py"
+        " --tradeoff {input.tradeoff:q}"
+        " --target {params.target:q}"
+        " --profiles {output.profiles:q}"
+        " --log {log:q}"
+
+
 rule render_report:
     """Turn the capture into the report, for people (Markdown) and for programs (JSON).
 
@@ -10,6 +34,7 @@ rule render_report:
         capture=rules.capture_sensitivity.output.capture,
         audit=rules.audit_capture.output.audit,
         tradeoff=rules.measure_tradeoff.output.tradeoff,
+        profiles=rules.build_profiles.output.profiles,
     output:
         markdown=f"{REPORT}.md",
         json=f"{REPORT}.json",
@@ -33,6 +58,7 @@ rule render_report:
         " --capture {input.capture:q}"
         " --audit {input.audit:q}"
         " --tradeoff {input.tradeoff:q}"
+        " --profiles {input.profiles:q}"
         " --templates {params.templates:q}"
         " --markdown {output.markdown:q}"
         " --json {output.json:q}"

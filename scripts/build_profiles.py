@@ -1,0 +1,33 @@
+"""Name the keep-lists that were measured: minimal to max, and the smallest that reaches the config's target."""
+
+import argparse
+import json
+from pathlib import Path
+
+from auto_quantize_model import cli
+from auto_quantize_model.files import from_block, read_json, write_json
+from auto_quantize_model.profiles import Target, build_profiles
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tradeoff", type=Path, required=True, help="the measured trade-off")
+    parser.add_argument("--target", type=json.loads, required=True, help="the config's profiles block as JSON")
+    parser.add_argument("--profiles", type=Path, required=True, help="the profiles to write (JSON)")
+    parser.add_argument("--log", type=Path, help="file for everything but results and errors")
+    args = parser.parse_args()
+    return cli.run(lambda: profiles(args), args.log)
+
+
+def profiles(args: argparse.Namespace) -> None:
+    found = build_profiles(read_json(args.tradeoff), from_block(Target, args.target, "profiles"))
+    write_json(args.profiles, found)
+    if recommended := found["profiles"].get("recommended"):
+        kept = f"keep {recommended['keep']} ops in FP32" if recommended["keep"] else "keep no op in FP32"
+        cli.say(f"recommended: {kept}: {', '.join(recommended['kept']) or 'INT8 meets the target as it is'}")
+    else:
+        cli.say(f"recommended: {found['missed']}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

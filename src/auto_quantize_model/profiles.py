@@ -1,0 +1,88 @@
+"""From curves to a decision: which ops to keep in FP32, by measured keep-lists of the ranking.
+
+In: the trade-off as `tradeoff.measure_tradeoff` returns it, and the config's target. Out: named profiles, and the
+smallest keep-list that reaches the target, or the statement that none does.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from auto_quantize_model.files import InputError
+
+# The share of ops that a profile keeps at the least; the next measured keep-list is taken.
+SHARES = {"minimal": 0.01, "moderate": 0.05, "aggressive": 0.15, "max": 0.4}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The config's `profiles` block: what `recommended` has to reach, each null where it does not matter.
+
+    `min_sqnr_db` is of the output on held-out samples; `max_accuracy_drop` a share of the answers that FP32 gets
+    right; `max_weight_bytes` bounds the model's weights.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    min_sqnr_db: float | None = None
+    max_accuracy_drop: float | None = None
+    max_weight_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_accuracy_drop is not None and not 0 <= self.max_accuracy_drop <= 1:
+            raise InputError(f"profiles.max_accuracy_drop: {self.max_accuracy_drop} is no share from 0 to 1")
+        if self.max_weight_bytes is not None and self.max_weight_bytes < 1:
+            raise InputError(f"profiles.max_weight_bytes: {self.max_weight_bytes} is no number of bytes")
+
+
+def build_profiles(tradeoff: dict[str, Any], target: Target) -> dict[str, Any]:
+    """Profiles along the ranking's curve, each as measured.
+
+    Returns:
+        {target, profiles: {name: profile}, missed}. A profile is a point of the curve with `kept`, all its ops in the
+        ranking's order; `recommended` is there where a keep-list reaches the target, else `missed` says what none does.
+    """
+    if tradeoff["status"] == "not_measured":
+        return {"target": vars(target), "profiles": {}, "missed": f"nothing was measured: {tradeoff['reason']}"}
+    curve = with_kept(tradeoff["curves"]["ranking"])
+    found = {
+        name: next(point for point in curve if point["keep"] >= share * tradeoff["ops"])
+        for name, share in SHARES.items()
+    }
+    unknown = target.max_accuracy_drop is not None and curve[-1]["accuracy"] is None
+    reached = [] if unknown else [point for point in curve if reaches(point, curve[-1], target)]
+    reason = "no held-out sample has an answer" if unknown else "no measured keep-list reaches it"
+    return {
+        "target": vars(target),
+        "profiles": found | ({"recommended": reached[0]} if reached else {}),
+        "missed": "" if reached else f"{reason}: the target is {described(target)}",
+    }
+
+
+def with_kept(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points with all the ops that they keep, in place of those that they add."""
+    points: list[dict[str, Any]] = []
+    kept: list[str] = []
+    for point in curve:
+        kept = [*kept, *point["added"]]
+        points.append({key: value for key, value in point.items() if key != "added"} | {"kept": kept})
+    return points
+
+
+def reaches(point: dict[str, Any], fp32: dict[str, Any], target: Target) -> bool:
+    """Whether a point meets every part of the target that is set; an SQNR of null is infinite."""
+    if target.min_sqnr_db is not None and point["sqnr_db"] is not None and point["sqnr_db"] < target.min_sqnr_db:
+        return False
+    if target.max_accuracy_drop is not None and fp32["accuracy"] - point["accuracy"] > target.max_accuracy_drop:
+        return False
+    return target.max_weight_bytes is None or point["weight_bytes"] <= target.max_weight_bytes
+
+
+def described(target: Target) -> str:
+    """The parts of a target that are set, in words."""
+    words = {
+        "min_sqnr_db": "an SQNR of at least {} dB",
+        "max_accuracy_drop": "an accuracy drop of at most {}",
+        "max_weight_bytes": "weights of at most {} bytes",
+    }
+    return " and ".join(text.format(value) for name, text in words.items() if (value := vars(target)[name]) is not None)

@@ -1,0 +1,70 @@
+"""A profile is a measured keep-list; the recommended one is the smallest that reaches the target, or there is none."""
+
+from typing import Any
+
+import pytest
+
+from auto_quantize_model.files import InputError
+from auto_quantize_model.profiles import Target, build_profiles
+
+SQNR = {0: 5.0, 1: 12.0, 2: 11.0, 4: 25.0, 8: 40.0, 20: None}
+
+
+def tradeoff(accuracy: bool = True) -> dict[str, Any]:
+    points, before = [], 0
+    for keep, sqnr in SQNR.items():
+        points.append(
+            {
+                "keep": keep,
+                "added": [f"op{number}" for number in range(before, keep)],
+                "weight_bytes": 100 + 10 * keep,
+                "sqnr_db": sqnr,
+                "accuracy": (0.5 if keep < 4 else 0.9) if accuracy else None,
+            }
+        )
+        before = keep
+    return {"status": "measured", "ops": 20, "curves": {"ranking": points}}
+
+
+@pytest.mark.parametrize(
+    ("target", "keep"),
+    [
+        ({}, 0),
+        ({"min_sqnr_db": 12.0}, 1),
+        ({"min_sqnr_db": 26.0}, 8),
+        ({"min_sqnr_db": 99.0}, 20),
+        ({"max_accuracy_drop": 0.1}, 4),
+        ({"min_sqnr_db": 10.0, "max_weight_bytes": 110}, 1),
+    ],
+)
+def test_recommended_is_the_smallest_that_reaches_the_target(target: dict[str, Any], keep: int) -> None:
+    recommended = build_profiles(tradeoff(), Target(**target))["profiles"]["recommended"]
+    assert recommended["keep"] == keep
+    assert recommended["kept"] == [f"op{number}" for number in range(keep)]
+
+
+def test_where_no_keep_list_reaches_the_target_that_is_said() -> None:
+    found = build_profiles(tradeoff(), Target(min_sqnr_db=26.0, max_weight_bytes=150))
+    assert "recommended" not in found["profiles"]
+    assert found["missed"].endswith("an SQNR of at least 26.0 dB and weights of at most 150 bytes")
+
+
+def test_an_accuracy_is_not_asked_of_samples_without_answers() -> None:
+    found = build_profiles(tradeoff(accuracy=False), Target(max_accuracy_drop=0.0))
+    assert "recommended" not in found["profiles"]
+    assert "no held-out sample has an answer" in found["missed"]
+
+
+def test_the_named_profiles_keep_a_growing_share() -> None:
+    profiles = build_profiles(tradeoff(), Target())["profiles"]
+    assert [profiles[name]["keep"] for name in ("minimal", "moderate", "aggressive", "max")] == [1, 1, 4, 8]
+
+
+def test_without_a_measurement_there_are_no_profiles() -> None:
+    found = build_profiles({"status": "not_measured", "reason": "tradeoff.heldout_batches is 0"}, Target())
+    assert found["profiles"] == {} and "heldout_batches is 0" in found["missed"]
+
+
+def test_a_target_out_of_range_is_refused() -> None:
+    with pytest.raises(InputError, match="profiles.max_accuracy_drop: 5 is no share"):
+        Target(max_accuracy_drop=5)
