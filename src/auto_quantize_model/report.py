@@ -12,6 +12,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from auto_quantize_model.files import InputError, canonical_json, digest_of, read_json
+from auto_quantize_model.trust import assess
 
 SCHEMA = Path(__file__).parents[2] / "workflow" / "schemas" / "op_sensitivity.schema.json"
 SCHEMA_VERSION = 3
@@ -68,6 +69,12 @@ def build_report(
         "all_int8": all_int8,
         "batches": [describe_batch(batch) for batch in capture["batches"]],
         "most_sensitive": maps["isolated"][::-1][:10] if "isolated" in maps else [],
+        "trust": assess(
+            {op["op_name"]: capture["maps"]["isolated"][op["op_name"]] for op in exercised},
+            [batch["all_int8"] for batch in capture["batches"]],
+        )
+        if "isolated" in maps
+        else None,
         "tradeoff": tradeoff,
         "profiles": profiles,
         "maps": {label: {"direction": DIRECTIONS[label], "ops": rows} for label, rows in maps.items()},
