@@ -12,8 +12,8 @@ from auto_quantize_model.capture import fingerprint, require_plan_of
 from auto_quantize_model.device import choose_device, explained_out_of_memory, require_memory
 from auto_quantize_model.files import digest_of, read_json, write_json
 from auto_quantize_model.journal import Journal
+from auto_quantize_model.ranking import most_sensitive_first
 from auto_quantize_model.replay import refusals
-from auto_quantize_model.report import most_sensitive_first
 from auto_quantize_model.samples import Limits, answer_span
 from auto_quantize_model.snapshot import count_parameters, load_model, load_processor, verify_manifest
 from auto_quantize_model.tradeoff import measure_tradeoff

@@ -15,7 +15,7 @@ from auto_quantize_model.digits import build_snapshot
 from auto_quantize_model.journal import Journal
 from auto_quantize_model.plan import SensitivitySpec, build_plan
 from auto_quantize_model.profiles import Target, build_profiles
-from auto_quantize_model.report import most_sensitive_first
+from auto_quantize_model.ranking import most_sensitive_first
 from auto_quantize_model.snapshot import load_model
 from auto_quantize_model.tradeoff import measure_tradeoff
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from auto_quantize_model.files import InputError, canonical_json, digest_of
 from auto_quantize_model.profiles import Target, build_profiles
-from auto_quantize_model.report import build_report, markdown_cell, render, score, top_table
+from auto_quantize_model.ranking import score
+from auto_quantize_model.report import build_report, markdown_cell, render, top_table
 
 TEMPLATES = Path(__file__).parents[1] / "workflow" / "templates"
 UNMEASURED = {"status": "not_measured", "reason": "tradeoff.heldout_batches is 0"}
