@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 def report(names: str = "abcdefghij", rank_tau: float | None = 0.9, **versions: str) -> dict[str, Any]:
     """A report whose ops are letters, the most sensitive first."""
     return {
-        "schema_version": 3,
+        "schema_version": 4,
         "model": {"model": "tiny", "digest": "0"},
         "calibration": {"name": "set", "digest": "1"},
         "measurement": {"engine": "replay", "device": "cpu"},

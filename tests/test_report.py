@@ -89,11 +89,13 @@ def test_the_primary_table_runs_from_least_to_most_sensitive_with_ties_in_plan_o
     rows = build_report(*parts())["maps"]["isolated"]["ops"]
     assert [row["op_name"] for row in rows] == ["layers.0.mlp", "layers.1.mlp", "visual.proj", "lm_head"]
     assert [row["rank"] for row in rows] == [1, 2, 3, 4]
+    assert [row["tied"] for row in rows] == [True, True, False, False]
 
 
 def test_scores_are_aggregated_over_batches():
     row = build_report(*parts())["maps"]["isolated"]["ops"][-1]
     assert row["mse_value"] == 6.0
+    assert math.isclose(row["mse_value_std"], math.sqrt(8))
     assert row["relative_error"] == 12 / 2000
     assert math.isclose(row["sqnr_db"], -10 * math.log10(0.006))
     assert math.isclose(row["image_relative_error"], 1.2 / 400)

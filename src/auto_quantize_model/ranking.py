@@ -4,6 +4,7 @@ In: records of a map, and the sums of squares of the FP32 output. Out: rows as t
 """
 
 import math
+import statistics
 from typing import Any
 
 import pandas as pd
@@ -13,7 +14,8 @@ def score(records: list[dict[str, float] | None], references: list[dict[str, flo
     """Aggregate one op's records over the batches in which it ran.
 
     Returns:
-        `mse_value` is the mean of INC's sums of squared errors; `relative_error` the sum of errors over the sum of
+        `mse_value` is the mean of INC's sums of squared errors, `mse_value_std` their standard deviation between
+        batches (null for one batch); `relative_error` the sum of errors over the sum of
         squares of the FP32 output, and `image_relative_error` and `text_relative_error` the same at those positions;
         `sqnr_db` is -10 log10 of `relative_error`, in dB; `kl_divergence` (nats) and `top1_agreement` are means. Null
         is what was not measured, has no positions, or (the SQNR) an error of 0.
@@ -33,7 +35,15 @@ def score(records: list[dict[str, float] | None], references: list[dict[str, flo
         for name in ("mse_value", "kl_divergence", "top1_agreement")
     }
     sqnr = -10 * math.log10(overall) if overall else None
-    return {"mse_value": means.pop("mse_value"), "relative_error": overall, "sqnr_db": sqnr, **means, **relative}
+    errors = [record["mse_value"] for record, _ in pairs]
+    return {
+        "mse_value": means.pop("mse_value"),
+        "mse_value_std": statistics.stdev(errors) if len(errors) > 1 else None,
+        "relative_error": overall,
+        "sqnr_db": sqnr,
+        **means,
+        **relative,
+    }
 
 
 def ratio(pairs: list[tuple[float | None, float]]) -> float | None:
@@ -51,7 +61,7 @@ def mean(values: list[float | None]) -> float | None:
 def ranked(
     ops: list[dict[str, Any]], records: dict[str, list[dict[str, float] | None]], references: list[dict[str, float]]
 ) -> list[dict[str, Any]]:
-    """The ops by ascending `mse_value`, ties in the plan's order, with their rank from 1."""
+    """The ops by ascending `mse_value`, ties in the plan's order, with their rank from 1; `tied` marks a shared value."""
     if not ops:
         return []
     rows = [
@@ -59,6 +69,7 @@ def ranked(
     ]
     table = pd.DataFrame(rows, dtype=object).sort_values("mse_value", kind="stable")
     table.insert(0, "rank", range(1, len(table) + 1))
+    table.insert(1, "tied", table["mse_value"].duplicated(keep=False).astype(object))
     return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
 
 

@@ -16,7 +16,7 @@ from auto_quantize_model.ranking import ranked, score
 from auto_quantize_model.trust import assess
 
 SCHEMA = Path(__file__).parents[2] / "workflow" / "schemas" / "op_sensitivity.schema.json"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 # Below this the all-INT8 output is mostly error, and what one op in FP32 takes away from it is noise.
 FALLBACK_FLOOR_DB = 10.0
 CALIBRATION_KEYS = ("source", "seed", "batch_size", "text_only", "image_backend", "digest")
