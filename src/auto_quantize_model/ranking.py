@@ -61,7 +61,7 @@ def mean(values: list[float | None]) -> float | None:
 def ranked(
     ops: list[dict[str, Any]], records: dict[str, list[dict[str, float] | None]], references: list[dict[str, float]]
 ) -> list[dict[str, Any]]:
-    """The ops by ascending `mse_value`, ties in the plan's order, with their rank from 1; `tied` marks a shared value."""
+    """The ops by ascending `mse_value` with their rank from 1; `tied` marks a shared value (in the plan's order)."""
     if not ops:
         return []
     rows = [
