@@ -16,7 +16,7 @@ from auto_quantize_model.ranking import most_sensitive_first
 from auto_quantize_model.replay import refusals
 from auto_quantize_model.samples import Limits, answer_span
 from auto_quantize_model.snapshot import count_parameters, load_model, load_processor, verify_manifest
-from auto_quantize_model.tradeoff import measure_tradeoff
+from auto_quantize_model.tradeoff import Greedy, measure_tradeoff
 
 
 def main() -> int:
@@ -28,6 +28,8 @@ def main() -> int:
     parser.add_argument("--plan", type=Path, required=True, help="the plan")
     parser.add_argument("--capture", type=Path, required=True, help="the capture, for its ranking")
     parser.add_argument("--batches", type=int, required=True, help="held-out batches to measure on; 0: none at all")
+    parser.add_argument("--greedy-candidates", type=int, default=0, help="ops that each greedy step tries; 0: no steps")
+    parser.add_argument("--greedy-ops", type=int, default=0, help="ops that are chosen greedily")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to replay")
     parser.add_argument("--tradeoff", type=Path, required=True, help="the result (JSON); a journal lies beside")
     parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
@@ -55,13 +57,16 @@ def tradeoff(args: argparse.Namespace) -> dict[str, Any]:
     if refused := refusals(model, plan["ops"]):
         return {"status": "not_measured", "reason": f"{len(refused)} ops, such as {min(refused)}, cannot be replayed"}
     ranking = most_sensitive_first(plan, capture)
-    of = fingerprint(plan, device) | {"ranking": digest_of(ranking), "batches": args.batches}
+    greedy = Greedy(args.greedy_candidates, args.greedy_ops)
+    of = fingerprint(plan, device) | {"ranking": digest_of(ranking), "batches": args.batches, "greedy": vars(greedy)}
     with Journal(args.tradeoff.with_name(f"{args.tradeoff.name}.journal"), of) as journal:
         with explained_out_of_memory(device), cli.progress_bar("trade-off") as on_progress:
             heldout = batches_of(samples, calibration, processor)
-            found = measure_tradeoff(model.to(device), plan, ranking, batch, heldout, answers, journal, on_progress)
+            found = measure_tradeoff(
+                model.to(device), plan, ranking, batch, heldout, answers, journal, greedy, on_progress
+            )
         journal.remove()
-    return {"status": "measured", **found}
+    return {"status": "measured", "device": device.type, "threads": torch.get_num_threads(), **found}
 
 
 if __name__ == "__main__":

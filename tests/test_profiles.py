@@ -19,6 +19,7 @@ def tradeoff(accuracy: bool = True) -> dict[str, Any]:
                 "added": [f"op{number}" for number in range(before, keep)],
                 "weight_bytes": 100 + 10 * keep,
                 "sqnr_db": sqnr,
+                "relative_error": 0.0 if sqnr is None else 10 ** (-sqnr / 10),
                 "accuracy": (0.5 if keep < 4 else 0.9) if accuracy else None,
             }
         )
@@ -68,3 +69,14 @@ def test_without_a_measurement_there_are_no_profiles() -> None:
 def test_a_target_out_of_range_is_refused() -> None:
     with pytest.raises(InputError, match="profiles.max_accuracy_drop: 5 is no share"):
         Target(max_accuracy_drop=5)
+
+
+def test_a_greedy_keep_list_is_recommended_where_it_is_smaller_or_better() -> None:
+    found = tradeoff()
+    found["curves"]["greedy"] = [dict(point) for point in found["curves"]["ranking"][:3]]
+    greedy = found["curves"]["greedy"][2]
+    greedy.update(sqnr_db=30.0, relative_error=1e-3, added=["op7"])
+    recommended = build_profiles(found, Target(min_sqnr_db=25))["profiles"]["recommended"]
+    assert (recommended["order"], recommended["keep"], recommended["kept"]) == ("greedy", 2, ["op0", "op7"])
+    greedy.update(sqnr_db=11.5, relative_error=10**-1.15)
+    assert build_profiles(found, Target(min_sqnr_db=25))["profiles"]["recommended"]["order"] == "ranking"

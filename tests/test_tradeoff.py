@@ -15,7 +15,7 @@ from auto_quantize_model.plan import SensitivitySpec, build_plan
 from auto_quantize_model.replay import Replay
 from auto_quantize_model.samples import Sample, answer_span, encode
 from auto_quantize_model.snapshot import load_model
-from auto_quantize_model.tradeoff import gain, keep_sizes, measure_tradeoff, model_bytes, orders, right_answers
+from auto_quantize_model.tradeoff import Greedy, gain, keep_sizes, measure_tradeoff, model_bytes, orders, right_answers
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,25 @@ def test_the_curves_begin_and_end_together(model: Any, plan: Any, batches: Any, 
     with Journal(tmp_path / "journal", {}) as journal:
         assert journal.found
         assert found == measure_tradeoff(model, plan, ranking, batches[0], batches[1:], answers, journal)
+
+
+def test_greedy_keeps_what_helps_most_in_the_state_reached(model: Any, plan: Any, batches: Any, tmp_path: Path) -> None:
+    ranking = [op["op_name"] for op in plan["ops"]]
+    ops, greedy = frozenset(ranking), Greedy(candidates=3, ops=2)
+    with Journal(tmp_path / "journal", {}) as journal:
+        found = measure_tradeoff(model, plan, ranking, batches[0], batches[1:], [[None]], journal, greedy)
+    chosen = [name for point in found["curves"]["greedy"] for name in point["added"]]
+    with Replay(model, plan["ops"], plan["measured_op"]) as replay:
+        reference = replay.calibrate(batches[0]).clone()
+
+        def error(kept: set[str]) -> float:
+            return float((reference - replay.run(ops - kept)).pow(2).sum())
+
+        first = min(ranking[:3], key=lambda name: error({name}))
+        left = [name for name in ranking if name != first][:3]
+        assert chosen == [first, min(left, key=lambda name: error({first, name}))]
+    assert [point["keep"] for point in found["curves"]["greedy"]] == [0, 1, 2]
+    assert found["greedy_gain_db"] is not None and greedy.runs(len(ranking)) == 6
 
 
 def test_an_int8_weight_takes_a_byte_a_value_and_a_scale_a_row() -> None:

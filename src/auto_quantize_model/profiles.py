@@ -1,4 +1,4 @@
-"""From curves to a decision: which ops to keep in FP32, by measured keep-lists of the ranking.
+"""From curves to a decision: which ops to keep in FP32, by measured keep-lists.
 
 In: the trade-off as `tradeoff.measure_tradeoff` returns it, and the config's target. Out: named profiles, and the
 smallest keep-list that reaches the target, or the statement that none does.
@@ -36,36 +36,40 @@ class Target:
 
 
 def build_profiles(tradeoff: dict[str, Any], target: Target) -> dict[str, Any]:
-    """Profiles along the ranking's curve, each as measured.
+    """Profiles along the ranking's curve, each as measured; `recommended` may be one of the greedy curve as well.
 
     Returns:
-        {target, profiles: {name: profile}, missed}. A profile is a point of the curve with `kept`, all its ops in the
-        ranking's order; `recommended` is there where a keep-list reaches the target, else `missed` says what none does.
+        {target, profiles: {name: profile}, missed}. A profile is a point of a curve with `order`, that curve, and
+        `kept`, all its ops in that order; `recommended` is there where a keep-list reaches the target, the smallest
+        and of these the one with the least error, else `missed` says what none does.
     """
     if tradeoff["status"] == "not_measured":
         return {"target": vars(target), "profiles": {}, "missed": f"nothing was measured: {tradeoff['reason']}"}
-    curve = with_kept(tradeoff["curves"]["ranking"])
+    curve = with_kept("ranking", tradeoff["curves"]["ranking"])
+    greedy = with_kept("greedy", tradeoff["curves"].get("greedy", []))
     found = {
         name: next(point for point in curve if point["keep"] >= share * tradeoff["ops"])
         for name, share in SHARES.items()
     }
     unknown = target.max_accuracy_drop is not None and curve[-1]["accuracy"] is None
-    reached = [] if unknown else [point for point in curve if reaches(point, curve[-1], target)]
+    reached = [] if unknown else [point for point in [*curve, *greedy] if reaches(point, curve[-1], target)]
+    if reached:
+        found["recommended"] = min(reached, key=lambda point: (point["keep"], point["relative_error"]))
     reason = "no held-out sample has an answer" if unknown else "no measured keep-list reaches it"
     return {
         "target": vars(target),
-        "profiles": found | ({"recommended": reached[0]} if reached else {}),
+        "profiles": found,
         "missed": "" if reached else f"{reason}: the target is {described(target)}",
     }
 
 
-def with_kept(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The points with all the ops that they keep, in place of those that they add."""
+def with_kept(order: str, curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points of a curve with its name and all the ops that they keep, in place of those that they add."""
     points: list[dict[str, Any]] = []
     kept: list[str] = []
     for point in curve:
         kept = [*kept, *point["added"]]
-        points.append({key: value for key, value in point.items() if key != "added"} | {"kept": kept})
+        points.append({key: value for key, value in point.items() if key != "added"} | {"order": order, "kept": kept})
     return points
 
 

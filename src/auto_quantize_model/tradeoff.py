@@ -1,13 +1,15 @@
 """What keeping ops in FP32 buys: the mixed-precision model itself, measured on held-out samples for growing keep-lists.
 
 In: a model, its plan, the ranking of its capture, one calibration batch and held-out batches. Out: a curve per order
-of keeping: the ranking and, as controls, random orders, the ranking turned round, and the largest weights first.
+of keeping: the ranking, its greedy refinement and, as controls, random orders, the ranking turned round, and the
+largest weights first.
 """
 
 import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,6 +66,19 @@ def model_bytes(model: torch.nn.Module, ops: Sequence[str], kept: frozenset[str]
     return int8 + 4 * sum(in_fp32.values())
 
 
+@dataclass(frozen=True)
+class Greedy:
+    """The config's greedy refinement: `ops` are chosen one after another, each out of the next `candidates` of the
+    ranking; 0 candidates choose none."""
+
+    candidates: int = 0
+    ops: int = 0
+
+    def runs(self, ops: int) -> int:
+        """How many forwards it takes with a ranking of so many ops."""
+        return sum(min(self.candidates, ops - kept) for kept in range(min(self.ops, ops)))
+
+
 def measure_tradeoff(
     model: torch.nn.Module,
     plan: dict[str, Any],
@@ -72,6 +87,7 @@ def measure_tradeoff(
     heldout: Sequence[Batch],
     answers: Sequence[list[range | None]],
     journal: Journal,
+    greedy: Greedy = Greedy(),  # noqa: B008  frozen
     on_progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Measure every keep-list of every order on the held-out batches; scales come from the calibration batch.
@@ -84,25 +100,44 @@ def measure_tradeoff(
         heldout: batches that nothing was calibrated on.
         answers: for each held-out batch, of each sample, the positions of its answer's tokens; None without an answer.
         journal: keeps each forward's record; what it holds already is not measured again.
+        greedy: how far the ranking is refined; it chooses on the calibration batch, so the held-out ones stay unseen.
         on_progress: called after each forward.
 
     Returns:
         {ops, batches, answers, curves: {order: [point]}, random: [point], gain_db, gain_over_inverse_db,
-        gain_over_weight_bytes_db}. A point is {keep, added, weight_bytes, relative_error, sqnr_db, kl_divergence,
-        top1_agreement, accuracy}; `added` are the ops kept beyond the point before; `accuracy` is the share of answers
-        whose every token is the most likely one, null without answers. A point of `random` has the mean and the
-        standard deviation over its seeds. A gain is the mean over keep-lists, by the area between the two curves of
-        SQNR, in dB.
+        gain_over_weight_bytes_db, greedy_gain_db}. The curve `greedy`, where it was asked for, ends with its last
+        chosen op. A point is {keep, added, weight_bytes, relative_error, sqnr_db, kl_divergence, top1_agreement,
+        accuracy}; `added` are the ops kept beyond the point before; `accuracy` is the share of answers whose every
+        token is the most likely one, null without answers. A point of `random` has the mean and the standard deviation
+        over its seeds. A gain is the mean over keep-lists, by the area between the two curves of SQNR, in dB.
     """
     sizes = keep_sizes(len(ranking))
     modules = dict(model.named_modules())
     kept_by = orders(ranking, {name: 4 * modules[name].weight.numel() for name in ranking})
-    # Orders meet, at no op and at all of them at the least: a state is measured once.
-    states = {frozenset(names[:size]): f"{order}/{size}" for order, names in kept_by.items() for size in sizes}
     asked = sum(span is not None for spans in answers for span in spans)
+    first = greedy.runs(len(ranking))
     with Replay(model, plan["ops"], plan["measured_op"]) as replay:
-        replay.calibrate(calibration)
-        records, references = _measure(replay, heldout, answers, frozenset(ranking), states, journal, on_progress)
+        reference = Reference(replay.calibrate(calibration), calibration.get("mm_token_type_ids"))
+        if first:
+            kept_by["greedy"] = greedy_order(
+                replay, reference, ranking, greedy, journal, lambda done: on_progress(done, first)
+            )
+        # Orders meet, at no op and at all of them at the least: a state is measured once.
+        states = {
+            frozenset(names[:size]): f"{order}/{size}"
+            for order, names in kept_by.items()
+            for size in sizes
+            if size <= len(names)
+        }
+        records, references = _measure(
+            replay,
+            heldout,
+            answers,
+            frozenset(ranking),
+            states,
+            journal,
+            lambda done: on_progress(first + done, first + len(states) * len(heldout)),
+        )
     points = {
         kept: summary(found, references, asked) | {"weight_bytes": model_bytes(model, ranking, kept)}
         for kept, found in records.items()
@@ -111,6 +146,7 @@ def measure_tradeoff(
         order: [
             {"keep": size, "added": names[before:size], **points[frozenset(names[:size])]}
             for before, size in zip([0, *sizes], sizes, strict=False)
+            if size <= len(names)
         ]
         for order, names in kept_by.items()
     }
@@ -125,7 +161,38 @@ def measure_tradeoff(
         "gain_db": gain(curves["ranking"], averaged),
         "gain_over_inverse_db": gain(curves["ranking"], curves["inverse"]),
         "gain_over_weight_bytes_db": gain(curves["ranking"], curves["weight_bytes"]),
+        "greedy_gain_db": gain(curves["greedy"], curves["ranking"]) if first else None,
     }
+
+
+def greedy_order(
+    replay: Replay,
+    reference: Reference,
+    ranking: Sequence[str],
+    greedy: Greedy,
+    journal: Journal,
+    on_step: Callable[[int], None],
+) -> list[str]:
+    """Ops to keep, each the one whose keeping leaves the least error beside those chosen before it.
+
+    Args:
+        replay: of the batch that `reference` is the FP32 output of.
+        ranking: op names, the most sensitive first; the next ones not chosen yet are the candidates.
+    """
+    kept: list[str] = []
+    left, done = list(ranking), 0
+    while left and len(kept) < greedy.ops:
+        errors = {}
+        for name in left[: greedy.candidates]:
+            key = f"greedy/{len(kept)}/{name}"
+            if key not in journal.records:
+                journal.add(key, reference.compare(replay.run(frozenset(ranking) - {*kept, name})))
+            errors[name] = journal.records[key]["mse_value"]
+            done += 1
+            on_step(done)
+        kept.append(min(errors, key=errors.__getitem__))
+        left.remove(kept[-1])
+    return kept
 
 
 def _measure(
@@ -135,7 +202,7 @@ def _measure(
     ops: frozenset[str],
     states: dict[frozenset[str], str],
     journal: Journal,
-    on_progress: Progress,
+    on_step: Callable[[int], None],
 ) -> tuple[dict[frozenset[str], list[dict[str, Any]]], list[float]]:
     """The records of each keep-list, one for each batch, and the sum of squares of each batch's FP32 output."""
     records: dict[frozenset[str], list[dict[str, Any]]] = {kept: [] for kept in states}
@@ -151,7 +218,7 @@ def _measure(
                 journal.add(key, reference.compare(output) | {"right": right})
             records[kept].append(journal.records[key])
             done += 1
-            on_progress(done, len(states) * len(heldout))
+            on_step(done)
     return records, references
 
 
@@ -195,11 +262,11 @@ def spread(points: list[dict[str, Any]]) -> dict[str, Any]:
 def gain(curve: list[dict[str, Any]], other: list[dict[str, Any]]) -> float | None:
     """The area between two curves of SQNR over the number of kept ops, divided by that range: dB; None without one.
 
-    Trapezoids; points whose SQNR is infinite (all ops kept) end the range.
+    Trapezoids; points whose SQNR is infinite (all ops kept) end the range, as does the end of the shorter curve.
     """
     pairs = [
         (mine["keep"], mine["sqnr_db"] - theirs["sqnr_db"])
-        for mine, theirs in zip(curve, other, strict=True)
+        for mine, theirs in zip(curve, other, strict=False)
         if mine["sqnr_db"] is not None and theirs["sqnr_db"] is not None
     ]
     if len(pairs) < 2:

@@ -129,6 +129,8 @@ rule measure_tradeoff:
         code=code_digest("scripts/measure_tradeoff.py"),
         versions=measuring_versions(),
         batches=config["tradeoff"]["heldout_batches"],
+        candidates=config["tradeoff"]["greedy_candidates"],
+        ops=config["tradeoff"]["greedy_ops"],
         device=DEVICE,
     shell:
         "exec python scripts/measure_tradeoff.py"
@@ -139,6 +141,8 @@ rule measure_tradeoff:
         " --plan {input.plan:q}"
         " --capture {input.capture:q}"
         " --batches {params.batches}"
+        " --greedy-candidates {params.candidates}"
+        " --greedy-ops {params.ops}"
         " --device {params.device}"
         " --tradeoff {output.tradeoff:q}"
         " --log {log:q}"
