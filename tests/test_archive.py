@@ -68,16 +68,23 @@ def test_checksums_are_those_of_the_archive_and_its_members(project: Path) -> No
     [
         ([], "no files to archive"),
         (["results/gone.json"], "results/gone.json: no such file"),
-        (["results"], "results: no such file"),
         (["../outside.json"], "outside"),
         (["/etc/passwd"], "outside"),
         (["results/b.json", "./results/b.json"], "named twice"),
+        (["results", "results/b.json"], "named twice"),
     ],
 )
 def test_bad_members_are_refused_and_nothing_is_written(project: Path, files: list[str], complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
         archive_results(Path("one.tar"), Path("one.json"), [Path(file) for file in files])
     assert sorted(path.name for path in project.iterdir()) == ["results"]
+
+
+def test_a_folder_stands_for_the_files_in_it(project: Path) -> None:
+    files = [path for path in Path("results").rglob("*") if path.is_file()]
+    named = archive_results(Path("one.tar"), Path("one.json"), files)
+    whole = archive_results(Path("two.tar"), Path("two.json"), [Path("results")])
+    assert files and whole["sha256"] == named["sha256"]
 
 
 def test_the_script_reports_a_missing_file_in_one_line_and_with_exit_code_2(project: Path) -> None:

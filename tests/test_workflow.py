@@ -31,13 +31,14 @@ EVERYTHING = {
     "audit_capture",
     "measure_tradeoff",
     "build_profiles",
+    "export_profiles",
     "render_report",
     "publish_summary",
     "archive_results",
 }
 FROM_REPORT = {"render_report", "publish_summary", "archive_results"}
 FROM_AUDIT = FROM_REPORT | {"audit_capture"}
-FROM_PROFILES = FROM_REPORT | {"build_profiles"}
+FROM_PROFILES = FROM_REPORT | {"build_profiles", "export_profiles"}
 FROM_TRADEOFF = FROM_PROFILES | {"measure_tradeoff"}
 FROM_CAPTURE = FROM_AUDIT | FROM_TRADEOFF | {"capture_sensitivity"}
 FROM_PLAN = FROM_CAPTURE | {"plan_quantization"}
@@ -320,10 +321,19 @@ def test_a_changed_module_reruns_the_rules_that_use_it_and_what_follows(
 
 
 @pytest.mark.slow
-def test_a_changed_template_reruns_the_report_alone(finished: tuple[Path, str]) -> None:
-    template = next(path for path in sorted((finished[0] / "workflow" / "templates").rglob("*")) if path.is_file())
-    with changed(template, template.read_text() + "\n"):
-        assert planned(finished[0]) == FROM_REPORT
+@pytest.mark.parametrize(
+    ("template", "stale"),
+    [
+        ("op_sensitivity.md.j2", FROM_REPORT),
+        ("exports/inc_quantize.py.j2", {"export_profiles", "archive_results"}),
+    ],
+)
+def test_a_changed_template_reruns_what_is_made_from_it(
+    finished: tuple[Path, str], template: str, stale: set[str]
+) -> None:
+    path = finished[0] / "workflow" / "templates" / template
+    with changed(path, path.read_text() + "\n"):
+        assert planned(finished[0]) == stale
 
 
 @pytest.mark.slow

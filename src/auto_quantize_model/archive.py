@@ -25,7 +25,7 @@ def archive_results(archive: Path, checksums: Path, files: Iterable[Path]) -> di
     Args:
         archive: the tar file to write.
         checksums: the JSON document to write.
-        files: regular files below the current directory; each keeps its relative path.
+        files: regular files below the current directory, or folders of such; each file keeps its relative path.
 
     Returns:
         {archive, bytes, sha256, files: [{name, bytes, sha256}]}, as written to `checksums`.
@@ -56,7 +56,7 @@ def _members(files: Iterable[Path]) -> list[tuple[str, Path]]:
     """Names in the archive with their files, checked and sorted."""
     root = Path.cwd()
     members: dict[str, Path] = {}
-    for path in files:
+    for path in (inner for named in files for inner in _files_of(named)):
         # Not resolved: a link keeps its own name, and what it points to is what is packed.
         name = PurePosixPath(root / path)
         if not name.is_relative_to(root.as_posix()) or ".." in name.parts:
@@ -70,6 +70,11 @@ def _members(files: Iterable[Path]) -> list[tuple[str, Path]]:
     if not members:
         raise InputError("no files to archive; name at least one")
     return sorted(members.items())
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The files of a folder, at any depth, or the path itself."""
+    return [inner for inner in path.rglob("*") if not inner.is_dir()] if path.is_dir() else [path]
 
 
 def _header(name: str, size: int) -> tarfile.TarInfo:

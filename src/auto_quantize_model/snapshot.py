@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
 from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchEmbed as Qwen2VLPatchEmbed
@@ -230,6 +230,27 @@ def load_model(directory: Path) -> PreTrainedModel:
     for module in model.modules():
         module.__class__ = FX_SAFE.get(type(module), type(module))
     return model.eval().requires_grad_(False)
+
+
+def module_types(directory: Path) -> dict[str, type[torch.nn.Module]]:
+    """The names and classes of a snapshot's modules, without its weights: built on torch's meta device.
+
+    Raises:
+        InputError: the snapshot is refused by `check_snapshot`.
+    """
+    architecture = check_snapshot(directory)["architectures"][0]
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    with torch.device("meta"):
+        if architecture in PATCH_EMBEDS:
+            model = getattr(transformers, architecture)(config)
+        else:
+            model = AutoModelForCausalLM.from_config(config)
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def tensor_names(directory: Path) -> set[str]:
+    """The names under which a snapshot's weights were published, by the headers of its files."""
+    return {name for shard in _weight_files(directory) for name in _check_safetensors(shard)} - {"__metadata__"}
 
 
 def load_processor(directory: Path, backend: str | None = None) -> Processor:

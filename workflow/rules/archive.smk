@@ -12,6 +12,7 @@ rule archive_results:
         audit=rules.audit_capture.output.audit,
         tradeoff=rules.measure_tradeoff.output.tradeoff,
         profiles=rules.build_profiles.output.profiles,
+        exports=rules.export_profiles.output.directory,
         report=rules.render_report.output,
     output:
         archive=f"results/archives/{MODEL}-{CALIBRATION}.tar",

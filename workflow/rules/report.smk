@@ -22,6 +22,36 @@ rule build_profiles:
         " --log {log:q}"
 
 
+rule export_profiles:
+    """Write each profile in the words of the tools that apply it, checked against the model's module names.
+
+    An entry of index.json is a profile's export to one tool, with what was dropped or merged for it.
+    """
+    input:
+        manifest=rules.get_model.output.manifest,
+        calibration_manifest=rules.extract_calibration.output.manifest,
+        plan=rules.plan_quantization.output.plan,
+        profiles=rules.build_profiles.output.profiles,
+    output:
+        directory=directory(f"{RUN}/exports_{DEVICE}"),
+    log:
+        f"{RUN}/logs/export_profiles.log",
+    benchmark:
+        f"{RUN}/benchmarks/export_profiles.tsv"
+    params:
+        code=code_digest("scripts/export_profiles.py", "workflow/templates/exports"),
+        templates="workflow/templates/exports",
+    shell:
+        "exec python scripts/export_profiles.py"
+        " --manifest {input.manifest:q}"
+        " --calibration-manifest {input.calibration_manifest:q}"
+        " --plan {input.plan:q}"
+        " --profiles {input.profiles:q}"
+        " --templates {params.templates:q}"
+        " --directory {output.directory:q}"
+        " --log {log:q}"
+
+
 rule render_report:
     """Turn the capture into the report, for people (Markdown) and for programs (JSON).
 
@@ -46,7 +76,8 @@ rule render_report:
         # Templates are part of the code: as inputs they would have new times in every fresh clone.
         code=code_digest(
             "scripts/render_report.py",
-            "workflow/templates",
+            "workflow/templates/op_sensitivity.md.j2",
+            "workflow/templates/op_sensitivity.json.j2",
             "workflow/schemas/op_sensitivity.schema.json",
         ),
         templates="workflow/templates",

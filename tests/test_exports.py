@@ -1,0 +1,148 @@
+"""An export names exactly the modules that a profile keeps, in every tool's own form, or nothing is written."""
+
+import fnmatch
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from auto_quantize_model.exports import TOOLS, common_name, export, regular_expressions
+from auto_quantize_model.files import InputError
+from auto_quantize_model.snapshot import load_model, module_types, tensor_names
+
+TEMPLATES = Path(__file__).parents[1] / "workflow" / "templates" / "exports"
+PATCHES = "model.visual.patch_embed.proj"
+Q_PROJ, K_PROJ, V_PROJ = (f"model.language_model.layers.0.self_attn.{name}_proj" for name in "qkv")
+UP_PROJ, GATE_PROJ = (f"model.visual.blocks.0.mlp.{name}_proj" for name in ("up", "gate"))
+KEPT = ["lm_head", PATCHES, Q_PROJ, UP_PROJ]
+
+
+@pytest.fixture(scope="module")
+def modules(tiny_snapshot: Path) -> dict[str, Any]:
+    return module_types(tiny_snapshot)
+
+
+@pytest.fixture
+def written(tmp_path: Path, tiny_snapshot: Path, modules: Any) -> tuple[Path, dict[str, Any]]:
+    """The folder of an exported profile, and its part of the index."""
+    index = export_kept(tmp_path / "exports", KEPT, modules, tensor_names(tiny_snapshot))
+    return tmp_path / "exports" / "recommended", index["profiles"]["recommended"]
+
+
+def export_kept(directory: Path, kept: list[str], modules: Any, published: Any, excluded: Any = ()) -> dict[str, Any]:
+    profile = {"keep": len(kept), "kept": kept, "sqnr_db": 31.0}
+    plan = {"model": "tiny", "excluded": [{"op_name": name} for name in excluded]}
+    return export(
+        directory, {"profiles": {"recommended": profile}, "missed": ""}, plan, modules, published, 2, TEMPLATES
+    )
+
+
+def linears(modules: dict[str, Any]) -> list[str]:
+    return [name for name, kind in modules.items() if issubclass(kind, torch.nn.Linear)]
+
+
+def imported(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_skeleton_has_the_modules_of_the_model(tiny_snapshot: Path, modules: Any) -> None:
+    loaded = {name: module for name, module in load_model(tiny_snapshot).named_modules()}
+    assert list(modules) == list(loaded)
+    assert all(isinstance(loaded[name], kind) for name, kind in modules.items())
+
+
+def test_every_file_is_in_the_index(written: Any) -> None:
+    directory, index = written
+    assert set(index) == set(TOOLS)
+    listed = sorted(name for tool in index.values() for name in tool["files"])
+    assert listed == sorted(f"exports/recommended/{path.name}" for path in directory.iterdir())
+
+
+def test_inc_matches_its_own_names_whole(written: Any, modules: Any) -> None:
+    op_name_dict = json.loads((written[0] / "inc_op_name_dict.json").read_text())
+    names = [name + wrapper for name in modules for wrapper in ("", ".module")]
+    matched = {name for name in names for pattern in op_name_dict if re.fullmatch(pattern, name)}
+    assert matched == {name + wrapper for name in KEPT for wrapper in ("", ".module")}
+    assert imported(written[0] / "inc_quantize.py").OP_NAME_DICT == op_name_dict
+
+
+def in_vllm(name: str) -> str:
+    """vLLM's name of a Qwen2.5-VL module."""
+    for before, after in (("model.visual.", "visual."), ("model.language_model.", "language_model.model.")):
+        name = name.replace(before, after)
+    return "language_model.lm_head" if name == "lm_head" else name
+
+
+def test_the_recipe_means_the_same_modules_under_every_prefix(written: Any, modules: Any, tiny_snapshot: Path) -> None:
+    recipe = yaml.safe_load((written[0] / "llm_compressor_recipe.yaml").read_text())
+    modifier = recipe["quant_stage"]["quant_modifiers"]["QuantizationModifier"]
+    patterns = [entry.removeprefix("re:") for entry in modifier["ignore"]]
+    expected = {"lm_head", Q_PROJ, K_PROJ, V_PROJ, UP_PROJ, GATE_PROJ}
+    for naming in (str, in_vllm, lambda name: name.replace("model.visual", "visual")):
+        ignored = {name for name in linears(modules) if any(re.match(pattern, naming(name)) for pattern in patterns)}
+        assert ignored == expected
+
+
+def test_what_a_tool_drops_or_merges_is_named(written: Any) -> None:
+    recipe, torchao, nncf = (written[1][tool] for tool in ("llm_compressor", "torchao", "nncf"))
+    assert recipe["dropped"] == [PATCHES] and recipe["merged"] == [K_PROJ, V_PROJ, GATE_PROJ]
+    assert PATCHES in recipe["notes"][0] and K_PROJ in recipe["notes"][1]
+    assert torchao["dropped"] == [PATCHES] and torchao["merged"] == []
+    assert nncf["dropped"] == nncf["merged"] == nncf["notes"] == []
+
+
+def test_modelopt_turns_the_kept_off_after_all_was_turned_on(written: Any, modules: Any) -> None:
+    entries = json.loads((written[0] / "modelopt_quant_cfg.json").read_text())["quant_cfg"]
+
+    def enabled(quantizer: str) -> bool:
+        last = [entry for entry in entries if fnmatch.fnmatch(quantizer, entry["quantizer_name"])]
+        return bool([entry for entry in last if "parent_class" not in entry][-1].get("enable", True))
+
+    off = {name for name in linears(modules) if not enabled(f"{name}.weight_quantizer")}
+    assert off == {"lm_head", Q_PROJ, K_PROJ, V_PROJ, UP_PROJ, GATE_PROJ}
+    assert not enabled(f"{PATCHES}.input_quantizer")
+
+
+def test_torchao_filters_the_kept_out(written: Any, tiny_snapshot: Path, modules: Any) -> None:
+    filter_fn = imported(written[0] / "torchao_quantize.py").filter_fn
+    model = load_model(tiny_snapshot)
+    quantized = {name for name, module in model.named_modules() if filter_fn(module, name)}
+    assert quantized == set(linears(modules)) - set(KEPT)
+
+
+def test_what_the_plan_keeps_is_kept_by_every_tool(tmp_path: Path, modules: Any) -> None:
+    norm = "model.language_model.norm"
+    index = export_kept(tmp_path / "exports", [], modules, [], excluded=[Q_PROJ, norm])
+    assert index["profiles"]["recommended"]["torchao"]["kept"] == [Q_PROJ]
+
+
+def test_an_op_that_the_model_does_not_have_is_refused_and_nothing_written(tmp_path: Path, modules: Any) -> None:
+    (tmp_path / "exports").mkdir()
+    (tmp_path / "exports" / "before").touch()
+    with pytest.raises(InputError, match="model.gone is no module of tiny; make the plan again"):
+        export_kept(tmp_path / "exports", ["model.gone"], modules, [])
+    assert [path.name for path in (tmp_path / "exports").iterdir()] == ["before"]
+
+
+def test_a_name_that_means_two_modules_is_refused() -> None:
+    kinds: dict[str, type[torch.nn.Module]] = {"model.proj": torch.nn.Linear, "other.proj": torch.nn.Linear}
+    with pytest.raises(
+        InputError, match=r"model.proj: what is common to its names, proj, stands in other.proj as well"
+    ):
+        common_name("model.proj", kinds, [])
+    assert common_name("other.proj", kinds, []) == "other.proj"
+
+
+def test_a_neighbour_with_a_longer_number_is_another_module() -> None:
+    kinds: dict[str, type[torch.nn.Module]] = {f"model.layers.{n}.proj": torch.nn.Linear for n in (1, 11, 21)}
+    name = common_name("model.layers.1.proj", kinds, [])
+    assert [other for other in kinds if re.match(regular_expressions([name])[0], other)] == ["model.layers.1.proj"]
