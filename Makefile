@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 VERSION_CHECK := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 ARCHIVE ?= tmp/auto-quantize-model.tar.gz
+PROFILE ?= recommended
 
 # The first of these that starts and is 3.11; a version manager's shim may be there and start nothing.
 find_python = for python in $(or $(PYTHON),python3.11 python3 python); do \
@@ -16,7 +17,7 @@ find_python = for python in $(or $(PYTHON),python3.11 python3 python); do \
 	if [ -z "$$python" ]; then \
 	echo "error: no Python 3.11 found; install it, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 2; fi
 
-.PHONY: help setup run test lint bench bench-3b bench-gpu standin-3b dag archive lock clean
+.PHONY: help setup run test lint quantize bench bench-3b bench-gpu standin-3b dag archive lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -43,6 +44,9 @@ lint: $(READY) ## check style, types and the workflow
 	$(BIN)/mypy
 	$(BIN)/snakefmt --check workflow
 	$(BIN)/snakemake --lint
+
+quantize: $(READY) ## have INC quantize the model by PROFILE (recommended), and compare its error with the promised one
+	$(BIN)/snakemake quantize_model --cores 1 --resources gpu=1 --config quantize='{profile: $(PROFILE)}'
 
 bench: $(READY) ## measure equality with INC, speed beside it, and growth (20 minutes)
 	$(BIN)/python benchmarks/bench.py

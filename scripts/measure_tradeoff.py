@@ -7,14 +7,13 @@ from typing import Any
 import torch
 
 from auto_quantize_model import cli
-from auto_quantize_model.calibration import batches_of, load_batches, load_samples
+from auto_quantize_model.calibration import load_batches, load_heldout
 from auto_quantize_model.capture import fingerprint, require_plan_of
 from auto_quantize_model.device import choose_device, explained_out_of_memory, require_memory
 from auto_quantize_model.files import digest_of, read_json, write_json
 from auto_quantize_model.journal import Journal
 from auto_quantize_model.ranking import most_sensitive_first
 from auto_quantize_model.replay import refusals
-from auto_quantize_model.samples import Limits, answer_span
 from auto_quantize_model.snapshot import count_parameters, load_model, load_processor, verify_manifest
 from auto_quantize_model.tradeoff import Greedy, measure_tradeoff
 
@@ -49,10 +48,7 @@ def tradeoff(args: argparse.Namespace) -> dict[str, Any]:
     require_memory(count_parameters(directory), device)
     processor = load_processor(directory, calibration["image_backend"])
     batch = load_batches(args.calibration_set, calibration, processor)[0]
-    size = calibration["batch_size"]
-    samples = load_samples(args.heldout_set, calibration, processor, "heldout")[: args.batches * size]
-    spans = [answer_span(sample, processor, Limits(**calibration["limits"])) for sample in samples]
-    answers = [spans[start : start + size] for start in range(0, len(spans), size)]
+    heldout, answers = load_heldout(args.heldout_set, calibration, processor, args.batches)
     model: torch.nn.Module = load_model(directory)
     if refused := refusals(model, plan["ops"]):
         return {"status": "not_measured", "reason": f"{len(refused)} ops, such as {min(refused)}, cannot be replayed"}
@@ -61,8 +57,7 @@ def tradeoff(args: argparse.Namespace) -> dict[str, Any]:
     of = fingerprint(plan, device) | {"ranking": digest_of(ranking), "batches": args.batches, "greedy": vars(greedy)}
     with Journal(args.tradeoff.with_name(f"{args.tradeoff.name}.journal"), of) as journal:
         with explained_out_of_memory(device), cli.progress_bar("trade-off") as on_progress:
-            heldout = batches_of(samples, calibration, processor)
-            found = measure_tradeoff(
+                    found = measure_tradeoff(
                 model.to(device), plan, ranking, batch, heldout, answers, journal, greedy, on_progress
             )
         journal.remove()

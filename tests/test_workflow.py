@@ -321,6 +321,19 @@ def test_a_changed_module_reruns_the_rules_that_use_it_and_what_follows(
 
 
 @pytest.mark.slow
+def test_inc_quantizes_by_a_profile_and_has_the_error_that_it_promised(finished: tuple[Path, str]) -> None:
+    arguments = ("quantize_model", "--cores", "1", "--resources", "gpu=1", "--config", "quantize={profile: moderate}")
+    assert planned(finished[0], *arguments) == {"quantize_model"}
+    ended = snakemake(finished[0], *arguments)
+    assert ended.returncode == 0, ended.stdout
+    made = finished[0] / "results" / "tiny" / "digits" / "quantized_cpu" / "moderate"
+    record = json.loads((made / "quantized.json").read_text())
+    assert record["status"] == "bit_identical" and record["found"] == record["promised"]
+    assert (made / "best_model.pt").stat().st_size
+    assert planned(finished[0]) == set()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("template", "stale"),
     [

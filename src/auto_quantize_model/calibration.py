@@ -22,7 +22,7 @@ from datasets.exceptions import DatasetsError
 from PIL import Image, ImageOps
 
 from auto_quantize_model.files import InputError, atomic_path, digest_of, sha256_bytes
-from auto_quantize_model.samples import Limits, Sample, collate, encode
+from auto_quantize_model.samples import Limits, Sample, answer_span, collate, encode
 from auto_quantize_model.snapshot import Processor
 
 FEATURES = Features(
@@ -420,6 +420,21 @@ def load_samples(path: Path, manifest: dict[str, Any], processor: Processor, spl
     if [_describe(sample, processor, limits) for sample in samples] != manifest["samples"][split]:
         raise InputError(f"{path}: not the samples of its manifest; run the calibration rule again")
     return samples
+
+
+def load_heldout(
+    path: Path, manifest: dict[str, Any], processor: Processor, count: int
+) -> tuple[list[Batch], list[list[range | None]]]:
+    """The first `count` held-out batches, and of each of their samples the positions of its answer's tokens.
+
+    Raises:
+        InputError: they are not those that the manifest describes.
+    """
+    limits, size = Limits(**manifest["limits"]), manifest["batch_size"]
+    samples = load_samples(path, manifest, processor, "heldout")[: count * size]
+    spans = [answer_span(sample, processor, limits) for sample in samples]
+    answers = [spans[start : start + size] for start in range(0, len(spans), size)]
+    return batches_of(samples, manifest, processor), answers
 
 
 def batches_of(samples: Sequence[Sample], manifest: dict[str, Any], processor: Processor) -> list[Batch]:

@@ -84,7 +84,7 @@ def capture_mse_v2_sensitivity(
     saved_mapping = dict(nc_util.op_cfg_mapping)
     nc_util.op_cfg_mapping.clear()
     try:
-        with replaced_names(**helpers), _copies_sharing_parameters():
+        with replaced_names(**helpers), copies_sharing_parameters():
             yield capture
     finally:
         nc_util.op_cfg_mapping.clear()
@@ -92,7 +92,7 @@ def capture_mse_v2_sensitivity(
 
 
 @contextmanager
-def _copies_sharing_parameters() -> Iterator[None]:
+def copies_sharing_parameters() -> Iterator[None]:
     """INC deep-copies the model for every op; the weights are only read there, so the copies may share them."""
 
     def share(parameter: torch.nn.Parameter, memo: dict[int, Any]) -> torch.nn.Parameter:
@@ -197,7 +197,7 @@ def build_strategy(
     """
     config = _Config(quantization=conf, benchmark=None, pruning=None, distillation=None, nas=None)
     # INC copies the model here too, to see which parts of it can be traced.
-    with temporary_workspace(), _copies_sharing_parameters():
+    with temporary_workspace(), copies_sharing_parameters():
         strategy = MSE_V2TuneStrategy(model=Model(model, conf=conf), conf=config, q_dataloader=calib_dataloader)
         strategy._prepare_tuning()
         tune_cfg = strategy._tune_cfg_converter(next(strategy.next_tune_cfg()))
@@ -222,7 +222,7 @@ def fused_patterns(adaptor: Any, model: torch.nn.Module, tune_cfg: dict[str, Any
 
     INC's names to class names. Calibrates nothing, and copies the model without its weights.
     """
-    with _copies_sharing_parameters():
+    with copies_sharing_parameters():
         prepared = copy.deepcopy(model)
     fx_cfgs = _cfgs_to_fx_cfgs(_cfg_to_qconfig(tune_cfg, tune_cfg["approach"]), tune_cfg["approach"])
     if adaptor.sub_module_list is None:

@@ -81,6 +81,7 @@ ROOT = Path(workflow.basedir).parent
 MODEL = config["model"]["name"]
 CALIBRATION = config["calibration"]["name"]
 RUN = f"results/{MODEL}/{CALIBRATION}"
+QUANTIZED = f"{RUN}/quantized_{DEVICE}/{config['quantize']['profile']}"
 REPORT = f"{RUN}/op_sensitivity_mse_v2_{DEVICE}"
 
 

@@ -1,0 +1,63 @@
+"""Have INC quantize the model by a profile, save it, load it back, and compare its error with the profile's."""
+
+import argparse
+from pathlib import Path
+
+from auto_quantize_model import cli
+from auto_quantize_model.audit import incs_surroundings
+from auto_quantize_model.calibration import load_batches, load_heldout
+from auto_quantize_model.capture import require_plan_of
+from auto_quantize_model.files import InputError, read_json, write_json
+from auto_quantize_model.metrics import Reference
+from auto_quantize_model.quantize import compared, load_quantized, logits, measure_error, quantize
+from auto_quantize_model.snapshot import load_model, load_processor, verify_manifest
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--manifest", type=Path, required=True, help="the model's manifest")
+    parser.add_argument("--calibration-manifest", type=Path, required=True, help="the calibration set's manifest")
+    parser.add_argument("--calibration-set", type=Path, required=True, help="the calibration samples (Parquet)")
+    parser.add_argument("--heldout-set", type=Path, required=True, help="the held-out samples (Parquet)")
+    parser.add_argument("--plan", type=Path, required=True, help="the plan")
+    parser.add_argument("--tradeoff", type=Path, required=True, help="what the profiles were measured by")
+    parser.add_argument("--profiles", type=Path, required=True, help="the profiles")
+    parser.add_argument("--exports", type=Path, required=True, help="the folder of exports")
+    parser.add_argument("--profile", required=True, help="the profile's name")
+    parser.add_argument("--directory", type=Path, required=True, help="the folder for INC's INT8 model")
+    parser.add_argument("--record", type=Path, required=True, help="the comparison to write (JSON)")
+    parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
+    args = parser.parse_args()
+    cli.end_with_parent()
+    return cli.run(lambda: quantize_model(args), args.log)
+
+
+def quantize_model(args: argparse.Namespace) -> None:
+    paths = (args.manifest, args.calibration_manifest, args.plan, args.tradeoff, args.profiles)
+    manifest, calibration, plan, tradeoff, profiles = (read_json(path) for path in paths)
+    require_plan_of(plan, manifest, calibration)
+    if args.profile not in profiles["profiles"]:
+        there = ", ".join(profiles["profiles"]) or "none"
+        why = f" ({profiles['missed']})" if args.profile == "recommended" else ""
+        raise InputError(f"quantize.profile: there is no profile {args.profile}{why}; there are: {there}")
+    profile = profiles["profiles"][args.profile]
+    op_name_dict = read_json(args.exports / args.profile / "inc_op_name_dict.json")
+    directory = verify_manifest(manifest)
+    processor = load_processor(directory, calibration["image_backend"])
+    batch = load_batches(args.calibration_set, calibration, processor)[0]
+    heldout, answers = load_heldout(args.heldout_set, calibration, processor, tradeoff["batches"])
+    with incs_surroundings(tradeoff["threads"]):
+        model = load_model(directory)
+        references = [Reference(logits(model, batch), batch.get("mm_token_type_ids")) for batch in heldout]
+        quantize(model, batch, op_name_dict, args.directory)
+        del model  # before the next one is loaded
+        quantized = load_quantized(args.directory, load_model(directory))
+        with cli.progress_bar("INC's INT8 model") as on_batch:
+            found = measure_error(references, quantized, heldout, answers, on_batch)
+    record = compared(args.profile, profile, found, tradeoff["device"])
+    write_json(args.record, record)
+    cli.say(f"{args.directory}: profile {args.profile}, {profile['keep']} ops in FP32, {record['status']}: {found}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

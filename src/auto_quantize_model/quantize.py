@@ -1,0 +1,107 @@
+"""The loop closed: INC itself quantizes the model by an exported profile, and its error is what the profile promised.
+
+In: a model, its calibration batch, an exported op_name_dict, held-out batches. Out: INC's INT8 model on disk, loaded
+back, and its error beside that of the profile, which the replay measured.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from neural_compressor import PostTrainingQuantConfig, quantization
+from neural_compressor.utils.pytorch import is_int8_model, load
+
+from auto_quantize_model.calibration import CalibrationLoader
+from auto_quantize_model.files import InputError
+from auto_quantize_model.inc_pytorch_mse_patching import copies_sharing_parameters, temporary_workspace
+from auto_quantize_model.metrics import Reference
+from auto_quantize_model.replay import Batch
+from auto_quantize_model.tradeoff import right_answers, summary
+
+WEIGHTS = "best_model.pt"  # INC's name of what it saves
+
+
+def quantize(model: torch.nn.Module, batch: Batch, op_name_dict: dict[str, Any], directory: Path) -> None:
+    """Have INC quantize a model to static INT8 and save it into `directory`.
+
+    Args:
+        model: FP32, eval mode, on the CPU; INC uses it up.
+        batch: the calibration batch.
+        op_name_dict: {regular expression: configuration} as exported; what it does not name is INC's to choose.
+        directory: INC writes best_model.pt there.
+
+    Raises:
+        InputError: INC quantized nothing, as where the profile keeps every op.
+    """
+    conf = PostTrainingQuantConfig(
+        approach="static",
+        quant_level=1,
+        calibration_sampling_size=[len(batch["input_ids"])],
+        op_name_dict=op_name_dict or None,
+    )
+    with temporary_workspace(), copies_sharing_parameters():
+        quantized = quantization.fit(model, conf, calib_dataloader=CalibrationLoader([batch]))
+    if quantized is None or not is_int8_model(quantized.model):
+        raise InputError("INC quantized nothing: this profile keeps every op in FP32; take one that keeps fewer")
+    quantized.save(str(directory))
+
+
+def load_quantized(directory: Path, model: torch.nn.Module) -> torch.nn.Module:
+    """INC's saved model, put into the modules of the FP32 `model`, which is used up."""
+    loaded: torch.nn.Module = load(str(directory), model)
+    return loaded
+
+
+def measure_error(
+    references: Sequence[Reference],
+    quantized: torch.nn.Module,
+    heldout: Sequence[Batch],
+    answers: Sequence[list[range | None]],
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float | None]:
+    """The error of a quantized model on held-out batches, in the fields of a profile.
+
+    Args:
+        references: the FP32 output of each batch.
+        quantized: on the CPU.
+        heldout: the batches.
+        answers: as `tradeoff.measure_tradeoff` takes them.
+        on_batch: called after each batch with what is done and the total.
+    """
+    records = []
+    for index, (reference, batch) in enumerate(zip(references, heldout, strict=True)):
+        output = logits(quantized, batch)
+        records.append(reference.compare(output) | {"right": right_answers(output, batch, answers[index])})
+        on_batch(index + 1, len(heldout))
+    asked = sum(span is not None for spans in answers for span in spans)
+    return summary(records, [reference.totals()["all"] for reference in references], asked)
+
+
+def logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """The model's output: float32 (samples, tokens, vocabulary)."""
+    with torch.no_grad():
+        output: torch.Tensor = model(**batch).logits
+    return output
+
+
+def compared(name: str, profile: dict[str, Any], found: dict[str, float | None], device: str) -> dict[str, Any]:
+    """What INC's model showed beside what the profile promised.
+
+    Returns:
+        {profile, status, measured_device, promised, found}: `status` is `bit_identical`, or `measured_elsewhere` where
+        the profile was measured on a GPU, whose float32 sums are not the CPU's.
+
+    Raises:
+        InputError: measured on the CPU, a number differs.
+    """
+    promised = {field: profile[field] for field in found}
+    if device == "cpu":
+        for field, value in found.items():
+            if value != promised[field]:
+                raise InputError(
+                    f"profile {name}: {field} was measured as {promised[field]!r}, and INC's INT8 model gives"
+                    f" {value!r}; do not use this profile, and report the difference with the plan"
+                )
+    status = "bit_identical" if device == "cpu" else "measured_elsewhere"
+    return {"profile": name, "status": status, "measured_device": device, "promised": promised, "found": found}
