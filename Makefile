@@ -17,11 +17,11 @@ find_python = for python in $(or $(PYTHON),python3.11 python3 python); do \
 	if [ -z "$$python" ]; then \
 	echo "error: no Python 3.11 found; install it, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 2; fi
 
-.PHONY: help setup run test lint quantize bench bench-3b bench-gpu standin-3b dag archive lock clean
+.PHONY: help setup run test lint quantize bench bench-3b bench-gpu check-exports standin-3b dag archive lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
-		printf '  make %-10s %s\n' "$$name" "$$text"; done
+		printf '  make %-13s %s\n' "$$name" "$$text"; done
 
 setup: $(READY) ## install everything into .venv from envs/requirements.lock
 
@@ -56,6 +56,9 @@ bench-3b: $(READY) ## measure the full Qwen2.5-VL-3B shape on the CPU (an hour, 
 
 bench-gpu: $(READY) ## measure the full Qwen2.5-VL-3B shape on a GPU, all maps
 	$(BIN)/python benchmarks/real_shape.py --device cuda --maps isolated fallback requantize
+
+check-exports: run ## load every export in its own tool (installs five of them into tmp/, 6 GB)
+	$(BIN)/python benchmarks/check_exports.py
 
 standin-3b: $(READY) ## write a stand-in of Qwen2.5-VL-3B and photographs for config/standin.yaml (8 GB of disk)
 	$(BIN)/python scripts/make_standin.py --snapshot resources/models/qwen2_5_vl_3b_standin --photos resources/photos
