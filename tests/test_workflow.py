@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,10 +34,13 @@ EVERYTHING = {
     "build_profiles",
     "export_profiles",
     "render_report",
+    "draw_figures",
+    "render_page",
     "publish_summary",
     "archive_results",
 }
-FROM_REPORT = {"render_report", "publish_summary", "archive_results"}
+FROM_PAGE = {"render_page", "archive_results"}
+FROM_REPORT = FROM_PAGE | {"render_report", "draw_figures", "publish_summary"}
 FROM_AUDIT = FROM_REPORT | {"audit_capture"}
 FROM_PROFILES = FROM_REPORT | {"build_profiles", "export_profiles"}
 FROM_TRADEOFF = FROM_PROFILES | {"measure_tradeoff"}
@@ -245,6 +249,12 @@ def test_one_run_makes_the_report_the_summary_and_the_archive(finished: tuple[Pa
     summary = directory / "context" / "summaries" / "inc-kb" / "tiny_mse_sensitivity"
     for suffix in (".md", ".json"):
         assert report.with_suffix(suffix).read_bytes() == summary.with_suffix(suffix).read_bytes()
+    assert report.with_suffix(".html").is_file()
+    assert len(list((report.parent / "figures_cpu").iterdir())) == 8
+    exports = json.loads((report.parent / "exports_cpu" / "index.json").read_text())["profiles"]
+    assert {"minimal", "moderate", "aggressive", "max"} <= set(exports)
+    for tool in (tool for tools in exports.values() for tool in tools.values()):
+        assert tool["files"] and all((report.parent / file).is_file() for file in tool["files"])
     assert f"{len(EVERYTHING) + 1} of {len(EVERYTHING) + 1} steps (100%) done" in printed
     assert not list(directory.rglob("nc_workspace"))
     for rule in EVERYTHING:
@@ -294,6 +304,21 @@ def test_the_shipped_config_of_the_3b_runs_from_the_hub_to_the_published_summary
 
 
 @pytest.mark.slow
+def test_snakemakes_report_carries_pictures_and_tables_with_captions(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    ended = snakemake(finished[0], "--report", str(tmp_path / "report.zip"))
+    assert ended.returncode == 0 and "ERROR" not in ended.stdout, ended.stdout
+    with zipfile.ZipFile(tmp_path / "report.zip") as packed:
+        page = packed.read("report/report.html").decode()
+        names = {Path(name).name for name in packed.namelist()}
+    pictures = {"heat_map.svg", "ranked_ops.svg", "tradeoff.svg", "modalities.svg"}
+    assert names >= pictures | {f"op_sensitivity_mse_v2_cpu{suffix}" for suffix in (".html", ".md")}
+    for text in ("Pictures", "Dark is sensitive; grey has no value", "again by Intel Neural Compressor itself"):
+        assert text in page
+
+
+@pytest.mark.slow
 def test_a_second_run_has_nothing_to_do(finished: tuple[Path, str]) -> None:
     assert planned(finished[0]) == set()
 
@@ -303,6 +328,9 @@ def test_a_second_run_has_nothing_to_do(finished: tuple[Path, str]) -> None:
     ("module", "stale"),
     [
         ("archive.py", {"archive_results"}),
+        ("page.py", FROM_PAGE),
+        ("figures.py", FROM_PAGE | {"draw_figures"}),
+        ("exports.py", FROM_PAGE | {"export_profiles"}),
         ("report.py", FROM_REPORT),
         ("audit.py", FROM_AUDIT),
         ("profiles.py", FROM_PROFILES),
@@ -338,7 +366,8 @@ def test_inc_quantizes_by_a_profile_and_has_the_error_that_it_promised(finished:
     ("template", "stale"),
     [
         ("op_sensitivity.md.j2", FROM_REPORT),
-        ("exports/inc_quantize.py.j2", {"export_profiles", "archive_results"}),
+        ("exports/inc_quantize.py.j2", FROM_PAGE | {"export_profiles"}),
+        ("op_sensitivity.html.j2", FROM_PAGE),
     ],
 )
 def test_a_changed_template_reruns_what_is_made_from_it(

@@ -14,6 +14,8 @@ rule archive_results:
         profiles=rules.build_profiles.output.profiles,
         exports=rules.export_profiles.output.directory,
         report=rules.render_report.output,
+        figures=rules.draw_figures.output,
+        page=rules.render_page.output.html,
     output:
         archive=f"results/archives/{MODEL}-{CALIBRATION}.tar",
         checksums=f"results/archives/{MODEL}-{CALIBRATION}.tar.sha256.json",

@@ -81,6 +81,8 @@ ROOT = Path(workflow.basedir).parent
 MODEL = config["model"]["name"]
 CALIBRATION = config["calibration"]["name"]
 RUN = f"results/{MODEL}/{CALIBRATION}"
+FIGURES = f"{RUN}/figures_{DEVICE}"
+FIGURE_NAMES = ("heat_map", "ranked_ops", "tradeoff", "modalities")
 QUANTIZED = f"{RUN}/quantized_{DEVICE}/{config['quantize']['profile']}"
 REPORT = f"{RUN}/op_sensitivity_mse_v2_{DEVICE}"
 
@@ -99,6 +101,11 @@ def block(*keys):
 def plan_spec(wildcards):
     """What the plan needs of the sensitivity block, as JSON."""
     return json.dumps({key: config["sensitivity"][key] for key in PLAN_KEYS}, sort_keys=True)
+
+
+def folder_of_output(wildcards, output):
+    """Where a rule's files lie that are written side by side."""
+    return str(Path(output[0]).parent)
 
 
 def hub_flags(name):

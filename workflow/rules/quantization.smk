@@ -24,7 +24,7 @@ rule quantize_model:
         code=code_digest("scripts/quantize_model.py"),
         versions=measuring_versions(),
         profile=config["quantize"]["profile"],
-        directory=QUANTIZED,
+        directory=folder_of_output,
     shell:
         "exec python scripts/quantize_model.py"
         " --manifest {input.manifest:q}"

@@ -6,7 +6,11 @@ rule build_profiles:
     input:
         tradeoff=rules.measure_tradeoff.output.tradeoff,
     output:
-        profiles=f"{RUN}/profiles_{DEVICE}.json",
+        profiles=report(
+            f"{RUN}/profiles_{DEVICE}.json",
+            caption="../report/profiles.rst",
+            category="Report",
+        ),
     log:
         f"{RUN}/logs/build_profiles.log",
     benchmark:
@@ -66,7 +70,7 @@ rule render_report:
         tradeoff=rules.measure_tradeoff.output.tradeoff,
         profiles=rules.build_profiles.output.profiles,
     output:
-        markdown=f"{REPORT}.md",
+        markdown=report(f"{REPORT}.md", caption="../report/report.rst", category="Report"),
         json=f"{REPORT}.json",
     log:
         f"{RUN}/logs/render_report.log",
@@ -93,6 +97,76 @@ rule render_report:
         " --templates {params.templates:q}"
         " --markdown {output.markdown:q}"
         " --json {output.json:q}"
+        " --log {log:q}"
+
+
+rule draw_figures:
+    """Draw the report's pictures: sensitivity by block, all ops ranked, the trade-off, image against text tokens.
+
+    What was not measured is a picture that says so, so that the same files are always there.
+    """
+    input:
+        json=rules.render_report.output.json,
+    output:
+        heat_map=report(
+            f"{FIGURES}/heat_map.svg",
+            caption="../report/heat_map.rst",
+            category="Pictures",
+        ),
+        ranked_ops=report(
+            f"{FIGURES}/ranked_ops.svg",
+            caption="../report/ranked_ops.rst",
+            category="Pictures",
+        ),
+        tradeoff=report(
+            f"{FIGURES}/tradeoff.svg",
+            caption="../report/tradeoff.rst",
+            category="Pictures",
+        ),
+        modalities=report(
+            f"{FIGURES}/modalities.svg",
+            caption="../report/modalities.rst",
+            category="Pictures",
+        ),
+        png=[f"{FIGURES}/{name}.png" for name in FIGURE_NAMES],
+    log:
+        f"{RUN}/logs/draw_figures.log",
+    benchmark:
+        f"{RUN}/benchmarks/draw_figures.tsv"
+    params:
+        code=code_digest("scripts/draw_figures.py"),
+        directory=folder_of_output,
+    shell:
+        "exec python scripts/draw_figures.py"
+        " --report {input.json:q}"
+        " --directory {params.directory:q}"
+        " --log {log:q}"
+
+
+rule render_page:
+    """Put the report into one HTML page that needs no network: pictures to point at, a table to sort and filter."""
+    input:
+        json=rules.render_report.output.json,
+        markdown=rules.render_report.output.markdown,
+        figures=rules.draw_figures.output,
+        exports=rules.export_profiles.output.directory,
+    output:
+        html=report(f"{REPORT}.html", caption="../report/page.rst", category="Report"),
+    log:
+        f"{RUN}/logs/render_page.log",
+    benchmark:
+        f"{RUN}/benchmarks/render_page.tsv"
+    params:
+        code=code_digest("scripts/render_page.py", "workflow/templates/op_sensitivity.html.j2"),
+        templates="workflow/templates",
+    shell:
+        "exec python scripts/render_page.py"
+        " --report {input.json:q}"
+        " --markdown {input.markdown:q}"
+        " --figures {input.figures:q}"
+        " --exports {input.exports:q}/index.json"
+        " --templates {params.templates:q}"
+        " --html {output.html:q}"
         " --log {log:q}"
 
 

@@ -1,0 +1,28 @@
+"""Draw the four pictures of a report as SVG and PNG."""
+
+import argparse
+from pathlib import Path
+
+from auto_quantize_model import cli
+from auto_quantize_model.figures import figures, save
+from auto_quantize_model.files import read_json
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--report", type=Path, required=True, help="the report (JSON)")
+    parser.add_argument("--directory", type=Path, required=True, help="the folder to draw into")
+    parser.add_argument("--log", type=Path, help="file for everything but results and errors")
+    args = parser.parse_args()
+    return cli.run(lambda: draw_figures(args), args.log)
+
+
+def draw_figures(args: argparse.Namespace) -> None:
+    for name, figure in figures(read_json(args.report)).items():
+        for suffix in (".svg", ".png"):
+            save(figure, args.directory / f"{name}{suffix}")
+    cli.say(f"The pictures: {args.directory}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

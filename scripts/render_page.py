@@ -1,0 +1,36 @@
+"""Render a report as one HTML page with interactive pictures and tables, which needs no network."""
+
+import argparse
+from pathlib import Path
+
+from auto_quantize_model import cli
+from auto_quantize_model.files import read_json, write_text
+from auto_quantize_model.page import relative, render_page
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--report", type=Path, required=True, help="the report (JSON)")
+    parser.add_argument("--markdown", type=Path, help="the same report as Markdown, to link to")
+    parser.add_argument("--figures", type=Path, nargs="*", default=[], help="drawn pictures to link to")
+    parser.add_argument("--exports", type=Path, help="index of the exported profiles (JSON), to link to")
+    parser.add_argument("--templates", type=Path, default=Path("workflow/templates"), help="folder of the templates")
+    parser.add_argument("--html", type=Path, required=True, help="the page to write")
+    parser.add_argument("--log", type=Path, help="file for everything but results and errors")
+    args = parser.parse_args()
+    return cli.run(lambda: page(args), args.log)
+
+
+def page(args: argparse.Namespace) -> None:
+    files = {"report (JSON)": args.report, "report (Markdown)": args.markdown}
+    files |= {path.name: path for path in args.figures}
+    links = {
+        "files": {label: relative(path, args.html) for label, path in files.items() if path},
+        "exports": read_json(args.exports)["profiles"] if args.exports else {},
+    }
+    write_text(args.html, render_page(read_json(args.report), links, args.templates))
+    cli.say(f"The page: {args.html}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
