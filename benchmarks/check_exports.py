@@ -9,6 +9,7 @@ export is checked by `make quantize`. What cannot be installed or fails is print
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -85,7 +86,9 @@ def in_its_environment(tool: str) -> int:
         if subprocess.run(step, stdout=subprocess.DEVNULL).returncode:
             print(f"{tool}: NOT CHECKED, it could not be installed ({' '.join(map(str, step[-2:]))})", flush=True)
             return 1
-    ended = subprocess.run([python, __file__, tool, "--inside"], stdout=subprocess.PIPE, text=True)
+    # NNCF compiles an extension and by default gives up after a minute.
+    surroundings = os.environ | {"NNCF_EXTENSION_LOAD_TIMEOUT": "0"}
+    ended = subprocess.run([python, __file__, tool, "--inside"], stdout=subprocess.PIPE, text=True, env=surroundings)
     print(ended.stdout if not ended.returncode else f"{tool}: FAILED\n{ended.stdout}", end="", flush=True)
     return ended.returncode
 

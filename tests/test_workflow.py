@@ -215,7 +215,7 @@ def test_library_imports_are_followed_into_functions_and_through_modules(checkou
     """A module that only a function imports, or only another module, is part of a rule's digest as well."""
     results = checkout / "src" / "auto_quantize_model"
     before = digests(checkout)
-    assert set(before) == EVERYTHING
+    assert set(before) == EVERYTHING | {"quantize_model"}
     with changed(results / "digits.py", (results / "digits.py").read_text() + "# changed\n"):
         after = digests(checkout)
     assert {"get_model", "extract_calibration"} <= {rule for rule in before if before[rule] != after[rule]}

@@ -190,7 +190,9 @@ def ranked_ops(report: dict[str, Any]) -> Figure:
         " on a logarithmic axis."
     )
     if spread:
-        caption += " Bars are ± one standard deviation between batches; one that ends at the left edge goes on beyond it."
+        caption += (
+            " Bars are ± one standard deviation between batches; one that ends at the left edge goes on beyond it."
+        )
     if missing := len(rows) - len(drawn):
         caption += f" {missing} op{'s' if missing > 1 else ''} without any error cannot stand on this axis."
     return finish(report, title, caption, alt.vconcat(named, whole, spacing=14))
