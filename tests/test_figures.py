@@ -33,6 +33,7 @@ def tradeoff(names=NAMES, **changes):
     found = {"status": "measured", "device": "cpu", "threads": 1, "ops": 4, "batches": 2, "answers": 10}
     found |= {"curves": {name: copy.deepcopy(curve) for name in orders}, "random": chance}
     gains = {"gain_db": 1.5, "gain_over_inverse_db": 2.5, "gain_over_weight_bytes_db": -0.5, "greedy_gain_db": None}
+    gains |= {"above_random": [2, 3]}
     return found | gains | changes
 
 

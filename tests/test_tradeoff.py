@@ -15,7 +15,16 @@ from auto_quantize_model.plan import SensitivitySpec, build_plan
 from auto_quantize_model.replay import Replay
 from auto_quantize_model.samples import Sample, answer_span, encode
 from auto_quantize_model.snapshot import load_model
-from auto_quantize_model.tradeoff import Greedy, gain, keep_sizes, measure_tradeoff, model_bytes, orders, right_answers
+from auto_quantize_model.tradeoff import (
+    Greedy,
+    above,
+    gain,
+    keep_sizes,
+    measure_tradeoff,
+    model_bytes,
+    orders,
+    right_answers,
+)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +136,11 @@ def test_greedy_keeps_what_helps_most_in_the_state_reached(model: Any, plan: Any
         assert chosen == [first, min(left, key=lambda name: error({first, name}))]
     assert [point["keep"] for point in found["curves"]["greedy"]] == [0, 1, 2]
     assert found["greedy_gain_db"] is not None and greedy.runs(len(ranking)) == 6
+
+
+def test_lengths_are_counted_at_which_a_curve_is_above_another() -> None:
+    first, second = ([{"sqnr_db": sqnr} for sqnr in curve] for curve in ([5, 9, 7, None, None], [5, 8, 7, 9, None]))
+    assert above(first, second) == [2, 3]
 
 
 def test_an_int8_weight_takes_a_byte_a_value_and_a_scale_a_row() -> None:

@@ -208,10 +208,12 @@ def against_chance(tradeoff: dict[str, Any]) -> list[tuple[str, str]]:
     gains = [f"{tradeoff[key]:+.1f} dB over {name}" for key, name in others.items() if tradeoff[key] is not None]
     if not gains:
         return []
+    higher, lengths = tradeoff["above_random"]
     return [
         (
             "Against chance",
-            f"Keep-lists along the ranking, on held-out samples and over all lengths: {', '.join(gains)}.",
+            f"Keep-lists along the ranking, on held-out samples and over all lengths: {', '.join(gains)}."
+            f" They are better than random ones at {higher} of {lengths} lengths.",
         )
     ]
 

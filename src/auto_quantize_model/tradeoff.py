@@ -104,12 +104,13 @@ def measure_tradeoff(
         on_progress: called after each forward.
 
     Returns:
-        {ops, batches, answers, curves: {order: [point]}, random: [point], gain_db, gain_over_inverse_db,
+        {ops, batches, answers, curves: {order: [point]}, random: [point], above_random, gain_db, gain_over_inverse_db,
         gain_over_weight_bytes_db, greedy_gain_db}. The curve `greedy`, where it was asked for, ends with its last
         chosen op. A point is {keep, added, weight_bytes, relative_error, sqnr_db, kl_divergence, top1_agreement,
         accuracy}; `added` are the ops kept beyond the point before; `accuracy` is the share of answers whose every
         token is the most likely one, null without answers. A point of `random` has the mean and the standard deviation
-        over its seeds. A gain is the mean over keep-lists, by the area between the two curves of SQNR, in dB.
+        over its seeds; `above_random` is as `above` returns it. A gain is the mean over keep-lists, by the area between
+        the two curves of SQNR, in dB.
     """
     sizes = keep_sizes(len(ranking))
     modules = dict(model.named_modules())
@@ -158,6 +159,7 @@ def measure_tradeoff(
         "answers": asked,
         "curves": curves,
         "random": averaged,
+        "above_random": above(curves["ranking"], averaged),
         "gain_db": gain(curves["ranking"], averaged),
         "gain_over_inverse_db": gain(curves["ranking"], curves["inverse"]),
         "gain_over_weight_bytes_db": gain(curves["ranking"], curves["weight_bytes"]),
@@ -257,6 +259,17 @@ def spread(points: list[dict[str, Any]]) -> dict[str, Any]:
         found[name] = statistics.fmean(values) if known else None
         found[f"{name}_std"] = statistics.stdev(values) if known else None
     return found
+
+
+def above(curve: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[int]:
+    """At how many lengths a curve's SQNR is above another's, and at how many they can differ: not at the ends."""
+    inner = list(zip(curve, other, strict=True))[1:-1]
+    higher = [
+        mine["sqnr_db"] is None or mine["sqnr_db"] > theirs["sqnr_db"]
+        for mine, theirs in inner
+        if theirs["sqnr_db"] is not None
+    ]
+    return [sum(higher), len(higher)]
 
 
 def gain(curve: list[dict[str, Any]], other: list[dict[str, Any]]) -> float | None:
