@@ -191,6 +191,7 @@ def column(page, place):
     return page.locator(f"#ops tbody tr:not([hidden]) td:nth-child({place})").all_inner_texts()
 
 
+@pytest.mark.slow
 def test_the_table_sorts_by_number_and_by_name_in_both_directions(opened):
     report = report_of(tradeoff())
     values = {"lm_head": 1200.0, "visual.proj": 95.0, "layers.0.mlp": 9.0, "layers.1.mlp": 1e-7}
@@ -217,6 +218,7 @@ def test_the_table_sorts_by_number_and_by_name_in_both_directions(opened):
         assert column(page, 7)[-1] == "–"
 
 
+@pytest.mark.slow
 def test_the_table_filters_by_name_and_type_and_counts(opened):
     report = report_of()
     report["maps"]["isolated"]["ops"][-1]["op_type"] = "Embedding"
@@ -235,6 +237,7 @@ def test_the_table_filters_by_name_and_type_and_counts(opened):
     assert page.locator("#ops tbody tr").evaluate_all("rows => rows.every((row) => row.offsetHeight > 0)")
 
 
+@pytest.mark.slow
 def test_the_map_can_be_chosen_and_each_starts_at_its_most_sensitive_op(opened):
     report = report_of()
     for row, value in zip(report["maps"]["fallback"]["ops"], (4.0, 3.0, 2.0, 1.0), strict=True):
@@ -246,6 +249,7 @@ def test_the_map_can_be_chosen_and_each_starts_at_its_most_sensitive_op(opened):
     assert "The lowest is the most sensitive" in page.locator("#direction").inner_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chart", ["heat_map", "ranked_ops", "tradeoff", "modalities"])
 def test_a_tooltip_names_the_op_under_the_pointer_as_plain_text(opened, chart):
     page = opened(renamed(report_of(tradeoff()), "lm_head", HOSTILE))
@@ -258,6 +262,7 @@ def test_a_tooltip_names_the_op_under_the_pointer_as_plain_text(opened, chart):
     assert page.locator("#vg-tooltip-element script").count() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_body_never_scrolls_sideways_and_every_chart_can_be_reached(opened, width):
     report = renamed(
@@ -269,6 +274,7 @@ def test_the_body_never_scrolls_sideways_and_every_chart_can_be_reached(opened, 
     assert not any(page.locator(".scroll, #ops-scroll").evaluate_all(f"elements => elements.map({hidden})"))
 
 
+@pytest.mark.slow
 def test_in_print_controls_are_hidden_and_pictures_fit_the_paper(opened):
     page = opened(report_of(tradeoff(), Target(min_sqnr_db=30)), 700)
     page.emulate_media(media="print")
@@ -281,6 +287,7 @@ def test_in_print_controls_are_hidden_and_pictures_fit_the_paper(opened):
     assert page.pdf(format="A4").startswith(b"%PDF")
 
 
+@pytest.mark.slow
 def test_a_page_of_every_kind_of_report_opens_without_complaint(opened):
     reports = (report_of(plan={"maps": ["fallback"]}), from_inc(), without_images(), no_error_at_all())
     for report in reports:

@@ -15,6 +15,7 @@ from auto_quantize_model.quantize import WEIGHTS, compared, load_quantized, logi
 from auto_quantize_model.snapshot import load_model
 from auto_quantize_model.tradeoff import measure_tradeoff
 
+pytestmark = pytest.mark.slow
 ANSWERS: list[list[range | None]] = [[None]]
 
 

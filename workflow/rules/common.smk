@@ -15,6 +15,10 @@ from snakemake.utils import update_config, validate
 # The keys of the sensitivity block that the plan depends on; the others are read where they are used.
 PLAN_KEYS = ("engine", "confidence_batches", "maps", "op_type_dict", "op_name_dict")
 
+# The packages that scores depend on, and those that draw.
+MEASURING = ("neural-compressor", "torch", "transformers", "numpy")
+DRAWING = ("altair", "vl-convert-python")
+
 
 def typed(value):
     """A value of `--config` as YAML reads it: Snakemake leaves what stands inside a mapping as text."""
@@ -186,7 +190,6 @@ def imported_modules(path):
     return {file for file in files if file.exists()}
 
 
-def measuring_versions():
-    """The versions of the packages that scores depend on."""
-    packages = ("neural-compressor", "torch", "transformers", "numpy")
+def versions_of(*packages):
+    """The versions of packages that a rule's output depends on."""
     return " ".join(f"{package}={version(package)}" for package in packages)

@@ -22,7 +22,7 @@ rule quantize_model:
     threads: 64
     params:
         code=code_digest("scripts/quantize_model.py"),
-        versions=measuring_versions(),
+        versions=versions_of(*MEASURING),
         profile=config["quantize"]["profile"],
         directory=folder_of_output,
     shell:

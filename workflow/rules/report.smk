@@ -135,6 +135,7 @@ rule draw_figures:
         f"{RUN}/benchmarks/draw_figures.tsv"
     params:
         code=code_digest("scripts/draw_figures.py"),
+        versions=versions_of(*DRAWING),
         directory=folder_of_output,
     shell:
         "exec python scripts/draw_figures.py"
@@ -158,6 +159,7 @@ rule render_page:
         f"{RUN}/benchmarks/render_page.tsv"
     params:
         code=code_digest("scripts/render_page.py", "workflow/templates/op_sensitivity.html.j2"),
+        versions=versions_of(*DRAWING),
         templates="workflow/templates",
     shell:
         "exec python scripts/render_page.py"

@@ -16,7 +16,7 @@ rule plan_quantization:
         f"{RUN}/benchmarks/plan_quantization.tsv"
     params:
         code=code_digest("scripts/plan_quantization.py"),
-        versions=measuring_versions(),
+        versions=versions_of(*MEASURING),
         spec=plan_spec,
     shell:
         "exec python scripts/plan_quantization.py"
@@ -53,7 +53,7 @@ rule capture_sensitivity:
         gpu=1 if DEVICE == "cuda" else 0,
     params:
         code=code_digest("scripts/capture_sensitivity.py"),
-        versions=measuring_versions(),
+        versions=versions_of(*MEASURING),
         device=DEVICE,
         flags=capture_flags(),
     shell:
@@ -89,7 +89,7 @@ rule audit_capture:
     threads: 64
     params:
         code=code_digest("scripts/audit_capture.py"),
-        versions=measuring_versions(),
+        versions=versions_of(*MEASURING),
         ops=config["sensitivity"]["audit_ops"],
     shell:
         "exec python scripts/audit_capture.py"
@@ -127,7 +127,7 @@ rule measure_tradeoff:
         gpu=1 if DEVICE == "cuda" else 0,
     params:
         code=code_digest("scripts/measure_tradeoff.py"),
-        versions=measuring_versions(),
+        versions=versions_of(*MEASURING),
         batches=config["tradeoff"]["heldout_batches"],
         candidates=config["tradeoff"]["greedy_candidates"],
         ops=config["tradeoff"]["greedy_ops"],
