@@ -37,7 +37,7 @@ run: $(READY) ## run the pipeline on config/config.yaml, one step at a time
 	$(BIN)/snakemake --cores 1 --resources gpu=1
 
 test: $(READY) ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY) ## check style, types and the workflow
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from test_models import write_snapshot
 
 from auto_quantize_model.exports import TOOLS, common_name, export, regular_expressions
 from auto_quantize_model.files import InputError
@@ -131,6 +132,29 @@ def test_an_op_that_the_model_does_not_have_is_refused_and_nothing_written(tmp_p
     with pytest.raises(InputError, match="model.gone is no module of tiny; make the plan again"):
         export_kept(tmp_path / "exports", ["model.gone"], modules, [])
     assert [path.name for path in (tmp_path / "exports").iterdir()] == ["before"]
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2VLForConditionalGeneration",
+        "Qwen3VLForConditionalGeneration",
+        "Qwen2ForCausalLM",
+        "LlamaForCausalLM",
+    ],
+)
+def test_every_op_of_every_family_can_be_exported(architecture: str, tmp_path: Path) -> None:
+    directory = write_snapshot(architecture, tmp_path / "snapshot")
+    modules, weights = module_types(directory), tensor_names(directory)
+    ops = [name for name, kind in modules.items() if issubclass(kind, (torch.nn.Linear, torch.nn.Conv3d))]
+    published = [weight.removesuffix(".weight") for weight in weights]
+    assert ops
+    for op in ops:
+        (pattern,) = regular_expressions([common_name(op, modules, weights)])
+        assert [name for name in modules if re.match(pattern, name)] == [op]
+        tied = op == "lm_head" and "lm_head.weight" not in weights
+        assert len([name for name in published if re.match(pattern, name)]) == (0 if tied else 1)
 
 
 def test_a_name_that_means_two_modules_is_refused() -> None:
