@@ -8,6 +8,8 @@ from auto_quantize_model import cli
 from auto_quantize_model.files import from_block, read_json, write_json
 from auto_quantize_model.profiles import Target, build_profiles
 
+SHOWN = 12  # names on the terminal; the file and the report have them all
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -23,8 +25,9 @@ def profiles(args: argparse.Namespace) -> None:
     found = build_profiles(read_json(args.tradeoff), from_block(Target, args.target, "profiles"))
     write_json(args.profiles, found)
     if recommended := found["profiles"].get("recommended"):
+        names = recommended["kept"][:SHOWN] + ["..."] * (recommended["keep"] > SHOWN)
         kept = f"keep {recommended['keep']} ops in FP32" if recommended["keep"] else "keep no op in FP32"
-        cli.say(f"recommended: {kept}: {', '.join(recommended['kept']) or 'INT8 meets the target as it is'}")
+        cli.say(f"recommended: {kept}: {', '.join(names) or 'INT8 meets the target as it is'}")
     else:
         cli.say(f"recommended: {found['missed']}")
 

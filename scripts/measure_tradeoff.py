@@ -57,7 +57,7 @@ def tradeoff(args: argparse.Namespace) -> dict[str, Any]:
     of = fingerprint(plan, device) | {"ranking": digest_of(ranking), "batches": args.batches, "greedy": vars(greedy)}
     with Journal(args.tradeoff.with_name(f"{args.tradeoff.name}.journal"), of) as journal:
         with explained_out_of_memory(device), cli.progress_bar("trade-off") as on_progress:
-                    found = measure_tradeoff(
+            found = measure_tradeoff(
                 model.to(device), plan, ranking, batch, heldout, answers, journal, greedy, on_progress
             )
         journal.remove()

@@ -39,7 +39,10 @@ def quantize_model(args: argparse.Namespace) -> None:
     if args.profile not in profiles["profiles"]:
         there = ", ".join(profiles["profiles"]) or "none"
         why = f" ({profiles['missed']})" if args.profile == "recommended" else ""
-        raise InputError(f"quantize.profile: there is no profile {args.profile}{why}; there are: {there}")
+        raise InputError(
+            f"quantize.profile: there is no profile {args.profile}{why}; there are: {there}. Name another one (make"
+            " quantize PROFILE=...), or change the target in the config's profiles block"
+        )
     profile = profiles["profiles"][args.profile]
     op_name_dict = read_json(args.exports / args.profile / "inc_op_name_dict.json")
     directory = verify_manifest(manifest)
