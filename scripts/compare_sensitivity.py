@@ -1,8 +1,12 @@
-"""Compare two JSON reports: what changed, which ops moved, and whether the rankings still agree (exit code 1 if not).
+"""Compare two JSON reports: what changed, which ops moved, and whether the rankings still agree.
 
     python scripts/compare_sensitivity.py A.json B.json [--markdown OUT.md] [--json OUT.json]
 
-Rankings differ where Kendall's tau is below --tau and below what batches of one run agree by. Exit code 2: bad input.
+The rankings differ where Kendall's tau is below --tau and below what batches of one run agree by, or where more than
+--top-changes ops came into the --top most sensitive. A move is beyond the noise where the places that the op would take
+within one standard deviation of its mse_value are others in each report; with one batch that is unknown.
+
+Exit code: 0 the rankings agree, 1 they differ, 2 bad input, 3 an unexpected error.
 """
 
 import argparse
@@ -13,29 +17,46 @@ from auto_quantize_model.compare import compare, to_markdown
 from auto_quantize_model.files import InputError, read_json, write_json, write_text
 from auto_quantize_model.report import SCHEMA_VERSION
 
+UNEXPECTED = 3
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", type=Path, help="a JSON report")
     parser.add_argument("second", type=Path, help="the JSON report to compare it with")
-    parser.add_argument("--top", type=int, default=10, help="size of the sets of most sensitive ops (10)")
-    parser.add_argument("--tau", type=float, default=0.8, help="Kendall's tau below which rankings differ (0.8)")
+    parser.add_argument("--top", type=int, default=10, help="size of the sets of most sensitive ops, from 1 (10)")
+    parser.add_argument(
+        "--tau",
+        type=float,
+        default=0.8,
+        help="the rankings differ where Kendall's tau of the common ops' places (1: same order, -1: reversed) is below"
+        " this and below the reports' own tau between batches, which is their noise (0.8)",
+    )
+    parser.add_argument(
+        "--top-changes",
+        type=int,
+        default=2,
+        help="the rankings differ where more ops than this came into the --top most sensitive: common ops that entered"
+        " beyond the noise or by unknown noise, and ops that only the second report has (2)",
+    )
     parser.add_argument("--markdown", type=Path, help="write the comparison for people here as well")
     parser.add_argument("--json", type=Path, help="write the comparison for programs here")
     args = parser.parse_args()
     verdicts: list[bool] = []
-    return cli.run(lambda: verdicts.append(comparison(args)), None) or int(verdicts[0])
+    ended = cli.run(lambda: verdicts.append(comparison(args)), None)
+    # cli.run's 1 is any error, and a CI job has to tell that from rankings that differ.
+    return {0: int(any(verdicts)), 1: UNEXPECTED}.get(ended, ended)
 
 
 def comparison(args: argparse.Namespace) -> bool:
-    """Print and write the comparison; whether the rankings differ."""
-    found = compare(read_report(args.first), read_report(args.second), args.top, args.tau)
+    """Write and print the comparison; whether the rankings differ."""
+    found = compare(read_report(args.first), read_report(args.second), args.top, args.tau, args.top_changes)
     markdown = to_markdown(found)
-    cli.say(markdown)
     if args.markdown:
         write_text(args.markdown, markdown)
     if args.json:
         write_json(args.json, found)
+    cli.say(markdown)
     return bool(found["differs"])
 
 

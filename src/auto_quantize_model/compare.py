@@ -3,8 +3,8 @@
 In: two JSON reports. Out: what changed about the runs, rank moves, changes of the top set, and Markdown of it.
 """
 
-import math
-from typing import Any
+from bisect import bisect_left, bisect_right
+from typing import Any, NamedTuple
 
 from auto_quantize_model.files import InputError
 from auto_quantize_model.report import markdown_cell
@@ -20,7 +20,16 @@ IDENTITY = {
 }
 
 
-def compare(first: dict[str, Any], second: dict[str, Any], top: int, least_tau: float) -> dict[str, Any]:
+class Standing(NamedTuple):
+    """An op's place among others, from 1 at the most sensitive, and the places that its noise allows."""
+
+    place: int
+    range: tuple[int, int] | None  # first and last; None where one batch gives no spread
+
+
+def compare(
+    first: dict[str, Any], second: dict[str, Any], top: int, least_tau: float, top_changes: int
+) -> dict[str, Any]:
     """Compare the isolated rankings of two reports.
 
     Args:
@@ -28,49 +37,117 @@ def compare(first: dict[str, Any], second: dict[str, Any], top: int, least_tau: 
         second: the other one.
         top: size of the sets of most sensitive ops.
         least_tau: Kendall's tau-b below which the rankings count as different.
+        top_changes: how many ops may come into the top set beyond the noise.
 
     Returns:
-        {changed, common, only_first, only_second, tau, noise_tau, top, entered, left, moved, differs}. `changed` is
-        what differs of model, calibration set, engine and versions; `noise_tau` the lower of both reports' own
-        agreement between batches, null where both have one batch; `moved` the ops whose place, from 1 at the most
-        sensitive, changed, farthest first. `differs` is true where tau is below both `least_tau` and `noise_tau`: two
-        batches of one run agree no better than `noise_tau`, so a move within it is noise.
+        {differs, reasons, changed, common, only_first, only_second, tau, noise_tau, top, entered, left, new_in_top,
+        moved}. `reasons` are sentences, empty where the rankings agree (see `_reasons`). `changed` is what differs of
+        model, calibration set, engine and versions; `noise_tau` the lower of both reports' own agreement between
+        batches, null where both have one batch. `moved` are the ops whose place among the common ones changed, farthest
+        first: {op_name, first, second, first_range, second_range, beyond_noise} as `_move` says. `entered` and `left`
+        are those of them that crossed the end of the top set; `new_in_top` the ops of the second report alone that
+        stand in its own top set.
 
     Raises:
-        InputError: the reports have fewer than two ops in common, or one has no isolated map.
+        InputError: the reports have fewer than two ops in common, or one has no isolated map; `top` is below 1,
+            `top_changes` below 0, or `least_tau` no tau.
     """
-    places = [_places(report) for report in (first, second)]
-    common = [name for name in places[0] if name in places[1]]
+    _check(top, least_tau, top_changes)
+    rows = [_rows(report) for report in (first, second)]
+    everywhere = [standings(of_one) for of_one in rows]
+    common = everywhere[0].keys() & everywhere[1].keys()
     if len(common) < 2:
         raise InputError("the reports have fewer than two measured ops in common; compare reports of one model family")
-    agreement = tau([places[0][name] for name in common], [places[1][name] for name in common])
+    one, other = (standings([row for row in of_one if row["op_name"] in common]) for of_one in rows)
+    moved = [_move(name, one[name], other[name]) for name in one if one[name].place != other[name].place]
     noise = [report["trust"]["rank_tau"] for report in (first, second) if report["trust"]["rank_tau"] is not None]
-    tops = [{name for name, place in of_one.items() if place <= top} for of_one in places]
-    moved = [{"op_name": name, "first": places[0][name], "second": places[1][name]} for name in common]
-    return {
+    found = {
         "changed": _changed(first, second),
         "common": len(common),
-        "only_first": [name for name in places[0] if name not in places[1]],
-        "only_second": [name for name in places[1] if name not in places[0]],
-        "tau": agreement,
+        "only_first": [name for name in everywhere[0] if name not in common],
+        "only_second": [name for name in everywhere[1] if name not in common],
+        "tau": tau([one[name].place for name in one], [other[name].place for name in one]),
         "noise_tau": min(noise, default=None),
         "top": top,
-        "entered": sorted(tops[1] - tops[0], key=places[1].__getitem__),
-        "left": sorted(tops[0] - tops[1], key=places[0].__getitem__),
-        "moved": sorted(
-            (move for move in moved if move["first"] != move["second"]),
-            key=lambda move: -abs(move["first"] - move["second"]),
-        ),
-        "differs": agreement is None or agreement < min([least_tau, *noise], default=math.inf),
+        "entered": sorted((m for m in moved if m["second"] <= top < m["first"]), key=lambda move: move["second"]),
+        "left": [move for move in moved if move["first"] <= top < move["second"]],
+        "new_in_top": [name for name in list(everywhere[1])[:top] if name not in common],
+        "moved": sorted(moved, key=lambda move: -abs(move["first"] - move["second"])),
+    }
+    reasons = _reasons(found, least_tau, top_changes)
+    return {"differs": bool(reasons), "reasons": reasons} | found
+
+
+def _check(top: int, least_tau: float, top_changes: int) -> None:
+    if top < 1:
+        raise InputError(f"top: {top} is no size of a set of ops; give 1 or more")
+    if not -1 <= least_tau <= 1:
+        raise InputError(f"tau: {least_tau} is no Kendall's tau; give a number from -1 to 1")
+    if top_changes < 0:
+        raise InputError(f"top changes: {top_changes} is no number of ops; give 0 or more")
+
+
+def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    if "isolated" not in report["maps"]:
+        raise InputError(f"the report of {report['model']['model']} has no isolated map; measure it (sensitivity.maps)")
+    return report["maps"]["isolated"]["ops"]
+
+
+def standings(rows: list[dict[str, Any]]) -> dict[str, Standing]:
+    """Where each op of a map's `rows` stands among them, the most sensitive first.
+
+    Its range is the places that it would take if its `mse_value` were one `mse_value_std` higher or lower, all others
+    at their means. Of ops with the same value none is the more sensitive, so the range holds the places of all of them.
+    """
+    values = sorted(row["mse_value"] for row in rows)
+    ordered = sorted(reversed(rows), key=lambda row: row["mse_value"], reverse=True)
+    found = {}
+    for place, row in enumerate(ordered, start=1):
+        value, spread = row["mse_value"], row["mse_value_std"]
+        reach = None
+        if spread is not None:
+            above = len(values) - bisect_right(values, value + spread)
+            reach = above + 1, len(values) - bisect_left(values, value - spread)
+        found[row["op_name"]] = Standing(place, reach)
+    return found
+
+
+def _move(name: str, first: Standing, second: Standing) -> dict[str, Any]:
+    """One op's move: beyond the noise where its two ranges share no place; null (unknown) where one has none."""
+    beyond = None
+    if first.range and second.range:
+        beyond = first.range[1] < second.range[0] or second.range[1] < first.range[0]
+    return {
+        "op_name": name,
+        "first": first.place,
+        "second": second.place,
+        "first_range": first.range,
+        "second_range": second.range,
+        "beyond_noise": beyond,
     }
 
 
-def _places(report: dict[str, Any]) -> dict[str, int]:
-    """Each op's place in the isolated ranking, from 1 at the most sensitive."""
-    if "isolated" not in report["maps"]:
-        raise InputError(f"the report of {report['model']['model']} has no isolated map; measure it (sensitivity.maps)")
-    rows = report["maps"]["isolated"]["ops"]
-    return {row["op_name"]: place for place, row in enumerate(reversed(rows), start=1)}
+def _reasons(found: dict[str, Any], least_tau: float, top_changes: int) -> list[str]:
+    """Why the rankings differ, in sentences.
+
+    Tau is below `least_tau` and below `noise_tau`: two batches of one run agree no better than that, so what is within
+    it is noise. Or more than `top_changes` ops came into the top set: tau weighs all places alike, and hardly falls
+    when a few ops jump from the bottom to the top. What has no spread counts as beyond the noise.
+    """
+    reasons = []
+    agreement, noise, cell = found["tau"], found["noise_tau"], markdown_cell
+    # Without a move nothing differs: rounding leaves the tau of equal rankings a hair below 1.
+    if found["moved"] and agreement < least_tau and (noise is None or agreement < noise):
+        within = "" if noise is None else f" and below the {cell(noise)} by which batches of one run agree"
+        reasons.append(f"Kendall's tau is {cell(agreement)}, below the {cell(least_tau)} asked for{within}.")
+    beyond, unknown = (sum(move["beyond_noise"] is flag for move in found["entered"]) for flag in (True, None))
+    new = len(found["new_in_top"])
+    if (came := beyond + unknown + new) > top_changes:
+        parts = [(beyond, "beyond the noise"), (unknown, "by unknown noise"), (new, "only in the second report")]
+        counts = ", ".join(f"{count} {how}" for count, how in parts if count)
+        allowed = f"at most {top_changes} may"
+        reasons.append(f"Ops that came into the {found['top']} most sensitive: {came} ({counts}); {allowed}.")
+    return reasons
 
 
 def _changed(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, str]]:
@@ -87,31 +164,90 @@ def _changed(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, st
 def to_markdown(comparison: dict[str, Any], shown: int = 20) -> str:
     """The comparison for people: the verdict first, then what changed, the top set, and the farthest moves."""
     cell = markdown_cell
-    verdict = "The rankings differ" if comparison["differs"] else "The rankings agree"
     lines = [
         "# Two sensitivity reports compared",
         "",
-        f"**{verdict}:** Kendall's tau {cell(comparison['tau'])} over {comparison['common']} common ops; batches of one"
-        f" run agree by {cell(comparison['noise_tau'])}.",
+        "**The rankings differ:**" if comparison["differs"] else "**The rankings agree.**",
         "",
-        f"Entered the {comparison['top']} most sensitive: {_listed(comparison['entered'])}. Left them:"
-        f" {_listed(comparison['left'])}.",
+        *(f"- {reason}" for reason in comparison["reasons"]),
+        *([""] if comparison["reasons"] else []),
+        f"Kendall's tau is {cell(comparison['tau'])} over {comparison['common']} common ops; batches of one run"
+        + (" were not compared." if comparison["noise_tau"] is None else f" agree by {cell(comparison['noise_tau'])}."),
         "",
-        f"Only in the first: {_listed(comparison['only_first'])}. Only in the second:"
-        f" {_listed(comparison['only_second'])}.",
+        *_changed_lines(comparison, shown),
         "",
-        "| changed | first | second |",
-        "|---|---|---|",
-        *(f"| {cell(row['what'])} | {cell(row['first'])} | {cell(row['second'])} |" for row in comparison["changed"]),
+        *_top_lines(comparison, shown),
         "",
-        f"The farthest of {len(comparison['moved'])} moves, places from 1 at the most sensitive:",
-        "",
-        "| op_name | first | second |",
-        "|---|---:|---:|",
-        *(f"| `{cell(row['op_name'])}` | {row['first']} | {row['second']} |" for row in comparison["moved"][:shown]),
+        *_move_lines(comparison, shown),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(f"`{markdown_cell(name)}`" for name in names) or "none"
+def _changed_lines(comparison: dict[str, Any], shown: int) -> list[str]:
+    cell = markdown_cell
+    rows = [f"| {cell(row['what'])} | {cell(row['first'])} | {cell(row['second'])} |" for row in comparison["changed"]]
+    unchanged = ["Model, calibration set, engine, device and versions are the same."]
+    return [
+        "## What changed",
+        "",
+        *(["| changed | first | second |", "|---|---|---|", *rows] if rows else unchanged),
+        "",
+        f"Only in the first: {_listed(comparison['only_first'], shown)}. Only in the second:"
+        f" {_listed(comparison['only_second'], shown)}.",
+    ]
+
+
+def _top_lines(comparison: dict[str, Any], shown: int) -> list[str]:
+    moves = [(change, move) for change in ("entered", "left") for move in comparison[change]]
+    return [
+        f"## The {comparison['top']} most sensitive",
+        "",
+        *(_move_table(moves) if moves else ["No common op entered or left them."]),
+        "",
+        f"New in the second report and among its {comparison['top']}: {_listed(comparison['new_in_top'], shown)}.",
+    ]
+
+
+def _move_lines(comparison: dict[str, Any], shown: int) -> list[str]:
+    """The moves that noise does not explain, or may not; the rest is a number."""
+    flags = [move["beyond_noise"] for move in comparison["moved"]]
+    listed = [move for move in comparison["moved"] if move["beyond_noise"] is not False]
+    unknown = f", {flags.count(None)} by unknown noise (one batch has no spread)" if None in flags else ""
+    farthest = f" The farthest {shown}:" if len(listed) > shown else ""
+    table = _move_table([("up" if move["second"] < move["first"] else "down", move) for move in listed[:shown]])
+    legend = (
+        "Places are counted among the common ops, from 1 at the most sensitive. In brackets: the places that the op"
+        " would take with its `mse_value` one standard deviation between batches higher or lower. A move is beyond the"
+        " noise where the two reports have none of these places in common."
+    )
+    return [
+        "## Moves",
+        "",
+        f"{flags.count(True)} of {comparison['common']} common ops moved beyond the noise{unknown},"
+        f" {flags.count(False)} within it.{farthest}",
+        *(["", *table] if listed else []),
+        *(["", legend] if flags else []),
+    ]
+
+
+def _move_table(moves: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    answers = {True: "yes", False: "no", None: "unknown"}
+    return [
+        "| op_name | move | first | second | beyond the noise |",
+        "|---|---|---:|---:|---|",
+        *(
+            f"| `{markdown_cell(move['op_name'])}` | {how} | {_place(move, 'first')} | {_place(move, 'second')}"
+            f" | {answers[move['beyond_noise']]} |"
+            for how, move in moves
+        ),
+    ]
+
+
+def _place(move: dict[str, Any], which: str) -> str:
+    first, last = move[f"{which}_range"] or (None, None)
+    return str(move[which]) if first == last else f"{move[which]} ({first}–{last})"
+
+
+def _listed(names: list[str], shown: int) -> str:
+    rest = [f"{len(names) - shown} more"] if len(names) > shown else []
+    return ", ".join([*(f"`{markdown_cell(name)}`" for name in names[:shown]), *rest]) or "none"
