@@ -2,8 +2,9 @@
 
     python benchmarks/check_exports.py [TOOL ...]
 
-Each tool gets a virtual environment of its own below tmp/, so gigabytes are installed; run `make run` before. INC's
-export is checked by `make quantize`. What cannot be installed or fails is printed as such and ends the check with 1.
+Two models: `digits_vlm`, so run `make run` before, and a tiny Qwen2-VL. Each tool gets a virtual environment of its own
+below tmp/, so gigabytes are installed. INC's export is checked by `make quantize`. What cannot be installed or fails is
+printed as such and ends the check with 1.
 """
 
 import argparse
@@ -19,8 +20,12 @@ from typing import Any
 import torch
 
 RUN = Path("results/digits_vlm/digits")
-SNAPSHOT = Path("resources/models/digits_vlm")
 FOLDER = Path("tmp/check_exports")
+# Snapshot and exports of each.
+MODELS = {
+    "digits_vlm": (Path("resources/models/digits_vlm"), RUN / "exports_cpu"),
+    "qwen2_vl": (FOLDER / "qwen2_vl", FOLDER / "qwen2_vl_exports"),
+}
 # What pip is asked for, one call after another.
 PACKAGES = {
     "compressed-tensors": [["compressed-tensors"]],
@@ -44,21 +49,49 @@ def main() -> int:
     if args.inside:
         return check(args.tools[0])
     keep_batch()
+    make_qwen2_vl()
     return max([in_its_environment(tool) for tool in args.tools])
 
 
 def keep_batch() -> None:
-    """One calibration batch on disk: the tools' environments have no means to make one."""
+    """One calibration batch of `digits_vlm` on disk: the tools' environments have no means to make one."""
     from auto_quantize_model.calibration import load_batches
     from auto_quantize_model.files import read_json
     from auto_quantize_model.snapshot import load_processor
 
     calibration = read_json(RUN / "calibration_manifest.json")
-    processor = load_processor(SNAPSHOT, calibration["image_backend"])
+    processor = load_processor(MODELS["digits_vlm"][0], calibration["image_backend"])
+    batches = load_batches(RUN / "calibration" / "calibration.parquet", calibration, processor)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    torch.save(
-        load_batches(RUN / "calibration" / "calibration.parquet", calibration, processor)[0], FOLDER / "batch.pt"
-    )
+    torch.save(batches[0], FOLDER / "digits_vlm.pt")
+
+
+def make_qwen2_vl() -> None:
+    """A tiny Qwen2-VL, a batch and a profile's exports: ModelOpt can quantize the nn.LayerNorm of its vision tower."""
+    import transformers
+
+    from auto_quantize_model.exports import export
+
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2}
+    tokens = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens)
+    model = transformers.Qwen2VLForConditionalGeneration(config)
+    snapshot, exports = MODELS["qwen2_vl"]
+    model.save_pretrained(snapshot)
+    ids = torch.tensor([[5, 3, 1, 1, 1, 1, 4, 6]])  # 4 x 4 patches make 2 x 2 image tokens
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 1).long()}
+    batch |= {"pixel_values": torch.randn(16, 3 * 2 * 14 * 14), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    torch.save(batch, FOLDER / "qwen2_vl.pt")
+    kept = ["model.visual.blocks.0.mlp.fc1", "model.language_model.layers.0.self_attn.q_proj"]
+    profiles = {"profiles": {"two": {"keep": 2, "kept": kept, "sqnr_db": None}}, "missed": ""}
+    idle = "model.visual.merger.mlp.0"
+    plan = {"model": "qwen2_vl", "excluded": [], "ops": [{"op_name": idle}]}
+    modules = {name: type(module) for name, module in model.named_modules()}
+    capture = {"executions": {idle: [0]}}
+    export(exports, profiles, plan, capture, modules, set(model.state_dict()), 1, Path("workflow/templates/exports"))
 
 
 def in_its_environment(tool: str) -> int:
@@ -86,27 +119,29 @@ def in_its_environment(tool: str) -> int:
         if subprocess.run(step, stdout=subprocess.DEVNULL).returncode:
             print(f"{tool}: NOT CHECKED, it could not be installed ({' '.join(map(str, step[-2:]))})", flush=True)
             return 1
-    # NNCF compiles an extension and by default gives up after a minute.
-    surroundings = os.environ | {"NNCF_EXTENSION_LOAD_TIMEOUT": "0"}
+    # NNCF compiles an extension and by default gives up after a minute; llm-compressor logs to stdout.
+    surroundings = os.environ | {"NNCF_EXTENSION_LOAD_TIMEOUT": "0", "LLM_COMPRESSOR_LOG_DISABLED": "true"}
     ended = subprocess.run([python, __file__, tool, "--inside"], stdout=subprocess.PIPE, text=True, env=surroundings)
     print(ended.stdout if not ended.returncode else f"{tool}: FAILED\n{ended.stdout}", end="", flush=True)
     return ended.returncode
 
 
 def check(tool: str) -> int:
-    """Quantize the model by each profile's export and compare what is left in FP32 with the export's index."""
+    """Quantize each model by each profile's export and compare what is left in FP32 with the export's index."""
     import transformers
 
-    index = json.loads((RUN / "exports_cpu" / "index.json").read_text())
     package = {"modelopt": "nvidia-modelopt"}.get(tool, tool)
-    for profile, tools in index["profiles"].items():
-        model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(SNAPSHOT, dtype=torch.float32).eval()
-        linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-        kept = set(tools[INDEX_OF.get(tool, tool)]["kept"])
-        quantized = CHECKS[tool](model, RUN / "exports_cpu" / profile)
-        assert quantized & linears == linears - kept, sorted((quantized & linears) ^ (linears - kept))  # noqa: S101
-        assert not quantized & kept, sorted(quantized & kept)  # noqa: S101
-        print(f"{tool} {version(package)}: {profile}, {len(quantized)} modules quantized, {len(kept)} left alone")
+    for subject, (snapshot, exports) in MODELS.items():
+        batch = torch.load(FOLDER / f"{subject}.pt")
+        for profile, tools in json.loads((exports / "index.json").read_text())["profiles"].items():
+            model = transformers.AutoModelForImageTextToText.from_pretrained(snapshot, dtype=torch.float32).eval()
+            linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+            kept = set(tools[INDEX_OF.get(tool, tool)]["kept"])
+            quantized = CHECKS[tool](model, exports / profile, batch)
+            assert quantized & linears == linears - kept, sorted((quantized & linears) ^ (linears - kept))  # noqa: S101
+            assert not quantized & kept, sorted(quantized & kept)  # noqa: S101
+            counts = f"{len(quantized)} modules quantized, {len(kept)} left alone"
+            print(f"{tool} {version(package)}: {subject}, {profile}: {counts}")
     return 0
 
 
@@ -118,7 +153,7 @@ def imported(path: Path) -> Any:
     return module
 
 
-def by_compressed_tensors(model: torch.nn.Module, folder: Path) -> set[str]:
+def by_compressed_tensors(model: torch.nn.Module, folder: Path, batch: Any) -> set[str]:
     """The recipe's `ignore` and scheme as compressed-tensors applies them, which is what a checkpoint carries."""
     import yaml
     from compressed_tensors.quantization import (
@@ -131,39 +166,50 @@ def by_compressed_tensors(model: torch.nn.Module, folder: Path) -> set[str]:
     modifier = recipe["quant_stage"]["quant_modifiers"]["QuantizationModifier"]
     scheme = preset_name_to_scheme(modifier["scheme"], modifier["targets"])
     apply_quantization_config(model, QuantizationConfig(config_groups={"all": scheme}, ignore=modifier["ignore"]))
-    return {name for name, module in model.named_modules() if hasattr(module, "quantization_scheme")}
+    return with_scheme(model)
 
 
-def by_llmcompressor(model: torch.nn.Module, folder: Path) -> set[str]:
-    """The recipe read and applied by llm-compressor."""
-    from llmcompressor.core import State
-    from llmcompressor.recipe import Recipe
+def by_llmcompressor(model: torch.nn.Module, folder: Path, batch: Any) -> set[str]:
+    """The recipe applied by llm-compressor as its comment says; the checkpoint has no scales of lm_head for vLLM."""
+    from llmcompressor import oneshot
+    from safetensors import safe_open
 
-    recipe = Recipe.create_instance(str(folder / "llm_compressor_recipe.yaml"))
-    state = State(model=model)
-    for modifier in recipe.modifiers:
-        modifier.initialize(state)
-    return {name for name, module in model.named_modules() if hasattr(module, "quantization_scheme")}
+    oneshot(model=model, recipe=str(folder / "llm_compressor_recipe.yaml"))
+    quantized = with_scheme(model)
+    model.save_pretrained(FOLDER / "compressed", save_compressed=True)
+    with safe_open(FOLDER / "compressed" / "model.safetensors", "pt") as file:
+        tensors = set(file.keys())
+    assert sum(name.endswith(".weight_scale") for name in tensors) == len(quantized)  # noqa: S101
+    assert {name for name in tensors if "lm_head" in name} == {"lm_head.weight"}  # noqa: S101
+    return quantized
 
 
-def by_modelopt(model: torch.nn.Module, folder: Path) -> set[str]:
+def with_scheme(model: torch.nn.Module) -> set[str]:
+    """What compressed-tensors is to quantize; lm_head never is, as vLLM would not load it."""
+    found = {name for name, module in model.named_modules() if hasattr(module, "quantization_scheme")}
+    assert "lm_head" in dict(model.named_modules()) and "lm_head" not in found  # noqa: S101
+    return found
+
+
+def by_modelopt(model: torch.nn.Module, folder: Path, batch: Any) -> set[str]:
     import modelopt.torch.quantization as mtq
 
-    batch = torch.load(FOLDER / "batch.pt")
     config = json.loads((folder / "modelopt_quant_cfg.json").read_text())
     quantized = mtq.quantize(model, config, lambda model: model(**batch))
-    return {
-        name.removesuffix(".weight_quantizer")
-        for name, module in quantized.named_modules()
-        if name.endswith(".weight_quantizer") and module.is_enabled
-    }
+    enabled = {name for name, module in quantized.named_modules() if getattr(module, "is_enabled", False)}
+    weights, inputs = (
+        {name.removesuffix(kind) for name in enabled if name.endswith(kind)}
+        for kind in (".weight_quantizer", ".input_quantizer")
+    )
+    assert weights == inputs, sorted(weights ^ inputs)  # noqa: S101
+    assert len(enabled) == len(weights) + len(inputs), sorted(enabled)  # noqa: S101
+    return weights
 
 
-def by_nncf(model: torch.nn.Module, folder: Path) -> set[str]:
+def by_nncf(model: torch.nn.Module, folder: Path, batch: Any) -> set[str]:
     import nncf
     from nncf.torch.function_hook import get_hook_storage
 
-    batch = torch.load(FOLDER / "batch.pt")
     scope = imported(folder / "nncf_ignored_scope.py").ignored_scope(model, batch)
     # A node is named by its place among those of its name, so each module's own node is asked for by itself.
     node_of = {}
@@ -179,7 +225,7 @@ def by_nncf(model: torch.nn.Module, folder: Path) -> set[str]:
     return {name for name, (node,) in node_of.items() if any(hook.startswith(f"{node}__1.") for hook in hooked)}
 
 
-def by_torchao(model: torch.nn.Module, folder: Path) -> set[str]:
+def by_torchao(model: torch.nn.Module, folder: Path, batch: Any) -> set[str]:
     imported(folder / "torchao_quantize.py").quantize(model)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     return {name for name, module in linears.items() if type(module.weight.data) is not torch.Tensor}

@@ -14,6 +14,7 @@ def main() -> int:
     parser.add_argument("--manifest", type=Path, required=True, help="the model's manifest")
     parser.add_argument("--calibration-manifest", type=Path, required=True, help="the calibration set's manifest")
     parser.add_argument("--plan", type=Path, required=True, help="the plan")
+    parser.add_argument("--capture", type=Path, required=True, help="the capture, which says what ran")
     parser.add_argument("--profiles", type=Path, required=True, help="the profiles")
     parser.add_argument(
         "--templates", type=Path, default=Path("workflow/templates/exports"), help="templates of the files"
@@ -25,12 +26,14 @@ def main() -> int:
 
 
 def export_profiles(args: argparse.Namespace) -> None:
-    paths = (args.manifest, args.calibration_manifest, args.plan, args.profiles)
-    manifest, calibration, plan, profiles = (read_json(path) for path in paths)
+    paths = (args.manifest, args.calibration_manifest, args.plan, args.capture, args.profiles)
+    manifest, calibration, plan, capture, profiles = (read_json(path) for path in paths)
     # Names and classes alone are read, so the weights need not be hashed again.
     snapshot = Path(manifest["path"])
     modules, published = module_types(snapshot), tensor_names(snapshot)
-    index = export(args.directory, profiles, plan, modules, published, calibration["batch_size"], args.templates)
+    samples, size = len(calibration["samples"]["calibration"]), calibration["batch_size"]
+    in_whole_batches = samples - samples % size
+    index = export(args.directory, profiles, plan, capture, modules, published, in_whole_batches, args.templates)
     if index["missed"]:
         cli.say(f"no recommended profile: {index['missed']}")
     for tool in index["profiles"].get("recommended", {}).values():

@@ -4,7 +4,9 @@ import fnmatch
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 import yaml
 from test_models import write_snapshot
 
-from auto_quantize_model.exports import TOOLS, common_name, export, regular_expressions
+from auto_quantize_model.exports import IS_FUSED, IS_IDLE, NO_HEAD, TOOLS, common_name, export, regular_expressions
 from auto_quantize_model.files import InputError
 from auto_quantize_model.snapshot import load_model, module_types, tensor_names
 
@@ -35,12 +37,18 @@ def written(tmp_path: Path, tiny_snapshot: Path, modules: Any) -> tuple[Path, di
     return tmp_path / "exports" / "recommended", index["profiles"]["recommended"]
 
 
-def export_kept(directory: Path, kept: list[str], modules: Any, published: Any, excluded: Any = ()) -> dict[str, Any]:
-    profile = {"keep": len(kept), "kept": kept, "sqnr_db": 31.0}
-    plan = {"model": "tiny", "excluded": [{"op_name": name} for name in excluded]}
-    return export(
-        directory, {"profiles": {"recommended": profile}, "missed": ""}, plan, modules, published, 2, TEMPLATES
-    )
+def export_kept(
+    directory: Path, kept: list[str], modules: Any, published: Any, excluded: Any = (), idle: Any = ()
+) -> dict[str, Any]:
+    profiles = {"profiles": {"recommended": {"keep": len(kept), "kept": kept, "sqnr_db": 31.0}}, "missed": ""}
+    executions = dict.fromkeys(kept, [0, 1]) | dict.fromkeys(idle, [0, 0])
+    plan = {
+        "model": "tiny",
+        "ops": [{"op_name": name} for name in executions],
+        "excluded": [{"op_name": name} for name in excluded],
+    }
+    capture = {"executions": executions}
+    return export(directory, profiles, plan, capture, modules, published, 2, TEMPLATES)
 
 
 def linears(modules: dict[str, Any]) -> list[str]:
@@ -93,24 +101,105 @@ def test_the_recipe_means_the_same_modules_under_every_prefix(written: Any, modu
         assert ignored == expected
 
 
-def test_what_a_tool_drops_or_merges_is_named(written: Any) -> None:
+def test_what_a_tool_drops_or_adds_is_named_with_the_reason(written: Any) -> None:
     recipe, torchao, nncf = (written[1][tool] for tool in ("llm_compressor", "torchao", "nncf"))
-    assert recipe["dropped"] == [PATCHES] and recipe["merged"] == [K_PROJ, V_PROJ, GATE_PROJ]
-    assert PATCHES in recipe["notes"][0] and K_PROJ in recipe["notes"][1]
-    assert torchao["dropped"] == [PATCHES] and torchao["merged"] == []
-    assert nncf["dropped"] == nncf["merged"] == nncf["notes"] == []
+    assert recipe["dropped"] == [PATCHES]
+    assert recipe["added"] == dict.fromkeys([K_PROJ, V_PROJ, GATE_PROJ], IS_FUSED)
+    assert recipe["notes"] == [
+        f"Left out, as nothing but Linear is quantized there: {PATCHES}.",
+        f"Kept too ({IS_FUSED}): {K_PROJ}, {V_PROJ}, {GATE_PROJ}.",
+        TOOLS["llm_compressor"].remark,
+    ]
+    assert torchao["dropped"] == [PATCHES] and torchao["added"] == {}
+    assert nncf["dropped"] == [] and nncf["added"] == {} and nncf["notes"] == [TOOLS["nncf"].remark]
 
 
-def test_modelopt_turns_the_kept_off_after_all_was_turned_on(written: Any, modules: Any) -> None:
+def test_every_file_that_takes_a_comment_says_what_its_user_has_to_know(written: Any) -> None:
+    for name, tool in written[1].items():
+        opening = " ".join(
+            line.lstrip("# ")
+            for file in tool["files"]
+            if not file.endswith(".json")
+            for line in (written[0] / Path(file).name).read_text().splitlines()[:9]
+        )
+        assert TOOLS[name].remark in opening or name == "modelopt"
+
+
+def test_llm_compressor_never_quantizes_lm_head(tmp_path: Path, modules: Any) -> None:
+    tools = export_kept(tmp_path / "exports", [Q_PROJ], modules, [])["profiles"]["recommended"]
+    assert [tool for tool in tools if "lm_head" in tools[tool]["kept"]] == ["llm_compressor"]
+    assert tools["llm_compressor"]["added"] == dict.fromkeys([K_PROJ, V_PROJ], IS_FUSED) | {"lm_head": NO_HEAD}
+    assert r"re:(.*\.)?lm_head$" in (tmp_path / "exports/recommended/llm_compressor_recipe.yaml").read_text()
+
+
+def test_a_model_without_lm_head_needs_none_to_be_kept(tmp_path: Path) -> None:
+    modules = {Q_PROJ: torch.nn.Linear}
+    tools = export_kept(tmp_path / "exports", [Q_PROJ], modules, [])["profiles"]["recommended"]
+    assert tools["llm_compressor"]["kept"] == [Q_PROJ]
+
+
+def test_an_op_that_never_ran_is_kept_by_every_tool_that_could_quantize_it(tmp_path: Path, modules: Any) -> None:
+    index = export_kept(tmp_path / "exports", [], modules, [], idle=[PATCHES, UP_PROJ])
+    for tool, entry in index["profiles"]["recommended"].items():
+        unknown = [PATCHES, UP_PROJ] if torch.nn.Conv3d in TOOLS[tool].types else [UP_PROJ]
+        assert [name for name, reason in entry["added"].items() if reason == IS_IDLE] == unknown
+        assert set(unknown) <= set(entry["kept"]) and entry["dropped"] == []
+        assert f"Kept too ({IS_IDLE}): {', '.join(unknown)}." in entry["notes"]
+        assert (entry["added"].get(GATE_PROJ) == IS_FUSED) == TOOLS[tool].fuses
+
+
+def test_a_whole_vision_tower_is_counted_in_the_note_and_named_in_the_index(tmp_path: Path) -> None:
+    tower = [f"model.visual.blocks.{number}.mlp.fc1" for number in range(40)]
+    modules = dict.fromkeys(tower, torch.nn.Linear)
+    entry = export_kept(tmp_path / "exports", [], modules, [], idle=tower)["profiles"]["recommended"]["torchao"]
+    assert list(entry["added"]) == tower
+    assert entry["notes"][0].endswith("model.visual.blocks.11.mlp.fc1 and 28 more.")
+
+
+def test_modelopt_turns_the_kept_off_after_linears_and_convolutions_were_turned_on(written: Any, modules: Any) -> None:
     entries = json.loads((written[0] / "modelopt_quant_cfg.json").read_text())["quant_cfg"]
 
-    def enabled(quantizer: str) -> bool:
-        last = [entry for entry in entries if fnmatch.fnmatch(quantizer, entry["quantizer_name"])]
-        return bool([entry for entry in last if "parent_class" not in entry][-1].get("enable", True))
+    def enabled(module: str, kind: type, quantizer: str) -> bool:
+        """As ModelOpt reads the list: the last entry that matches a quantizer and its module's class decides."""
+        name = f"{module}.{quantizer}"
+        found = [entry for entry in entries if fnmatch.fnmatch(name, entry["quantizer_name"])]
+        mine = [entry for entry in found if entry.get("parent_class") in (None, f"nn.{kind.__name__}")]
+        return bool(mine[-1].get("enable", True))
 
-    off = {name for name in linears(modules) if not enabled(f"{name}.weight_quantizer")}
-    assert off == {"lm_head", Q_PROJ, K_PROJ, V_PROJ, UP_PROJ, GATE_PROJ}
-    assert not enabled(f"{PATCHES}.input_quantizer")
+    assert entries[0] == {"quantizer_name": "*", "enable": False}
+    everything = modules | {"model.visual.blocks.0.norm1": torch.nn.LayerNorm}
+    for quantizer in ("weight_quantizer", "input_quantizer"):
+        on = {name for name, kind in everything.items() if enabled(name, kind, quantizer)}
+        assert on == set(linears(modules)) - {"lm_head", Q_PROJ, K_PROJ, V_PROJ, UP_PROJ, GATE_PROJ}
+        assert enabled("model.other.proj", torch.nn.Conv3d, quantizer)
+    assert not enabled("model.language_model.layers.0.self_attn", torch.nn.Module, "q_bmm_quantizer")
+
+
+def nncf_that_traces(ran: list[str]) -> ModuleType:
+    """What the exported function calls of NNCF, for a trace in which the modules of `ran` are all that ran."""
+    weights = [SimpleNamespace(node_name=f"{name}.weight", node_type="nncf_model_const") for name in ran]
+    graph = SimpleNamespace(
+        get_all_nodes=lambda: weights,
+        get_next_nodes=lambda node: [SimpleNamespace(node_name=f"{node.node_name}/linear/0", node_type="linear")],
+    )
+    nncf: Any = ModuleType("nncf")
+    nncf.build_graph = lambda traced, example_input: graph
+    nncf.IgnoredScope = lambda names, validate: names
+    return nncf
+
+
+def test_nncf_passes_over_what_does_not_run_if_it_never_ran(
+    tmp_path: Path, tiny_snapshot: Path, modules: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_kept(tmp_path / "exports", [Q_PROJ], modules, [], idle=[UP_PROJ])
+    ignored_scope = imported(tmp_path / "exports" / "recommended" / "nncf_ignored_scope.py").ignored_scope
+    model = load_model(tiny_snapshot)
+    for ran in ([Q_PROJ], [Q_PROJ, UP_PROJ]):
+        monkeypatch.setitem(sys.modules, "nncf", nncf_that_traces(ran))
+        assert ignored_scope(model, {}) == [f"{name}.weight/linear/0" for name in ran]
+    monkeypatch.setitem(sys.modules, "nncf", nncf_that_traces([UP_PROJ]))
+    with pytest.raises(ValueError, match=f"{re.escape(Q_PROJ)}: NNCF's graph has no node of it"):
+        ignored_scope(model, {})
 
 
 def test_torchao_filters_the_kept_out(written: Any, tiny_snapshot: Path, modules: Any) -> None:

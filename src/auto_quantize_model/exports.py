@@ -1,13 +1,15 @@
 """A profile in the words of the tools that apply it: what each of them has to leave unquantized.
 
-In: a profile's ops, INC's plan, and the model's modules. Out: files per tool, and what was dropped or merged for it. A
-name that would match anything but the module that it stands for is refused before a file is written.
+In: profiles, INC's plan, the capture, and the model's modules. Out: files per tool, and what was dropped or added for
+it. A name that would match anything but the module that it stands for is refused before a file is written.
 """
 
 import re
 import shutil
+import textwrap
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,13 @@ Modules = dict[str, type[torch.nn.Module]]
 FP32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
 # Serving engines hold these as one matrix, which has one scheme: keeping one of them keeps all.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+IS_FUSED = "serving engines hold it in one matrix with a kept op"
+IS_IDLE = "did not run on any batch that was scored, so nothing is known of it"
+# To vLLM an lm_head is no `Linear`, so it has no place for such a one's scales (vllm-project/llm-compressor#1820).
+NO_HEAD = (
+    "vLLM loads no lm_head that was quantized as a Linear, so it stays as it is and the weights take more bytes than"
+    " the profile says"
+)
 # What stands before an op's own name in transformers 5, in published checkpoints and in vLLM.
 PREFIXES = re.compile(r"^(model\.)?(language_model\.)?(model\.)?")
 
@@ -29,23 +38,27 @@ PREFIXES = re.compile(r"^(model\.)?(language_model\.)?(model\.)?")
 class Tool:
     """A tool that quantizes modules of the classes `types`, holding those of `FUSED` as one where `fuses` says so.
 
-    `files` turns {module name: its common name} into {file name: text}.
+    `files` turns {module name: its common name}, the header of a file and the context into {file name: text}. `remark`
+    is what its user has to know. `never` is {module: reason} of what it must not quantize, whatever the profile says.
     """
 
     title: str
     types: tuple[type[torch.nn.Module], ...]
     fuses: bool
-    files: Callable[[dict[str, str], "Context"], dict[str, str]]
+    files: Callable[[dict[str, str], str, "Context"], dict[str, str]]
+    remark: str
+    never: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every file of an export may name: the model, the profile, its numbers, and the templates' folder."""
+    """What every file of an export may name; `idle` are the plan's ops that ran on no scored batch."""
 
     model: str
     profile: str
     measured: dict[str, Any]
-    batch_size: int
+    idle: Sequence[str]
+    calibration_samples: int
     templates: Path
 
 
@@ -62,13 +75,14 @@ def export_profile(
         context: what the files name.
 
     Returns:
-        {file name: text}, and {tool: {title, files, kept, dropped, merged, notes}}: `kept` are the modules that the
-        tool is told to leave alone, `dropped` those that it never quantizes, `merged` those that a fused one brings in.
+        {file name: text}, and {tool: {title, files, kept, dropped, added, notes}}: `kept` are all modules that the
+        tool is told to leave alone, `dropped` the profile's ops that it never quantizes, and `added` is
+        {module: reason} of what is kept for another reason than the profile or the plan.
 
     Raises:
         InputError: an op that the model does not have, or a name that means more than one module.
     """
-    if missing := sorted(set(kept) - set(modules)):
+    if missing := sorted({*kept, *context.idle} - set(modules)):
         raise InputError(
             f"profile {context.profile}: {missing[0]} is no module of {context.model}; make the plan again"
             " (snakemake --cores 1 --forcerun plan_quantization)"
@@ -76,33 +90,40 @@ def export_profile(
     texts: dict[str, str] = {}
     tools: dict[str, Any] = {}
     for name, tool in TOOLS.items():
-        wanted = [*kept, *(op for op in excluded if issubclass(modules[op], tool.types))]
-        covered = [op for op in wanted if issubclass(modules[op], tool.types)]
+        covered = [op for op in (*kept, *excluded) if issubclass(modules[op], tool.types)]
         dropped = [op for op in kept if op not in covered]
-        merged = siblings(covered, modules) if tool.fuses else []
-        told = [*covered, *merged]
-        written = tool.files({op: common_name(op, modules, published) for op in told}, context)
+        added = additions(covered, tool, modules, context.idle)
+        told = [*covered, *added]
+        written = tool.files({op: common_name(op, modules, published) for op in told}, heading(tool, context), context)
         texts |= written
-        tools[name] = {
-            "title": tool.title,
-            "files": sorted(written),
-            "kept": told,
-            "dropped": dropped,
-            "merged": merged,
-            "notes": notes(dropped, merged, tool),
-        }
+        tools[name] = {"title": tool.title, "files": sorted(written), "kept": told, "dropped": dropped, "added": added}
+        tools[name]["notes"] = notes(dropped, added, tool)
     return texts, tools
 
 
-def notes(dropped: Sequence[str], merged: Sequence[str], tool: Tool) -> list[str]:
+def additions(covered: Sequence[str], tool: Tool, modules: Modules, idle: Iterable[str]) -> dict[str, str]:
+    """Each module that a tool has to leave alone beside those of `covered`, with the reason."""
+    unknown = [name for name in idle if issubclass(modules[name], tool.types)]
+    fused = siblings([*covered, *unknown], modules) if tool.fuses else []
+    found = dict.fromkeys(unknown, IS_IDLE) | dict.fromkeys(fused, IS_FUSED) | tool.never
+    return {name: reason for name, reason in found.items() if name in modules and name not in covered}
+
+
+def notes(dropped: Sequence[str], added: dict[str, str], tool: Tool) -> list[str]:
     """What a reader has to know of a tool's export, in words."""
     types = ", ".join(kind.__name__ for kind in tool.types)
     found = []
     if dropped:
-        found.append(f"Left out, as nothing but {types} is quantized there: {', '.join(dropped)}.")
-    if merged:
-        found.append(f"Kept too, as serving engines hold them in one matrix with a kept op: {', '.join(merged)}.")
-    return found
+        found.append(f"Left out, as nothing but {types} is quantized there: {listed(dropped)}.")
+    for reason in dict.fromkeys(added.values()):
+        found.append(f"Kept too ({reason}): {listed([name for name in added if added[name] == reason])}.")
+    return [*found, tool.remark]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names, or the first of very many: a whole vision tower may be idle."""
+    more = len(names) - 12
+    return ", ".join(names) if more <= 0 else f"{', '.join(names[:12])} and {more} more"
 
 
 def siblings(kept: Sequence[str], modules: Modules) -> list[str]:
@@ -142,64 +163,50 @@ def regular_expressions(names: Iterable[str]) -> list[str]:
     return [rf"(.*\.)?{re.escape(name)}$" for name in names]
 
 
-def inc_files(kept: dict[str, str], context: Context) -> dict[str, str]:
+def inc_files(kept: dict[str, str], header: str, context: Context) -> dict[str, str]:
     """INC 2.6 matches its own name of an op whole; it calls a lone Linear `NAME.module`."""
     op_name_dict = {rf"{re.escape(name)}(\.module)?": FP32 for name in kept}
-    return {
-        "inc_op_name_dict.json": canonical_json(op_name_dict),
-        "inc_quantize.py": rendered("inc_quantize.py.j2", kept, context),
-    }
+    script = python_file("inc_quantize.py", kept, header, context)
+    return {"inc_op_name_dict.json": canonical_json(op_name_dict), **script}
 
 
-def llm_compressor_files(kept: dict[str, str], context: Context) -> dict[str, str]:
+def llm_compressor_files(kept: dict[str, str], header: str, context: Context) -> dict[str, str]:
     """A recipe; what its `ignore` matches, llm-compressor writes into the checkpoint, where vLLM reads it."""
-    modifier = {
-        "targets": ["Linear"],
-        "scheme": "W8A8",
-        "ignore": [f"re:{pattern}" for pattern in regular_expressions(kept.values())],
-    }
+    ignore = [f"re:{pattern}" for pattern in regular_expressions(kept.values())]
+    modifier = {"targets": ["Linear"], "scheme": "W8A8", "ignore": ignore}
     recipe = {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}
-    text = yaml.safe_dump(recipe, sort_keys=False, width=1000)
-    return {"llm_compressor_recipe.yaml": f"# {heading(context)}\n{text}"}
+    comment = textwrap.indent(header, "# ", lambda line: True).replace("# \n", "#\n")
+    return {"llm_compressor_recipe.yaml": f"{comment}\n{yaml.safe_dump(recipe, sort_keys=False, width=1000)}"}
 
 
-def modelopt_files(kept: dict[str, str], context: Context) -> dict[str, str]:
+def modelopt_files(kept: dict[str, str], header: str, context: Context) -> dict[str, str]:
     """A quantization config: entries by wildcard, of which a later one overrides those before it.
 
-    It is not built on ModelOpt's own INT8 default, which leaves out lm_head and every vision tower unmeasured.
+    It is not built on ModelOpt's own INT8 default, which leaves out lm_head and every vision tower unmeasured. Classes
+    are named because a bare `*input_quantizer` means that of an nn.LayerNorm too, which was never measured.
     """
-    int8 = [
-        {"quantizer_name": "*", "enable": False},
-        {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}},
-        {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": 8, "axis": None}},
-        {"quantizer_name": "*", "parent_class": "nn.Embedding", "enable": False},
-    ]
-    off = [{"quantizer_name": f"*{name}.*", "enable": False} for name in kept.values()]
-    return {"modelopt_quant_cfg.json": canonical_json({"quant_cfg": int8 + off, "algorithm": "max"})}
+    quant_cfg: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for parent_class in ("nn.Linear", "nn.Conv3d"):
+        for quantizer, axis in (("*weight_quantizer", 0), ("*input_quantizer", None)):
+            int8 = {"num_bits": 8, "axis": axis}
+            quant_cfg.append({"quantizer_name": quantizer, "parent_class": parent_class, "cfg": int8})
+    quant_cfg += [{"quantizer_name": f"*{name}.*", "enable": False} for name in kept.values()]
+    return {"modelopt_quant_cfg.json": canonical_json({"quant_cfg": quant_cfg, "algorithm": "max"})}
 
 
-def nncf_files(kept: dict[str, str], context: Context) -> dict[str, str]:
-    """A function: NNCF's names of the nodes are known once it has traced the model."""
-    return {"nncf_ignored_scope.py": rendered("nncf_ignored_scope.py.j2", kept, context)}
-
-
-def torchao_files(kept: dict[str, str], context: Context) -> dict[str, str]:
-    """The `filter_fn` of `quantize_`, which says what is quantized."""
-    return {"torchao_quantize.py": rendered("torchao_quantize.py.j2", kept, context)}
-
-
-def heading(context: Context) -> str:
-    """One line that says what a file is."""
+def heading(tool: Tool, context: Context) -> str:
+    """What a file is, and what its user has to know."""
     measured = context.measured
     sqnr = "no error" if measured["sqnr_db"] is None else f"{measured['sqnr_db']:.2f} dB"
-    return (
+    what = (
         f"Profile {context.profile} of {context.model}: {measured['keep']} ops in FP32,"
         f" {sqnr} SQNR on held-out samples as measured with INC's INT8."
     )
+    return f"{what}\n\n{textwrap.fill(tool.remark, 118)}"
 
 
-def rendered(template: str, kept: dict[str, str], context: Context) -> str:
-    """A Python file from its template; names reach it as Python's own literals."""
+def python_file(name: str, kept: dict[str, str], header: str, context: Context) -> dict[str, str]:
+    """A Python file from its template; names of modules reach it as Python's own literals."""
     environment = Environment(  # noqa: S701  Python, not HTML
         loader=FileSystemLoader(context.templates),
         undefined=StrictUndefined,
@@ -208,18 +215,37 @@ def rendered(template: str, kept: dict[str, str], context: Context) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["pyrepr"] = repr
-    return environment.get_template(template).render(
-        heading=heading(context), batch_size=context.batch_size, patterns=regular_expressions(kept.values())
+    text = environment.get_template(f"{name}.j2").render(
+        header=header,
+        calibration_samples=context.calibration_samples,
+        patterns=regular_expressions(kept.values()),
+        idle=regular_expressions(kept[op] for op in context.idle if op in kept),
     )
+    return {name: text}
 
 
 LINEAR, CONV, EMBEDDING = torch.nn.Linear, torch.nn.Conv3d, torch.nn.Embedding
+FOR_INC = "For INC 2.6 alone; 3.x has another API."
+FOR_LLM_COMPRESSOR = (
+    "W8A8 has per-channel weights and dynamic, per-token, symmetric activations; the profile was measured with INC's"
+    ' static per-tensor ones. Use: oneshot(model=<loaded model>, recipe="llm_compressor_recipe.yaml"), then'
+    " model.save_pretrained(<folder>, save_compressed=True). vLLM runs INT8 on Turing to Hopper GPUs."
+)
+FOR_MODELOPT = "Needs ModelOpt 0.44 or later. vLLM serves no INT8 checkpoint of ModelOpt."
+FOR_NNCF = "Needs NNCF 3.0 or later. Nodes that read no module's weight (attention's products) are NNCF's own choice."
+FOR_TORCHAO = (
+    "Weights are per channel, activations dynamic and per token; the profile was measured with INC's static per-tensor"
+    " ones. Outside of torch.compile, a matrix whose side is no multiple of 8 takes a slow way on a GPU."
+)
+ALL = (LINEAR, CONV, EMBEDDING)
 TOOLS = {
-    "inc": Tool("Intel Neural Compressor", (LINEAR, CONV, EMBEDDING), False, inc_files),
-    "llm_compressor": Tool("llm-compressor and vLLM", (LINEAR,), True, llm_compressor_files),
-    "modelopt": Tool("NVIDIA ModelOpt", (LINEAR, CONV), True, modelopt_files),
-    "nncf": Tool("NNCF", (LINEAR, CONV, EMBEDDING), False, nncf_files),
-    "torchao": Tool("torchao", (LINEAR,), False, torchao_files),
+    "inc": Tool("Intel Neural Compressor", ALL, False, inc_files, FOR_INC),
+    "llm_compressor": Tool(
+        "llm-compressor and vLLM", (LINEAR,), True, llm_compressor_files, FOR_LLM_COMPRESSOR, {"lm_head": NO_HEAD}
+    ),
+    "modelopt": Tool("NVIDIA ModelOpt", (LINEAR, CONV), True, modelopt_files, FOR_MODELOPT),
+    "nncf": Tool("NNCF", ALL, False, partial(python_file, "nncf_ignored_scope.py"), FOR_NNCF),
+    "torchao": Tool("torchao", (LINEAR,), False, partial(python_file, "torchao_quantize.py"), FOR_TORCHAO),
 }
 
 
@@ -227,9 +253,10 @@ def export(
     directory: Path,
     profiles: dict[str, Any],
     plan: dict[str, Any],
+    capture: dict[str, Any],
     modules: Modules,
     published: Collection[str],
-    batch_size: int,
+    calibration_samples: int,
     templates: Path,
 ) -> dict[str, Any]:
     """Write every profile for every tool, DIRECTORY/PROFILE/FILE, and DIRECTORY/index.json, which lists them.
@@ -238,9 +265,10 @@ def export(
         directory: written anew; what it held is gone.
         profiles: as `profiles.build_profiles` returns it.
         plan: what the profiles are of.
+        capture: of the plan; says which ops never ran.
         modules: as `snapshot.module_types` returns it.
         published: as `snapshot.tensor_names` returns it.
-        batch_size: samples of the calibration batch.
+        calibration_samples: how many samples the profiles' scales come from.
         templates: the folder of the files' templates.
 
     Returns:
@@ -250,20 +278,16 @@ def export(
         InputError: as `export_profile` says; nothing is written then.
     """
     left_out = [op["op_name"] for op in plan["excluded"]]
+    idle = [op["op_name"] for op in plan["ops"] if not any(capture["executions"][op["op_name"]])]
     texts: dict[str, str] = {}
     index: dict[str, Any] = {}
     for name, profile in profiles["profiles"].items():
-        context = Context(plan["model"], name, profile, batch_size, templates)
+        context = Context(plan["model"], name, profile, idle, calibration_samples, templates)
         files, index[name] = export_profile(profile["kept"], left_out, modules, published, context)
         texts |= {f"{name}/{file}": text for file, text in files.items()}
         for tool in index[name].values():
             tool["files"] = [f"{directory.name}/{name}/{file}" for file in tool["files"]]
-    document = {
-        "model": plan["model"],
-        "plan_digest": digest_of(plan),
-        "profiles": index,
-        "missed": profiles["missed"],
-    }
+    document = {"model": plan["model"], "plan_digest": digest_of(plan), "profiles": index, "missed": profiles["missed"]}
     shutil.rmtree(directory, ignore_errors=True)
     for file, text in texts.items():
         write_text(directory / file, text)
