@@ -42,10 +42,8 @@ def capture(args: argparse.Namespace) -> None:
     processor = load_processor(directory, calibration["image_backend"])
     batches = load_batches(args.calibration_set, calibration, processor)
     with Journal(args.capture.with_name(f"{args.capture.name}.journal"), fingerprint(plan, device)) as journal:
-        if journal.dropped:
-            cli.say(f"capture: starting over, {journal.dropped} since the scores of an earlier run")
-        elif journal.found:
-            cli.say(f"capture: going on from {journal.found} records of an earlier run")
+        if news := journal.news():
+            cli.say(f"capture: {news}")
         with explained_out_of_memory(device), cli.progress_bar("capture") as on_progress:
             model: torch.nn.Module = load_model(directory)
             captured, record = capture_sensitivity(model.to(device), batches, plan, journal, on_progress)

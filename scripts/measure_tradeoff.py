@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,38 +29,46 @@ def main() -> int:
     parser.add_argument("--greedy-candidates", type=int, default=0, help="ops that each greedy step tries; 0: no steps")
     parser.add_argument("--greedy-ops", type=int, default=0, help="ops that are chosen greedily")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to replay")
+    parser.add_argument("--tf32", action="store_true", help="let a GPU round float32 products to TF32")
+    parser.add_argument("--nondeterministic", action="store_true", help="let torch choose faster algorithms")
     parser.add_argument("--tradeoff", type=Path, required=True, help="the result (JSON); a journal lies beside")
     parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
     args = parser.parse_args()
     cli.end_with_parent()
-    return cli.run(lambda: write_json(args.tradeoff, tradeoff(args)), args.log)
+    return cli.run(lambda: tradeoff(args), args.log)
 
 
-def tradeoff(args: argparse.Namespace) -> dict[str, Any]:
+def tradeoff(args: argparse.Namespace) -> None:
     if not args.batches:
-        return {"status": "not_measured", "reason": "tradeoff.heldout_batches is 0"}
+        write_json(args.tradeoff, {"status": "not_measured", "reason": "tradeoff.heldout_batches is 0"})
+        return
     paths = (args.manifest, args.calibration_manifest, args.plan, args.capture)
     manifest, calibration, plan, capture = (read_json(path) for path in paths)
     require_plan_of(plan, manifest, calibration)
     directory = verify_manifest(manifest)
-    device = choose_device(args.device)
+    device = choose_device(args.device, tf32=args.tf32, deterministic=not args.nondeterministic)
     require_memory(count_parameters(directory), device)
     processor = load_processor(directory, calibration["image_backend"])
-    batch = load_batches(args.calibration_set, calibration, processor)[0]
+    batches = load_batches(args.calibration_set, calibration, processor)
     heldout, answers = load_heldout(args.heldout_set, calibration, processor, args.batches)
     model: torch.nn.Module = load_model(directory)
     if refused := refusals(model, plan["ops"]):
-        return {"status": "not_measured", "reason": f"{len(refused)} ops, such as {min(refused)}, cannot be replayed"}
+        reason = f"{len(refused)} ops, such as {min(refused)}, cannot be replayed"
+        write_json(args.tradeoff, {"status": "not_measured", "reason": reason})
+        return
     ranking = most_sensitive_first(plan, capture)
     greedy = Greedy(args.greedy_candidates, args.greedy_ops)
     of = fingerprint(plan, device) | {"ranking": digest_of(ranking), "batches": args.batches, "greedy": vars(greedy)}
     with Journal(args.tradeoff.with_name(f"{args.tradeoff.name}.journal"), of) as journal:
+        if news := journal.news():
+            cli.say(f"trade-off: {news}")
         with explained_out_of_memory(device), cli.progress_bar("trade-off") as on_progress:
             found = measure_tradeoff(
-                model.to(device), plan, ranking, batch, heldout, answers, journal, greedy, on_progress
+                model.to(device), plan, ranking, batches, heldout, answers, journal, greedy, on_progress
             )
+        measured_by = {"status": "measured", "device": device.type, "threads": torch.get_num_threads()}
+        write_json(args.tradeoff, measured_by | found)
         journal.remove()
-    return {"status": "measured", "device": device.type, "threads": torch.get_num_threads(), **found}
 
 
 if __name__ == "__main__":

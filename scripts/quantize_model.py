@@ -47,12 +47,12 @@ def quantize_model(args: argparse.Namespace) -> None:
     op_name_dict = read_json(args.exports / args.profile / "inc_op_name_dict.json")
     directory = verify_manifest(manifest)
     processor = load_processor(directory, calibration["image_backend"])
-    batch = load_batches(args.calibration_set, calibration, processor)[0]
+    batches = load_batches(args.calibration_set, calibration, processor)
     heldout, answers = load_heldout(args.heldout_set, calibration, processor, tradeoff["batches"])
     with incs_surroundings(tradeoff["threads"]):
         model = load_model(directory)
         references = [Reference(logits(model, batch), batch.get("mm_token_type_ids")) for batch in heldout]
-        quantize(model, batch, op_name_dict, args.directory)
+        quantize(model, batches, op_name_dict, args.directory)
         del model  # before the next one is loaded
         quantized = load_quantized(args.directory, load_model(directory))
         with cli.progress_bar("INC's INT8 model") as on_batch:

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from auto_quantize_model.digits import LIMITS, digit_samples
 from auto_quantize_model.exports import FP32
 from auto_quantize_model.files import InputError
 from auto_quantize_model.journal import Journal
@@ -12,6 +14,7 @@ from auto_quantize_model.metrics import Reference
 from auto_quantize_model.plan import SensitivitySpec, build_plan
 from auto_quantize_model.profiles import Target, build_profiles
 from auto_quantize_model.quantize import WEIGHTS, compared, load_quantized, logits, measure_error, quantize
+from auto_quantize_model.samples import Processor, collate, encode
 from auto_quantize_model.snapshot import load_model
 from auto_quantize_model.tradeoff import measure_tradeoff
 
@@ -20,14 +23,22 @@ ANSWERS: list[list[range | None]] = [[None]]
 
 
 @pytest.fixture(scope="module")
-def profiles(tiny_snapshot: Path, batches: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Profiles of the tiny model, measured on the second batch with the scales of the first."""
+def heldout(processor: Processor) -> dict[str, torch.Tensor]:
+    """A digit that sets no scale."""
+    return collate([encode(sample, processor, LIMITS) for sample in digit_samples([2])])
+
+
+@pytest.fixture(scope="module")
+def profiles(
+    tiny_snapshot: Path, batches: Any, heldout: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Profiles of the tiny model, measured on the held-out digit with the scales of two batches."""
     model = load_model(tiny_snapshot)
     plan = build_plan(model, batches, SensitivitySpec("replay", 1, ("isolated",)))
     ranking = [op["op_name"] for op in plan["ops"]]
     with Journal(tmp_path_factory.mktemp("tradeoff") / "journal", {}) as journal:
-        found = measure_tradeoff(model, plan, ranking, batches[0], batches[1:], ANSWERS, journal)
-    return build_profiles({"status": "measured", **found}, Target())["profiles"]
+        found = measure_tradeoff(model, plan, ranking, batches, [heldout], ANSWERS, journal)
+    return build_profiles({"status": "measured", **found}, Target(min_sqnr_db=0))["profiles"]
 
 
 def op_name_dict(kept: list[str]) -> dict[str, Any]:
@@ -36,26 +47,26 @@ def op_name_dict(kept: list[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["recommended", "max"])
 def test_the_saved_and_loaded_model_has_the_error_of_its_profile(
-    tiny_snapshot: Path, batches: Any, profiles: dict[str, Any], tmp_path: Path, name: str
+    tiny_snapshot: Path, batches: Any, heldout: Any, profiles: dict[str, Any], tmp_path: Path, name: str
 ) -> None:
     model, profile = load_model(tiny_snapshot), profiles[name]
-    reference = Reference(logits(model, batches[1]), None)
-    quantize(model, batches[0], op_name_dict(profile["kept"]), tmp_path)
+    reference = Reference(logits(model, heldout), None)
+    quantize(model, batches, op_name_dict(profile["kept"]), tmp_path)
     assert (tmp_path / WEIGHTS).is_file()
     loaded = load_quantized(tmp_path, load_model(tiny_snapshot))
-    found = measure_error([reference], loaded, batches[1:], ANSWERS)
+    found = measure_error([reference], loaded, [heldout], ANSWERS)
     record = compared(name, profile, found, "cpu")
     assert record["status"] == "bit_identical"
     assert 0 < found["relative_error"] == profile["relative_error"]  # type: ignore[operator]
 
 
 def test_another_keep_list_has_another_error(
-    tiny_snapshot: Path, batches: Any, profiles: dict[str, Any], tmp_path: Path
+    tiny_snapshot: Path, batches: Any, heldout: Any, profiles: dict[str, Any], tmp_path: Path
 ) -> None:
     model = load_model(tiny_snapshot)
-    reference = Reference(logits(model, batches[1]), None)
-    quantize(model, batches[0], op_name_dict(profiles["max"]["kept"][1:]), tmp_path)
-    found = measure_error([reference], load_quantized(tmp_path, load_model(tiny_snapshot)), batches[1:], ANSWERS)
+    reference = Reference(logits(model, heldout), None)
+    quantize(model, batches, op_name_dict(profiles["max"]["kept"][1:]), tmp_path)
+    found = measure_error([reference], load_quantized(tmp_path, load_model(tiny_snapshot)), [heldout], ANSWERS)
     with pytest.raises(InputError, match="profile max: relative_error was measured as .* do not use this profile"):
         compared("max", profiles["max"], found, "cpu")
     assert compared("max", profiles["max"], found, "cuda")["status"] == "measured_elsewhere"
@@ -63,4 +74,4 @@ def test_another_keep_list_has_another_error(
 
 def test_nothing_left_to_quantize_is_refused(tiny_snapshot: Path, batches: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="INC quantized nothing: this profile keeps every op"):
-        quantize(load_model(tiny_snapshot), batches[0], op_name_dict([".*"]), tmp_path)
+        quantize(load_model(tiny_snapshot), batches, op_name_dict([".*"]), tmp_path)

@@ -24,6 +24,7 @@ from auto_quantize_model.tradeoff import (
     model_bytes,
     orders,
     right_answers,
+    summary,
 )
 
 
@@ -42,6 +43,8 @@ def test_keep_lists_grow_from_none_to_all(ops: int) -> None:
     sizes = keep_sizes(ops)
     assert sizes == sorted(set(sizes)) and sizes[0] == 0 and sizes[-1] == ops
     assert all(after <= 1.5 * before for before, after in zip(sizes[3:], sizes[4:], strict=False))
+    assert set(keep_sizes(ops, 5)) - set(sizes) <= {5}
+    assert (5 in keep_sizes(ops, 5)) == (ops >= 5)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=20))
@@ -58,8 +61,10 @@ def curve(*values: float | None) -> list[dict[str, Any]]:
     return [{"keep": size, "sqnr_db": value} for size, value in zip((0, 1, 3), values, strict=True)]
 
 
-def test_the_gain_is_the_area_between_two_curves_over_their_range() -> None:
-    assert gain(curve(10, 20, 30), curve(10, 10, 30)) == (0.5 * 1 * 10 + 0.5 * 2 * 10) / 3
+def test_the_gain_is_the_area_between_two_curves_in_which_each_doubling_counts_the_same() -> None:
+    # 1 + kept is 1, 2 and 4: two doublings.
+    assert gain(curve(10, 20, 30), curve(10, 10, 30)) == pytest.approx(5)
+    assert gain(curve(10, 20, 40), curve(10, 10, 10)) == pytest.approx((5 + 20) / 2)
     assert gain(curve(10, 20, None), curve(10, 10, None)) == 5
     assert gain(curve(10, None, None), curve(10, None, None)) is None
 
@@ -95,12 +100,57 @@ def test_a_batch_taken_up_keeps_the_scales_of_the_calibration(model: Any, plan: 
         assert torch.equal(replay.run(names), calibrated)
 
 
+def test_scales_are_of_all_calibration_batches_and_an_op_counts_its_runs_of_one(
+    model: Any, plan: Any, batches: Any
+) -> None:
+    names = [op["op_name"] for op in plan["ops"]]
+    with Replay(model, plan["ops"], plan["measured_op"]) as replay:
+        replay.calibrate(batches[1])
+        (alone, executions), order = (replay.run(names).clone(), replay.executions), replay.order
+        replay.calibrate(*batches)
+        assert (replay.executions, replay.order) == (executions, order)
+        assert not torch.equal(replay.run(names), alone)
+        together = {name: vars(site).get("in_scale") for name, site in replay.sites.items()}
+        replay.calibrate(*batches[::-1])
+        first = {name: vars(site).get("in_scale") for name, site in replay.sites.items()}
+        # Histograms are merged in the order of the batches; they cover the same range.
+        assert all(
+            torch.allclose(first[name], scale, rtol=0.05) for name, scale in together.items() if scale is not None
+        )
+
+
+def test_the_worst_batch_stands_beside_the_sum_of_all() -> None:
+    records = [{"mse_value": error, "kl_divergence": 0.1, "top1_agreement": 1.0, "right": 0} for error in (1.0, 4.0)]
+    point = summary(records, [100.0, 40.0], 0)
+    assert point["sqnr_db_lowest"] == pytest.approx(10) and point["relative_error"] == 5 / 140
+    records[1]["mse_value"] = records[0]["mse_value"] = 0.0
+    assert summary(records, [100.0, 40.0], 0)["sqnr_db_lowest"] is None
+
+
+def test_an_interrupted_measurement_goes_on_and_gives_the_same(
+    model: Any, plan: Any, batches: Any, tmp_path: Path
+) -> None:
+    ranking, greedy = [op["op_name"] for op in plan["ops"]], Greedy(candidates=2, ops=2)
+    data = (model, plan, ranking, batches[:1], batches[1:], [[None]])
+
+    def stop_half_way(done: int, total: int) -> None:
+        if 2 * done > total > greedy.runs(len(ranking)):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Journal(tmp_path / "journal", {}) as journal:
+        measure_tradeoff(*data, journal, greedy, stop_half_way)
+    with Journal(tmp_path / "journal", {}) as journal, Journal(tmp_path / "another", {}) as another:
+        assert journal.found and journal.news() == f"going on from {journal.found} records of an earlier run"
+        assert measure_tradeoff(*data, journal, greedy) == measure_tradeoff(*data, another, greedy)
+        assert len(another.records) == len(journal.records) > journal.found
+
+
 def test_the_curves_begin_and_end_together(model: Any, plan: Any, batches: Any, tmp_path: Path) -> None:
     ranking = [op["op_name"] for op in plan["ops"]]
     answers: list[list[range | None]] = [[None]]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with Journal(tmp_path / "journal", {}) as journal:
-        found = measure_tradeoff(model, plan, ranking, batches[0], batches[1:], answers, journal)
+        found = measure_tradeoff(model, plan, ranking, batches[:1], batches[1:], answers, journal)
     for points in found["curves"].values():
         assert points[0] == found["curves"]["ranking"][0]
         assert points[-1]["relative_error"] == 0 and points[-1]["sqnr_db"] is None
@@ -116,14 +166,14 @@ def test_the_curves_begin_and_end_together(model: Any, plan: Any, batches: Any, 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with Journal(tmp_path / "journal", {}) as journal:
         assert journal.found
-        assert found == measure_tradeoff(model, plan, ranking, batches[0], batches[1:], answers, journal)
+        assert found == measure_tradeoff(model, plan, ranking, batches[:1], batches[1:], answers, journal)
 
 
 def test_greedy_keeps_what_helps_most_in_the_state_reached(model: Any, plan: Any, batches: Any, tmp_path: Path) -> None:
     ranking = [op["op_name"] for op in plan["ops"]]
     ops, greedy = frozenset(ranking), Greedy(candidates=3, ops=2)
     with Journal(tmp_path / "journal", {}) as journal:
-        found = measure_tradeoff(model, plan, ranking, batches[0], batches[1:], [[None]], journal, greedy)
+        found = measure_tradeoff(model, plan, ranking, batches[:1], batches[1:], [[None]], journal, greedy)
     chosen = [name for point in found["curves"]["greedy"] for name in point["added"]]
     with Replay(model, plan["ops"], plan["measured_op"]) as replay:
         reference = replay.calibrate(batches[0]).clone()

@@ -18,6 +18,8 @@ from auto_quantize_model.journal import Journal
 from auto_quantize_model.metrics import Reference
 from auto_quantize_model.replay import Batch, Replay, refusals, states
 
+# What only shows or uses scores: an edit there leaves a journal good. A module that is not named here does not.
+SHOWING = {"archive", "compare", "exports", "figures", "page", "profiles", "quantize", "report", "trust", "words"}
 Progress = Callable[[int, int], None]  # done and total, in runs of a block (replay) or ops (INC)
 
 
@@ -168,7 +170,7 @@ def _assemble(plan: dict[str, Any], records: dict[str, Any], device: torch.devic
 
 def fingerprint(plan: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """What the scores of a capture depend on: a journal made under another one is of no use."""
-    library = sorted(Path(__file__).parent.glob("*.py"))
+    library = [path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in SHOWING]
     return {
         "plan": digest_of(plan),
         "model": plan["model_digest"],

@@ -63,10 +63,23 @@ class Journal:
         changed = [key for key in {**before, **fingerprint} if before.get(key) != fingerprint.get(key)]
         return {}, f"{', '.join(changed)} changed"
 
+    def news(self) -> str:
+        """What became of the records of an earlier run, in words; empty without one."""
+        if self.dropped:
+            return f"starting over, {self.dropped} since the records of an earlier run"
+        return f"going on from {self.found} records of an earlier run" if self.found else ""
+
     def add(self, key: str, value: Any) -> None:
-        """Put a record on disk."""
+        """Put a record on disk.
+
+        Raises:
+            InputError: a number of it is not finite.
+        """
+        try:
+            self._write({"key": key, "value": value})
+        except ValueError:
+            raise InputError(f"{key}: a number measured there is not finite ({value}); check the weights") from None
         self.records[key] = value
-        self._write({"key": key, "value": value})
 
     def _write(self, entry: dict[str, Any], truncate: bool = False) -> None:
         if truncate:

@@ -1,6 +1,6 @@
 """The loop closed: INC itself quantizes the model by an exported profile, and its error is what the profile promised.
 
-In: a model, its calibration batch, an exported op_name_dict, held-out batches. Out: INC's INT8 model on disk, loaded
+In: a model, its calibration batches, an exported op_name_dict, held-out batches. Out: INC's INT8 model on disk, loaded
 back, and its error beside that of the profile, which the replay measured.
 """
 
@@ -22,12 +22,12 @@ from auto_quantize_model.tradeoff import right_answers, summary
 WEIGHTS = "best_model.pt"  # INC's name of what it saves
 
 
-def quantize(model: torch.nn.Module, batch: Batch, op_name_dict: dict[str, Any], directory: Path) -> None:
+def quantize(model: torch.nn.Module, batches: Sequence[Batch], op_name_dict: dict[str, Any], directory: Path) -> None:
     """Have INC quantize a model to static INT8 and save it into `directory`.
 
     Args:
         model: FP32, eval mode, on the CPU; INC uses it up.
-        batch: the calibration batch.
+        batches: those of the calibration, of one size.
         op_name_dict: {regular expression: configuration} as exported; what it does not name is INC's to choose.
         directory: INC writes best_model.pt there.
 
@@ -37,11 +37,11 @@ def quantize(model: torch.nn.Module, batch: Batch, op_name_dict: dict[str, Any],
     conf = PostTrainingQuantConfig(
         approach="static",
         quant_level=1,
-        calibration_sampling_size=[len(batch["input_ids"])],
+        calibration_sampling_size=[sum(len(batch["input_ids"]) for batch in batches)],
         op_name_dict=op_name_dict or None,
     )
     with temporary_workspace(), copies_sharing_parameters():
-        quantized = quantization.fit(model, conf, calib_dataloader=CalibrationLoader([batch]))
+        quantized = quantization.fit(model, conf, calib_dataloader=CalibrationLoader(batches))
     if quantized is None or not is_int8_model(quantized.model):
         raise InputError("INC quantized nothing: this profile keeps every op in FP32; take one that keeps fewer")
     quantized.save(str(directory))

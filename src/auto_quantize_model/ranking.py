@@ -34,13 +34,12 @@ def score(records: list[dict[str, float] | None], references: list[dict[str, flo
         name: mean([record.get(name) for record, _ in pairs])
         for name in ("mse_value", "kl_divergence", "top1_agreement")
     }
-    sqnr = -10 * math.log10(overall) if overall else None
     errors = [record["mse_value"] for record, _ in pairs]
     return {
         "mse_value": means.pop("mse_value"),
         "mse_value_std": statistics.stdev(errors) if len(errors) > 1 else None,
         "relative_error": overall,
-        "sqnr_db": sqnr,
+        "sqnr_db": decibels(overall),
         **means,
         **relative,
     }
@@ -50,6 +49,11 @@ def ratio(pairs: list[tuple[float | None, float]]) -> float | None:
     """Sum of errors over sum of squares; None where an error was not measured or there is nothing to compare with."""
     errors, squares = [error for error, _ in pairs if error is not None], math.fsum(square for _, square in pairs)
     return math.fsum(errors) / squares if len(errors) == len(pairs) and squares else None
+
+
+def decibels(relative: float | None) -> float | None:
+    """A relative error as SQNR in dB; None where it is 0 or unknown."""
+    return -10 * math.log10(relative) if relative else None
 
 
 def mean(values: list[float | None]) -> float | None:

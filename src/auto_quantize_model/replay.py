@@ -58,10 +58,11 @@ class Replay:
     """A model under replay; a context manager, so that the model is as before afterwards.
 
     `calibrate(batch)` runs the model in FP32 once: it sets every op's scales, records in which order the blocks run
-    and keeps their outputs. `run(int8)` then gives the measured output with exactly the ops of `int8` in INT8. Blocks
-    that ran before the first op whose state differs from the run before return what they returned then: the same
-    tensors, so nothing is approximated. Going through the ops from the last to the first therefore runs each time only
-    what follows the op.
+    and keeps their outputs. With several batches the scales are of all of them, and `take_up` goes over to another
+    batch without touching the scales. `run(int8)` then gives the measured output with exactly the ops of `int8` in
+    INT8. Blocks that ran before the first op whose state differs from the run before return what they returned then:
+    the same tensors, so nothing is approximated. Going through the ops from the last to the first therefore runs each
+    time only what follows the op.
 
     Attributes:
         order: the ops that ran, in the order of their first execution.
@@ -137,21 +138,22 @@ class Replay:
         self.executions: dict[str, int] = {}
         self.cached_bytes = 0
 
-    def calibrate(self, batch: Batch) -> torch.Tensor:
-        """Run `batch` in FP32, calibrate every op on it, and start replaying it.
+    def calibrate(self, *batches: Batch) -> torch.Tensor:
+        """Run `batches` in FP32, calibrate every op on all of them, and start replaying the last.
 
         Returns:
-            The FP32 output at the measured op.
+            The FP32 output at the measured op, of the last batch.
 
         Raises:
             InputError: an op's input or output, or that output, is not finite, or the measured op did not run.
         """
         for site in self.sites.values():
             site.observe()
-        output = self._first_run(batch)
+        for batch in batches:
+            output = self.take_up(batch)
         for site in self.sites.values():
             site.calibrated()
-        self.calibrated = frozenset(self.order)
+        self.calibrated = frozenset(name for name, site in self.sites.items() if site.executions)
         return output
 
     def take_up(self, batch: Batch) -> torch.Tensor:
@@ -165,17 +167,13 @@ class Replay:
         Raises:
             InputError: that output is not finite, or the measured op did not run.
         """
-        for site in self.sites.values():
-            site.executions = 0
-        return self._first_run(batch)
-
-    def _first_run(self, batch: Batch) -> torch.Tensor:
         self._forget()
         self.batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        before = {name: site.executions for name, site in self.sites.items()}
         self.recording = True
         self._forward(frozenset())
         self.recording = False
-        self.executions = {name: site.executions for name, site in self.sites.items()}
+        self.executions = {name: site.executions - before[name] for name, site in self.sites.items()}
         self.first_visit = {name: self.sequence.index(self.blocks[name]) for name in self.order}
         if not self.measured.numel() or not self.measured.isfinite().all():
             raise InputError("the FP32 output at the measured op is missing or not finite; check the weights")
@@ -235,8 +233,8 @@ class Replay:
             return _copied(self.outputs[index])
         output = forward(*args, **kwargs)
         if self.recording:
-            ran = [name for name, count in before.items() if not count and self.sites[name].executions]
-            self.order += ran
+            ran = [name for name, count in before.items() if self.sites[name].executions > count]
+            self.order += [name for name in ran if name not in self.order]
         self._keep(index, output)
         return output
 

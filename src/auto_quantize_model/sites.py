@@ -80,7 +80,7 @@ class Site:
     """One op of the plan; called in place of its module's forward.
 
     `int8` is the flag. Between `observe` and `calibrated`, in FP32, observers see the op's input and output.
-    `executions` counts calls since `observe`. Scales and zero_points of input and output belong to one batch, the
+    `executions` counts calls since `observe`. Scales and zero_points of input and output belong to the calibration, the
     weight's codes to the model.
     """
 

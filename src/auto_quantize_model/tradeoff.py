@@ -1,6 +1,6 @@
 """What keeping ops in FP32 buys: the mixed-precision model itself, measured on held-out samples for growing keep-lists.
 
-In: a model, its plan, the ranking of its capture, one calibration batch and held-out batches. Out: a curve per order
+In: a model, its plan, the ranking of its capture, calibration and held-out batches. Out: a curve per order
 of keeping: the ranking, its greedy refinement and, as controls, random orders, the ranking turned round, and the
 largest weights first.
 """
@@ -16,15 +16,16 @@ import torch
 
 from auto_quantize_model.journal import Journal
 from auto_quantize_model.metrics import Reference
+from auto_quantize_model.ranking import decibels
 from auto_quantize_model.replay import Batch, Replay
 
 RANDOM_SEEDS = 5
 Progress = Callable[[int, int], None]  # done and total, in forwards
 
 
-def keep_sizes(ops: int) -> list[int]:
-    """How many ops the keep-lists hold: 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, ... and all."""
-    sizes, step = {0, 1, 2, 3, ops}, 4
+def keep_sizes(ops: int, as_well: int = 0) -> list[int]:
+    """How many ops the keep-lists hold: 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, ... and all, and `as_well`."""
+    sizes, step = {0, 1, 2, 3, ops, as_well}, 4
     while step < ops:
         sizes |= {step, step * 3 // 2}
         step *= 2
@@ -83,42 +84,43 @@ def measure_tradeoff(
     model: torch.nn.Module,
     plan: dict[str, Any],
     ranking: Sequence[str],
-    calibration: Batch,
+    calibration: Sequence[Batch],
     heldout: Sequence[Batch],
     answers: Sequence[list[range | None]],
     journal: Journal,
     greedy: Greedy = Greedy(),  # noqa: B008  frozen
     on_progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Measure every keep-list of every order on the held-out batches; scales come from the calibration batch.
+    """Measure every keep-list of every order on the held-out batches; scales come from the calibration batches.
 
     Args:
         model: FP32, eval mode, on its device; left as it was.
         plan: as `plan.build_plan` returns it.
         ranking: the ops that were measured, the most sensitive first.
-        calibration: the batch that sets every scale.
+        calibration: the batches that set every scale, all of them together.
         heldout: batches that nothing was calibrated on.
         answers: for each held-out batch, of each sample, the positions of its answer's tokens; None without an answer.
         journal: keeps each forward's record; what it holds already is not measured again.
-        greedy: how far the ranking is refined; it chooses on the calibration batch, so the held-out ones stay unseen.
+        greedy: how far the ranking is refined; it chooses on the last calibration batch, so the held-out ones stay
+            unseen.
         on_progress: called after each forward.
 
     Returns:
-        {ops, batches, answers, curves: {order: [point]}, random: [point], above_random, gain_db, gain_over_inverse_db,
-        gain_over_weight_bytes_db, greedy_gain_db}. The curve `greedy`, where it was asked for, ends with its last
-        chosen op. A point is {keep, added, weight_bytes, relative_error, sqnr_db, kl_divergence, top1_agreement,
-        accuracy}; `added` are the ops kept beyond the point before; `accuracy` is the share of answers whose every
-        token is the most likely one, null without answers. A point of `random` has the mean and the standard deviation
-        over its seeds; `above_random` is as `above` returns it. A gain is the mean over keep-lists, by the area between
-        the two curves of SQNR, in dB.
+        {ops, calibration_batches, batches, answers, curves: {order: [point]}, random: [point], above_random, gain_db,
+        gain_over_inverse_db, gain_over_weight_bytes_db, greedy_gain_db}. The curve `greedy`, where it was asked for,
+        ends with its last chosen op. A point is {keep, added, weight_bytes, relative_error, sqnr_db, sqnr_db_lowest,
+        kl_divergence, top1_agreement, accuracy}; `added` are the ops kept beyond the point before; `accuracy` is the
+        share of answers whose every token is the most likely one, null without answers. A point of `random` has the
+        mean and the standard deviation over its seeds; `above_random` is as `above` returns it, and a gain as `gain`
+        returns it, in dB.
     """
-    sizes = keep_sizes(len(ranking))
+    sizes = keep_sizes(len(ranking), greedy.ops if greedy.candidates else 0)
     modules = dict(model.named_modules())
     kept_by = orders(ranking, {name: 4 * modules[name].weight.numel() for name in ranking})
     asked = sum(span is not None for spans in answers for span in spans)
     first = greedy.runs(len(ranking))
     with Replay(model, plan["ops"], plan["measured_op"]) as replay:
-        reference = Reference(replay.calibrate(calibration), calibration.get("mm_token_type_ids"))
+        reference = Reference(replay.calibrate(*calibration), calibration[-1].get("mm_token_type_ids"))
         if first:
             kept_by["greedy"] = greedy_order(
                 replay, reference, ranking, greedy, journal, lambda done: on_progress(done, first)
@@ -155,6 +157,7 @@ def measure_tradeoff(
     averaged = [spread(list(of_one_length)) for of_one_length in zip(*seeds, strict=True)]
     return {
         "ops": len(ranking),
+        "calibration_batches": len(calibration),
         "batches": len(heldout),
         "answers": asked,
         "curves": curves,
@@ -242,12 +245,22 @@ def right_answers(output: torch.Tensor, batch: Batch, spans: Sequence[range | No
 
 
 def summary(records: list[dict[str, Any]], references: list[float], asked: int) -> dict[str, float | None]:
-    """A keep-list's point: sums of errors over the sums of squares of the FP32 output, means over batches."""
-    relative = math.fsum(record["mse_value"] for record in records) / math.fsum(references)
+    """A keep-list's point: sums of errors over the sums of squares of the FP32 output, means over batches.
+
+    `sqnr_db_lowest` is the SQNR of the one batch with the most error.
+    """
+    errors = [record["mse_value"] for record in records]
+    relative = math.fsum(errors) / math.fsum(references)
+    worst = max(error / squares for error, squares in zip(errors, references, strict=True))
     means = {name: statistics.fmean(record[name] for record in records) for name in ("kl_divergence", "top1_agreement")}
     accuracy = sum(record["right"] for record in records) / asked if asked else None
-    sqnr = -10 * math.log10(relative) if relative else None
-    return {"relative_error": relative, "sqnr_db": sqnr, **means, "accuracy": accuracy}
+    return {
+        "relative_error": relative,
+        "sqnr_db": decibels(relative),
+        "sqnr_db_lowest": decibels(worst),
+        **means,
+        "accuracy": accuracy,
+    }
 
 
 def spread(points: list[dict[str, Any]]) -> dict[str, Any]:
@@ -273,12 +286,14 @@ def above(curve: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[int]
 
 
 def gain(curve: list[dict[str, Any]], other: list[dict[str, Any]]) -> float | None:
-    """The area between two curves of SQNR over the number of kept ops, divided by that range: dB; None without one.
+    """The area between two curves of SQNR over log(1 + kept ops), divided by that range: dB; None without one.
 
-    Trapezoids; points whose SQNR is infinite (all ops kept) end the range, as does the end of the shorter curve.
+    On that axis each doubling of a keep-list counts the same; on a linear one the long lists, which nobody keeps, would
+    decide alone. Trapezoids; points whose SQNR is infinite (all ops kept) end the range, as does the end of the shorter
+    curve.
     """
     pairs = [
-        (mine["keep"], mine["sqnr_db"] - theirs["sqnr_db"])
+        (math.log1p(mine["keep"]), mine["sqnr_db"] - theirs["sqnr_db"])
         for mine, theirs in zip(curve, other, strict=False)
         if mine["sqnr_db"] is not None and theirs["sqnr_db"] is not None
     ]

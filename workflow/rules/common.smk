@@ -86,6 +86,7 @@ MODEL = config["model"]["name"]
 CALIBRATION = config["calibration"]["name"]
 RUN = f"results/{MODEL}/{CALIBRATION}"
 FIGURES = f"{RUN}/figures_{DEVICE}"
+TABLES = f"{RUN}/tables_{DEVICE}"
 FIGURE_NAMES = ("heat_map", "ranked_ops", "tradeoff", "modalities")
 QUANTIZED = f"{RUN}/quantized_{DEVICE}/{config['quantize']['profile']}"
 REPORT = f"{RUN}/op_sensitivity_mse_v2_{DEVICE}"
@@ -119,8 +120,8 @@ def hub_flags(name):
     return f"--repo-id {shlex.quote(config[name]['repo_id'])} --revision {shlex.quote(config[name]['revision'])}"
 
 
-def capture_flags():
-    """The capture's options that are on, as its script takes them."""
+def replay_flags():
+    """The options of a replay that are on, as its scripts take them."""
     flags = {
         "--tf32": config["sensitivity"]["tf32"],
         "--nondeterministic": not config["sensitivity"]["deterministic"],

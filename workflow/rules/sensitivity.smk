@@ -55,7 +55,7 @@ rule capture_sensitivity:
         code=code_digest("scripts/capture_sensitivity.py"),
         versions=versions_of(*MEASURING),
         device=DEVICE,
-        flags=capture_flags(),
+        flags=replay_flags(),
     shell:
         "exec python scripts/capture_sensitivity.py"
         " --manifest {input.manifest:q}"
@@ -132,6 +132,7 @@ rule measure_tradeoff:
         candidates=config["tradeoff"]["greedy_candidates"],
         ops=config["tradeoff"]["greedy_ops"],
         device=DEVICE,
+        flags=replay_flags(),
     shell:
         "exec python scripts/measure_tradeoff.py"
         " --manifest {input.manifest:q}"
@@ -144,5 +145,6 @@ rule measure_tradeoff:
         " --greedy-candidates {params.candidates}"
         " --greedy-ops {params.ops}"
         " --device {params.device}"
+        " {params.flags}"
         " --tradeoff {output.tradeoff:q}"
         " --log {log:q}"
