@@ -19,6 +19,7 @@ def tradeoff(accuracy: bool = True) -> dict[str, Any]:
                 "added": [f"op{number}" for number in range(before, keep)],
                 "weight_bytes": 100 + 10 * keep,
                 "sqnr_db": sqnr,
+                "sqnr_db_lowest": sqnr,
                 "relative_error": 0.0 if sqnr is None else 10 ** (-sqnr / 10),
                 "accuracy": (0.5 if keep < 4 else 0.9) if accuracy else None,
             }
@@ -30,7 +31,7 @@ def tradeoff(accuracy: bool = True) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("target", "keep"),
     [
-        ({}, 0),
+        ({"min_sqnr_db": 5.0}, 0),
         ({"min_sqnr_db": 12.0}, 1),
         ({"min_sqnr_db": 26.0}, 8),
         ({"min_sqnr_db": 99.0}, 20),
@@ -56,9 +57,22 @@ def test_an_accuracy_is_not_asked_of_samples_without_answers() -> None:
     assert "no held-out sample has an answer" in found["missed"]
 
 
-def test_the_named_profiles_keep_a_growing_share() -> None:
-    profiles = build_profiles(tradeoff(), Target())["profiles"]
-    assert [profiles[name]["keep"] for name in ("minimal", "moderate", "aggressive", "max")] == [1, 1, 4, 8]
+def test_a_named_profile_is_the_best_keep_list_of_its_share_and_no_longer_one_is_worse() -> None:
+    found = tradeoff()
+    names = ("minimal", "moderate", "aggressive", "max")
+    assert [build_profiles(found, Target())["profiles"][name]["keep"] for name in names] == [1, 1, 4, 8]
+    found["curves"]["ranking"][3].update(sqnr_db=11.5, relative_error=10**-1.15)  # four ops, worse than one
+    assert [build_profiles(found, Target())["profiles"][name]["keep"] for name in names] == [1, 1, 1, 8]
+
+
+def test_a_byte_budget_alone_is_filled_with_what_leaves_the_least_error() -> None:
+    assert build_profiles(tradeoff(), Target(max_weight_bytes=125))["profiles"]["recommended"]["keep"] == 1
+    assert build_profiles(tradeoff(), Target(max_weight_bytes=180))["profiles"]["recommended"]["keep"] == 8
+
+
+def test_without_a_target_nothing_is_recommended() -> None:
+    found = build_profiles(tradeoff(), Target())
+    assert "recommended" not in found["profiles"] and found["missed"].endswith("sets no target")
 
 
 def test_without_a_measurement_there_are_no_profiles() -> None:

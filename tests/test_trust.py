@@ -14,7 +14,7 @@ def records(*batches: list[float]) -> dict[str, list[dict[str, float] | None]]:
 
 def test_batches_that_agree() -> None:
     found = assess(records([1, 2, 3, 4], [10, 20, 30, 40]), [{"mse_value": 10}, {"mse_value": 100}])
-    assert (found["rank_tau"], found["rank_tau_lowest"], found["top_shared"]) == (1, 1, 4)
+    assert (found["rank_tau"], found["rank_tau_lowest"], found["top_shared"]) == (1, 1, 1)
     assert (found["ties"], found["additivity"], found["metric_tau"]) == (0, 1, None)
 
 
@@ -22,13 +22,23 @@ def test_batches_that_contradict_each_other() -> None:
     rising, falling = [float(value) for value in range(30)], [float(30 - value) for value in range(30)]
     found = assess(records(rising, falling, rising), [{"mse_value": 1.0}] * 3)
     assert found["rank_tau"] == pytest.approx(-1 / 3) and found["rank_tau_lowest"] == -1
-    assert (found["top"], found["top_shared"]) == (10, 0)
+    assert (found["top"], found["top_shared"]) == (8, 0)
 
 
 def test_one_batch_says_nothing_of_stability() -> None:
     found = assess(records([1, 1, 2]), [{"mse_value": 8}])
     assert found["rank_tau"] is None and found["top_shared"] is None
     assert (found["ties"], found["additivity"]) == (2, 0.5)
+
+
+def test_ties_are_those_of_the_means_that_rank() -> None:
+    assert assess(records([1, 1], [1, 3]), [{"mse_value": 1}] * 2)["ties"] == 0
+    assert assess(records([1, 3, 9], [3, 1, 9]), [{"mse_value": 1}] * 2)["ties"] == 2
+
+
+def test_errors_that_add_up_do_so_where_an_op_skips_a_batch_too() -> None:
+    isolated = records([1, 2], [1, 2]) | {"vision": [None, {"mse_value": 9.0}]}
+    assert assess(isolated, [{"mse_value": 3}, {"mse_value": 12}])["additivity"] == 1
 
 
 def test_the_squared_error_is_compared_with_the_divergence() -> None:

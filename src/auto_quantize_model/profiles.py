@@ -9,7 +9,7 @@ from typing import Any
 
 from auto_quantize_model.files import InputError
 
-# The share of ops that a profile keeps at the least; the next measured keep-list is taken.
+# The share of ops that a profile may keep, rounded up to the next length that was measured.
 SHARES = {"minimal": 0.01, "moderate": 0.05, "aggressive": 0.15, "max": 0.4}
 
 
@@ -36,31 +36,53 @@ class Target:
 
 
 def build_profiles(tradeoff: dict[str, Any], target: Target) -> dict[str, Any]:
-    """Profiles along the ranking's curve, each as measured; `recommended` may be one of the greedy curve as well.
+    """Profiles out of the ranking's curve and the greedy one, each as measured.
 
     Returns:
         {target, profiles: {name: profile}, missed}. A profile is a point of a curve with `order`, that curve, and
-        `kept`, all its ops in that order; `recommended` is there where a keep-list reaches the target, the smallest
-        and of these the one with the least error, else `missed` says what none does.
+        `kept`, all its ops in that order. Each name of `SHARES` has the least error among the keep-lists that are no
+        longer than its share of the ops, so a longer profile is never the worse one. `recommended` is as `recommended`
+        returns it; where there is none, `missed` says why.
     """
     if tradeoff["status"] == "not_measured":
         return {"target": vars(target), "profiles": {}, "missed": f"nothing was measured: {tradeoff['reason']}"}
-    curve = with_kept("ranking", tradeoff["curves"]["ranking"])
-    greedy = with_kept("greedy", tradeoff["curves"].get("greedy", []))
-    found = {
-        name: next(point for point in curve if point["keep"] >= share * tradeoff["ops"])
-        for name, share in SHARES.items()
-    }
-    unknown = target.max_accuracy_drop is not None and curve[-1]["accuracy"] is None
-    reached = [] if unknown else [point for point in [*curve, *greedy] if reaches(point, curve[-1], target)]
-    if reached:
-        found["recommended"] = min(reached, key=lambda point: (point["keep"], point["relative_error"]))
-    reason = "no held-out sample has an answer" if unknown else "no measured keep-list reaches it"
-    return {
-        "target": vars(target),
-        "profiles": found,
-        "missed": "" if reached else f"{reason}: the target is {described(target)}",
-    }
+    curves = {order: with_kept(order, tradeoff["curves"].get(order, [])) for order in ("ranking", "greedy")}
+    points = [point for curve in curves.values() for point in curve]
+    found = {}
+    for name, share in SHARES.items():
+        longest = next(point["keep"] for point in curves["ranking"] if point["keep"] >= share * tradeoff["ops"])
+        found[name] = min((point for point in points if point["keep"] <= longest), key=_by_error)
+    best, missed = recommended(points, curves["ranking"][-1], target)
+    if best:
+        found["recommended"] = best
+    return {"target": vars(target), "profiles": found, "missed": missed}
+
+
+def recommended(
+    points: list[dict[str, Any]], fp32: dict[str, Any], target: Target
+) -> tuple[dict[str, Any] | None, str]:
+    """The smallest keep-list that reaches the target, or None and why there is none.
+
+    Of equally small ones it is the one with the least error. Of a byte budget alone every list within it would do, the
+    empty one first of all; there the one with the least error is meant.
+    """
+    if set(vars(target).values()) == {None}:
+        return None, "the config's profiles block sets no target"
+    if target.max_accuracy_drop is not None and fp32["accuracy"] is None:
+        return None, f"no held-out sample has an answer: the target is {described(target)}"
+    reached = [point for point in points if reaches(point, fp32, target)]
+    if not reached:
+        return None, f"no measured keep-list reaches it: the target is {described(target)}"
+    only_bytes = target.min_sqnr_db is None and target.max_accuracy_drop is None
+    return min(reached, key=_by_error if only_bytes else _by_length), ""
+
+
+def _by_error(point: dict[str, Any]) -> tuple[float, int]:
+    return point["relative_error"], point["keep"]
+
+
+def _by_length(point: dict[str, Any]) -> tuple[int, float]:
+    return point["keep"], point["relative_error"]
 
 
 def with_kept(order: str, curve: list[dict[str, Any]]) -> list[dict[str, Any]]:

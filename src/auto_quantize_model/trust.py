@@ -12,6 +12,8 @@ from typing import Any
 
 from scipy.stats import kendalltau
 
+from auto_quantize_model.ranking import mean
+
 TOP = 10
 Records = dict[str, list[dict[str, float] | None]]
 
@@ -25,25 +27,27 @@ def assess(isolated: Records, all_int8: Sequence[dict[str, float]]) -> dict[str,
 
     Returns:
         {batches, rank_tau, rank_tau_lowest, top, top_shared, ties, metric_tau, additivity}: Kendall's tau-b between the
-        rankings of two batches, mean and lowest over the pairs; how many of each batch's `top` most sensitive ops are
-        among those of every other batch; how many ops share their `mse_value` with another in some batch; tau-b between
-        `mse_value` and KL divergence (means over batches); the sum of the isolated errors over the all-INT8 error, 1
-        where errors add up.
+        rankings of two batches, mean and lowest over the pairs; how many of each batch's `top` most sensitive ops (ten,
+        or a quarter of fewer than forty) are among those of every other batch; how many ops share the value by which
+        they are ranked, the mean over batches, with another; tau-b between `mse_value` and KL divergence (means over
+        batches); the sum of the isolated errors over the all-INT8 error, 1 where errors add up.
     """
     names = [name for name, records in isolated.items() if None not in records]
     values = [[_of(isolated[name][batch])["mse_value"] for name in names] for batch in range(len(all_int8))]
+    ranked_by = [mean([record["mse_value"] for record in records if record]) for records in isolated.values()]
     taus = [tau(*pair) for pair in itertools.combinations(values, 2)]
     known = [value for value in taus if value is not None]
-    top = min(TOP, len(names))
+    top = min(TOP, math.ceil(len(names) / 4))
     tops = [set(sorted(names, key=dict(zip(names, batch, strict=True)).__getitem__)[-top:]) for batch in values]
-    summed, together = math.fsum(itertools.chain(*values)), math.fsum(record["mse_value"] for record in all_int8)
+    summed = math.fsum(record["mse_value"] for records in isolated.values() for record in records if record)
+    together = math.fsum(record["mse_value"] for record in all_int8)
     return {
         "batches": len(values),
         "rank_tau": statistics.fmean(known) if known else None,
         "rank_tau_lowest": min(known, default=None),
         "top": top,
         "top_shared": len(set.intersection(*tops)) if len(tops) > 1 else None,
-        "ties": max(sum(count for count in Counter(batch).values() if count > 1) for batch in values),
+        "ties": sum(count for count in Counter(ranked_by).values() if count > 1),
         "metric_tau": _between_metrics(isolated, names),
         "additivity": summed / together if together else None,
     }
