@@ -36,8 +36,9 @@ $(READY): envs/requirements.lock pyproject.toml
 run: $(READY) ## run the pipeline on config/config.yaml, one step at a time
 	$(BIN)/snakemake --cores 1 --resources gpu=1
 
+# Two processes on two cores: with a thread each, or their threads wait for one another.
 test: $(READY) ## run the tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY) ## check style, types and the workflow
 	$(BIN)/ruff check .
