@@ -1,11 +1,11 @@
-"""Render the report of a capture as Markdown and JSON, and print the ten most sensitive ops."""
+"""Render the report of a capture as Markdown, JSON and CSV tables, and print the ten most sensitive ops."""
 
 import argparse
 from pathlib import Path
 
 from auto_quantize_model import cli
 from auto_quantize_model.files import read_json, write_text
-from auto_quantize_model.report import build_report, render, top_table
+from auto_quantize_model.report import build_report, render, tables, top_table
 
 
 def main() -> int:
@@ -20,6 +20,8 @@ def main() -> int:
     parser.add_argument("--templates", type=Path, default=Path("workflow/templates"), help="folder of the templates")
     parser.add_argument("--markdown", type=Path, required=True, help="the report to write (Markdown)")
     parser.add_argument("--json", type=Path, required=True, help="the report to write (JSON)")
+    for table in ("ranking", "tradeoff", "profiles"):
+        parser.add_argument(f"--{table}-table", type=Path, required=True, help=f"the {table} to write (CSV)")
     parser.add_argument("--log", type=Path, help="file for everything but results and errors")
     args = parser.parse_args()
     return cli.run(lambda: render_report(args), args.log)
@@ -39,6 +41,8 @@ def render_report(args: argparse.Namespace) -> None:
     markdown, document = render(report, args.templates)
     write_text(args.markdown, markdown)
     write_text(args.json, document)
+    for name, table in tables(report).items():
+        write_text(getattr(args, f"{name}_table"), table.to_csv(index=False))
     for warning in report["warnings"]:
         cli.say(f"warning: {warning}")
     cli.say(f"The most sensitive ops of {report['model']['model']}:\n{top_table(report)}")

@@ -12,12 +12,15 @@ from auto_quantize_model.profiles import Target, build_profiles
 from auto_quantize_model.report import build_report
 
 HOSTILE = 'layers.0.<script>alert(1)</script>\'"\\datum["x"].{{7*7}}&amp;'
+UNAVERAGED = ("added", "relative_error", "sqnr_db_lowest")
 FOUR = ["heat_map", "ranked_ops", "tradeoff", "modalities"]
 
 
 def point(keep, sqnr_db, added=()):
     """A keep-list of the trade-off."""
-    kept = {"keep": keep, "added": list(added), "weight_bytes": 1000 * (keep + 1), "relative_error": 0.001}
+    kept = {"keep": keep, "added": list(added), "weight_bytes": 1000 * (keep + 1)}
+    kept |= {"relative_error": 0.0 if sqnr_db is None else 10 ** (-sqnr_db / 10)}
+    kept |= {"sqnr_db_lowest": sqnr_db}
     return kept | {"sqnr_db": sqnr_db, "kl_divergence": 0.5, "top1_agreement": 0.75, "accuracy": 0.9 if keep else 0.8}
 
 
@@ -25,12 +28,20 @@ def tradeoff(names=NAMES, **changes):
     """A measured trade-off of four ops: with all of them kept there is no error."""
     order = names[::-1]
     curve = [point(0, 20.0), point(1, 25.0, order[:1]), point(2, 31.0, order[1:2]), point(4, None, order[2:])]
-    chance = [{key: value for key, value in step.items() if key not in ("added", "relative_error")} for step in curve]
+    chance = [{key: value for key, value in step.items() if key not in UNAVERAGED} for step in curve]
     for step in chance:
         step |= {f"{key}_std": 1.0 for key in list(step) if key != "keep"}
         step["sqnr_db_std"] = None if step["sqnr_db"] is None else 1.0
     orders = ("ranking", "inverse", "weight_bytes", *(f"random_{seed}" for seed in range(5)))
-    found = {"status": "measured", "device": "cpu", "threads": 1, "ops": 4, "batches": 2, "answers": 10}
+    found = {
+        "status": "measured",
+        "device": "cpu",
+        "threads": 1,
+        "ops": 4,
+        "calibration_batches": 4,
+        "batches": 2,
+        "answers": 10,
+    }
     found |= {"curves": {name: copy.deepcopy(curve) for name in orders}, "random": chance}
     gains = {"gain_db": 1.5, "gain_over_inverse_db": 2.5, "gain_over_weight_bytes_db": -0.5, "greedy_gain_db": None}
     gains |= {"above_random": [2, 3]}

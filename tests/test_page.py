@@ -68,7 +68,8 @@ def test_the_page_is_the_same_bytes_each_time_and_loads_nothing():
 def test_names_are_escaped_in_the_markup_and_cannot_end_a_script():
     hostile = f"</script><img src=x onerror=alert(1)>\u2028{HOSTILE}"
     report = renamed(report_of(tradeoff(), Target(min_sqnr_db=24)), "lm_head", hostile)
-    page = rendered(report, {"files": {}, "exports": {hostile: {hostile: {"files": [hostile], "notes": [hostile]}}}})
+    export = {hostile: {"files": [hostile], "notes": [hostile]}}
+    page = rendered(report, {"files": {}, "exports": {"recommended": export}})
     assert not [tag for tag, _ in page.tags if tag == "img"]
     assert [tag for tag, _ in page.tags].count("script") == 4
     assert page.text.count(hostile) >= 5
@@ -86,7 +87,7 @@ def test_the_summary_says_what_to_keep_what_it_costs_and_how_sure_that_is():
     assert "Keep 2 of 4 ops in FP32." in said and "min_sqnr_db 30" in said
     assert "3 times those of all-INT8, 60.00 % of those of FP32" in said
     assert "80.00 % of 10 held-out answers are right with every op in INT8" in said and "costs nothing" not in said
-    assert "1 values (1 ops, batch 0) were measured again" in said
+    assert "1 values (1 ops, maps isolated, batch 0) were measured again" in said
     assert "2 batches agree on the order with a Kendall's tau of" in said
     assert "+1.5 dB over random ones, +2.5 dB over the ranking reversed, -0.5 dB over the largest weights first" in said
 
@@ -108,7 +109,12 @@ def test_that_int8_costs_nothing_measurable_is_said_in_words():
         (lambda: report_of(), "tradeoff.heldout_batches is 0"),
         (lambda: report_of(tradeoff(), Target(min_sqnr_db=90)), "Keep 4 of 4 ops"),
         (lambda: report_of(tradeoff(), Target(max_weight_bytes=1)), "No profile is recommended."),
-        (lambda: report_of(tradeoff(), Target(min_sqnr_db=10)), "Keep nothing: with every op in INT8"),
+        (lambda: report_of(tradeoff(), Target(min_sqnr_db=10)), "Keep nothing: INT8 reaches the target as it is."),
+        (
+            lambda: report_of(tradeoff(), Target(max_weight_bytes=10**6)),
+            "It has the least error of the measured keep-lists",
+        ),
+        (lambda: report_of(tradeoff()), "The config's profiles block sets no target."),
         (lambda: report_of(plan={"maps": ["fallback"]}), "The isolated map was not measured, so there is none."),
         (from_inc, "were not measured"),
         (without_images, "No batch has image tokens"),

@@ -15,6 +15,7 @@ import altair as alt
 import vl_convert
 
 from auto_quantize_model.files import atomic_path
+from auto_quantize_model.words import number, percent
 
 Row = dict[str, Any]
 # What `alt.layer` returns, as it is typed.
@@ -441,16 +442,6 @@ def tooltip(points: Sequence[Row]) -> list[alt.Tooltip]:
     names |= {"top1": "top-1", "at_image": "image error", "at_text": "text error"}
     known = {key: name for key, name in names.items() if any(point.get(key, "–") != "–" for point in points)}
     return [alt.Tooltip(field=key, type="nominal", title=name) for key, name in known.items()]
-
-
-def number(value: float | None, unit: str = "") -> str:
-    """Four significant digits and a unit, a dash for null."""
-    return "–" if value is None else f"{value:.4g} {unit}".strip()
-
-
-def percent(value: float | None) -> str:
-    """A share as a percentage, a dash for null."""
-    return "–" if value is None else f"{100 * value:.2f} %"
 
 
 def decades(low: float, high: float) -> list[float]:

@@ -11,14 +11,17 @@ import jsonschema
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from auto_quantize_model import words
 from auto_quantize_model.files import InputError, canonical_json, digest_of, read_json
 from auto_quantize_model.ranking import ranked, score
 from auto_quantize_model.trust import assess
 
 SCHEMA = Path(__file__).parents[2] / "workflow" / "schemas" / "op_sensitivity.schema.json"
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 # Below this the all-INT8 output is mostly error, and what one op in FP32 takes away from it is noise.
 FALLBACK_FLOOR_DB = 10.0
+# Four times the error on samples that set no scale: the calibration set has not seen what the model will.
+HELDOUT_GAP_DB = 6.0
 CALIBRATION_KEYS = ("source", "seed", "batch_size", "text_only", "image_backend", "digest")
 DIRECTIONS = {
     "isolated": "Only this op is INT8, all others stay FP32: the error it adds. The highest is the most sensitive.",
@@ -56,17 +59,17 @@ def build_report(
         "model": {key: manifest[key] for key in ("model", "source", "architecture", "stand_in", "digest")},
         "calibration": {
             "name": calibration["calibration"],
-            **{
-                key: calibration[key]
-                for key in ("source", "seed", "batch_size", "text_only", "image_backend", "digest")
-            },
+            **{key: calibration[key] for key in CALIBRATION_KEYS},
             "samples": {split: len(samples) for split, samples in calibration["samples"].items()},
         },
         "measurement": {key: capture[key] for key in ("engine", "device", "threads", "tf32", "plan_digest")}
         | {"measured_op": plan["measured_op"], "config_digest": plan["config_digest"]},
         "audit": audit,
         "versions": capture["versions"],
-        "warnings": warnings(manifest["stand_in"], calibration, all_int8, len(plan["ops"]) - len(exercised)),
+        "warnings": [
+            *of_the_run(manifest["stand_in"], calibration, len(plan["ops"]) - len(exercised)),
+            *of_int8(all_int8, tradeoff, maps),
+        ],
         "all_int8": all_int8,
         "batches": [describe_batch(batch) for batch in capture["batches"]],
         "most_sensitive": maps["isolated"][::-1][:10] if "isolated" in maps else [],
@@ -118,10 +121,8 @@ def require_finite(capture: dict[str, Any]) -> None:
                         )
 
 
-def warnings(
-    stand_in: str | None, calibration: dict[str, Any], all_int8: dict[str, Any], not_exercised: int
-) -> list[str]:
-    """What a reader has to know before the first number."""
+def of_the_run(stand_in: str | None, calibration: dict[str, Any], not_exercised: int) -> list[str]:
+    """What a reader has to know of model and samples before the first number."""
     found = []
     if stand_in:
         found.append(f"This is a stand-in for a published model: {stand_in}.")
@@ -129,10 +130,24 @@ def warnings(
         found.append("The vision tower was not exercised: no calibration sample has an image.")
     if not_exercised:
         found.append(f"{not_exercised} ops never ran on the calibration batches and have no score.")
-    if all_int8["sqnr_db"] is not None and all_int8["sqnr_db"] < FALLBACK_FLOOR_DB:
+    return found
+
+
+def of_int8(all_int8: dict[str, Any], tradeoff: dict[str, Any], maps: dict[str, Any]) -> list[str]:
+    """Where the all-INT8 output says that other numbers carry little."""
+    found = []
+    seen = all_int8["sqnr_db"]
+    if "fallback" in maps and seen is not None and seen < FALLBACK_FLOOR_DB:
         found.append(
-            f"With every op in INT8 the output has an SQNR of {all_int8['sqnr_db']:.1f} dB, below"
-            f" {FALLBACK_FLOOR_DB:.0f} dB: the fallback map is mostly noise there; use the isolated map."
+            f"With every op in INT8 the output has an SQNR of {seen:.1f} dB, below {FALLBACK_FLOOR_DB:.0f} dB: the"
+            " fallback map is mostly noise there; use the isolated map."
+        )
+    unseen = tradeoff["curves"]["ranking"][0]["sqnr_db"] if tradeoff["status"] == "measured" else None
+    if seen is not None and unseen is not None and seen - unseen > HELDOUT_GAP_DB:
+        found.append(
+            f"INT8 has an SQNR of {seen:.1f} dB on the samples that set its scales and {unseen:.1f} dB on held-out"
+            " ones: what lies outside the calibrated ranges is clipped, and no map can see that. Raise"
+            " calibration.num_samples."
         )
     return found
 
@@ -155,7 +170,8 @@ def render(report: dict[str, Any], templates: Path) -> tuple[str, str]:
     environment.filters["cell"] = markdown_cell
     environment.filters["canonical_json"] = canonical_json
     markdown, document = (
-        environment.get_template(f"op_sensitivity.{kind}.j2").render(report=report) for kind in ("md", "json")
+        environment.get_template(f"op_sensitivity.{kind}.j2").render(report=report, words=words)
+        for kind in ("md", "json")
     )
     return markdown, document
 
@@ -167,6 +183,24 @@ def markdown_cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+
+
+def tables(report: dict[str, Any]) -> dict[str, pd.DataFrame]:
+    """The report's `ranking`, `tradeoff` and `profiles` as flat tables; what was not measured has no rows."""
+    measured = report["tradeoff"]["status"] == "measured"
+    curves = report["tradeoff"]["curves"] if measured else {}
+    profiles = report["profiles"]["profiles"]
+    return {
+        "ranking": pd.DataFrame(report["maps"]["isolated"]["ops"] if "isolated" in report["maps"] else []),
+        "tradeoff": pd.DataFrame(
+            {"order": order, **point, "added": " ".join(point["added"])}
+            for order, curve in curves.items()
+            for point in curve
+        ),
+        "profiles": pd.DataFrame(
+            {"profile": name, **profile, "kept": " ".join(profile["kept"])} for name, profile in profiles.items()
+        ),
+    }
 
 
 def top_table(report: dict[str, Any]) -> str:

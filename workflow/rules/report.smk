@@ -6,11 +6,7 @@ rule build_profiles:
     input:
         tradeoff=rules.measure_tradeoff.output.tradeoff,
     output:
-        profiles=report(
-            f"{RUN}/profiles_{DEVICE}.json",
-            caption="../report/profiles.rst",
-            category="Report",
-        ),
+        profiles=f"{RUN}/profiles_{DEVICE}.json",
     log:
         f"{RUN}/logs/build_profiles.log",
     benchmark:
@@ -29,12 +25,13 @@ rule build_profiles:
 rule export_profiles:
     """Write each profile in the words of the tools that apply it, checked against the model's module names.
 
-    An entry of index.json is a profile's export to one tool, with what was dropped or merged for it.
+    An entry of index.json is a profile's export to one tool, with what was dropped or added for it.
     """
     input:
         manifest=rules.get_model.output.manifest,
         calibration_manifest=rules.extract_calibration.output.manifest,
         plan=rules.plan_quantization.output.plan,
+        capture=rules.capture_sensitivity.output.capture,
         profiles=rules.build_profiles.output.profiles,
     output:
         directory=directory(f"{RUN}/exports_{DEVICE}"),
@@ -50,6 +47,7 @@ rule export_profiles:
         " --manifest {input.manifest:q}"
         " --calibration-manifest {input.calibration_manifest:q}"
         " --plan {input.plan:q}"
+        " --capture {input.capture:q}"
         " --profiles {input.profiles:q}"
         " --templates {params.templates:q}"
         " --directory {output.directory:q}"
@@ -57,9 +55,9 @@ rule export_profiles:
 
 
 rule render_report:
-    """Turn the capture into the report, for people (Markdown) and for programs (JSON).
+    """Turn the capture into the report, for people (Markdown), for programs (JSON) and for spreadsheets (CSV).
 
-    A row of the primary table is one op, least to most sensitive. Both files are the same bytes for the same inputs.
+    A row of the primary table is one op, least to most sensitive. All files are the same bytes for the same inputs.
     """
     input:
         manifest=rules.get_model.output.manifest,
@@ -72,6 +70,21 @@ rule render_report:
     output:
         markdown=report(f"{REPORT}.md", caption="../report/report.rst", category="Report"),
         json=f"{REPORT}.json",
+        ranking=report(
+            f"{TABLES}/ranking.csv",
+            caption="../report/table_ranking.rst",
+            category="Tables",
+        ),
+        tradeoff=report(
+            f"{TABLES}/tradeoff.csv",
+            caption="../report/table_tradeoff.rst",
+            category="Tables",
+        ),
+        profiles=report(
+            f"{TABLES}/profiles.csv",
+            caption="../report/profiles.rst",
+            category="Tables",
+        ),
     log:
         f"{RUN}/logs/render_report.log",
     benchmark:
@@ -97,6 +110,9 @@ rule render_report:
         " --templates {params.templates:q}"
         " --markdown {output.markdown:q}"
         " --json {output.json:q}"
+        " --ranking-table {output.ranking:q}"
+        " --tradeoff-table {output.tradeoff:q}"
+        " --profiles-table {output.profiles:q}"
         " --log {log:q}"
 
 
