@@ -1,7 +1,9 @@
 """Every picture is drawn from any report, says why where nothing was measured, and takes op names as plain data."""
 
 import copy
+import itertools
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -10,8 +12,11 @@ from test_report import NAMES, UNMEASURED, parts, record
 from auto_quantize_model.figures import figures, save
 from auto_quantize_model.profiles import Target, build_profiles
 from auto_quantize_model.report import build_report
+from auto_quantize_model.tradeoff import keep_sizes
 
 HOSTILE = 'layers.0.<script>alert(1)</script>\'"\\datum["x"].{{7*7}}&amp;'
+VISION = ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+LANGUAGE = (*(f"self_attn.{one}_proj" for one in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 UNAVERAGED = ("added", "relative_error", "sqnr_db_lowest")
 FOUR = ["heat_map", "ranked_ops", "tradeoff", "modalities"]
 
@@ -24,24 +29,17 @@ def point(keep, sqnr_db, added=()):
     return kept | {"sqnr_db": sqnr_db, "kl_divergence": 0.5, "top1_agreement": 0.75, "accuracy": 0.9 if keep else 0.8}
 
 
-def tradeoff(names=NAMES, **changes):
-    """A measured trade-off of four ops: with all of them kept there is no error."""
-    order = names[::-1]
-    curve = [point(0, 20.0), point(1, 25.0, order[:1]), point(2, 31.0, order[1:2]), point(4, None, order[2:])]
+def tradeoff(curve=None, **changes):
+    """A measured trade-off, of four ops where no curve is given; with all of them kept there is no error."""
+    order = NAMES[::-1]
+    curve = curve or [point(0, 20.0), point(1, 25.0, order[:1]), point(2, 31.0, order[1:2]), point(4, None, order[2:])]
     chance = [{key: value for key, value in step.items() if key not in UNAVERAGED} for step in curve]
     for step in chance:
         step |= {f"{key}_std": 1.0 for key in list(step) if key != "keep"}
         step["sqnr_db_std"] = None if step["sqnr_db"] is None else 1.0
     orders = ("ranking", "inverse", "weight_bytes", *(f"random_{seed}" for seed in range(5)))
-    found = {
-        "status": "measured",
-        "device": "cpu",
-        "threads": 1,
-        "ops": 4,
-        "calibration_batches": 4,
-        "batches": 2,
-        "answers": 10,
-    }
+    found = {"status": "measured", "device": "cpu", "threads": 1, "ops": curve[-1]["keep"], "answers": 10}
+    found |= {"calibration_batches": 4, "batches": 2}
     found |= {"curves": {name: copy.deepcopy(curve) for name in orders}, "random": chance}
     gains = {"gain_db": 1.5, "gain_over_inverse_db": 2.5, "gain_over_weight_bytes_db": -0.5, "greedy_gain_db": None}
     gains |= {"above_random": [2, 3]}
@@ -165,6 +163,45 @@ def test_only_the_ten_most_sensitive_of_many_ops_are_labelled_and_all_are_in_the
     assert [word for word in words if word in names] == names[:-11:-1]
     spec = json.dumps(figures(report)["ranked_ops"].chart.to_dict())
     assert all(json.dumps(name) in spec for name in names)
+
+
+def test_no_label_lies_on_another_at_417_ops(tmp_path):
+    blocks = [
+        *(f"model.visual.blocks.{block}.{op}" for block in range(32) for op in VISION),
+        *(f"model.language_model.layers.{block}.{op}" for block in range(36) for op in LANGUAGE),
+        *("model.visual.patch_embed.proj", "model.visual.merger.mlp.0", "model.visual.merger.mlp.2"),
+        *("model.language_model.embed_tokens", "lm_head"),
+    ]
+    curve = [point(size, 20 + size / 20 if size < len(blocks) else None) for size in keep_sizes(len(blocks))]
+    report = report_of(tradeoff(curve), Target(min_sqnr_db=30))
+    row = report["maps"]["isolated"]["ops"][0]
+    report["maps"]["isolated"]["ops"] = [row | {"op_name": name, "mse_value": 1.0 + i} for i, name in enumerate(blocks)]
+    report["ops"] = [report["ops"][0] | {"op_name": name} for name in blocks]
+    assert len(blocks) == 417
+    for name in FOUR:
+        save(figures(report)[name], tmp_path / f"{name}.svg")
+        boxes = label_boxes(ElementTree.parse(tmp_path / f"{name}.svg").getroot())
+        assert len(boxes) > 5
+        clashes = [(a[0], b[0]) for a, b in itertools.combinations(boxes, 2) if overlap(a[1], b[1])]
+        assert not clashes, (name, clashes[:5])
+
+
+def label_boxes(node, x=0.0, y=0.0):
+    """The labels below a node of an SVG with their boxes (left, top, right, bottom), by an average letter's width."""
+    found = re.match(r"translate\(([-\d.]+),([-\d.]+)\)", node.get("transform", ""))
+    x, y = (x + float(found[1]), y + float(found[2])) if found else (x, y)
+    boxes = [box for child in node for box in label_boxes(child, x, y)]
+    words = " ".join(node.itertext()).strip()
+    if node.tag.endswith("text") and words and "rotate" not in node.get("transform", ""):
+        size = float(node.get("font-size", "11").removesuffix("px"))
+        width = 0.5 * size * len(words)
+        left = x - width * {"end": 1, "middle": 0.5}.get(node.get("text-anchor"), 0)
+        boxes.append((words, (left, y - 0.7 * size, left + width, y)))
+    return boxes
+
+
+def overlap(one, other):
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def test_a_stand_in_says_so_in_every_picture(tmp_path):

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from loopback_hub import serving, write_captions
@@ -251,6 +252,10 @@ def test_one_run_makes_the_report_the_summary_and_the_archive(finished: tuple[Pa
         assert report.with_suffix(suffix).read_bytes() == summary.with_suffix(suffix).read_bytes()
     assert report.with_suffix(".html").is_file()
     assert len(list((report.parent / "figures_cpu").iterdir())) == 8
+    tables = {name: pd.read_csv(report.parent / "tables_cpu" / f"{name}.csv") for name in ("ranking", "tradeoff")}
+    rows = json.loads(report.with_suffix(".json").read_text())["maps"]["isolated"]["ops"]
+    assert tables["ranking"].to_dict("list")["mse_value"] == [row["mse_value"] for row in rows]
+    assert {"ranking", "inverse", "weight_bytes", "greedy", "random_4"} <= set(tables["tradeoff"]["order"])
     exports = json.loads((report.parent / "exports_cpu" / "index.json").read_text())["profiles"]
     assert {"minimal", "moderate", "aggressive", "max"} <= set(exports)
     for tool in (tool for tools in exports.values() for tool in tools.values()):
@@ -314,7 +319,14 @@ def test_snakemakes_report_carries_pictures_and_tables_with_captions(
         names = {Path(name).name for name in packed.namelist()}
     pictures = {"heat_map.svg", "ranked_ops.svg", "tradeoff.svg", "modalities.svg"}
     assert names >= pictures | {f"op_sensitivity_mse_v2_cpu{suffix}" for suffix in (".html", ".md")}
-    for text in ("Pictures", "Dark is sensitive; grey has no value", "again by Intel Neural Compressor itself"):
+    assert names >= {"ranking.csv", "tradeoff.csv", "profiles.csv"}
+    for text in (
+        "Pictures",
+        "Tables",
+        "Dark is sensitive; grey has no value",
+        "again by Intel Neural Compressor itself",
+        "a row is one keep-list",
+    ):
         assert text in page
 
 
