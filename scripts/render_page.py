@@ -12,7 +12,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--report", type=Path, required=True, help="the report (JSON)")
     parser.add_argument("--markdown", type=Path, help="the same report as Markdown, to link to")
-    parser.add_argument("--figures", type=Path, nargs="*", default=[], help="drawn pictures to link to")
+    parser.add_argument("--files", type=Path, nargs="*", default=[], help="tables and drawn pictures to link to")
     parser.add_argument("--exports", type=Path, help="index of the exported profiles (JSON), to link to")
     parser.add_argument("--templates", type=Path, default=Path("workflow/templates"), help="folder of the templates")
     parser.add_argument("--html", type=Path, required=True, help="the page to write")
@@ -23,7 +23,7 @@ def main() -> int:
 
 def page(args: argparse.Namespace) -> None:
     files = {"report (JSON)": args.report, "report (Markdown)": args.markdown}
-    files |= {path.name: path for path in args.figures}
+    files |= {path.name: path for path in args.files}
     links = {
         "files": {label: relative(path, args.html) for label, path in files.items() if path},
         "exports": read_json(args.exports)["profiles"] if args.exports else {},

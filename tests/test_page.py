@@ -143,7 +143,7 @@ def test_the_scripts_write_pictures_and_the_page_with_relative_links(tmp_path):
     common = ["--report", run / "report.json", "--log"]
     draw = [*common, run / "draw.log", "--directory", run / "figures"]
     page = [*common, run / "page.log", "--html", run / "page.html", "--exports", run / "exports" / "index.json"]
-    page += ["--markdown", run / "report.md", "--figures", run / "figures" / "heat_map.svg"]
+    page += ["--markdown", run / "report.md", "--files", run / "figures" / "heat_map.svg"]
     for script, arguments in (("draw_figures", draw), ("render_page", page)):
         subprocess.run([sys.executable, ROOT / "scripts" / f"{script}.py", *arguments], check=True, cwd=ROOT)
     names = ("heat_map", "modalities", "ranked_ops", "tradeoff")

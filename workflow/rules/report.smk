@@ -165,6 +165,11 @@ rule render_page:
     input:
         json=rules.render_report.output.json,
         markdown=rules.render_report.output.markdown,
+        tables=[
+            rules.render_report.output.ranking,
+            rules.render_report.output.tradeoff,
+            rules.render_report.output.profiles,
+        ],
         figures=rules.draw_figures.output,
         exports=rules.export_profiles.output.directory,
     output:
@@ -181,7 +186,7 @@ rule render_page:
         "exec python scripts/render_page.py"
         " --report {input.json:q}"
         " --markdown {input.markdown:q}"
-        " --figures {input.figures:q}"
+        " --files {input.tables:q} {input.figures:q}"
         " --exports {input.exports:q}/index.json"
         " --templates {params.templates:q}"
         " --html {output.html:q}"
