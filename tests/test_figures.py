@@ -41,9 +41,9 @@ def tradeoff(curve=None, **changes):
     found = {"status": "measured", "device": "cpu", "threads": 1, "ops": curve[-1]["keep"], "answers": 10}
     found |= {"calibration_batches": 4, "batches": 2}
     found |= {"curves": {name: copy.deepcopy(curve) for name in orders}, "random": chance}
-    gains = {"gain_db": 1.5, "gain_over_inverse_db": 2.5, "gain_over_weight_bytes_db": -0.5, "greedy_gain_db": None}
-    gains |= {"above_random": [2, 3]}
-    return found | gains | changes
+    found |= {"gains_db": {"random": 1.5, "inverse": 2.5, "weight_bytes": -0.5}, "greedy_gain_db": None}
+    found |= {"losses": {"random": [], "inverse": [], "weight_bytes": [1, 2]}}
+    return found | changes
 
 
 def report_of(measured=UNMEASURED, target=None, stand_in=None, **changes):

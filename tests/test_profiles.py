@@ -34,7 +34,6 @@ def tradeoff(accuracy: bool = True) -> dict[str, Any]:
         ({"min_sqnr_db": 5.0}, 0),
         ({"min_sqnr_db": 12.0}, 1),
         ({"min_sqnr_db": 26.0}, 8),
-        ({"min_sqnr_db": 99.0}, 20),
         ({"max_accuracy_drop": 0.1}, 4),
         ({"min_sqnr_db": 10.0, "max_weight_bytes": 110}, 1),
     ],
@@ -60,9 +59,23 @@ def test_an_accuracy_is_not_asked_of_samples_without_answers() -> None:
 def test_a_named_profile_is_the_best_keep_list_of_its_share_and_no_longer_one_is_worse() -> None:
     found = tradeoff()
     names = ("minimal", "moderate", "aggressive", "max")
-    assert [build_profiles(found, Target())["profiles"][name]["keep"] for name in names] == [1, 1, 4, 8]
-    found["curves"]["ranking"][3].update(sqnr_db=11.5, relative_error=10**-1.15)  # four ops, worse than one
     assert [build_profiles(found, Target())["profiles"][name]["keep"] for name in names] == [1, 1, 1, 8]
+    found["curves"]["ranking"][4].update(sqnr_db=24.5, relative_error=10**-2.45)  # eight ops, worse than four
+    assert [build_profiles(found, Target())["profiles"][name]["keep"] for name in names] == [1, 1, 1, 4]
+
+
+def test_the_largest_weights_first_are_taken_where_they_do_better_and_random_lists_never() -> None:
+    found = tradeoff()
+    better = [point | {"relative_error": point["relative_error"] / 2} for point in found["curves"]["ranking"]]
+    found["curves"] |= {"weight_bytes": better, "random_0": [point | {"relative_error": 0.0} for point in better]}
+    assert build_profiles(found, Target())["profiles"]["max"]["order"] == "weight_bytes"
+
+
+def test_all_ops_in_fp32_are_no_profile() -> None:
+    found = build_profiles(tradeoff(), Target(min_sqnr_db=99.0))
+    assert "recommended" not in found["profiles"] and "leaves an op in INT8" in found["missed"]
+    with pytest.raises(InputError, match="min_sqnr_db: inf is no number"):
+        Target(min_sqnr_db=float("inf"))
 
 
 def test_a_byte_budget_alone_is_filled_with_what_leaves_the_least_error() -> None:

@@ -1,13 +1,16 @@
 """INC's own INT8 model, made from an exported profile and loaded back, has the very error that the replay measured."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
+from auto_quantize_model.calibration import CalibrationLoader
 from auto_quantize_model.digits import LIMITS, digit_samples
-from auto_quantize_model.exports import FP32
+from auto_quantize_model.exports import FP32, export
 from auto_quantize_model.files import InputError
 from auto_quantize_model.journal import Journal
 from auto_quantize_model.metrics import Reference
@@ -15,10 +18,11 @@ from auto_quantize_model.plan import SensitivitySpec, build_plan
 from auto_quantize_model.profiles import Target, build_profiles
 from auto_quantize_model.quantize import WEIGHTS, compared, load_quantized, logits, measure_error, quantize
 from auto_quantize_model.samples import Processor, collate, encode
-from auto_quantize_model.snapshot import load_model
+from auto_quantize_model.snapshot import load_model, module_types
 from auto_quantize_model.tradeoff import measure_tradeoff
 
 pytestmark = pytest.mark.slow
+TEMPLATES = Path(__file__).parents[1] / "workflow" / "templates" / "exports"
 ANSWERS: list[list[range | None]] = [[None]]
 
 
@@ -75,3 +79,28 @@ def test_another_keep_list_has_another_error(
 def test_nothing_left_to_quantize_is_refused(tiny_snapshot: Path, batches: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="INC quantized nothing: this profile keeps every op"):
         quantize(load_model(tiny_snapshot), batches, op_name_dict([".*"]), tmp_path)
+
+
+def test_the_exported_script_quantizes_a_model_as_transformers_loads_it(
+    tiny_snapshot: Path, batches: Any, heldout: Any, profiles: dict[str, Any], tmp_path: Path
+) -> None:
+    plan = {"model": "tiny", "ops": [], "excluded": []}
+    named = {"profiles": {"recommended": profiles["minimal"]}, "missed": ""}
+    modules = module_types(tiny_snapshot)
+    export(tmp_path / "exports", named, plan, {"executions": {}}, modules, [], len(batches), TEMPLATES)
+    specification = importlib.util.spec_from_file_location("script", tmp_path / "exports/recommended/inc_quantize.py")
+    assert specification and specification.loader
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+
+    def stock() -> torch.nn.Module:
+        kind = transformers.Qwen2_5_VLForConditionalGeneration
+        return kind.from_pretrained(tiny_snapshot, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+    reference = Reference(logits(stock(), heldout), None)
+    quantized = script.quantize(stock(), CalibrationLoader(batches))
+    quantized.save(str(tmp_path / "quantized"))
+    loaded = script.load(str(tmp_path / "quantized"), stock())
+    for model in (quantized.model, loaded):
+        found = measure_error([reference], model, [heldout], ANSWERS)
+        assert compared("minimal", profiles["minimal"], found, "cpu")["status"] == "bit_identical"

@@ -17,9 +17,9 @@ from auto_quantize_model.samples import Sample, answer_span, encode
 from auto_quantize_model.snapshot import load_model
 from auto_quantize_model.tradeoff import (
     Greedy,
-    above,
     gain,
     keep_sizes,
+    losses,
     measure_tradeoff,
     model_bytes,
     orders,
@@ -66,6 +66,7 @@ def test_the_gain_is_the_area_between_two_curves_in_which_each_doubling_counts_t
     assert gain(curve(10, 20, 30), curve(10, 10, 30)) == pytest.approx(5)
     assert gain(curve(10, 20, 40), curve(10, 10, 10)) == pytest.approx((5 + 20) / 2)
     assert gain(curve(10, 20, None), curve(10, 10, None)) == 5
+    assert gain(curve(10, 20, 90), curve(10, 10, 10), 1.5) == 5
     assert gain(curve(10, None, None), curve(10, None, None)) is None
 
 
@@ -188,9 +189,10 @@ def test_greedy_keeps_what_helps_most_in_the_state_reached(model: Any, plan: Any
     assert found["greedy_gain_db"] is not None and greedy.runs(len(ranking)) == 6
 
 
-def test_lengths_are_counted_at_which_a_curve_is_above_another() -> None:
-    first, second = ([{"sqnr_db": sqnr} for sqnr in curve] for curve in ([5, 9, 7, None, None], [5, 8, 7, 9, None]))
-    assert above(first, second) == [2, 3]
+def test_the_lengths_are_named_at_which_another_curve_does_better() -> None:
+    first = [{"keep": keep, "sqnr_db": sqnr} for keep, sqnr in enumerate([5, 9, 7, None, 9, None])]
+    second = [{"keep": keep, "sqnr_db": sqnr} for keep, sqnr in enumerate([5, 8, 8, 9, None, None])]
+    assert losses(first, second) == [2, 4]
 
 
 def test_an_int8_weight_takes_a_byte_a_value_and_a_scale_a_row() -> None:

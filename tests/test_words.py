@@ -2,9 +2,11 @@
 
 import pytest
 from test_figures import point, report_of, tradeoff
+from test_report import PROFILES, UNMEASURED, parts, record
 
 from auto_quantize_model import words
 from auto_quantize_model.profiles import Target
+from auto_quantize_model.report import build_report
 
 
 def said(found):
@@ -12,15 +14,15 @@ def said(found):
 
 
 def test_a_control_that_does_better_is_named_as_such():
-    text = said(tradeoff(gain_db=-0.25))["Against chance"]
-    assert "-0.2 dB over random ones, +2.5 dB over the ranking reversed, -0.5 dB over the largest weights first" in text
-    assert "better than random ones at 2 of 3 lengths" in text
-    assert "Against random ones and the largest weights first the ranking does not earn its place here." in text
+    text = said(tradeoff())["Against chance"]
+    assert "+1.5 dB over random ones, +2.5 dB over the ranking reversed, -0.5 dB over the largest weights first" in text
+    assert "worse than the largest weights first at 1, 2 kept." in text and "the mean of" not in text
+    assert "Against the largest weights first the ranking does not earn its place here." in text
 
 
 def test_without_a_curve_to_compare_nothing_is_said_of_chance():
-    none = dict.fromkeys(("gain_db", "gain_over_inverse_db", "gain_over_weight_bytes_db"))
-    assert "Against chance" not in said(tradeoff(**none))
+    none = dict.fromkeys(("random", "inverse", "weight_bytes"))
+    assert "Against chance" not in said(tradeoff(gains_db=none))
     assert words.certainty(report_of())[0][0] == "Between batches"  # no trade-off at all
 
 
@@ -41,14 +43,22 @@ def test_the_refinement_helps_where_one_keep_list_of_it_does_better():
     assert words.refinement_helps(found)
     assert words.decision(found) == (
         "Keep 1 of 4 ops in FP32.",
-        "They are the fewest of the measured keep-lists that reach the target (min_sqnr_db 26), found by the greedy"
-        " refinement.",
+        "They are the fewest of the measured keep-lists that reach the target (min_sqnr_db 26), found by the"
+        " greedy refinement.",
     )
 
 
 def test_what_int8_does_on_held_out_samples_stands_beside_what_it_does_on_its_own():
     text = said(tradeoff())["Held-out"]
     assert "an SQNR of 20.00 dB on the scored batches" in text and "(the worst batch 20.00 dB)" in text
+
+
+def test_a_fallback_map_on_which_batches_disagree_is_warned_of():
+    manifest, calibration, plan, capture, audit, *_ = parts()
+    values = {"visual.proj": (1.0, 4.0), "layers.0.mlp": (2.0, 3.0), "layers.1.mlp": (3.0, 2.0), "lm_head": (4.0, 1.0)}
+    capture["maps"]["fallback"] = {name: [record(value) for value in pair] for name, pair in values.items()}
+    (warning,) = build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)["warnings"]
+    assert "agree on its order with a Kendall's tau of -1.00" in warning
 
 
 def test_held_out_samples_that_fare_far_worse_are_warned_of():

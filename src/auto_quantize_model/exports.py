@@ -52,13 +52,17 @@ class Tool:
 
 @dataclass(frozen=True)
 class Context:
-    """What every file of an export may name; `idle` are the plan's ops that ran on no scored batch."""
+    """What every file of an export may name.
+
+    `idle` are the plan's ops that ran on no scored batch; `embeds_patches` says whether the model has a vision tower.
+    """
 
     model: str
     profile: str
     measured: dict[str, Any]
     idle: Sequence[str]
     calibration_samples: int
+    embeds_patches: bool
     templates: Path
 
 
@@ -93,12 +97,13 @@ def export_profile(
         covered = [op for op in (*kept, *excluded) if issubclass(modules[op], tool.types)]
         dropped = [op for op in kept if op not in covered]
         added = additions(covered, tool, modules, context.idle)
-        told = [*covered, *added]
-        written = tool.files({op: common_name(op, modules, published) for op in told}, heading(tool, context), context)
+        told = {op: common_name(op, modules, published) for op in (*covered, *added)}
+        said = notes(dropped, added, tool)
+        written = tool.files(told, heading(said, context), context)
         texts |= written
-        tools[name] = {"title": tool.title, "files": sorted(written), "kept": told, "dropped": dropped, "added": added}
-        tools[name]["notes"] = notes(dropped, added, tool)
-    return texts, tools
+        tools[name] = {"title": tool.title, "files": sorted(written), "kept": list(told)}
+        tools[name] |= {"dropped": dropped, "added": added, "notes": said}
+    return texts | {"README.md": overview(tools, context)}, tools
 
 
 def additions(covered: Sequence[str], tool: Tool, modules: Modules, idle: Iterable[str]) -> dict[str, str]:
@@ -194,15 +199,28 @@ def modelopt_files(kept: dict[str, str], header: str, context: Context) -> dict[
     return {"modelopt_quant_cfg.json": canonical_json({"quant_cfg": quant_cfg, "algorithm": "max"})}
 
 
-def heading(tool: Tool, context: Context) -> str:
-    """What a file is, and what its user has to know."""
+def heading(said: Iterable[str], context: Context) -> str:
+    """What a file is, and the notes of its tool."""
+    return "\n\n".join([described(context), *(textwrap.fill(note, 118, break_on_hyphens=False) for note in said)])
+
+
+def overview(tools: dict[str, Any], context: Context) -> str:
+    """The notes of every tool in one file: JSON has no comments."""
+    lines = [f"# {context.profile}", "", described(context)]
+    for tool in tools.values():
+        lines += ["", f"## {tool['title']}", "", f"Files: {', '.join(f'`{file}`' for file in tool['files'])}"]
+        lines += [line for note in tool["notes"] for line in ("", note)]
+    return "\n".join(lines) + "\n"
+
+
+def described(context: Context) -> str:
+    """What the profile is, in one line."""
     measured = context.measured
     sqnr = "no error" if measured["sqnr_db"] is None else f"{measured['sqnr_db']:.2f} dB"
-    what = (
+    return (
         f"Profile {context.profile} of {context.model}: {measured['keep']} ops in FP32,"
         f" {sqnr} SQNR on held-out samples as measured with INC's INT8."
     )
-    return f"{what}\n\n{textwrap.fill(tool.remark, 118)}"
 
 
 def python_file(name: str, kept: dict[str, str], header: str, context: Context) -> dict[str, str]:
@@ -218,6 +236,7 @@ def python_file(name: str, kept: dict[str, str], header: str, context: Context) 
     text = environment.get_template(f"{name}.j2").render(
         header=header,
         calibration_samples=context.calibration_samples,
+        embeds_patches=context.embeds_patches,
         patterns=regular_expressions(kept.values()),
         idle=regular_expressions(kept[op] for op in context.idle if op in kept),
     )
@@ -226,16 +245,23 @@ def python_file(name: str, kept: dict[str, str], header: str, context: Context) 
 
 LINEAR, CONV, EMBEDDING = torch.nn.Linear, torch.nn.Conv3d, torch.nn.Embedding
 FOR_INC = "For INC 2.6 alone; 3.x has another API."
+MEASURED_WITH = "the profile was measured with INC's per-channel weights and static, per-tensor, asymmetric activations"
 FOR_LLM_COMPRESSOR = (
-    "W8A8 has per-channel weights and dynamic, per-token, symmetric activations; the profile was measured with INC's"
-    ' static per-tensor ones. Use: oneshot(model=<loaded model>, recipe="llm_compressor_recipe.yaml"), then'
+    f"W8A8 has per-channel weights and dynamic, per-token, symmetric activations; {MEASURED_WITH}."
+    ' Use: oneshot(model=<loaded model>, recipe="llm_compressor_recipe.yaml"), then'
     " model.save_pretrained(<folder>, save_compressed=True). vLLM runs INT8 on Turing to Hopper GPUs."
 )
-FOR_MODELOPT = "Needs ModelOpt 0.44 or later. vLLM serves no INT8 checkpoint of ModelOpt."
-FOR_NNCF = "Needs NNCF 3.0 or later. Nodes that read no module's weight (attention's products) are NNCF's own choice."
+FOR_MODELOPT = (
+    f"Needs ModelOpt 0.44 or later. Activations are static, per tensor and symmetric; {MEASURED_WITH}. vLLM serves no"
+    " INT8 checkpoint of ModelOpt."
+)
+FOR_NNCF = (
+    f"Needs NNCF 3.0 or later. Its preset chooses the scheme; {MEASURED_WITH}. Nodes that read no module's weight"
+    " (attention's products) are NNCF's own choice."
+)
 FOR_TORCHAO = (
-    "Weights are per channel, activations dynamic and per token; the profile was measured with INC's static per-tensor"
-    " ones. Outside of torch.compile, a matrix whose side is no multiple of 8 takes a slow way on a GPU."
+    f"Weights are per channel, activations dynamic and per token; {MEASURED_WITH}."
+    " Outside of torch.compile, a matrix whose side is no multiple of 8 takes a slow way on a GPU."
 )
 ALL = (LINEAR, CONV, EMBEDDING)
 TOOLS = {
@@ -282,7 +308,7 @@ def export(
     texts: dict[str, str] = {}
     index: dict[str, Any] = {}
     for name, profile in profiles["profiles"].items():
-        context = Context(plan["model"], name, profile, idle, calibration_samples, templates)
+        context = Context(plan["model"], name, profile, idle, calibration_samples, CONV in modules.values(), templates)
         files, index[name] = export_profile(profile["kept"], left_out, modules, published, context)
         texts |= {f"{name}/{file}": text for file, text in files.items()}
         for tool in index[name].values():

@@ -6,6 +6,7 @@ Op names are data: markup escapes them, and scripts get them as JSON that cannot
 import base64
 import hashlib
 import os
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from auto_quantize_model import words
-from auto_quantize_model.figures import figures
+from auto_quantize_model.figures import CURVES, figures
 
 SHOWN = 12
 MAPS = {"isolated": "isolated: the ranking", "fallback": "fallback: the error left", "requantize": "requantize: so far"}
@@ -53,9 +54,15 @@ def render_page(report: dict[str, Any], links: dict[str, Any], templates: Path) 
         not_exercised=[op for op in report["ops"] if op["status"] == "not_exercised"],
         best=report["profiles"]["profiles"].get("recommended"),
         shown=SHOWN,
+        curves={key: title for key, (title, *_) in CURVES.items() if key in {"random", *drawn_curves(report)}},
         words=words,
         bundle=bundle(),
     )
+
+
+def drawn_curves(report: dict[str, Any]) -> Iterable[str]:
+    """The orders whose keep-lists were measured."""
+    return report["tradeoff"].get("curves", {})
 
 
 @cache

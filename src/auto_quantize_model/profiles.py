@@ -4,13 +4,16 @@ In: the trade-off as `tradeoff.measure_tradeoff` returns it, and the config's ta
 smallest keep-list that reaches the target, or the statement that none does.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from auto_quantize_model.files import InputError
 
-# The share of ops that a profile may keep, rounded up to the next length that was measured.
+# The share of ops that a profile may keep; one op at the least.
 SHARES = {"minimal": 0.01, "moderate": 0.05, "aggressive": 0.15, "max": 0.4}
+# The curves whose order has a reason; the ranking turned round and random orders are there to be compared with.
+ORDERS = ("ranking", "greedy", "weight_bytes")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Target:
     max_weight_bytes: int | None = None
 
     def __post_init__(self) -> None:
+        if self.min_sqnr_db is not None and not math.isfinite(self.min_sqnr_db):
+            raise InputError(f"profiles.min_sqnr_db: {self.min_sqnr_db} is no number of decibels")
         if self.max_accuracy_drop is not None and not 0 <= self.max_accuracy_drop <= 1:
             raise InputError(f"profiles.max_accuracy_drop: {self.max_accuracy_drop} is no share from 0 to 1")
         if self.max_weight_bytes is not None and self.max_weight_bytes < 1:
@@ -36,7 +41,7 @@ class Target:
 
 
 def build_profiles(tradeoff: dict[str, Any], target: Target) -> dict[str, Any]:
-    """Profiles out of the ranking's curve and the greedy one, each as measured.
+    """Profiles out of the curves of `ORDERS`, each as measured.
 
     Returns:
         {target, profiles: {name: profile}, missed}. A profile is a point of a curve with `order`, that curve, and
@@ -46,13 +51,14 @@ def build_profiles(tradeoff: dict[str, Any], target: Target) -> dict[str, Any]:
     """
     if tradeoff["status"] == "not_measured":
         return {"target": vars(target), "profiles": {}, "missed": f"nothing was measured: {tradeoff['reason']}"}
-    curves = {order: with_kept(order, tradeoff["curves"].get(order, [])) for order in ("ranking", "greedy")}
-    points = [point for curve in curves.values() for point in curve]
+    curves = {order: with_kept(order, tradeoff["curves"].get(order, [])) for order in ORDERS}
+    *_, fp32 = curves["ranking"]
+    points = [point for curve in curves.values() for point in curve if point["keep"] < tradeoff["ops"]]
     found = {}
     for name, share in SHARES.items():
-        longest = next(point["keep"] for point in curves["ranking"] if point["keep"] >= share * tradeoff["ops"])
+        longest = max(1, int(share * tradeoff["ops"]))
         found[name] = min((point for point in points if point["keep"] <= longest), key=_by_error)
-    best, missed = recommended(points, curves["ranking"][-1], target)
+    best, missed = recommended(points, fp32, target)
     if best:
         found["recommended"] = best
     return {"target": vars(target), "profiles": found, "missed": missed}
@@ -61,7 +67,7 @@ def build_profiles(tradeoff: dict[str, Any], target: Target) -> dict[str, Any]:
 def recommended(
     points: list[dict[str, Any]], fp32: dict[str, Any], target: Target
 ) -> tuple[dict[str, Any] | None, str]:
-    """The smallest keep-list that reaches the target, or None and why there is none.
+    """The smallest keep-list that reaches the target and quantizes something, or None and why there is none.
 
     Of equally small ones it is the one with the least error. Of a byte budget alone every list within it would do, the
     empty one first of all; there the one with the least error is meant.
@@ -72,7 +78,7 @@ def recommended(
         return None, f"no held-out sample has an answer: the target is {described(target)}"
     reached = [point for point in points if reaches(point, fp32, target)]
     if not reached:
-        return None, f"no measured keep-list reaches it: the target is {described(target)}"
+        return None, f"no measured keep-list that leaves an op in INT8 reaches it: the target is {described(target)}"
     only_bytes = target.min_sqnr_db is None and target.max_accuracy_drop is None
     return min(reached, key=_by_error if only_bytes else _by_length), ""
 

@@ -4,6 +4,7 @@ In: the manifests, the plan and the capture. Out: one document, the same for the
 """
 
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from auto_quantize_model import words
 from auto_quantize_model.files import InputError, canonical_json, digest_of, read_json
 from auto_quantize_model.ranking import ranked, score
-from auto_quantize_model.trust import assess
+from auto_quantize_model.trust import assess, by_batch, rank_taus
 
 SCHEMA = Path(__file__).parents[2] / "workflow" / "schemas" / "op_sensitivity.schema.json"
 SCHEMA_VERSION = 5
 # Below this the all-INT8 output is mostly error, and what one op in FP32 takes away from it is noise.
 FALLBACK_FLOOR_DB = 10.0
+# Kendall's tau between batches, where 0 is chance.
+FALLBACK_FLOOR_TAU = 0.3
 # Four times the error on samples that set no scale: the calibration set has not seen what the model will.
 HELDOUT_GAP_DB = 6.0
 CALIBRATION_KEYS = ("source", "seed", "batch_size", "text_only", "image_backend", "digest")
@@ -68,7 +71,8 @@ def build_report(
         "versions": capture["versions"],
         "warnings": [
             *of_the_run(manifest["stand_in"], calibration, len(plan["ops"]) - len(exercised)),
-            *of_int8(all_int8, tradeoff, maps),
+            *(of_fallback(all_int8, capture["maps"]["fallback"]) if "fallback" in maps else []),
+            *of_heldout(all_int8, tradeoff),
         ],
         "all_int8": all_int8,
         "batches": [describe_batch(batch) for batch in capture["batches"]],
@@ -133,23 +137,33 @@ def of_the_run(stand_in: str | None, calibration: dict[str, Any], not_exercised:
     return found
 
 
-def of_int8(all_int8: dict[str, Any], tradeoff: dict[str, Any], maps: dict[str, Any]) -> list[str]:
-    """Where the all-INT8 output says that other numbers carry little."""
+def of_fallback(all_int8: dict[str, Any], records: dict[str, list[dict[str, float] | None]]) -> list[str]:
+    """Where the fallback map carries no information: little but noise to take away from, or batches that disagree."""
+    seen, taus = all_int8["sqnr_db"], rank_taus(by_batch(records)[1])
     found = []
-    seen = all_int8["sqnr_db"]
-    if "fallback" in maps and seen is not None and seen < FALLBACK_FLOOR_DB:
+    if seen is not None and seen < FALLBACK_FLOOR_DB:
         found.append(
             f"With every op in INT8 the output has an SQNR of {seen:.1f} dB, below {FALLBACK_FLOOR_DB:.0f} dB: the"
             " fallback map is mostly noise there; use the isolated map."
         )
-    unseen = tradeoff["curves"]["ranking"][0]["sqnr_db"] if tradeoff["status"] == "measured" else None
-    if seen is not None and unseen is not None and seen - unseen > HELDOUT_GAP_DB:
+    elif taus and statistics.fmean(taus) < FALLBACK_FLOOR_TAU:
         found.append(
-            f"INT8 has an SQNR of {seen:.1f} dB on the samples that set its scales and {unseen:.1f} dB on held-out"
-            " ones: what lies outside the calibrated ranges is clipped, and no map can see that. Raise"
-            " calibration.num_samples."
+            f"The fallback map is mostly noise: batches agree on its order with a Kendall's tau of"
+            f" {statistics.fmean(taus):.2f}, where 0 is chance; use the isolated map."
         )
     return found
+
+
+def of_heldout(all_int8: dict[str, Any], tradeoff: dict[str, Any]) -> list[str]:
+    """Where the calibration set has not seen what the model will."""
+    seen = all_int8["sqnr_db"]
+    unseen = tradeoff["curves"]["ranking"][0]["sqnr_db"] if tradeoff["status"] == "measured" else None
+    if seen is None or unseen is None or seen - unseen <= HELDOUT_GAP_DB:
+        return []
+    return [
+        f"INT8 has an SQNR of {seen:.1f} dB on the samples that set its scales and {unseen:.1f} dB on held-out ones:"
+        " what lies outside the calibrated ranges is clipped, and no map can see that. Raise calibration.num_samples."
+    ]
 
 
 def render(report: dict[str, Any], templates: Path) -> tuple[str, str]:

@@ -106,13 +106,13 @@ def measure_tradeoff(
         on_progress: called after each forward.
 
     Returns:
-        {ops, calibration_batches, batches, answers, curves: {order: [point]}, random: [point], above_random, gain_db,
-        gain_over_inverse_db, gain_over_weight_bytes_db, greedy_gain_db}. The curve `greedy`, where it was asked for,
-        ends with its last chosen op. A point is {keep, added, weight_bytes, relative_error, sqnr_db, sqnr_db_lowest,
-        kl_divergence, top1_agreement, accuracy}; `added` are the ops kept beyond the point before; `accuracy` is the
-        share of answers whose every token is the most likely one, null without answers. A point of `random` has the
-        mean and the standard deviation over its seeds; `above_random` is as `above` returns it, and a gain as `gain`
-        returns it, in dB.
+        {ops, calibration_batches, batches, answers, curves: {order: [point]}, random: [point], gains_db, losses,
+        greedy_gain_db}. The curve `greedy`, where it was asked for, ends with its last chosen op. A point is {keep,
+        added, weight_bytes, relative_error, sqnr_db, sqnr_db_lowest, kl_divergence, top1_agreement, accuracy}; `added`
+        are the ops kept beyond the point before; `accuracy` is the share of answers whose every token is the most
+        likely one, null without answers. A point of `random` has the mean and the standard deviation over its seeds.
+        `gains_db` are the ranking's over each control, up to half of the ops, as `gain` returns them; `losses` are the
+        lengths at which the control does better; `greedy_gain_db` is the greedy curve's gain over the ranking.
     """
     sizes = keep_sizes(len(ranking), greedy.ops if greedy.candidates else 0)
     modules = dict(model.named_modules())
@@ -155,6 +155,8 @@ def measure_tradeoff(
     }
     seeds = [curves[f"random_{seed}"] for seed in range(RANDOM_SEEDS)]
     averaged = [spread(list(of_one_length)) for of_one_length in zip(*seeds, strict=True)]
+    controls = {"random": averaged, "inverse": curves["inverse"], "weight_bytes": curves["weight_bytes"]}
+    half = len(ranking) / 2
     return {
         "ops": len(ranking),
         "calibration_batches": len(calibration),
@@ -162,10 +164,8 @@ def measure_tradeoff(
         "answers": asked,
         "curves": curves,
         "random": averaged,
-        "above_random": above(curves["ranking"], averaged),
-        "gain_db": gain(curves["ranking"], averaged),
-        "gain_over_inverse_db": gain(curves["ranking"], curves["inverse"]),
-        "gain_over_weight_bytes_db": gain(curves["ranking"], curves["weight_bytes"]),
+        "gains_db": {name: gain(curves["ranking"], control, half) for name, control in controls.items()},
+        "losses": {name: losses(curves["ranking"], control) for name, control in controls.items()},
         "greedy_gain_db": gain(curves["greedy"], curves["ranking"]) if first else None,
     }
 
@@ -274,28 +274,27 @@ def spread(points: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def above(curve: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[int]:
-    """At how many lengths a curve's SQNR is above another's, and at how many they can differ: not at the ends."""
-    inner = list(zip(curve, other, strict=True))[1:-1]
-    higher = [
-        mine["sqnr_db"] is None or mine["sqnr_db"] > theirs["sqnr_db"]
-        for mine, theirs in inner
-        if theirs["sqnr_db"] is not None
-    ]
-    return [sum(higher), len(higher)]
+def losses(curve: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[int]:
+    """The lengths at which a curve's SQNR is below another's."""
+    pairs = zip(curve, other, strict=True)
+    return [mine["keep"] for mine, theirs in pairs if _infinite(mine["sqnr_db"]) < _infinite(theirs["sqnr_db"])]
 
 
-def gain(curve: list[dict[str, Any]], other: list[dict[str, Any]]) -> float | None:
+def _infinite(sqnr_db: float | None) -> float:
+    return math.inf if sqnr_db is None else sqnr_db
+
+
+def gain(curve: list[dict[str, Any]], other: list[dict[str, Any]], longest: float = math.inf) -> float | None:
     """The area between two curves of SQNR over log(1 + kept ops), divided by that range: dB; None without one.
 
     On that axis each doubling of a keep-list counts the same; on a linear one the long lists, which nobody keeps, would
-    decide alone. Trapezoids; points whose SQNR is infinite (all ops kept) end the range, as does the end of the shorter
-    curve.
+    decide alone. Trapezoids; points whose SQNR is infinite (all ops kept) end the range, as do the end of the shorter
+    curve and `longest`.
     """
     pairs = [
         (math.log1p(mine["keep"]), mine["sqnr_db"] - theirs["sqnr_db"])
         for mine, theirs in zip(curve, other, strict=False)
-        if mine["sqnr_db"] is not None and theirs["sqnr_db"] is not None
+        if mine["sqnr_db"] is not None and theirs["sqnr_db"] is not None and mine["keep"] <= longest
     ]
     if len(pairs) < 2:
         return None

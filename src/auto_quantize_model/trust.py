@@ -32,17 +32,15 @@ def assess(isolated: Records, all_int8: Sequence[dict[str, float]]) -> dict[str,
         they are ranked, the mean over batches, with another; tau-b between `mse_value` and KL divergence (means over
         batches); the sum of the isolated errors over the all-INT8 error, 1 where errors add up.
     """
-    names = [name for name, records in isolated.items() if None not in records]
-    values = [[_of(isolated[name][batch])["mse_value"] for name in names] for batch in range(len(all_int8))]
+    names, values = by_batch(isolated)
     ranked_by = [mean([record["mse_value"] for record in records if record]) for records in isolated.values()]
-    taus = [tau(*pair) for pair in itertools.combinations(values, 2)]
-    known = [value for value in taus if value is not None]
+    known = rank_taus(values)
     top = min(TOP, math.ceil(len(names) / 4))
     tops = [set(sorted(names, key=dict(zip(names, batch, strict=True)).__getitem__)[-top:]) for batch in values]
     summed = math.fsum(record["mse_value"] for records in isolated.values() for record in records if record)
     together = math.fsum(record["mse_value"] for record in all_int8)
     return {
-        "batches": len(values),
+        "batches": len(all_int8),
         "rank_tau": statistics.fmean(known) if known else None,
         "rank_tau_lowest": min(known, default=None),
         "top": top,
@@ -51,6 +49,19 @@ def assess(isolated: Records, all_int8: Sequence[dict[str, float]]) -> dict[str,
         "metric_tau": _between_metrics(isolated, names),
         "additivity": summed / together if together else None,
     }
+
+
+def by_batch(records: Records) -> tuple[list[str], list[list[float]]]:
+    """The ops that ran in every batch, and of each batch their `mse_value` in that order."""
+    names = [name for name, of_one in records.items() if None not in of_one]
+    values = zip(*([_of(record)["mse_value"] for record in records[name]] for name in names), strict=True)
+    return names, [list(batch) for batch in values]
+
+
+def rank_taus(values: list[list[float]]) -> list[float]:
+    """Tau-b between the rankings of each two batches, where it is known."""
+    taus = (tau(*pair) for pair in itertools.combinations(values, 2))
+    return [value for value in taus if value is not None]
 
 
 def _of(record: dict[str, float] | None) -> dict[str, float]:

@@ -39,6 +39,13 @@ def states(report: Report) -> list[dict[str, Any]]:
     return found
 
 
+ORDERS = {
+    "ranking": "along the ranking",
+    "greedy": "found by the greedy refinement",
+    "weight_bytes": "the largest weights first",
+}
+
+
 def decision(report: Report) -> tuple[str, str]:
     """What to keep, in one sentence, and why that."""
     best = report["profiles"]["profiles"].get("recommended")
@@ -51,8 +58,7 @@ def decision(report: Report) -> tuple[str, str]:
         if set(target) == {"max_weight_bytes"}
         else "They are the fewest of the measured keep-lists that reach the target"
     )
-    why += f" ({', '.join(f'{name} {value:g}' for name, value in target.items())})"
-    why += ", found by the greedy refinement." if best["order"] == "greedy" else "."
+    why += f" ({', '.join(f'{name} {value:g}' for name, value in target.items())}), {ORDERS[best['order']]}."
     if best["keep"]:
         return f"Keep {best['keep']} of {report['tradeoff']['ops']} ops in FP32.", why
     return "Keep nothing: INT8 reaches the target as it is.", ""
@@ -132,25 +138,32 @@ def held_out(report: Report) -> list[tuple[str, str]]:
     return [("Held-out", f"{text}{'' if lowest is None else f' (the worst batch {lowest:.2f} dB)'}.")]
 
 
+CONTROLS = {"random": "random ones", "inverse": "the ranking reversed", "weight_bytes": "the largest weights first"}
+
+
 def against_chance(tradeoff: dict[str, Any]) -> list[tuple[str, str]]:
     """What the ranking is worth on held-out samples, over other orders in which ops can be kept."""
     if tradeoff["status"] != "measured":
         return []
-    others = {"gain_db": "random ones", "gain_over_inverse_db": "the ranking reversed"}
-    others |= {"gain_over_weight_bytes_db": "the largest weights first"}
-    gains = {name: tradeoff[key] for key, name in others.items() if tradeoff[key] is not None}
+    gains = {CONTROLS[key]: value for key, value in tradeoff["gains_db"].items() if value is not None}
     if not gains:
         return []
-    higher, lengths = tradeoff["above_random"]
-    text = "Keep-lists along the ranking are worth "
-    text += ", ".join(f"{value:+.1f} dB over {name}" for name, value in gains.items())
-    text += (
-        " on held-out samples (the area between the curves, in which each doubling of a list counts the same), and"
-        f" better than random ones at {higher} of {lengths} lengths."
+    text = (
+        f"Up to half of the ops, keep-lists along the ranking are worth {signed(gains)} on held-out samples (the area"
     )
+    text += " between the curves, in which each doubling of a list counts the same)."
+    for key, lengths in tradeoff["losses"].items():
+        if lengths:
+            mean = "the mean of " if key == "random" else ""
+            text += f" They are worse than {mean}{CONTROLS[key]} at {', '.join(map(str, lengths))} kept."
     if worse := [name for name, value in gains.items() if value <= 0]:
         text += f" Against {' and '.join(worse)} the ranking does not earn its place here."
     return [("Against chance", text)]
+
+
+def signed(gains: dict[str, float]) -> str:
+    """Gains over other orders, each with its sign."""
+    return ", ".join(f"{value:+.1f} dB over {name}" for name, value in gains.items())
 
 
 def refined(tradeoff: dict[str, Any]) -> list[tuple[str, str]]:
