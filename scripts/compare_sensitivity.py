@@ -1,21 +1,24 @@
-"""Compare two JSON reports: what changed, which ops moved, and whether the rankings still agree.
+"""Compare two JSON reports: what changed, which ops moved, and whether they still agree.
 
     python scripts/compare_sensitivity.py A.json B.json [--markdown OUT.md] [--json OUT.json]
 
-The rankings differ where Kendall's tau is below --tau and below what batches of one run agree by, or where more than
---top-changes ops came into the --top most sensitive. A move is beyond the noise where the places that the op would take
-within one standard deviation of its mse_value are others in each report; with one batch that is unknown.
+They differ where Kendall's tau of the rankings is below --tau, where more than --top-changes ops came into or vanished
+from the --top most sensitive, or where all-INT8 lost more than --sqnr-drop. A move is beyond the noise where the places
+that the op would take within one standard deviation of its mse_value are others in each report; with one batch that is
+unknown.
 
-Exit code: 0 the rankings agree, 1 they differ, 2 bad input, 3 an unexpected error.
+Exit code: 0 the reports agree, 1 they differ, 2 bad input, 3 an unexpected error.
 """
 
 import argparse
 from pathlib import Path
 
+import jsonschema
+
 from auto_quantize_model import cli
-from auto_quantize_model.compare import compare, to_markdown
+from auto_quantize_model.compare import Limits, compare, to_markdown
 from auto_quantize_model.files import InputError, read_json, write_json, write_text
-from auto_quantize_model.report import SCHEMA_VERSION
+from auto_quantize_model.report import SCHEMA, SCHEMA_VERSION
 
 UNEXPECTED = 3
 
@@ -28,29 +31,30 @@ def main() -> int:
     parser.add_argument(
         "--tau",
         type=float,
-        default=0.8,
-        help="the rankings differ where Kendall's tau of the common ops' places (1: same order, -1: reversed) is below"
-        " this and below the reports' own tau between batches, which is their noise (0.8)",
+        help="least Kendall's tau of the common ops' places, 1: same order, -1: reversed (that by which batches of one"
+        " run agree, which is their noise, and 0.8 at most)",
     )
     parser.add_argument(
         "--top-changes",
         type=int,
         default=2,
-        help="the rankings differ where more ops than this came into the --top most sensitive: common ops that entered"
-        " beyond the noise or by unknown noise, and ops that only the second report has (2)",
+        help="how many ops may come into the --top most sensitive, beyond the noise or as new ones, and how many of"
+        " them may be missing from the second report (2)",
     )
+    parser.add_argument("--sqnr-drop", type=float, default=3.0, help="how many dB of SQNR all-INT8 may lose (3)")
     parser.add_argument("--markdown", type=Path, help="write the comparison for people here as well")
     parser.add_argument("--json", type=Path, help="write the comparison for programs here")
     args = parser.parse_args()
     verdicts: list[bool] = []
     ended = cli.run(lambda: verdicts.append(comparison(args)), None)
-    # cli.run's 1 is any error, and a CI job has to tell that from rankings that differ.
+    # cli.run's 1 is any error, and a CI job has to tell that from reports that differ.
     return {0: int(any(verdicts)), 1: UNEXPECTED}.get(ended, ended)
 
 
 def comparison(args: argparse.Namespace) -> bool:
-    """Write and print the comparison; whether the rankings differ."""
-    found = compare(read_report(args.first), read_report(args.second), args.top, args.tau, args.top_changes)
+    """Write and print the comparison; whether the reports differ."""
+    limits = Limits(args.top, args.tau, args.top_changes, args.sqnr_drop)
+    found = compare(read_report(args.first), read_report(args.second), limits)
     markdown = to_markdown(found)
     if args.markdown:
         write_text(args.markdown, markdown)
@@ -67,6 +71,10 @@ def read_report(path: Path) -> dict:
         raise InputError(
             f"{path}: no sensitivity report of schema version {SCHEMA_VERSION} (found {version}); render it anew"
         )
+    try:
+        jsonschema.validate(report, read_json(SCHEMA))
+    except jsonschema.ValidationError as error:
+        raise InputError(f"{path}: no whole report, {error.json_path}: {error.message[:200]}; render it anew") from None
     return report
 
 

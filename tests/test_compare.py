@@ -1,5 +1,6 @@
 """Two reports compared: noise is no difference, a changed top set is one, and a CI job can act on the exit code."""
 
+import copy
 import importlib.util
 import json
 import subprocess
@@ -11,37 +12,38 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_report import parts
 
-from auto_quantize_model.compare import compare, standings, to_markdown
+from auto_quantize_model.compare import Limits, compare, standings, to_markdown
 from auto_quantize_model.files import InputError
-from auto_quantize_model.report import SCHEMA_VERSION
+from auto_quantize_model.report import build_report
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts/compare_sensitivity.py"
 
 
+# A whole report, as the script asks for: what the comparison does not read is the same everywhere.
+WHOLE = build_report(*parts())
+
+
 def row(name: str, value: float, spread: float | None) -> dict[str, Any]:
-    return {"op_name": name, "mse_value": value, "mse_value_std": spread}
+    return WHOLE["maps"]["isolated"]["ops"][0] | {"op_name": name, "mse_value": value, "mse_value_std": spread}
 
 
 def report(
     names: Sequence[str] = "abcdefghij", spread: float | None = 0.4, rank_tau: float | None = 0.9, **versions: str
 ) -> dict[str, Any]:
     """A report of ops one apart in mse_value, the most sensitive first: with 0.4 of spread none is another's noise."""
+    found = copy.deepcopy(WHOLE)
+    found["versions"] |= versions
+    found["trust"]["rank_tau"] = rank_tau
     rows = [row(name, float(value), spread) for value, name in enumerate(reversed(names), start=1)]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "model": {"model": "tiny", "digest": "0"},
-        "calibration": {"name": "set", "digest": "1"},
-        "measurement": {"engine": "replay", "device": "cpu"},
-        "versions": {"torch": "2.13.0"} | versions,
-        "trust": {"rank_tau": rank_tau},
-        "maps": {"isolated": {"ops": rows}},
-    }
+    found["maps"]["isolated"]["ops"] = rows
+    return found
 
 
 def compared(first: dict[str, Any], second: dict[str, Any], top: int = 3, changes: int = 2) -> dict[str, Any]:
-    return compare(first, second, top, 0.8, changes)
+    return compare(first, second, Limits(top, changes=changes))
 
 
 def names_of(moves: list[dict[str, Any]]) -> list[str]:
@@ -57,7 +59,7 @@ def test_a_report_never_differs_from_itself(
 ) -> None:
     itself = report(rank_tau=None)
     itself["maps"]["isolated"]["ops"] = [row(str(index), *op) for index, op in enumerate(ops)]
-    found = compare(itself, itself, top, least_tau, changes)
+    found = compare(itself, itself, Limits(top, least_tau, changes))
     assert (found["differs"], found["reasons"], found["moved"], found["changed"]) == (False, [], [], [])
     assert found["tau"] == pytest.approx(1)
 
@@ -124,7 +126,9 @@ def test_a_move_without_a_spread_is_unknown_and_counts_as_beyond(spreads: tuple[
 
 @pytest.mark.parametrize(("rank_tau", "differs"), [(0.9, True), (0.3, False), (None, True)])
 def test_tau_within_the_agreement_of_the_batches_is_no_difference(rank_tau: float | None, differs: bool) -> None:
-    found = compared(report(rank_tau=rank_tau), report("ecbafdihgj", rank_tau=rank_tau))
+    reports = report(rank_tau=rank_tau), report("ecbafdihgj", rank_tau=rank_tau)
+    found = compared(*reports)
+    assert compare(*reports, Limits(3, tau=0.8))["differs"]  # what is asked for is asked for
     assert 0.3 < found["tau"] < 0.8
     assert found["differs"] is bool(found["reasons"]) is differs
     assert all("Kendall's tau is" in reason for reason in found["reasons"])
@@ -187,7 +191,7 @@ def test_a_long_list_of_ops_is_cut_with_its_number() -> None:
 
 def test_two_models_can_be_compared_and_their_names_are_listed() -> None:
     other = report()
-    other["model"] = {"model": "small", "digest": "2"}
+    other["model"] |= {"model": "small", "digest": "2"}
     found = compared(report(), other)
     assert not found["differs"]
     assert "| model | tiny | small |" in to_markdown(found)
@@ -196,7 +200,7 @@ def test_two_models_can_be_compared_and_their_names_are_listed() -> None:
 def test_the_markdown_reads_from_the_verdict_to_the_moves() -> None:
     markdown = to_markdown(compared(report("abcdefghij"), report("jihgfedcba", torch="2.14.0")))
     parts = [
-        "**The rankings differ:**\n\n- Kendall's tau is -1, below the 0.8 asked for and below the 0.9 by which batches",
+        "**The reports differ:**\n\n- Kendall's tau is -1, below the 0.8 usual between runs.",
         "- Ops that came into the 3 most sensitive: 3 (3 beyond the noise); at most 2 may.",
         "## What changed\n\n| changed | first | second |\n|---|---|---|\n| torch | 2.13.0 | 2.14.0 |",
         "## The 3 most sensitive\n\n| op_name |",
@@ -213,7 +217,7 @@ def test_the_markdown_reads_from_the_verdict_to_the_moves() -> None:
 def test_the_markdown_of_equal_reports_of_one_batch_is_short() -> None:
     markdown = to_markdown(compared(report(spread=None, rank_tau=None), report(spread=None, rank_tau=None)))
     for sentence in (
-        "**The rankings agree.**\n\nKendall's tau is 1 over 10 common ops; batches of one run were not compared.",
+        "**The reports agree.**\n\nKendall's tau is 1 over 10 common ops; batches of one run were not compared.",
         "Model, calibration set, engine, device and versions are the same.",
         "No common op entered or left them.",
         "0 of 10 common ops moved beyond the noise, 0 within it.\n",
@@ -230,18 +234,49 @@ def test_reports_that_cannot_be_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("top", "least_tau", "changes", "message"),
+    ("limits", "message"),
     [
-        (0, 0.8, 2, "top: 0 is no size"),
-        (3, 1.1, 2, "tau: 1.1 is no Kendall's tau"),
-        (3, -1.1, 2, "tau: -1.1 is no Kendall's tau"),
-        (3, float("nan"), 2, "tau: nan is no Kendall's tau"),
-        (3, 0.8, -1, "top changes: -1 is no number"),
+        ({"top": 0}, "top: 0 is no size"),
+        ({"tau": 1.1}, "tau: 1.1 is no Kendall's tau"),
+        ({"tau": -1.1}, "tau: -1.1 is no Kendall's tau"),
+        ({"tau": float("nan")}, "tau: nan is no Kendall's tau"),
+        ({"changes": -1}, "top changes: -1 is no number"),
+        ({"sqnr_drop": float("nan")}, "sqnr drop: nan is no loss"),
     ],
 )
-def test_thresholds_that_make_no_sense_are_refused(top: int, least_tau: float, changes: int, message: str) -> None:
+def test_limits_that_make_no_sense_are_refused(limits: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        compare(report(), report(), top, least_tau, changes)
+        Limits(**limits)
+
+
+def test_ops_that_vanish_from_the_top_differ_where_there_are_too_many() -> None:
+    found = compared(report("abcdefghij"), report("defghij"))
+    assert found["gone_from_top"] == ["a", "b", "c"] and found["moved"] == []
+    reason = "Of the 3 most sensitive ops of the first report 3 are not in the second; at most 2 may."
+    assert found["reasons"] == [reason]
+    assert "Of the 3 of the first and not in the second: `a`, `b`, `c`." in to_markdown(found)
+
+
+@pytest.mark.parametrize(("sqnr_db", "differs"), [(None, False), (17.5, False), (16.5, True)])
+def test_a_fall_of_the_sqnr_of_all_int8_differs(sqnr_db: float | None, differs: bool) -> None:
+    second = report()
+    second["all_int8"]["sqnr_db"] = sqnr_db
+    found = compared(report(), second)
+    assert found["differs"] is differs
+    if differs:
+        assert found["reasons"] == [
+            "With every op in INT8 the SQNR fell from 20.00 dB to 16.50 dB; it may lose 3.00 dB."
+        ]
+    assert "With every op in INT8: 20.00 dB, then " in to_markdown(found)
+
+
+def test_what_the_recommended_profile_keeps_anew_is_named() -> None:
+    reports = report(), report()
+    assert "cannot be compared" in to_markdown(compared(*reports))
+    for one, kept in zip(reports, (["a", "b"], ["b", "c"]), strict=True):
+        one["profiles"]["profiles"]["recommended"] = {"kept": kept}
+    assert "keeps anew: `c`; no longer: `a`." in to_markdown(compared(*reports))
+    assert "keeps the same ops" in to_markdown(compared(reports[0], reports[0]))
 
 
 def run_script(folder: Path, second: Any, *options: str) -> subprocess.CompletedProcess[str]:
@@ -260,6 +295,8 @@ def run_script(folder: Path, second: Any, *options: str) -> subprocess.Completed
         (report("jihgfedcba"), [], 1),
         (report("jihgfedcba"), ["--tau", "-1", "--top-changes", "10"], 0),
         ([], [], 2),
+        ({key: value for key, value in report().items() if key != "trust"}, [], 2),
+        (report() | {"all_int8": report()["all_int8"] | {"sqnr_db": float("nan")}}, [], 2),
         (report(), ["--top", "0"], 2),
         (report(), ["--top", "many"], 2),
     ],

@@ -3,13 +3,16 @@
 In: two JSON reports. Out: what changed about the runs, rank moves, changes of the top set, and Markdown of it.
 """
 
+import math
 from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from auto_quantize_model.files import InputError
 from auto_quantize_model.report import markdown_cell
 from auto_quantize_model.trust import tau
 
+USUAL_TAU = 0.8
 IDENTITY = {
     "model": ("model", "model"),
     "model digest": ("model", "digest"),
@@ -27,32 +30,57 @@ class Standing(NamedTuple):
     range: tuple[int, int] | None  # first and last; None where one batch gives no spread
 
 
-def compare(
-    first: dict[str, Any], second: dict[str, Any], top: int, least_tau: float, top_changes: int
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Limits:
+    """Beyond what two reports differ.
+
+    `tau` is the least Kendall's tau-b of the rankings; where it is None, that by which batches of one run agree, and at
+    most `USUAL_TAU`. `changes` is how many ops may come into or vanish from the `top` most sensitive, `sqnr_drop` how
+    many dB all-INT8 may lose.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    top: int = 10
+    tau: float | None = None
+    changes: int = 2
+    sqnr_drop: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise InputError(f"top: {self.top} is no size of a set of ops; give 1 or more")
+        if self.tau is not None and not -1 <= self.tau <= 1:
+            raise InputError(f"tau: {self.tau} is no Kendall's tau; give a number from -1 to 1")
+        if self.changes < 0:
+            raise InputError(f"top changes: {self.changes} is no number of ops; give 0 or more")
+        if not self.sqnr_drop >= 0:
+            raise InputError(f"sqnr drop: {self.sqnr_drop} is no loss in dB; give 0 or more")
+
+
+def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> dict[str, Any]:
     """Compare the isolated rankings of two reports.
 
     Args:
         first: a report as `report.build_report` returns it.
         second: the other one.
-        top: size of the sets of most sensitive ops.
-        least_tau: Kendall's tau-b below which the rankings count as different.
-        top_changes: how many ops may come into the top set beyond the noise.
+        limits: beyond what they differ.
 
     Returns:
-        {differs, reasons, changed, common, only_first, only_second, tau, noise_tau, top, entered, left, new_in_top,
-        moved}. `reasons` are sentences, empty where the rankings agree (see `_reasons`). `changed` is what differs of
-        model, calibration set, engine and versions; `noise_tau` the lower of both reports' own agreement between
-        batches, null where both have one batch. `moved` are the ops whose place among the common ones changed, farthest
-        first: {op_name, first, second, first_range, second_range, beyond_noise} as `_move` says. `entered` and `left`
-        are those of them that crossed the end of the top set; `new_in_top` the ops of the second report alone that
-        stand in its own top set.
+        {differs, reasons, changed, sqnr_db, recommended, common, only_first, only_second, tau, noise_tau, top, entered,
+        left, new_in_top, gone_from_top, moved}. `reasons` are sentences, empty where the reports agree. `changed` is
+        what differs of model, calibration set, engine and versions; `sqnr_db` that of all-INT8 in each report;
+        `recommended` the ops that the recommended profile keeps anew and no longer, null where one report has none;
+        `noise_tau` the lower of both reports' own agreement between batches, null where both have one batch. `moved`
+        are the ops whose place among the common ones changed, farthest first: {op_name, first, second, first_range,
+        second_range, beyond_noise} as `_move` says. `entered` and `left` are those of them that crossed the end of the
+        top set; `new_in_top` the ops of the second report alone that stand in its own top set, `gone_from_top` those of
+        the first alone in its own.
 
     Raises:
-        InputError: the reports have fewer than two ops in common, or one has no isolated map; `top` is below 1,
-            `top_changes` below 0, or `least_tau` no tau.
+        InputError: the reports have fewer than two ops in common, or one has no isolated map.
     """
-    _check(top, least_tau, top_changes)
+    top = limits.top
     rows = [_rows(report) for report in (first, second)]
     everywhere = [standings(of_one) for of_one in rows]
     common = everywhere[0].keys() & everywhere[1].keys()
@@ -63,6 +91,8 @@ def compare(
     noise = [report["trust"]["rank_tau"] for report in (first, second) if report["trust"]["rank_tau"] is not None]
     found = {
         "changed": _changed(first, second),
+        "sqnr_db": [report["all_int8"]["sqnr_db"] for report in (first, second)],
+        "recommended": _recommended(first, second),
         "common": len(common),
         "only_first": [name for name in everywhere[0] if name not in common],
         "only_second": [name for name in everywhere[1] if name not in common],
@@ -72,19 +102,11 @@ def compare(
         "entered": sorted((m for m in moved if m["second"] <= top < m["first"]), key=lambda move: move["second"]),
         "left": [move for move in moved if move["first"] <= top < move["second"]],
         "new_in_top": [name for name in list(everywhere[1])[:top] if name not in common],
+        "gone_from_top": [name for name in list(everywhere[0])[:top] if name not in common],
         "moved": sorted(moved, key=lambda move: -abs(move["first"] - move["second"])),
     }
-    reasons = _reasons(found, least_tau, top_changes)
+    reasons = [*_of_ranking(found, limits), *_of_top(found, limits), *_of_sqnr(found, limits)]
     return {"differs": bool(reasons), "reasons": reasons} | found
-
-
-def _check(top: int, least_tau: float, top_changes: int) -> None:
-    if top < 1:
-        raise InputError(f"top: {top} is no size of a set of ops; give 1 or more")
-    if not -1 <= least_tau <= 1:
-        raise InputError(f"tau: {least_tau} is no Kendall's tau; give a number from -1 to 1")
-    if top_changes < 0:
-        raise InputError(f"top changes: {top_changes} is no number of ops; give 0 or more")
 
 
 def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -127,27 +149,66 @@ def _move(name: str, first: Standing, second: Standing) -> dict[str, Any]:
     }
 
 
-def _reasons(found: dict[str, Any], least_tau: float, top_changes: int) -> list[str]:
-    """Why the rankings differ, in sentences.
-
-    Tau is below `least_tau` and below `noise_tau`: two batches of one run agree no better than that, so what is within
-    it is noise. Or more than `top_changes` ops came into the top set: tau weighs all places alike, and hardly falls
-    when a few ops jump from the bottom to the top. What has no spread counts as beyond the noise.
-    """
-    reasons = []
+def _of_ranking(found: dict[str, Any], limits: Limits) -> list[str]:
+    """Whether the rankings as a whole differ; what is within the agreement of a run's own batches is noise."""
     agreement, noise, cell = found["tau"], found["noise_tau"], markdown_cell
+    least, what = limits.tau, "asked for"
+    if least is None:
+        least, what = USUAL_TAU, "usual between runs"
+        if noise is not None and noise < least:
+            least, what = noise, "by which batches of one run agree"
     # Without a move nothing differs: rounding leaves the tau of equal rankings a hair below 1.
-    if found["moved"] and agreement < least_tau and (noise is None or agreement < noise):
-        within = "" if noise is None else f" and below the {cell(noise)} by which batches of one run agree"
-        reasons.append(f"Kendall's tau is {cell(agreement)}, below the {cell(least_tau)} asked for{within}.")
+    if not found["moved"] or agreement >= least:
+        return []
+    return [f"Kendall's tau is {cell(agreement)}, below the {cell(least)} {what}."]
+
+
+def _of_top(found: dict[str, Any], limits: Limits) -> list[str]:
+    """Whether the top set differs: tau weighs all places alike, and hardly falls when a few ops jump to the top.
+
+    What has no spread counts as beyond the noise.
+    """
     beyond, unknown = (sum(move["beyond_noise"] is flag for move in found["entered"]) for flag in (True, None))
-    new = len(found["new_in_top"])
-    if (came := beyond + unknown + new) > top_changes:
+    new, gone = len(found["new_in_top"]), len(found["gone_from_top"])
+    reasons = []
+    if (came := beyond + unknown + new) > limits.changes:
         parts = [(beyond, "beyond the noise"), (unknown, "by unknown noise"), (new, "only in the second report")]
         counts = ", ".join(f"{count} {how}" for count, how in parts if count)
-        allowed = f"at most {top_changes} may"
-        reasons.append(f"Ops that came into the {found['top']} most sensitive: {came} ({counts}); {allowed}.")
+        reasons.append(
+            f"Ops that came into the {limits.top} most sensitive: {came} ({counts}); at most {limits.changes} may."
+        )
+    if gone > limits.changes:
+        reasons.append(
+            f"Of the {limits.top} most sensitive ops of the first report {gone} are not in the second; at most"
+            f" {limits.changes} may."
+        )
     return reasons
+
+
+def _of_sqnr(found: dict[str, Any], limits: Limits) -> list[str]:
+    """Whether all-INT8 lost more than it may; null is an infinite SQNR."""
+    first, second = (math.inf if value is None else value for value in found["sqnr_db"])
+    if second >= first - limits.sqnr_drop:
+        return []
+    return [
+        f"With every op in INT8 the SQNR fell from {_decibels(first)} to {_decibels(second)}; it may lose"
+        f" {_decibels(limits.sqnr_drop)}."
+    ]
+
+
+def _decibels(value: float) -> str:
+    return "no error" if math.isinf(value) else f"{value:.2f} dB"
+
+
+def _recommended(first: dict[str, Any], second: dict[str, Any]) -> dict[str, list[str]] | None:
+    """What the recommended profile keeps anew, and what no longer."""
+    kept = [report["profiles"]["profiles"].get("recommended", {}).get("kept") for report in (first, second)]
+    if None in kept:
+        return None
+    return {
+        "added": [name for name in kept[1] if name not in kept[0]],
+        "removed": [name for name in kept[0] if name not in kept[1]],
+    }
 
 
 def _changed(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, str]]:
@@ -167,7 +228,7 @@ def to_markdown(comparison: dict[str, Any], shown: int = 20) -> str:
     lines = [
         "# Two sensitivity reports compared",
         "",
-        "**The rankings differ:**" if comparison["differs"] else "**The rankings agree.**",
+        "**The reports differ:**" if comparison["differs"] else "**The reports agree.**",
         "",
         *(f"- {reason}" for reason in comparison["reasons"]),
         *([""] if comparison["reasons"] else []),
@@ -192,9 +253,22 @@ def _changed_lines(comparison: dict[str, Any], shown: int) -> list[str]:
         "",
         *(["| changed | first | second |", "|---|---|---|", *rows] if rows else unchanged),
         "",
+        "With every op in INT8: "
+        + ", then ".join(_decibels(math.inf if value is None else value) for value in comparison["sqnr_db"])
+        + f" of SQNR. {_recommended_line(comparison['recommended'], shown)}",
+        "",
         f"Only in the first: {_listed(comparison['only_first'], shown)}. Only in the second:"
         f" {_listed(comparison['only_second'], shown)}.",
     ]
+
+
+def _recommended_line(recommended: dict[str, list[str]] | None, shown: int) -> str:
+    if recommended is None:
+        return "Recommended profiles cannot be compared: not both reports have one."
+    if not any(recommended.values()):
+        return "The recommended profile keeps the same ops."
+    added, removed = (_listed(recommended[change], shown) for change in ("added", "removed"))
+    return f"The recommended profile keeps anew: {added}; no longer: {removed}."
 
 
 def _top_lines(comparison: dict[str, Any], shown: int) -> list[str]:
@@ -204,7 +278,8 @@ def _top_lines(comparison: dict[str, Any], shown: int) -> list[str]:
         "",
         *(_move_table(moves) if moves else ["No common op entered or left them."]),
         "",
-        f"New in the second report and among its {comparison['top']}: {_listed(comparison['new_in_top'], shown)}.",
+        f"New in the second report and among its {comparison['top']}: {_listed(comparison['new_in_top'], shown)}. Of"
+        f" the {comparison['top']} of the first and not in the second: {_listed(comparison['gone_from_top'], shown)}.",
     ]
 
 

@@ -75,13 +75,19 @@ def read_json(path: Path) -> Any:
     """The JSON document at `path`.
 
     Raises:
-        InputError: there is no such file, or it is not JSON.
+        InputError: there is no such file, or it is not JSON; NaN and infinity are none.
     """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON number")
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except IsADirectoryError:
+        raise InputError(f"{path}: a directory, where a JSON file is asked for") from None
+    except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}); write it anew or restore it") from None
 
 
