@@ -277,10 +277,11 @@ def spread(points: list[dict[str, Any]]) -> dict[str, Any]:
 def losses(curve: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[int]:
     """The lengths at which a curve's SQNR is below another's."""
     pairs = zip(curve, other, strict=True)
-    return [mine["keep"] for mine, theirs in pairs if _infinite(mine["sqnr_db"]) < _infinite(theirs["sqnr_db"])]
+    return [mine["keep"] for mine, theirs in pairs if _number(mine["sqnr_db"]) < _number(theirs["sqnr_db"])]
 
 
-def _infinite(sqnr_db: float | None) -> float:
+def _number(sqnr_db: float | None) -> float:
+    """An SQNR to compare; null is an infinite one."""
     return math.inf if sqnr_db is None else sqnr_db
 
 
