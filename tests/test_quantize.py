@@ -16,7 +16,15 @@ from auto_quantize_model.journal import Journal
 from auto_quantize_model.metrics import Reference
 from auto_quantize_model.plan import SensitivitySpec, build_plan
 from auto_quantize_model.profiles import Target, build_profiles
-from auto_quantize_model.quantize import WEIGHTS, compared, load_quantized, logits, measure_error, quantize
+from auto_quantize_model.quantize import (
+    WEIGHTS,
+    compared,
+    load_quantized,
+    logits,
+    measure_error,
+    modules_told_by_name,
+    quantize,
+)
 from auto_quantize_model.samples import Processor, collate, encode
 from auto_quantize_model.snapshot import load_model, module_types
 from auto_quantize_model.tradeoff import measure_tradeoff
@@ -74,6 +82,15 @@ def test_another_keep_list_has_another_error(
     with pytest.raises(InputError, match="profile max: relative_error was measured as .* do not use this profile"):
         compared("max", profiles["max"], found, "cpu")
     assert compared("max", profiles["max"], found, "cuda")["status"] == "measured_elsewhere"
+
+
+def test_a_module_is_told_by_its_class_while_inc_works_and_in_full_afterwards() -> None:
+    model = torch.nn.Sequential(torch.ao.nn.quantized.Linear(2, 3), torch.nn.Linear(3, 2))
+    before = [str(model), str(model[0])]
+    with pytest.raises(KeyError), modules_told_by_name():
+        assert [str(module) for module in (model, *model)] == ["Sequential()", "QuantizedLinear()", "Linear()"]
+        raise KeyError
+    assert [str(model), str(model[0])] == before and "in_features=2" in before[0]
 
 
 def test_nothing_left_to_quantize_is_refused(tiny_snapshot: Path, batches: Any, tmp_path: Path) -> None:

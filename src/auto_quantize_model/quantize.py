@@ -4,9 +4,11 @@ In: a model, its calibration batches, an exported op_name_dict, held-out batches
 back, and its error beside that of the profile, which the replay measured.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from neural_compressor import PostTrainingQuantConfig, quantization
@@ -40,11 +42,26 @@ def quantize(model: torch.nn.Module, batches: Sequence[Batch], op_name_dict: dic
         calibration_sampling_size=[sum(len(batch["input_ids"]) for batch in batches)],
         op_name_dict=op_name_dict or None,
     )
-    with temporary_workspace(), copies_sharing_parameters():
+    with temporary_workspace(), copies_sharing_parameters(), modules_told_by_name():
         quantized = quantization.fit(model, conf, calib_dataloader=CalibrationLoader(batches))
     if quantized is None or not is_int8_model(quantized.model):
         raise InputError("INC quantized nothing: this profile keeps every op in FP32; take one that keeps fewer")
     quantized.save(str(directory))
+
+
+@contextlib.contextmanager
+def modules_told_by_name() -> Iterator[None]:
+    """Let `str(module)` be its class alone, and not the description of all that is in it.
+
+    INC looks for fused ops by the class name in `str(module)`, of every module for every op. Of a quantized module that
+    unpacks each weight in it, which at 3.75 billion weights takes hours and not a second.
+    """
+    quantized = (kind for kind in vars(torch.ao.nn.quantized).values() if isinstance(kind, type))
+    with contextlib.ExitStack() as stack:
+        for kind in (torch.nn.Module, *quantized):
+            if issubclass(kind, torch.nn.Module) and "__repr__" in vars(kind):
+                stack.enter_context(mock.patch.object(kind, "__repr__", lambda module: f"{module._get_name()}()"))
+        yield
 
 
 def load_quantized(directory: Path, model: torch.nn.Module) -> torch.nn.Module:
