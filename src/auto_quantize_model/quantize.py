@@ -56,12 +56,18 @@ def modules_told_by_name() -> Iterator[None]:
     INC looks for fused ops by the class name in `str(module)`, of every module for every op. Of a quantized module that
     unpacks each weight in it, which at 3.75 billion weights takes hours and not a second.
     """
-    quantized = (kind for kind in vars(torch.ao.nn.quantized).values() if isinstance(kind, type))
     with contextlib.ExitStack() as stack:
-        for kind in (torch.nn.Module, *quantized):
-            if issubclass(kind, torch.nn.Module) and "__repr__" in vars(kind):
+        for kind in {torch.nn.Module, *subclasses(torch.nn.Module)}:
+            if "__repr__" in vars(kind):
                 stack.enter_context(mock.patch.object(kind, "__repr__", lambda module: f"{module._get_name()}()"))
         yield
+
+
+def subclasses(kind: type) -> Iterator[type]:
+    """All classes that come from `kind`; one that comes by several ways comes as often."""
+    for child in kind.__subclasses__():
+        yield child
+        yield from subclasses(child)
 
 
 def load_quantized(directory: Path, model: torch.nn.Module) -> torch.nn.Module:
