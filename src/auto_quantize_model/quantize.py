@@ -63,9 +63,10 @@ def modules_told_by_name() -> Iterator[None]:
         yield
 
 
-def subclasses(kind: type) -> Iterator[type]:
+def subclasses(kind: type[Any]) -> Iterator[type[Any]]:
     """All classes that come from `kind`; one that comes by several ways comes as often."""
-    for child in kind.__subclasses__():
+    children: list[type[Any]] = kind.__subclasses__()
+    for child in children:
         yield child
         yield from subclasses(child)
 
