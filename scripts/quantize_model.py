@@ -7,10 +7,11 @@ from auto_quantize_model import cli
 from auto_quantize_model.audit import incs_surroundings
 from auto_quantize_model.calibration import load_batches, load_heldout
 from auto_quantize_model.capture import require_plan_of
+from auto_quantize_model.device import WORKING_BYTES, require_free
 from auto_quantize_model.files import InputError, read_json, write_json
 from auto_quantize_model.metrics import Reference
-from auto_quantize_model.quantize import compared, load_quantized, logits, measure_error, quantize
-from auto_quantize_model.snapshot import load_model, load_processor, verify_manifest
+from auto_quantize_model.quantize import compared, load_quantized, logits, measure_error, quantize, release
+from auto_quantize_model.snapshot import count_parameters, load_model, load_processor, verify_manifest
 
 
 def main() -> int:
@@ -46,6 +47,9 @@ def quantize_model(args: argparse.Namespace) -> None:
     profile = profiles["profiles"][args.profile]
     op_name_dict = read_json(args.exports / args.profile / "inc_op_name_dict.json")
     directory = verify_manifest(manifest)
+    # Loaded back, INC's model stands beside the FP32 one that it is put into and the file that it comes from.
+    needed = 4 * count_parameters(directory) + 2 * profile["weight_bytes"] + WORKING_BYTES
+    require_free(needed, "quantizing this model, and loading the result back,")
     processor = load_processor(directory, calibration["image_backend"])
     batches = load_batches(args.calibration_set, calibration, processor)
     heldout, answers = load_heldout(args.heldout_set, calibration, processor, tradeoff["batches"])
@@ -54,6 +58,7 @@ def quantize_model(args: argparse.Namespace) -> None:
         references = [Reference(logits(model, batch), batch.get("mm_token_type_ids")) for batch in heldout]
         quantize(model, batches, op_name_dict, args.directory)
         del model  # before the next one is loaded
+        release()
         quantized = load_quantized(args.directory, load_model(directory))
         with cli.progress_bar("INC's INT8 model") as on_batch:
             found = measure_error(references, quantized, heldout, answers, on_batch)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from auto_quantize_model.device import choose_device, explained_out_of_memory, require_memory, usage
+from auto_quantize_model.device import choose_device, explained_out_of_memory, require_free, require_memory, usage
 from auto_quantize_model.files import InputError
 
 
@@ -57,3 +57,11 @@ def test_running_out_of_memory_says_what_there_was_and_what_to_lower(monkeypatch
 
 def test_the_run_record_has_memory_and_host():
     assert usage(torch.device("cpu"))["peak_memory_bytes"] > 10**7
+
+
+def test_work_that_does_not_fit_is_refused_with_both_numbers():
+    require_free(0, "nothing")
+    with pytest.raises(
+        InputError, match=r"^counting needs 1048576.0 GiB, and this machine has [\d.]+ GiB free; do it on"
+    ):
+        require_free(2**50, "counting")

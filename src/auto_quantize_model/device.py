@@ -69,6 +69,24 @@ def require_memory(parameters: int, replay_on: torch.device | None = None) -> No
             )
 
 
+def require_free(wanted: float, what: str) -> None:
+    """Refuse work that will not fit into this machine's memory, before it begins.
+
+    Args:
+        wanted: bytes.
+        what: the work, as the subject of a sentence.
+
+    Raises:
+        InputError: with what is needed and what there is.
+    """
+    free = psutil.virtual_memory().available
+    if wanted > free:
+        raise InputError(
+            f"{what} needs {wanted / GIB:.1f} GiB, and this machine has {free / GIB:.1f} GiB free; do it on a machine with"
+            " more memory"
+        )
+
+
 @contextmanager
 def explained_out_of_memory(device: torch.device) -> Iterator[None]:
     """Turn torch's out-of-memory error into one that says what there was and what to lower.

@@ -5,6 +5,7 @@ back, and its error beside that of the profile, which the replay measured.
 """
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from unittest import mock
 import torch
 from neural_compressor import PostTrainingQuantConfig, quantization
 from neural_compressor.utils.pytorch import is_int8_model, load
+from torch.ao.quantization.fx.utils import assert_and_get_unique_device
 
 from auto_quantize_model.calibration import CalibrationLoader
 from auto_quantize_model.files import InputError
@@ -69,6 +71,12 @@ def subclasses(kind: type[Any]) -> Iterator[type[Any]]:
     for child in children:
         yield child
         yield from subclasses(child)
+
+
+def release() -> None:
+    """Free what INC's work leaves behind once nobody holds it: modules that torch caches by, and cycles."""
+    assert_and_get_unique_device.cache_clear()
+    gc.collect()
 
 
 def load_quantized(directory: Path, model: torch.nn.Module) -> torch.nn.Module:
