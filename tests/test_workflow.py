@@ -165,7 +165,7 @@ def test_every_key_of_the_default_config_is_described_and_every_described_key_is
         ({"model": {"source": "hub"}}, "['repo_id']"),
         ({"calibration": {"source": "local", "path": "gone.jsonl"}}, "gone.jsonl"),
         ({"calibration": {"min_pixels": 6272}}, "calibration.min_pixels"),
-        ({"sensitivity": {"confidence_batches": 5}}, "sensitivity.confidence_batches"),
+        ({"sensitivity": {"confidence_batches": 17}}, "sensitivity.confidence_batches"),
         ({"tradeoff": {"heldout_batches": 33}}, "tradeoff.heldout_batches (33) times"),
         ({"sensitivity": {"maps": ["isolated", "sorted"]}}, "'sorted' is not one of"),
         ({"sensitivity": {"engine": "replai"}}, "'replai' is not one of"),
@@ -252,10 +252,13 @@ def test_one_run_makes_the_report_the_summary_and_the_archive(finished: tuple[Pa
         assert report.with_suffix(suffix).read_bytes() == summary.with_suffix(suffix).read_bytes()
     assert report.with_suffix(".html").is_file()
     assert len(list((report.parent / "figures_cpu").iterdir())) == 8
-    tables = {name: pd.read_csv(report.parent / "tables_cpu" / f"{name}.csv") for name in ("ranking", "tradeoff")}
+    ranking, tradeoff = (
+        pd.read_csv(report.parent / "tables_cpu" / f"{name}.csv", float_precision="round_trip")
+        for name in ("ranking", "tradeoff")
+    )
     rows = json.loads(report.with_suffix(".json").read_text())["maps"]["isolated"]["ops"]
-    assert tables["ranking"].to_dict("list")["mse_value"] == [row["mse_value"] for row in rows]
-    assert {"ranking", "inverse", "weight_bytes", "greedy", "random_4"} <= set(tables["tradeoff"]["order"])
+    assert ranking["mse_value"].to_list() == [row["mse_value"] for row in rows]
+    assert {"ranking", "inverse", "weight_bytes", "greedy", "random_4"} <= set(tradeoff["order"])
     exports = json.loads((report.parent / "exports_cpu" / "index.json").read_text())["profiles"]
     assert {"minimal", "moderate", "aggressive", "max"} <= set(exports)
     for tool in (tool for tools in exports.values() for tool in tools.values()):
