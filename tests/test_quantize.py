@@ -100,8 +100,14 @@ def test_nothing_left_to_quantize_is_refused(tiny_snapshot: Path, batches: Any, 
 
 
 def test_the_exported_script_quantizes_a_model_as_transformers_loads_it(
-    tiny_snapshot: Path, batches: Any, heldout: Any, profiles: dict[str, Any], tmp_path: Path
+    tiny_snapshot: Path,
+    batches: Any,
+    heldout: Any,
+    profiles: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # INC leaves an nc_workspace where it runs
     plan = {"model": "tiny", "ops": [], "excluded": []}
     named = {"profiles": {"recommended": profiles["minimal"]}, "missed": ""}
     modules = module_types(tiny_snapshot)
