@@ -1,7 +1,7 @@
 rule build_profiles:
     """Name measured keep-lists: `minimal`, `moderate`, `aggressive`, `max`, and the smallest that reaches the target.
 
-    A profile is a point of the ranking's curve with all the ops that it keeps.
+    A profile is a point of a measured curve with all the ops that it keeps.
     """
     input:
         tradeoff=rules.measure_tradeoff.output.tradeoff,
