@@ -7,7 +7,7 @@ import torch
 
 from auto_quantize_model import cli
 from auto_quantize_model.calibration import load_batches, load_heldout
-from auto_quantize_model.capture import fingerprint, require_plan_of
+from auto_quantize_model.capture import arithmetic, fingerprint, require_plan_of
 from auto_quantize_model.device import choose_device, explained_out_of_memory, require_memory
 from auto_quantize_model.files import digest_of, read_json, write_json
 from auto_quantize_model.journal import Journal
@@ -66,7 +66,7 @@ def tradeoff(args: argparse.Namespace) -> None:
             found = measure_tradeoff(
                 model.to(device), plan, ranking, batches, heldout, answers, journal, greedy, on_progress
             )
-        measured_by = {"status": "measured", "device": device.type, "threads": torch.get_num_threads()}
+        measured_by = {"status": "measured", "device": device.type, **arithmetic()}
         write_json(args.tradeoff, measured_by | found)
         journal.remove()
 

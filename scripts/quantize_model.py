@@ -62,7 +62,7 @@ def quantize_model(args: argparse.Namespace) -> None:
         quantized = load_quantized(args.directory, load_model(directory))
         with cli.progress_bar("INC's INT8 model") as on_batch:
             found = measure_error(references, quantized, heldout, answers, on_batch)
-    record = compared(args.profile, profile, found, tradeoff["device"])
+    record = compared(args.profile, profile, found, tradeoff)
     write_json(args.record, record)
     cli.say(f"{args.directory}: profile {args.profile}, {profile['keep']} ops in FP32, {record['status']}: {found}")
 

@@ -218,7 +218,7 @@ def test_the_markdown_of_equal_reports_of_one_batch_is_short() -> None:
     markdown = to_markdown(compared(report(spread=None, rank_tau=None), report(spread=None, rank_tau=None)))
     for sentence in (
         "**The reports agree.**\n\nKendall's tau is 1 over 10 common ops; batches of one run were not compared.",
-        "Model, calibration set, engine, device and versions are the same.",
+        "Model, calibration set, engine, device, instruction set and versions are the same.",
         "No common op entered or left them.",
         "0 of 10 common ops moved beyond the noise, 0 within it.\n",
     ):

@@ -64,6 +64,8 @@ def parts(**changes):
         "engine": "replay",
         "device": "cpu",
         "threads": 1,
+        "instruction_set": "AVX2",
+        "int8_kernel": "saturating",
         "tf32": False,
         "versions": {"torch": "2.13.0"},
         "batches": [

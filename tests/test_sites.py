@@ -6,15 +6,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.ao.nn import quantized as nnq
 
+from auto_quantize_model import sites as sites_module
 from auto_quantize_model.files import InputError
 from auto_quantize_model.sites import (
     SITES,
     Conv3dSite,
     LinearSite,
     check_integer_matmul,
+    cpu_kernel,
+    has_vnni,
     integer_matmul,
     quantize,
     quantize_weight,
+    require_formula,
+    saturation,
     why_not,
 )
 
@@ -95,7 +100,7 @@ def test_a_weight_is_quantized_as_torch_does(seed, exponent, rows, columns):
     zeros=st.tuples(zero_points, zero_points),
     bias=st.booleans(),
 )
-def test_a_linear_is_torchs_quantized_linear(seed, shape, sizes, exponents, zeros, bias):
+def test_a_linear_is_torchs_quantized_linear_and_so_is_its_formula(seed, shape, sizes, exponents, zeros, bias):
     torch.manual_seed(seed)
     (columns, rows), (x_exponent, w_exponent, y_exponent) = sizes, exponents
     module = torch.nn.Linear(columns, rows, bias=bias)
@@ -111,6 +116,7 @@ def test_a_linear_is_torchs_quantized_linear(seed, shape, sizes, exponents, zero
     x = torch.randn(*shape, columns) * in_scale * 100
     expected = theirs(torch.quantize_per_tensor(x, in_scale, zeros[0], torch.quint8)).dequantize()
     assert differing(site.quantized(x), expected) == 0
+    assert differing(site.by_formula(x), expected) == 0
 
 
 @given(seed=seeds, patches=st.integers(1, 40), zeros=st.tuples(zero_points, zero_points), bias=st.booleans())
@@ -158,10 +164,40 @@ def test_the_integer_product_is_exact_at_odd_shapes(device, shape):
     check_integer_matmul(torch.device(device))
 
 
-def test_a_product_that_saturates_is_refused(monkeypatch):
+def test_a_product_that_is_not_exact_is_refused(monkeypatch):
     monkeypatch.setattr(torch, "_int_mm", lambda x, weight: (x.int() @ weight.int()).clamp(-(2**15), 2**15 - 1))
-    with pytest.raises(InputError, match="not exact on this cpu; use sensitivity.engine: inc"):
+    with pytest.raises(InputError, match="not exact on this cpu; set sensitivity.device to cpu"):
         check_integer_matmul(torch.device("cpu"))
+
+
+def test_a_pair_of_products_saturates_at_int16():
+    """By hand: the CPU multiplies x + 128. Columns 0 and 1 are one pair, columns 2 and 3 the next, 4 stands alone."""
+    x = torch.tensor([[127, 127, 127, -128, 127], [-128, -128, 0, 0, 0], [0, 0, 2, 3, 127]], dtype=torch.int8)
+    weight = torch.tensor([[127, 127, 127, 127, 127], [-128, -128, 127, -128, -128]], dtype=torch.int8)
+    # Row 0, column pair 0: 255 * 127 * 2 = 64770 becomes 32767; 255 * -128 * 2 = -65280 becomes -32768.
+    # Row 1: codes 0 and 128: 128 * 127 * 2 = 32512 fits; row 2: (130 + 131) * 127 = 33147 becomes 32767.
+    expected = [[32767 - 64770, -32768 + 65280], [0, 0], [32767 - 33147, 0]]
+    assert saturation(x, weight).tolist() == expected
+
+
+def test_the_kernel_of_this_cpu_is_known_and_tells_how_it_adds():
+    """Codes above 127 in both columns of a pair: 255 * 127 * 2 = 64770 where exact, 32767 where the pair saturates."""
+    site = site_for(torch.nn.Linear(2, 1, bias=False))
+    site.module.weight.data[:] = 1.0
+    site = site_for(site.module)
+    set_qparams(site, 1.0, 0, float(site.w_scale) * 254.0, 0)
+    product = {"exact": 64770, "saturating": 32767}[cpu_kernel()]
+    assert site.quantized(torch.tensor([[255.0, 255.0]])).item() == pytest.approx(
+        product * float(site.w_scale), rel=1e-2
+    )
+    assert cpu_kernel() == "exact" or not has_vnni()
+
+
+def test_a_kernel_that_the_formula_does_not_know_keeps_the_replay_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(sites_module, "cpu_kernel", lambda: "unknown")
+    require_formula(torch.device("cpu"))
+    with pytest.raises(InputError, match="set sensitivity.device to cpu"):
+        require_formula(torch.device("cuda"))
 
 
 @pytest.mark.gpu
@@ -203,7 +239,8 @@ def test_what_a_site_can_reproduce_is_not_refused(module):
 
 def test_a_site_is_calibrated_by_what_it_sees_and_switched_by_its_flag():
     module = torch.nn.Linear(8, 4)
-    site = LinearSite("op", module, op("Linear"))
+    seven_bits = {"observer": ACTIVATION | {"reduce_range": True}}  # no product saturates, whatever the CPU
+    site = LinearSite("op", module, op("Linear", activation=seven_bits))
     module.forward = site
     x = torch.randn(5, 8)
     site.observe()

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from auto_quantize_model.device import usage
+from auto_quantize_model.device import instruction_set, usage
 from auto_quantize_model.files import InputError, digest_of, sha256_file
 from auto_quantize_model.journal import Journal
 from auto_quantize_model.metrics import Reference
 from auto_quantize_model.replay import Batch, Replay, refusals, states
+from auto_quantize_model.sites import cpu_kernel
 
 # What only shows or uses scores: an edit there leaves a journal good. A module that is not named here does not.
 SHOWING = {"archive", "compare", "exports", "figures", "page", "profiles", "quantize", "report", "trust", "words"}
@@ -151,8 +152,7 @@ def _assemble(plan: dict[str, Any], records: dict[str, Any], device: torch.devic
     return {
         "engine": plan["engine"],
         "device": device.type,
-        # Sums of float32 depend on how many threads share them.
-        "threads": torch.get_num_threads(),
+        **arithmetic(),
         "tf32": device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
         "model": plan["model"],
         "calibration": plan["calibration"],
@@ -168,6 +168,13 @@ def _assemble(plan: dict[str, Any], records: dict[str, Any], device: torch.devic
     }
 
 
+def arithmetic() -> dict[str, Any]:
+    """What of this machine the bits of a score depend on: {threads, instruction_set, int8_kernel}."""
+    # Sums of float32 depend on how many threads share them.
+    threads = torch.get_num_threads()
+    return {"threads": threads, "instruction_set": instruction_set(), "int8_kernel": cpu_kernel()}
+
+
 def fingerprint(plan: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """What the scores of a capture depend on: a journal made under another one is of no use."""
     library = [path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in SHOWING]
@@ -178,7 +185,7 @@ def fingerprint(plan: dict[str, Any], device: torch.device) -> dict[str, Any]:
         "versions": plan["versions"],
         "torch": torch.__version__,
         "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "threads": torch.get_num_threads(),
+        **arithmetic(),
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "code": digest_of({path.name: sha256_file(path) for path in library}),

@@ -20,6 +20,8 @@ IDENTITY = {
     "calibration digest": ("calibration", "digest"),
     "engine": ("measurement", "engine"),
     "device": ("measurement", "device"),
+    "instruction set": ("measurement", "instruction_set"),
+    "INT8 kernel": ("measurement", "int8_kernel"),
 }
 
 
@@ -247,7 +249,7 @@ def to_markdown(comparison: dict[str, Any], shown: int = 20) -> str:
 def _changed_lines(comparison: dict[str, Any], shown: int) -> list[str]:
     cell = markdown_cell
     rows = [f"| {cell(row['what'])} | {cell(row['first'])} | {cell(row['second'])} |" for row in comparison["changed"]]
-    unchanged = ["Model, calibration set, engine, device and versions are the same."]
+    unchanged = ["Model, calibration set, engine, device, instruction set and versions are the same."]
     return [
         "## What changed",
         "",

@@ -17,6 +17,7 @@ from neural_compressor.utils.pytorch import is_int8_model, load
 from torch.ao.quantization.fx.utils import assert_and_get_unique_device
 
 from auto_quantize_model.calibration import CalibrationLoader
+from auto_quantize_model.device import instruction_set
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc_pytorch_mse_patching import copies_sharing_parameters, temporary_workspace
 from auto_quantize_model.metrics import Reference
@@ -117,23 +118,39 @@ def logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return output
 
 
-def compared(name: str, profile: dict[str, Any], found: dict[str, float | None], device: str) -> dict[str, Any]:
-    """What INC's model showed beside what the profile promised.
+def compared(
+    name: str, profile: dict[str, Any], found: dict[str, float | None], tradeoff: dict[str, Any]
+) -> dict[str, Any]:
+    """The error of INC's model next to the error that the profile promised.
+
+    Args:
+        name: the profile's name.
+        profile: as `profiles.build_profiles` returns it.
+        found: as `measure_error` returns it.
+        tradeoff: by which the profile was measured; its `device` and `instruction_set` say where.
 
     Returns:
-        {profile, status, measured_device, promised, found}: `status` is `bit_identical`, or `measured_elsewhere` where
-        the profile was measured on a GPU, whose float32 sums are not the CPU's.
+        {profile, status, measured_device, measured_instruction_set, promised, found}: `status` is `bit_identical`, or
+        `measured_elsewhere` where the profile was measured on a GPU or on a CPU with other vector instructions, whose
+        sums and INT8 products are not this CPU's.
 
     Raises:
-        InputError: measured on the CPU, a number differs.
+        InputError: measured on such a CPU as this one, a number differs.
     """
     promised = {field: profile[field] for field in found}
-    if device == "cpu":
+    here = tradeoff["device"] == "cpu" and tradeoff["instruction_set"] == instruction_set()
+    if here:
         for field, value in found.items():
             if value != promised[field]:
                 raise InputError(
                     f"profile {name}: {field} was measured as {promised[field]!r}, and INC's INT8 model gives"
                     f" {value!r}; do not use this profile, and report the difference with the plan"
                 )
-    status = "bit_identical" if device == "cpu" else "measured_elsewhere"
-    return {"profile": name, "status": status, "measured_device": device, "promised": promised, "found": found}
+    return {
+        "profile": name,
+        "status": "bit_identical" if here else "measured_elsewhere",
+        "measured_device": tradeoff["device"],
+        "measured_instruction_set": tradeoff["instruction_set"],
+        "promised": promised,
+        "found": found,
+    }

@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from auto_quantize_model.files import InputError
-from auto_quantize_model.sites import SITES, Site, check_integer_matmul, why_not
+from auto_quantize_model.sites import SITES, Site, require_formula, why_not
 
 CACHE_BYTES = 2 << 30  # of block outputs; what does not fit is computed again
 Batch = dict[str, torch.Tensor]
@@ -88,11 +88,11 @@ class Replay:
             cache_bytes: bound of the memory for kept outputs.
 
         Raises:
-            InputError: an op that no site reproduces, or a machine whose integer product is not exact.
+            InputError: an op that no site reproduces, or a device on which INC's arithmetic cannot be repeated.
         """
         require_replayable(model, ops)
         self.device = next(model.parameters()).device
-        check_integer_matmul(self.device)
+        require_formula(self.device)
         self.call = call or (lambda: model(**self.batch))
         self.cache_bytes = cache_bytes
         modules = dict(model.named_modules())

@@ -18,13 +18,14 @@ from auto_quantize_model.ranking import ranked, score
 from auto_quantize_model.trust import assess, by_batch, rank_taus
 
 SCHEMA = Path(__file__).parents[2] / "workflow" / "schemas" / "op_sensitivity.schema.json"
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 # Below this the all-INT8 output is mostly error, and what one op in FP32 takes away from it is noise.
 FALLBACK_FLOOR_DB = 10.0
 # Kendall's tau between batches, where 0 is chance.
 FALLBACK_FLOOR_TAU = 0.3
 # Four times the error on samples that set no scale: the calibration set has not seen what the model will.
 HELDOUT_GAP_DB = 6.0
+MEASUREMENT_KEYS = ("engine", "device", "threads", "instruction_set", "int8_kernel", "tf32", "plan_digest")
 CALIBRATION_KEYS = ("source", "seed", "batch_size", "text_only", "image_backend", "digest")
 DIRECTIONS = {
     "isolated": "Only this op is INT8, all others stay FP32: the error it adds. The highest is the most sensitive.",
@@ -65,7 +66,7 @@ def build_report(
             **{key: calibration[key] for key in CALIBRATION_KEYS},
             "samples": {split: len(samples) for split, samples in calibration["samples"].items()},
         },
-        "measurement": {key: capture[key] for key in ("engine", "device", "threads", "tf32", "plan_digest")}
+        "measurement": {key: capture[key] for key in MEASUREMENT_KEYS}
         | {"measured_op": plan["measured_op"], "config_digest": plan["config_digest"]},
         "audit": audit,
         "versions": capture["versions"],

@@ -1,16 +1,19 @@
 """Op sites: a module of the plan whose forward can be switched between FP32 and the INT8 that INC would make of it.
 
 In: the FP32 module and its entry of the plan. Out: the same module, calibrated once, switched by a flag, bit-identical
-to torch's quantized kernels (fbgemm) under INC 2.6. The formulas are torch operations alone, the same lines on CPU and
-CUDA; the order of their float32 roundings is that of the kernels, and a change of it changes results.
+to INC 2.6's model on this machine's CPU. On the CPU a site calls the kernel that INC's model calls, so the bits are
+INC's on every instruction set. On CUDA a site computes the kernel's formula; the order of the float32 roundings is the
+kernel's, and a change of the order changes results.
 """
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch.ao.quantization import observer as observers
 
+from auto_quantize_model.device import has_vnni
 from auto_quantize_model.files import InputError
 
 ROWS_AT_ONCE = 16384  # of a weight while it is quantized, so that the FP32 temporaries of an lm_head stay small
@@ -64,8 +67,77 @@ def with_zeros(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, columns, 0, rows)) if rows or columns else x
 
 
+def saturation(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The difference that saturation makes to the product of `x` (m, k) and `weight` (n, k), both int8: (m, n) int32.
+
+    A CPU without VNNI adds the products of columns 2i and 2i + 1 in int16 (vpmaddubsw) and keeps what exceeds int16 at
+    its limit. The CPU multiplies unsigned codes, `x` + 128. Only pairs that can exceed int16 for some row of the weight
+    are computed, which are few: codes and weights both have to be large.
+    """
+    odd = x.shape[1] % 2
+    codes = with_zeros(x.float() + 128, 0, odd).unflatten(1, (-1, 2))
+    pairs = with_zeros(weight.float(), 0, odd).unflatten(1, (-1, 2))
+    low, high = -(2.0**15), 2.0**15 - 1
+    highest = (codes * pairs.amax(0).clamp_(min=0)).sum(-1)
+    lowest = (codes * pairs.amin(0).clamp_(max=0)).sum(-1)
+    exceeds = (highest > high) | (lowest < low)
+    lost = torch.zeros(len(codes), len(pairs), device=x.device)
+    for column in exceeds.any(0).nonzero().flatten().tolist():
+        rows = exceeds[:, column]
+        products = codes[rows, column] @ pairs[:, column].t()
+        lost[rows] += products.clamp(low, high) - products
+    return lost.int()
+
+
+@functools.cache
+def cpu_kernel() -> str:
+    """How the kernel of INC's INT8 linears adds products on this CPU, found by running it on large codes.
+
+    Returns:
+        `exact`, as with VNNI; `saturating`, as with AVX2 alone, see `saturation`; `unknown` for any other result.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-128, 128, (64, 64), generator=generator, dtype=torch.int8) for _ in range(2))
+    x[:8], weight[:8], weight[8:16] = 127, 127, -128
+    scale, out_scale = torch.full((64,), 2.0**-8), 2.0**5  # powers of two: no product is rounded
+    codes = torch._make_per_tensor_quantized_tensor((x.int() + 128).to(torch.uint8), 1.0, 0)
+    found = torch.ops.quantized.linear(codes, pack_linear(weight, scale, None), out_scale, 128).int_repr().int()
+    exact = (x.int() + 128) @ weight.int().t()
+    for name, product in (("exact", exact), ("saturating", exact + saturation(x, weight))):
+        if torch.equal(found, (product * 2.0**-13).round().add(128).clamp(0, 255).int()):
+            return name
+    return "unknown"
+
+
+def pack_linear(codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    """The weight `codes` (n, k) int8 with a scale (n,) for each row, packed for torch's quantized linear kernel."""
+    return torch.ops.quantized.linear_prepack(per_channel(codes, scale), bias)
+
+
+def per_channel(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """torch's quantized tensor of int8 `codes` (n, ...) with a scale (n,) for each output channel and zero_point 0."""
+    zeros = torch.zeros_like(scale, dtype=torch.int64)
+    return torch._make_per_channel_quantized_tensor(codes, scale.double(), zeros, 0)
+
+
+def require_formula(device: torch.device) -> None:
+    """Refuse a device that needs the formula where the formula does not hold.
+
+    Raises:
+        InputError: the CPU's kernel is one that the formula does not know, or the device's int8 product is not exact.
+    """
+    if device.type == "cpu":
+        return  # sites call INC's kernel itself
+    if cpu_kernel() == "unknown":
+        raise InputError(
+            f"torch's INT8 kernel on this CPU adds products in a way that {device.type} cannot repeat; set"
+            " sensitivity.device to cpu"
+        )
+    check_integer_matmul(device)
+
+
 def check_integer_matmul(device: torch.device) -> None:
-    """Refuse a machine whose int8 product saturates, as instruction sets older than VNNI can.
+    """Refuse a device whose int8 product is not exact.
 
     Raises:
         InputError: the product of extreme codes is not exact.
@@ -73,7 +145,7 @@ def check_integer_matmul(device: torch.device) -> None:
     x, weight = torch.full((32, 64), -128, dtype=torch.int8), torch.full((32, 64), -128, dtype=torch.int8)
     weight[1::2] = 127
     if not torch.equal(integer_matmul(x.to(device), weight.to(device)).cpu().long(), x.long() @ weight.long().t()):
-        raise InputError(f"torch's int8 product is not exact on this {device.type}; use sensitivity.engine: inc")
+        raise InputError(f"torch's int8 product is not exact on this {device.type}; set sensitivity.device to cpu")
 
 
 class Site:
@@ -132,84 +204,128 @@ class Site:
         raise NotImplementedError
 
 
-class LinearSite(Site):
-    """`quantize -> quantized::linear -> dequantize` of fbgemm, per output channel.
+class MatmulSite(Site):
+    """An op whose INT8 output is a product of codes: `quantize -> kernel -> dequantize`.
 
-    acc = sum over k of (x_q - x_zero) w_q, exact in int32; y_q = round((acc + b / (x_scale w_scale)) * m) + y_zero with
-    m = (x_scale w_scale) / y_scale, all in float32 and in this order (fbgemm's ReQuantizeOutput).
+    The weight's codes are packed for the kernel on the CPU, and kept as they are on CUDA.
     """
 
-    def __init__(self, name: str, module: torch.nn.Linear, entry: dict[str, Any]) -> None:
+    def __init__(self, name: str, module: Any, entry: dict[str, Any]) -> None:
         super().__init__(name, module, entry)
         self.w_scale = weight_scale(module.weight, self.weight)
-        self.codes = quantize_weight(module.weight.detach(), self.w_scale)
-        self.row_sums = self.codes.sum(dim=1, dtype=torch.int32)
+        self.packed = self.pack() if module.weight.device.type == "cpu" else None
 
-    def set_scales(self, inputs: tuple[torch.Tensor, Any], outputs: tuple[torch.Tensor, Any]) -> None:
-        super().set_scales(inputs, outputs)
-        self.wraps = self.can_wrap()
+    @functools.cached_property
+    def codes(self) -> torch.Tensor:
+        """The weight's int8 codes, (n, k): one row for each output channel, in the order of the kernel's columns."""
+        return self.columns(quantize_weight(self.module.weight.detach(), self.w_scale))
 
-    def can_wrap(self) -> bool:
-        """Whether round(...) can leave int32, where fbgemm's conversion wraps to its lowest value.
+    @functools.cached_property
+    def row_sums(self) -> torch.Tensor:
+        """The sum of each row of the codes, (n,) int32."""
+        return self.codes.sum(dim=1, dtype=torch.int32)
 
-        It takes an output scale far too fine for what the op can give, which a calibration on real input never makes;
-        so the largest value that there can be decides, and the check costs no pass over the output.
-        """
-        both = self.in_scale * self.w_scale
-        largest = self.codes.shape[1] * 255.0 * 128.0
-        bias = 0.0 if self.module.bias is None else self.module.bias.abs() / both
-        return bool(((largest + bias) * (both / self.out_scale)).max() >= 2.0**31)
+    def pack(self) -> Any:
+        """The weight and bias as the CPU's kernel takes them."""
+        raise NotImplementedError
 
-    def quantized(self, x: torch.Tensor) -> torch.Tensor:
-        codes = quantize(x, self.in_scale, self.in_zero).reshape(-1, x.shape[-1])
-        # x_q - x_zero = code + 128 - x_zero: the constant comes back as a multiple of each row's sum.
-        accumulated = integer_matmul(codes, self.codes).add_(self.row_sums, alpha=128 - self.in_zero)
-        both = self.in_scale * self.w_scale
-        result = accumulated.float()
-        if self.module.bias is not None:
-            result.add_(self.module.bias / both)
-        result = result.mul_(both / self.out_scale).round_()
-        if self.wraps:
-            result.masked_fill_(result >= 2.0**31, -(2.0**31))
-        return dequantized(result, self.out_scale, self.out_zero).view(*x.shape[:-1], -1)
-
-
-class Conv3dSite(Site):
-    """A Conv3d whose stride is its kernel: on CUDA a linear over patches, on CPU torch's own kernel.
-
-    torch has two kernels for it, oneDNN's and fbgemm's, and picks one by the CPU's instruction set; they differ in one
-    output of a million. Calling torch's own leaves the choice to it; on CUDA the formula is oneDNN's.
-    """
-
-    def __init__(self, name: str, module: torch.nn.Conv3d, entry: dict[str, Any]) -> None:
-        super().__init__(name, module, entry)
-        self.w_scale = weight_scale(module.weight, self.weight)
-        self.codes = quantize_weight(module.weight.detach(), self.w_scale)
-        self.row_sums = self.codes.flatten(1).sum(dim=1, dtype=torch.int32)
+    def columns(self, codes: torch.Tensor) -> torch.Tensor:
+        """`codes` (n, ...) as rows (n, k)."""
+        raise NotImplementedError
 
     def quantized(self, x: torch.Tensor) -> torch.Tensor:
         return self.by_formula(x) if x.is_cuda else self.by_kernel(x)
 
     def by_kernel(self, x: torch.Tensor) -> torch.Tensor:
-        """Torch's quantized::conv3d; CPU only."""
-        zeros = torch.zeros_like(self.w_scale, dtype=torch.int64)
-        weight = torch._make_per_channel_quantized_tensor(self.codes, self.w_scale.double(), zeros, 0)
-        module = self.module
-        packed = torch.ops.quantized.conv3d_prepack(weight, module.bias, module.stride, [0, 0, 0], [1, 1, 1], 1)
+        """The output by the kernel that INC's model calls; CPU only."""
         codes = torch.quantize_per_tensor(x, self.in_scale, torch.tensor(self.in_zero), torch.quint8)
-        return torch.ops.quantized.conv3d(codes, packed, float(self.out_scale), self.out_zero).dequantize()
+        output: torch.Tensor = self.kernel(codes, self.packed, float(self.out_scale), self.out_zero)
+        return output.dequantize()
+
+    def kernel(self, codes: torch.Tensor, packed: Any, scale: float, zero_point: int) -> torch.Tensor:
+        """torch's quantized kernel of this op."""
+        raise NotImplementedError
 
     def by_formula(self, x: torch.Tensor) -> torch.Tensor:
-        """The same over patches (n, channels, t, h, w) of exactly the kernel's size or whole multiples of it."""
+        """The same output by torch operations that run everywhere."""
+        raise NotImplementedError
+
+    def accumulated(self, codes: torch.Tensor) -> torch.Tensor:
+        """The sum over k of (x_q - x_zero) w_q for `codes` (m, k) int8, as this CPU's kernel adds it: (m, n) int32."""
+        # x_q - x_zero = code + 128 - x_zero: the constant comes back as a multiple of each row's sum.
+        product = integer_matmul(codes, self.codes).add_(self.row_sums, alpha=128 - self.in_zero)
+        return product.add_(saturation(codes, self.codes)) if cpu_kernel() == "saturating" else product
+
+    def requantized(self, accumulated: torch.Tensor) -> torch.Tensor:
+        """fbgemm's ReQuantizeOutput of `accumulated` (m, n): round((acc + b / (x_scale w_scale)) * m) in float32.
+
+        m = (x_scale w_scale) / y_scale. The conversion to int32 wraps what is too large to its lowest value.
+        """
+        both = self.in_scale * self.w_scale
+        result = accumulated.float()
+        if self.module.bias is not None:
+            result.add_(self.module.bias / both)
+        result = result.mul_(both / self.out_scale).round_()
+        return result.masked_fill_(result >= 2.0**31, -(2.0**31))
+
+
+class LinearSite(MatmulSite):
+    """`quantize -> quantized::linear -> dequantize` of fbgemm, per output channel."""
+
+    def pack(self) -> Any:
+        return pack_linear(quantize_weight(self.module.weight.detach(), self.w_scale), self.w_scale, self.module.bias)
+
+    def columns(self, codes: torch.Tensor) -> torch.Tensor:
+        return codes
+
+    def kernel(self, codes: torch.Tensor, packed: Any, scale: float, zero_point: int) -> torch.Tensor:
+        output: torch.Tensor = torch.ops.quantized.linear(codes, packed, scale, zero_point)
+        return output
+
+    def by_formula(self, x: torch.Tensor) -> torch.Tensor:
+        codes = quantize(x, self.in_scale, self.in_zero).reshape(-1, x.shape[-1])
+        result = self.requantized(self.accumulated(codes))
+        return dequantized(result, self.out_scale, self.out_zero).view(*x.shape[:-1], -1)
+
+
+class Conv3dSite(MatmulSite):
+    """A Conv3d whose stride is its kernel, which is a linear over patches.
+
+    torch has two kernels for a Conv3d, oneDNN's with AVX-512 VNNI and fbgemm's without, and they round differently. On
+    the CPU torch chooses; the formula follows the kernel that this CPU takes.
+    """
+
+    def pack(self) -> Any:
+        weight = per_channel(quantize_weight(self.module.weight.detach(), self.w_scale), self.w_scale)
+        module = self.module
+        return torch.ops.quantized.conv3d_prepack(weight, module.bias, module.stride, [0, 0, 0], [1, 1, 1], 1)
+
+    def columns(self, codes: torch.Tensor) -> torch.Tensor:
+        # Channels last: fbgemm's order, which decides which products are added in a pair.
+        return codes.permute(0, 2, 3, 4, 1).flatten(1)
+
+    def kernel(self, codes: torch.Tensor, packed: Any, scale: float, zero_point: int) -> torch.Tensor:
+        output: torch.Tensor = torch.ops.quantized.conv3d(codes, packed, scale, zero_point)
+        return output
+
+    def by_formula(self, x: torch.Tensor) -> torch.Tensor:
+        """For patches (n, channels, t, h, w) of exactly the kernel's size or whole multiples of the size."""
         patches, spatial = as_patches(quantize(x, self.in_scale, self.in_zero), self.module.kernel_size)
-        accumulated = integer_matmul(patches, self.codes.flatten(1)).add_(self.row_sums, alpha=128 - self.in_zero)
-        # oneDNN is handed 1 / x_scale and inverts it again, takes scale by scale, and adds y_zero before it rounds.
+        accumulated = self.accumulated(patches)
+        result = self.by_onednn(accumulated) if has_vnni() else self.requantized(accumulated)
+        rounded = dequantized(result, self.out_scale, self.out_zero)
+        return rounded.view(x.shape[0], *spatial, -1).permute(0, 4, 1, 2, 3)
+
+    def by_onednn(self, accumulated: torch.Tensor) -> torch.Tensor:
+        """oneDNN's codes less their zero_point, (m, n) float32.
+
+        oneDNN is handed 1 / x_scale and inverts it again, multiplies by one scale after the other, and adds y_zero
+        before it rounds.
+        """
         result = accumulated.float().mul_(self.in_scale.reciprocal().reciprocal()).mul_(self.w_scale)
         if self.module.bias is not None:
             result.add_(self.module.bias)
-        result = result.mul_(self.out_scale.reciprocal()).add_(self.out_zero).round_().sub_(self.out_zero)
-        rounded = dequantized(result, self.out_scale, self.out_zero)
-        return rounded.view(x.shape[0], *spatial, -1).permute(0, 4, 1, 2, 3)
+        return result.mul_(self.out_scale.reciprocal()).add_(self.out_zero).round_().sub_(self.out_zero)
 
 
 class EmbeddingSite(Site):
@@ -253,12 +369,12 @@ def dequantized(result: torch.Tensor, scale: torch.Tensor, zero_point: int) -> t
 
 
 def as_patches(x: torch.Tensor, kernel: tuple[int, ...]) -> tuple[torch.Tensor, list[int]]:
-    """(n, c, t, h, w) cut into patches of `kernel`: rows (n * patches, c * kernel), and how many along t, h and w."""
+    """(n, c, t, h, w) cut into patches of `kernel`: rows (n * patches, kernel * c), and how many along t, h and w."""
     n, channels = x.shape[:2]
     counts = [size // side for size, side in zip(x.shape[2:], kernel, strict=True)]
     x = x[:, :, : counts[0] * kernel[0], : counts[1] * kernel[1], : counts[2] * kernel[2]]
     x = x.reshape(n, channels, counts[0], kernel[0], counts[1], kernel[1], counts[2], kernel[2])
-    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(n * math.prod(counts), -1), counts
+    return x.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(n * math.prod(counts), -1), counts
 
 
 SITES: dict[str, tuple[type[torch.nn.Module], type[Site]]] = {
