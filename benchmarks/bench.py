@@ -1,17 +1,18 @@
 """Equality with INC, speed beside INC, and how the cost grows: printed as Markdown, for docs/performance.md.
 
-    python benchmarks/bench.py [equality] [speed] [growth]
+    python benchmarks/bench.py [equality] [speed] [kernel] [growth]
 
 Every figure is measured in this run. Speed is the ratio of seconds an op, INC and replay taking turns in one process.
 """
 
 import argparse
+import functools
 import json
 import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from photos import photo_batch
 
 from auto_quantize_model import cli
 from auto_quantize_model.calibration import CalibrationSpec, batches_of, extract
+from auto_quantize_model.device import instruction_set
 from auto_quantize_model.digits import train_snapshot
 from auto_quantize_model.files import write_json
 from auto_quantize_model.inc_engine import inc_scores
 from auto_quantize_model.plan import SensitivitySpec, build_plan, quant_config
 from auto_quantize_model.replay import Replay, states
+from auto_quantize_model.sites import cpu_kernel, pack_linear
 from auto_quantize_model.snapshot import build_manifest, load_model, load_processor
 from auto_quantize_model.standin import SHAPES, build_once
 
@@ -37,7 +40,7 @@ FOLDER = Path("tmp/bench")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["equality", "speed", "growth"], help="what to measure")
+    parser.add_argument("parts", nargs="*", default=["equality", "speed", "kernel", "growth"], help="what to measure")
     parser.add_argument("--ops", type=int, default=6, help="ops that INC measures on the medium model, per map")
     args = parser.parse_args()
     return cli.run(lambda: bench(args), None)
@@ -46,7 +49,7 @@ def main() -> int:
 def bench(args: argparse.Namespace) -> None:
     cli.say(f"\n{machine()}\n")
     for part in args.parts:
-        result = {"equality": equality, "speed": speed, "growth": growth}[part](args)
+        result = {"equality": equality, "speed": speed, "kernel": kernel, "growth": growth}[part](args)
         write_json(FOLDER / f"{part}.json", result)
 
 
@@ -54,7 +57,8 @@ def machine() -> str:
     """Where and with what these figures were measured."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("neural-compressor", "torch", "transformers"))
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
-    return f"{cpu}, {torch.get_num_threads()} threads; Python {platform.python_version()}, {versions}"
+    adds = f"{instruction_set()}, INT8 products {cpu_kernel()}"
+    return f"{cpu}, {adds}, {torch.get_num_threads()} threads; Python {platform.python_version()}, {versions}"
 
 
 def inc_values(model: Any, plan: dict[str, Any], batch: Any, label: str, names: list[str]) -> dict[str, float]:
@@ -170,6 +174,51 @@ def one_map(model: Any, plan: dict[str, Any], batch: Any, label: str) -> dict[tu
             (label, name): float((reference - replay.run(state)).pow(2).sum())
             for _, name, state in states(replay.order, names, [label])
         }
+
+
+def kernel(args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of one INT8 linear by four ways, and of a whole forward with every op in INT8 against FP32.
+
+    The replay calls torch's quantized kernel, as INC's model does. `_int_mm` and float32 products of codes in pieces of
+    at most 1,024 columns (exact, as every partial sum stays below 2^24) give the product alone, without roundings.
+    """
+    rows = []
+    for tokens, columns, outputs in ((96, 576, 1536), (96, 1536, 576), (114, 1024, 2752), (114, 2752, 1024)):
+        x, weight = torch.randn(tokens, columns), torch.randn(outputs, columns)
+        codes, weight_codes = (torch.randint(-128, 128, part.shape, dtype=torch.int8) for part in (x, weight))
+        packed = pack_linear(weight_codes, torch.full((outputs,), 0.01), None)
+
+        def quantized(x: torch.Tensor = x, packed: Any = packed) -> torch.Tensor:
+            codes = torch.quantize_per_tensor(x, 0.03, 64, torch.quint8)
+            output: torch.Tensor = torch.ops.quantized.linear(codes, packed, 0.05, 64)
+            return output.dequantize()
+
+        pairs = list(zip(codes.split(1024, dim=1), weight_codes.split(1024, dim=1), strict=True))
+        ways: dict[str, Any] = {
+            "FP32": functools.partial(torch.nn.functional.linear, x, weight),
+            "kernel": quantized,
+            "_int_mm": functools.partial(torch._int_mm, codes, weight_codes.t()),
+            "float32 codes": lambda pairs=pairs: sum((a.float() @ b.float().t()).int() for a, b in pairs),
+        }
+        rows.append({"shape": [tokens, columns, outputs]} | {name: milliseconds(way) for name, way in ways.items()})
+        cli.say(json.dumps(rows[-1]))
+    model, plan, batch = medium()
+    with Replay(model, plan["ops"], plan["measured_op"], cache_bytes=0) as replay:
+        replay.calibrate(batch)
+        int8_ops = {"FP32": [], "INT8": replay.order}
+        forward = {name: milliseconds(functools.partial(replay.run, state)) for name, state in int8_ops.items()}
+    cli.say(f"a forward of the 150 M model: {json.dumps(forward)} ms")
+    return {"linears": rows, "forward": forward}
+
+
+def milliseconds(work: Callable[[], Any]) -> float:
+    """The lowest time of five calls after a first one."""
+    times = []
+    for _ in range(6):
+        started = time.monotonic()
+        work()
+        times.append(1000 * (time.monotonic() - started))
+    return round(min(times[1:]), 2)
 
 
 def growth(args: argparse.Namespace) -> dict[str, Any]:
