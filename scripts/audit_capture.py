@@ -6,8 +6,7 @@ from pathlib import Path
 from auto_quantize_model import cli
 from auto_quantize_model.audit import audit_capture
 from auto_quantize_model.calibration import load_batches
-from auto_quantize_model.capture import require_plan_of
-from auto_quantize_model.files import read_json, write_json
+from auto_quantize_model.documents import read_documents, write_document
 from auto_quantize_model.snapshot import load_model, load_processor, verify_manifest
 
 
@@ -20,6 +19,7 @@ def main() -> int:
     parser.add_argument("--capture", type=Path, required=True, help="the capture to audit")
     parser.add_argument("--ops", type=int, default=6, help="ops to compare, the extremes among them")
     parser.add_argument("--audit", type=Path, required=True, help="the audit to write (JSON)")
+    parser.add_argument("--config-digest", help="digest of the config that asks for it, to be recorded")
     parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
     args = parser.parse_args()
     cli.end_with_parent()
@@ -27,15 +27,15 @@ def main() -> int:
 
 
 def audit(args: argparse.Namespace) -> None:
-    manifest, calibration = read_json(args.manifest), read_json(args.calibration_manifest)
-    plan, capture = read_json(args.plan), read_json(args.capture)
-    require_plan_of(plan, manifest, calibration)
+    paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest}
+    made_from = read_documents(paths | {"plan": args.plan, "capture": args.capture})
+    manifest, calibration, plan, capture = made_from
     directory = verify_manifest(manifest)
     processor = load_processor(directory, calibration["image_backend"])
     batches = load_batches(args.calibration_set, calibration, processor)
     with cli.progress_bar("audit by INC") as on_progress:
         result = audit_capture(load_model(directory), batches, plan, capture, args.ops, on_progress)
-    write_json(args.audit, result)
+    write_document(args.audit, "audit", result, made_from, args.config_digest)
     cli.say(f"audit: {result['status']}, {result['compared']} values compared")
 
 

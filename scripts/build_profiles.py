@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 from auto_quantize_model import cli
-from auto_quantize_model.files import from_block, read_json, write_json
+from auto_quantize_model.documents import read_document, write_document
+from auto_quantize_model.files import from_block
 from auto_quantize_model.profiles import Target, build_profiles
 
 SHOWN = 12  # names on the terminal; the file and the report have them all
@@ -16,14 +17,16 @@ def main() -> int:
     parser.add_argument("--tradeoff", type=Path, required=True, help="the measured trade-off")
     parser.add_argument("--target", type=json.loads, required=True, help="the config's profiles block as JSON")
     parser.add_argument("--profiles", type=Path, required=True, help="the profiles to write (JSON)")
+    parser.add_argument("--config-digest", help="digest of the config that asks for it, to be recorded")
     parser.add_argument("--log", type=Path, help="file for everything but results and errors")
     args = parser.parse_args()
     return cli.run(lambda: profiles(args), args.log)
 
 
 def profiles(args: argparse.Namespace) -> None:
-    found = build_profiles(read_json(args.tradeoff), from_block(Target, args.target, "profiles"))
-    write_json(args.profiles, found)
+    tradeoff = read_document(args.tradeoff, "tradeoff")
+    found = build_profiles(tradeoff, from_block(Target, args.target, "profiles"))
+    write_document(args.profiles, "profiles", found, [tradeoff], args.config_digest)
     if recommended := found["profiles"].get("recommended"):
         names = recommended["kept"][:SHOWN] + ["..."] * (recommended["keep"] > SHOWN)
         kept = f"keep {recommended['keep']} ops in FP32" if recommended["keep"] else "keep no op in FP32"

@@ -7,9 +7,10 @@ import torch
 
 from auto_quantize_model import cli
 from auto_quantize_model.calibration import load_batches
-from auto_quantize_model.capture import capture_sensitivity, describe_batches, fingerprint, require_plan_of
+from auto_quantize_model.capture import capture_sensitivity, describe_batches, fingerprint
 from auto_quantize_model.device import choose_device, explained_out_of_memory, require_memory
-from auto_quantize_model.files import read_json, write_json
+from auto_quantize_model.documents import read_documents, write_document
+from auto_quantize_model.files import write_json
 from auto_quantize_model.journal import Journal
 from auto_quantize_model.snapshot import count_parameters, load_model, load_processor, verify_manifest
 
@@ -27,6 +28,7 @@ def main() -> int:
         "--capture", type=Path, required=True, help="the capture to write (JSON); a journal lies beside"
     )
     parser.add_argument("--run-record", type=Path, required=True, help="times and host of this run, to write (JSON)")
+    parser.add_argument("--config-digest", help="digest of the config that asks for it, to be recorded")
     parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
     args = parser.parse_args()
     cli.end_with_parent()
@@ -34,21 +36,24 @@ def main() -> int:
 
 
 def capture(args: argparse.Namespace) -> None:
-    manifest, calibration, plan = (read_json(path) for path in (args.manifest, args.calibration_manifest, args.plan))
-    require_plan_of(plan, manifest, calibration)
+    paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest, "plan": args.plan}
+    made_from = read_documents(paths)
+    manifest, calibration, plan = made_from
     directory = verify_manifest(manifest)
     device = choose_device(args.device, tf32=args.tf32, deterministic=not args.nondeterministic)
     require_memory(count_parameters(directory), device)
     processor = load_processor(directory, calibration["image_backend"])
     batches = load_batches(args.calibration_set, calibration, processor)
-    with Journal(args.capture.with_name(f"{args.capture.name}.journal"), fingerprint(plan, device)) as journal:
+    of = fingerprint(plan, device) | {document.kind: document.digest for document in made_from}
+    with Journal(args.capture.with_name(f"{args.capture.name}.journal"), of) as journal:
         if news := journal.news():
             cli.say(f"capture: {news}")
         with explained_out_of_memory(device), cli.progress_bar("capture") as on_progress:
             model: torch.nn.Module = load_model(directory)
             captured, record = capture_sensitivity(model.to(device), batches, plan, journal, on_progress)
         write_json(args.run_record, record)
-        write_json(args.capture, describe_batches(captured, calibration))
+        captured = describe_batches(captured, calibration)
+        write_document(args.capture, "capture", captured, made_from, args.config_digest)
         journal.remove()
 
 

@@ -17,6 +17,7 @@ import jsonschema
 
 from auto_quantize_model import cli
 from auto_quantize_model.compare import Limits, compare, to_markdown
+from auto_quantize_model.documents import HEAD, read_document
 from auto_quantize_model.files import InputError, read_json, write_json, write_text
 from auto_quantize_model.report import SCHEMA, SCHEMA_VERSION
 
@@ -71,6 +72,8 @@ def read_report(path: Path) -> dict:
         raise InputError(
             f"{path}: no sensitivity report of schema version {SCHEMA_VERSION} (found {version}); render it anew"
         )
+    if HEAD in report:  # one that was made by hand, or by another version, has no head
+        report = read_document(path, "report")
     try:
         jsonschema.validate(report, read_json(SCHEMA))
     except jsonschema.ValidationError as error:

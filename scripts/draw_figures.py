@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from auto_quantize_model import cli
+from auto_quantize_model.documents import read_document
 from auto_quantize_model.figures import figures, save
-from auto_quantize_model.files import read_json
 
 
 def main() -> int:
@@ -18,7 +18,7 @@ def main() -> int:
 
 
 def draw_figures(args: argparse.Namespace) -> None:
-    for name, figure in figures(read_json(args.report)).items():
+    for name, figure in figures(read_document(args.report, "report")).items():
         for suffix in (".svg", ".png"):
             save(figure, args.directory / f"{name}{suffix}")
     cli.say(f"The pictures: {args.directory}")

@@ -49,7 +49,10 @@ def rule_edges() -> list[tuple[str, str]]:
     if dot.returncode:
         raise InputError(f"snakemake --rulegraph ended with {dot.returncode}; its message stands above")
     names = dict(NODE.findall(dot.stdout))
-    return sorted((names[source], names[target]) for source, target in EDGE.findall(dot.stdout))
+    edges = {(names[source], names[target]) for source, target in EDGE.findall(dot.stdout)}
+    # `all` asks for every file by name; of the rules that lead there by way of others, no second arrow is drawn.
+    lead_on = {source for source, target in edges if target != "all"}
+    return sorted(edge for edge in edges if edge[1] != "all" or edge[0] not in lead_on)
 
 
 def mermaid(edges: list[tuple[str, str]]) -> str:

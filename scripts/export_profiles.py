@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from auto_quantize_model import cli
+from auto_quantize_model.documents import read_documents, write_document
 from auto_quantize_model.exports import export
-from auto_quantize_model.files import read_json
 from auto_quantize_model.snapshot import module_types, tensor_names
 
 
@@ -26,14 +26,16 @@ def main() -> int:
 
 
 def export_profiles(args: argparse.Namespace) -> None:
-    paths = (args.manifest, args.calibration_manifest, args.plan, args.capture, args.profiles)
-    manifest, calibration, plan, capture, profiles = (read_json(path) for path in paths)
+    paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest}
+    made_from = read_documents(paths | {"plan": args.plan, "capture": args.capture, "profiles": args.profiles})
+    manifest, calibration, plan, capture, profiles = made_from
     # Names and classes alone are read, so the weights need not be hashed again.
     snapshot = Path(manifest["path"])
     modules, published = module_types(snapshot), tensor_names(snapshot)
     samples, size = len(calibration["samples"]["calibration"]), calibration["batch_size"]
     in_whole_batches = samples - samples % size
-    index = export(args.directory, profiles, plan, capture, modules, published, in_whole_batches, args.templates)
+    index, files = export(args.directory, profiles, plan, capture, modules, published, in_whole_batches, args.templates)
+    write_document(args.directory / "index.json", "exports", index, made_from, files=files)
     if index["missed"]:
         cli.say(f"no recommended profile: {index['missed']}")
     for tool in index["profiles"].get("recommended", {}).values():

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from auto_quantize_model import cli
 from auto_quantize_model.calibration import CalibrationSpec, extract, write_samples
-from auto_quantize_model.files import from_block, read_json, write_json
+from auto_quantize_model.documents import read_document, write_document
+from auto_quantize_model.files import from_block
 from auto_quantize_model.snapshot import load_processor, verify_manifest
 
 
@@ -17,13 +18,14 @@ def main() -> int:
     parser.add_argument("--calibration-set", type=Path, required=True, help="calibration samples to write (Parquet)")
     parser.add_argument("--heldout-set", type=Path, required=True, help="held-out samples to write (Parquet)")
     parser.add_argument("--calibration-manifest", type=Path, required=True, help="their manifest to write (JSON)")
+    parser.add_argument("--config-digest", help="digest of the config that asks for it, to be recorded")
     parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
     args = parser.parse_args()
     return cli.run(lambda: extract_calibration(args), args.log)
 
 
 def extract_calibration(args: argparse.Namespace) -> None:
-    model_manifest = read_json(args.manifest)
+    model_manifest = read_document(args.manifest, "model_manifest")
     processor = load_processor(verify_manifest(model_manifest))
     spec = from_block(CalibrationSpec, args.spec, "calibration")
     calibration, heldout, manifest = extract(
@@ -31,7 +33,8 @@ def extract_calibration(args: argparse.Namespace) -> None:
     )
     write_samples(args.calibration_set, calibration)
     write_samples(args.heldout_set, heldout)
-    write_json(args.calibration_manifest, manifest)
+    made_from = [model_manifest]
+    write_document(args.calibration_manifest, "calibration_manifest", manifest, made_from, args.config_digest)
     cli.say(f"calibration: {len(calibration)} samples, {len(heldout)} held out, from {manifest['source']}")
 
 

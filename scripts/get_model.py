@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from auto_quantize_model import cli
-from auto_quantize_model.files import InputError, write_json
+from auto_quantize_model.documents import write_document
+from auto_quantize_model.files import InputError
 from auto_quantize_model.snapshot import build_manifest
 
 
@@ -21,6 +22,7 @@ def main() -> int:
     parser.add_argument("--revision", help="hub: its commit, 40 hexadecimal digits")
     parser.add_argument("--training-json", default="{}", help="digits: the config's model.training as JSON")
     parser.add_argument("--manifest", type=Path, required=True, help="the manifest to write (JSON)")
+    parser.add_argument("--config-digest", help="digest of the config that asks for it, to be recorded")
     parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
     args = parser.parse_args()
     return cli.run(lambda: get_model(args), args.log)
@@ -45,7 +47,7 @@ def get_model(args: argparse.Namespace) -> None:
     manifest = build_manifest(args.path, args.name, args.source, details)
     if args.source == "hub":
         hub.check_against_hub(args.path, {file["name"]: file["sha256"] for file in manifest["files"]})
-    write_json(args.manifest, manifest)
+    write_document(args.manifest, "model_manifest", manifest, config=args.config_digest)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from auto_quantize_model import cli
 from auto_quantize_model.calibration import load_batches, load_heldout
-from auto_quantize_model.capture import arithmetic, fingerprint, require_plan_of
+from auto_quantize_model.capture import arithmetic, fingerprint
 from auto_quantize_model.device import choose_device, explained_out_of_memory, require_memory
-from auto_quantize_model.files import digest_of, read_json, write_json
+from auto_quantize_model.documents import read_documents, write_document
+from auto_quantize_model.files import digest_of
 from auto_quantize_model.journal import Journal
 from auto_quantize_model.ranking import most_sensitive_first
 from auto_quantize_model.replay import refusals
@@ -32,6 +34,7 @@ def main() -> int:
     parser.add_argument("--tf32", action="store_true", help="let a GPU round float32 products to TF32")
     parser.add_argument("--nondeterministic", action="store_true", help="let torch choose faster algorithms")
     parser.add_argument("--tradeoff", type=Path, required=True, help="the result (JSON); a journal lies beside")
+    parser.add_argument("--config-digest", help="digest of the config that asks for it, to be recorded")
     parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
     args = parser.parse_args()
     cli.end_with_parent()
@@ -39,12 +42,16 @@ def main() -> int:
 
 
 def tradeoff(args: argparse.Namespace) -> None:
+    paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest}
+    made_from = read_documents(paths | {"plan": args.plan, "capture": args.capture})
+    manifest, calibration, plan, capture = made_from
+
+    def write(found: dict[str, Any]) -> None:
+        write_document(args.tradeoff, "tradeoff", found, made_from, args.config_digest)
+
     if not args.batches:
-        write_json(args.tradeoff, {"status": "not_measured", "reason": "tradeoff.heldout_batches is 0"})
+        write({"status": "not_measured", "reason": "tradeoff.heldout_batches is 0"})
         return
-    paths = (args.manifest, args.calibration_manifest, args.plan, args.capture)
-    manifest, calibration, plan, capture = (read_json(path) for path in paths)
-    require_plan_of(plan, manifest, calibration)
     directory = verify_manifest(manifest)
     device = choose_device(args.device, tf32=args.tf32, deterministic=not args.nondeterministic)
     require_memory(count_parameters(directory), device)
@@ -54,11 +61,12 @@ def tradeoff(args: argparse.Namespace) -> None:
     model: torch.nn.Module = load_model(directory)
     if refused := refusals(model, plan["ops"]):
         reason = f"{len(refused)} ops, such as {min(refused)}, cannot be replayed"
-        write_json(args.tradeoff, {"status": "not_measured", "reason": reason})
+        write({"status": "not_measured", "reason": reason})
         return
     ranking = most_sensitive_first(plan, capture)
     greedy = Greedy(args.greedy_candidates, args.greedy_ops)
-    of = fingerprint(plan, device) | {"ranking": digest_of(ranking), "batches": args.batches, "greedy": vars(greedy)}
+    of = fingerprint(plan, device) | {document.kind: document.digest for document in made_from}
+    of |= {"ranking": digest_of(ranking), "batches": args.batches, "greedy": vars(greedy)}
     with Journal(args.tradeoff.with_name(f"{args.tradeoff.name}.journal"), of) as journal:
         if news := journal.news():
             cli.say(f"trade-off: {news}")
@@ -67,7 +75,7 @@ def tradeoff(args: argparse.Namespace) -> None:
                 model.to(device), plan, ranking, batches, heldout, answers, journal, greedy, on_progress
             )
         measured_by = {"status": "measured", "device": device.type, **arithmetic()}
-        write_json(args.tradeoff, measured_by | found)
+        write(measured_by | found)
         journal.remove()
 
 

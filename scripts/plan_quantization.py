@@ -6,7 +6,8 @@ from pathlib import Path
 
 from auto_quantize_model import cli
 from auto_quantize_model.calibration import load_batches
-from auto_quantize_model.files import digest_of, from_block, read_json, write_json
+from auto_quantize_model.documents import read_documents, write_document
+from auto_quantize_model.files import digest_of, from_block
 from auto_quantize_model.plan import SensitivitySpec, build_plan, identify
 from auto_quantize_model.snapshot import load_model, load_processor, verify_manifest
 
@@ -18,19 +19,22 @@ def main() -> int:
     parser.add_argument("--calibration-set", type=Path, required=True, help="the calibration samples (Parquet)")
     parser.add_argument("--spec", type=json.loads, required=True, help="the config's sensitivity block as JSON")
     parser.add_argument("--plan", type=Path, required=True, help="the plan to write (JSON)")
+    parser.add_argument("--config-digest", help="digest of the config that asks for it, to be recorded")
     parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
     args = parser.parse_args()
     return cli.run(lambda: plan_quantization(args), args.log)
 
 
 def plan_quantization(args: argparse.Namespace) -> None:
-    manifest, calibration = read_json(args.manifest), read_json(args.calibration_manifest)
+    paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest}
+    made_from = read_documents(paths)
+    manifest, calibration = made_from
     spec = from_block(SensitivitySpec, args.spec, "sensitivity")
     directory = verify_manifest(manifest)
     processor = load_processor(directory, calibration["image_backend"])
     batches = load_batches(args.calibration_set, calibration, processor)
-    plan = build_plan(load_model(directory), batches, spec)
-    write_json(args.plan, identify(plan, manifest, calibration, digest_of(args.spec)))
+    plan = identify(build_plan(load_model(directory), batches, spec), manifest, calibration, digest_of(args.spec))
+    write_document(args.plan, "plan", plan, made_from, args.config_digest)
     cli.say(f"plan: {len(plan['ops'])} ops to measure at {plan['measured_op']}, {len(plan['excluded'])} excluded")
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from auto_quantize_model import cli
 from auto_quantize_model.audit import incs_surroundings
 from auto_quantize_model.calibration import load_batches, load_heldout
-from auto_quantize_model.capture import require_plan_of
 from auto_quantize_model.device import WORKING_BYTES, require_free
-from auto_quantize_model.files import InputError, read_json, write_json
+from auto_quantize_model.documents import read_documents, require_file, write_document
+from auto_quantize_model.files import InputError, read_json
 from auto_quantize_model.metrics import Reference
 from auto_quantize_model.quantize import compared, load_quantized, logits, measure_error, quantize, release
 from auto_quantize_model.snapshot import count_parameters, load_model, load_processor, verify_manifest
@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--profile", required=True, help="the profile's name")
     parser.add_argument("--directory", type=Path, required=True, help="the folder for INC's INT8 model")
     parser.add_argument("--record", type=Path, required=True, help="the comparison to write (JSON)")
+    parser.add_argument("--config-digest", help="digest of the config that asks for it, to be recorded")
     parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
     args = parser.parse_args()
     cli.end_with_parent()
@@ -34,9 +35,10 @@ def main() -> int:
 
 
 def quantize_model(args: argparse.Namespace) -> None:
-    paths = (args.manifest, args.calibration_manifest, args.plan, args.tradeoff, args.profiles)
-    manifest, calibration, plan, tradeoff, profiles = (read_json(path) for path in paths)
-    require_plan_of(plan, manifest, calibration)
+    paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest, "plan": args.plan}
+    paths |= {"tradeoff": args.tradeoff, "profiles": args.profiles, "exports": args.exports / "index.json"}
+    made_from = read_documents(paths)
+    manifest, calibration, _, tradeoff, profiles, exports = made_from
     if args.profile not in profiles["profiles"]:
         there = ", ".join(profiles["profiles"]) or "none"
         why = f" ({profiles['missed']})" if args.profile == "recommended" else ""
@@ -45,7 +47,9 @@ def quantize_model(args: argparse.Namespace) -> None:
             " quantize PROFILE=...), or change the target in the config's profiles block"
         )
     profile = profiles["profiles"][args.profile]
-    op_name_dict = read_json(args.exports / args.profile / "inc_op_name_dict.json")
+    kept = args.exports / args.profile / "inc_op_name_dict.json"
+    require_file(exports, kept)
+    op_name_dict = read_json(kept)
     directory = verify_manifest(manifest)
     # Loaded back, INC's model stands beside the FP32 one that it is put into and the file that it comes from.
     needed = 4 * count_parameters(directory) + 2 * profile["weight_bytes"] + WORKING_BYTES
@@ -63,7 +67,7 @@ def quantize_model(args: argparse.Namespace) -> None:
         with cli.progress_bar("INC's INT8 model") as on_batch:
             found = measure_error(references, quantized, heldout, answers, on_batch)
     record = compared(args.profile, profile, found, tradeoff)
-    write_json(args.record, record)
+    write_document(args.record, "quantized", record, made_from, args.config_digest)
     cli.say(f"{args.directory}: profile {args.profile}, {profile['keep']} ops in FP32, {record['status']}: {found}")
 
 

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from auto_quantize_model import cli
-from auto_quantize_model.files import read_json, write_text
+from auto_quantize_model.documents import files_of, read_documents, require_file
+from auto_quantize_model.files import write_text
 from auto_quantize_model.page import relative, render_page
 
 
@@ -12,7 +13,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--report", type=Path, required=True, help="the report (JSON)")
     parser.add_argument("--markdown", type=Path, help="the same report as Markdown, to link to")
-    parser.add_argument("--files", type=Path, nargs="*", default=[], help="tables and drawn pictures to link to")
+    parser.add_argument("--tables", type=Path, nargs="*", default=[], help="the report's tables (CSV), to link to")
+    parser.add_argument("--files", type=Path, nargs="*", default=[], help="drawn pictures to link to")
     parser.add_argument("--exports", type=Path, help="index of the exported profiles (JSON), to link to")
     parser.add_argument("--templates", type=Path, default=Path("workflow/templates"), help="folder of the templates")
     parser.add_argument("--html", type=Path, required=True, help="the page to write")
@@ -22,13 +24,20 @@ def main() -> int:
 
 
 def page(args: argparse.Namespace) -> None:
+    report, *exports = read_documents({"report": args.report} | ({"exports": args.exports} if args.exports else {}))
+    for path in (args.markdown, *args.tables):
+        if path:
+            require_file(report, path)
+    for index in exports:
+        for path in files_of(index):
+            require_file(index, path)
     files = {"report (JSON)": args.report, "report (Markdown)": args.markdown}
-    files |= {path.name: path for path in args.files}
+    files |= {path.name: path for path in (*args.tables, *args.files)}
     links = {
         "files": {label: relative(path, args.html) for label, path in files.items() if path},
-        "exports": read_json(args.exports)["profiles"] if args.exports else {},
+        "exports": exports[0]["profiles"] if exports else {},
     }
-    write_text(args.html, render_page(read_json(args.report), links, args.templates))
+    write_text(args.html, render_page(report, links, args.templates))
     cli.say(f"The page: {args.html}")
 
 

@@ -1,10 +1,12 @@
 """Render the report of a capture as Markdown, JSON and CSV tables, and print the ten most sensitive ops."""
 
 import argparse
+import json
 from pathlib import Path
 
 from auto_quantize_model import cli
-from auto_quantize_model.files import read_json, write_text
+from auto_quantize_model.documents import read_documents, write_document
+from auto_quantize_model.files import write_text
 from auto_quantize_model.report import build_report, render, tables, top_table
 
 
@@ -28,21 +30,16 @@ def main() -> int:
 
 
 def render_report(args: argparse.Namespace) -> None:
-    paths = (
-        args.manifest,
-        args.calibration_manifest,
-        args.plan,
-        args.capture,
-        args.audit,
-        args.tradeoff,
-        args.profiles,
-    )
-    report = build_report(*(read_json(path) for path in paths))
+    parts = ("plan", "capture", "audit", "tradeoff", "profiles")
+    paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest}
+    made_from = read_documents(paths | {part: getattr(args, part) for part in parts})
+    report = build_report(*made_from)
     markdown, document = render(report, args.templates)
-    write_text(args.markdown, markdown)
-    write_text(args.json, document)
-    for name, table in tables(report).items():
-        write_text(getattr(args, f"{name}_table"), table.to_csv(index=False))
+    texts = {args.markdown: markdown}
+    texts |= {getattr(args, f"{name}_table"): table.to_csv(index=False) for name, table in tables(report).items()}
+    for path, text in texts.items():
+        write_text(path, text)
+    write_document(args.json, "report", json.loads(document), made_from, files=texts)
     for warning in report["warnings"]:
         cli.say(f"warning: {warning}")
     cli.say(f"The most sensitive ops of {report['model']['model']}:\n{top_table(report)}")

@@ -8,6 +8,7 @@ to --output; with --publish a copy goes to context/summaries/inc-kb/ as well.
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from auto_quantize_model.audit import audit_capture
 from auto_quantize_model.calibration import CalibrationSpec, batches_of, extract
 from auto_quantize_model.capture import capture_sensitivity, describe_batches, fingerprint
 from auto_quantize_model.device import choose_device, explained_out_of_memory, require_memory
+from auto_quantize_model.documents import Document, write_document
 from auto_quantize_model.files import digest_of, write_json, write_text
 from auto_quantize_model.journal import Journal
 from auto_quantize_model.plan import SensitivitySpec, build_plan, identify
@@ -92,13 +94,20 @@ def measure(args: argparse.Namespace) -> None:
     )
     markdown, document = render(report, ROOT / "workflow" / "templates")
     name = f"{REPORT}_{device.type}"
-    parts = {"plan": plan, f"capture_{device.type}": captured, f"audit_{device.type}": audit, f"{name}.run": record}
-    for stem, part in parts.items():
-        write_json(args.output / f"{stem}.json", part)
+    write_json(args.output / f"{name}.run.json", record)
+    parts = {"model_manifest": manifest, "calibration_manifest": calibration, "plan": plan}
+    parts |= {"capture": captured, "audit": audit}
+    made_from: list[Document] = []
+    for kind, part in parts.items():
+        stem = f"{kind}_{device.type}" if kind in ("capture", "audit") else kind
+        made_from.append(write_document(args.output / f"{stem}.json", kind, part, made_from))
     targets = [args.output / name] + [PUBLISHED / f"{args.name}_mse_sensitivity"] * args.publish
     for target in targets:
         write_text(target.with_name(f"{target.name}.md"), markdown)
-        write_text(target.with_name(f"{target.name}.json"), document)
+    listed = [args.output / f"{name}.md"]
+    written = write_document(args.output / f"{name}.json", "report", json.loads(document), made_from, files=listed)
+    for target in targets[1:]:
+        write_text(target.with_name(f"{target.name}.json"), written.text())
     cli.say(f"The most sensitive ops of {args.name}:\n{top_table(report)}")
     cli.say("The report: " + ", ".join(f"{target}.md and .json" for target in targets))
 

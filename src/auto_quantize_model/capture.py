@@ -192,19 +192,6 @@ def fingerprint(plan: dict[str, Any], device: torch.device) -> dict[str, Any]:
     }
 
 
-def require_plan_of(plan: dict[str, Any], manifest: dict[str, Any], calibration: dict[str, Any]) -> None:
-    """Refuse a plan that was made for another model or calibration set.
-
-    Raises:
-        InputError: a digest differs.
-    """
-    if (plan["model_digest"], plan["calibration_digest"]) != (manifest["digest"], calibration["digest"]):
-        raise InputError(
-            f"the plan is of model {plan['model']} and calibration set {plan['calibration']} as they were, not as they"
-            " are; make the plan again (snakemake --cores 1 --forcerun plan_quantization)"
-        )
-
-
 def describe_batches(capture: dict[str, Any], calibration: dict[str, Any]) -> dict[str, Any]:
     """The capture with each batch's sample ids and token counts, as the calibration manifest lists them."""
     samples, size = calibration["samples"]["calibration"], calibration["batch_size"]

@@ -17,7 +17,7 @@ import torch
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from auto_quantize_model.files import InputError, canonical_json, digest_of, write_json, write_text
+from auto_quantize_model.files import InputError, canonical_json, digest_of, write_text
 
 Modules = dict[str, type[torch.nn.Module]]
 FP32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
@@ -284,8 +284,8 @@ def export(
     published: Collection[str],
     calibration_samples: int,
     templates: Path,
-) -> dict[str, Any]:
-    """Write every profile for every tool, DIRECTORY/PROFILE/FILE, and DIRECTORY/index.json, which lists them.
+) -> tuple[dict[str, Any], list[Path]]:
+    """Write every profile for every tool: DIRECTORY/PROFILE/FILE.
 
     Args:
         directory: written anew; what it held is gone.
@@ -298,7 +298,8 @@ def export(
         templates: the folder of the files' templates.
 
     Returns:
-        {model, plan_digest, profiles: {profile: {tool: ...}}, missed}; files are named from the directory's parent.
+        The index {model, plan_digest, profiles: {profile: {tool: ...}}, missed}, whose files are named from the
+        directory's parent, and the paths that were written.
 
     Raises:
         InputError: as `export_profile` says; nothing is written then.
@@ -317,5 +318,4 @@ def export(
     shutil.rmtree(directory, ignore_errors=True)
     for file, text in texts.items():
         write_text(directory / file, text)
-    write_json(directory / "index.json", document)
-    return document
+    return document, [directory / file for file in texts]

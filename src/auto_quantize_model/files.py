@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 Spec = TypeVar("Spec")
 
@@ -75,20 +76,23 @@ def read_json(path: Path) -> Any:
     """The JSON document at `path`.
 
     Raises:
-        InputError: there is no such file, or it is not JSON; NaN and infinity are none.
+        InputError: there is no such file, or it is not JSON; NaN, infinity and numbers too large for float64 are none.
     """
 
-    def refuse(constant: str) -> None:
+    def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is no JSON number")
 
+    def finite(digits: str) -> float:
+        return value if math.isfinite(value := float(digits)) else refuse(digits)
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse, parse_float=finite)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise InputError(f"{path}: a directory, where a JSON file is asked for") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); write it anew or restore it") from None
+    except (ValueError, RecursionError) as error:  # the latter of brackets in brackets, thousands deep
+        raise InputError(f"{path}: not valid JSON ({error}); restore the file") from None
 
 
 def from_block(spec: type[Spec], block: dict[str, Any], name: str) -> Spec:

@@ -6,14 +6,24 @@ rule archive_results:
     """
     input:
         manifest=rules.get_model.output.manifest,
-        calibration=rules.extract_calibration.output,
+        calibration_manifest=rules.extract_calibration.output.manifest,
+        calibration=[
+            rules.extract_calibration.output.calibration,
+            rules.extract_calibration.output.heldout,
+        ],
         plan=rules.plan_quantization.output.plan,
         capture=rules.capture_sensitivity.output.capture,
         audit=rules.audit_capture.output.audit,
         tradeoff=rules.measure_tradeoff.output.tradeoff,
         profiles=rules.build_profiles.output.profiles,
         exports=rules.export_profiles.output.directory,
-        report=rules.render_report.output,
+        report=rules.render_report.output.json,
+        texts=[
+            rules.render_report.output.markdown,
+            rules.render_report.output.ranking,
+            rules.render_report.output.tradeoff,
+            rules.render_report.output.profiles,
+        ],
         figures=rules.draw_figures.output,
         page=rules.render_page.output.html,
     output:
@@ -30,4 +40,6 @@ rule archive_results:
         " --archive {output.archive:q}"
         " --checksums {output.checksums:q}"
         " --log {log:q}"
-        " {input:q}"
+        " --documents {input.manifest:q} {input.calibration_manifest:q} {input.plan:q} {input.capture:q} {input.audit:q}"
+        " {input.tradeoff:q} {input.profiles:q} {input.exports:q}/index.json {input.report:q}"
+        " -- {input:q}"

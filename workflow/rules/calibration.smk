@@ -5,6 +5,7 @@ rule extract_calibration:
     and chat template. A row of either set is one sample: an image or none, a prompt, an answer or none.
     """
     input:
+        stale=made_again_where_stale("extract_calibration"),
         files=calibration_files,
         manifest=rules.get_model.output.manifest,
     output:
@@ -18,6 +19,7 @@ rule extract_calibration:
     params:
         code=code_digest("scripts/extract_calibration.py"),
         spec=block("calibration"),
+        config_digest=config_digest("extract_calibration"),
     shell:
         "exec python scripts/extract_calibration.py"
         " --manifest {input.manifest:q}"
@@ -25,4 +27,5 @@ rule extract_calibration:
         " --calibration-set {output.calibration:q}"
         " --heldout-set {output.heldout:q}"
         " --calibration-manifest {output.manifest:q}"
+        " --config-digest {params.config_digest}"
         " --log {log:q}"

@@ -5,12 +5,20 @@ import hashlib
 import json
 import shlex
 import shutil
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import yaml
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 from snakemake.utils import update_config, validate
+
+# This checkout's library, whatever is installed.
+sys.path.insert(0, str(Path(workflow.basedir).parent / "src"))
+
+from auto_quantize_model.documents import why_stale
+from auto_quantize_model.files import digest_of
 
 # The keys of the sensitivity block that the plan depends on; the others are read where they are used.
 PLAN_KEYS = ("engine", "confidence_batches", "maps", "op_type_dict", "op_name_dict")
@@ -127,6 +135,52 @@ def replay_flags():
         "--nondeterministic": not config["sensitivity"]["deterministic"],
     }
     return " ".join(flag for flag, on in flags.items() if on)
+
+
+# What each rule's document depends on of the config, beside what reaches it by way of other documents.
+ASKED = {
+    "get_model": [
+        MODEL,
+        config["model"]["source"],
+        config["model"]["path"],
+        hub_flags("model"),
+        config["model"]["training"],
+    ],
+    "extract_calibration": config["calibration"],
+    "plan_quantization": {key: config["sensitivity"][key] for key in PLAN_KEYS},
+    "capture_sensitivity": [DEVICE, replay_flags()],
+    "audit_capture": config["sensitivity"]["audit_ops"],
+    "measure_tradeoff": [config["tradeoff"], DEVICE, replay_flags()],
+    "build_profiles": config["profiles"],
+    "quantize_model": config["quantize"],
+}
+
+
+def config_digest(rule):
+    """The digest of what a rule's document depends on of the config; the document records it."""
+    return digest_of(ASKED[rule])
+
+
+def made_again_where_stale(rule):
+    """No input, but a look at the rule's documents while Snakemake asks for the rule's inputs.
+
+    A document that another config made, or whose files are gone, is put on Snakemake's list of files to make again.
+    Times cannot tell, as all files of an unpacked archive have the same one, and Snakemake's own records, which know the
+    parameters of a job, are in no archive.
+    """
+
+    def look(wildcards):
+        outputs = getattr(rules, rule).output
+        there = [Path(output) for output in outputs if Path(output).exists()]
+        documents = [path / "index.json" if path.is_dir() else path for path in there]
+        for document in documents:
+            why = why_stale(document, config_digest(rule) if rule in ASKED else None)
+            if why and workflow.dag.forcefiles.isdisjoint(outputs):
+                logger.info(f"{why}: {rule} runs again.")
+                workflow.dag.forcefiles.update(outputs)
+        return []
+
+    return look
 
 
 def calibration_files(wildcards):

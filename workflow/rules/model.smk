@@ -4,6 +4,8 @@ rule get_model:
     The weights are no declared output: a manifest of kilobytes with a sha256 per file can be restored, compared and
     archived where gigabytes cannot. A row of `files` is one file of the snapshot.
     """
+    input:
+        stale=made_again_where_stale("get_model"),
     output:
         manifest=f"results/{MODEL}/model_manifest.json",
     log:
@@ -17,6 +19,7 @@ rule get_model:
         path=config["model"]["path"],
         hub=hub_flags("model"),
         training=block("model", "training"),
+        config_digest=config_digest("get_model"),
     shell:
         "exec python scripts/get_model.py"
         " --name {params.name:q}"
@@ -25,4 +28,5 @@ rule get_model:
         " {params.hub}"
         " --training-json {params.training:q}"
         " --manifest {output.manifest:q}"
+        " --config-digest {params.config_digest}"
         " --log {log:q}"

@@ -4,6 +4,7 @@ rule quantize_model:
     Not part of `all`: ask for it by name, or by `make quantize PROFILE=moderate`.
     """
     input:
+        stale=made_again_where_stale("quantize_model"),
         manifest=rules.get_model.output.manifest,
         calibration_manifest=rules.extract_calibration.output.manifest,
         calibration=rules.extract_calibration.output.calibration,
@@ -25,6 +26,7 @@ rule quantize_model:
         versions=versions_of(*MEASURING),
         profile=config["quantize"]["profile"],
         directory=folder_of_output,
+        config_digest=config_digest("quantize_model"),
     shell:
         "exec python scripts/quantize_model.py"
         " --manifest {input.manifest:q}"
@@ -38,4 +40,5 @@ rule quantize_model:
         " --profile {params.profile:q}"
         " --directory {params.directory:q}"
         " --record {output.record:q}"
+        " --config-digest {params.config_digest}"
         " --log {log:q}"

@@ -4,6 +4,7 @@ rule build_profiles:
     A profile is a point of a measured curve with all the ops that it keeps.
     """
     input:
+        stale=made_again_where_stale("build_profiles"),
         tradeoff=rules.measure_tradeoff.output.tradeoff,
     output:
         profiles=f"{RUN}/profiles_{DEVICE}.json",
@@ -14,11 +15,13 @@ rule build_profiles:
     params:
         code=code_digest("scripts/build_profiles.py"),
         target=block("profiles"),
+        config_digest=config_digest("build_profiles"),
     shell:
         "exec python scripts/build_profiles.py"
         " --tradeoff {input.tradeoff:q}"
         " --target {params.target:q}"
         " --profiles {output.profiles:q}"
+        " --config-digest {params.config_digest}"
         " --log {log:q}"
 
 
@@ -28,6 +31,7 @@ rule export_profiles:
     An entry of index.json is a profile's export to one tool, with what was dropped or added for it.
     """
     input:
+        stale=made_again_where_stale("export_profiles"),
         manifest=rules.get_model.output.manifest,
         calibration_manifest=rules.extract_calibration.output.manifest,
         plan=rules.plan_quantization.output.plan,
@@ -186,7 +190,8 @@ rule render_page:
         "exec python scripts/render_page.py"
         " --report {input.json:q}"
         " --markdown {input.markdown:q}"
-        " --files {input.tables:q} {input.figures:q}"
+        " --tables {input.tables:q}"
+        " --files {input.figures:q}"
         " --exports {input.exports:q}/index.json"
         " --templates {params.templates:q}"
         " --html {output.html:q}"

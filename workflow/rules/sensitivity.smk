@@ -5,6 +5,7 @@ rule plan_quantization:
     with the reason.
     """
     input:
+        stale=made_again_where_stale("plan_quantization"),
         manifest=rules.get_model.output.manifest,
         calibration_manifest=rules.extract_calibration.output.manifest,
         calibration=rules.extract_calibration.output.calibration,
@@ -18,6 +19,7 @@ rule plan_quantization:
         code=code_digest("scripts/plan_quantization.py"),
         versions=versions_of(*MEASURING),
         spec=plan_spec,
+        config_digest=config_digest("plan_quantization"),
     shell:
         "exec python scripts/plan_quantization.py"
         " --manifest {input.manifest:q}"
@@ -25,6 +27,7 @@ rule plan_quantization:
         " --calibration-set {input.calibration:q}"
         " --spec {params.spec:q}"
         " --plan {output.plan:q}"
+        " --config-digest {params.config_digest}"
         " --log {log:q}"
 
 
@@ -36,6 +39,7 @@ rule capture_sensitivity:
     from run to run, times and host, goes to the run record, which nothing downstream reads.
     """
     input:
+        stale=made_again_where_stale("capture_sensitivity"),
         manifest=rules.get_model.output.manifest,
         calibration_manifest=rules.extract_calibration.output.manifest,
         calibration=rules.extract_calibration.output.calibration,
@@ -56,6 +60,7 @@ rule capture_sensitivity:
         versions=versions_of(*MEASURING),
         device=DEVICE,
         flags=replay_flags(),
+        config_digest=config_digest("capture_sensitivity"),
     shell:
         "exec python scripts/capture_sensitivity.py"
         " --manifest {input.manifest:q}"
@@ -66,6 +71,7 @@ rule capture_sensitivity:
         " {params.flags}"
         " --capture {output.capture:q}"
         " --run-record {output.run_record:q}"
+        " --config-digest {params.config_digest}"
         " --log {log:q}"
 
 
@@ -75,6 +81,7 @@ rule audit_capture:
     So INC measures at least once in every run, whatever the engine, and a report never rests on the replay alone.
     """
     input:
+        stale=made_again_where_stale("audit_capture"),
         manifest=rules.get_model.output.manifest,
         calibration_manifest=rules.extract_calibration.output.manifest,
         calibration=rules.extract_calibration.output.calibration,
@@ -91,6 +98,7 @@ rule audit_capture:
         code=code_digest("scripts/audit_capture.py"),
         versions=versions_of(*MEASURING),
         ops=config["sensitivity"]["audit_ops"],
+        config_digest=config_digest("audit_capture"),
     shell:
         "exec python scripts/audit_capture.py"
         " --manifest {input.manifest:q}"
@@ -100,6 +108,7 @@ rule audit_capture:
         " --capture {input.capture:q}"
         " --ops {params.ops}"
         " --audit {output.audit:q}"
+        " --config-digest {params.config_digest}"
         " --log {log:q}"
 
 
@@ -110,6 +119,7 @@ rule measure_tradeoff:
     first. A point of a curve is one keep-list; each forward's record is journalled, so a killed run goes on.
     """
     input:
+        stale=made_again_where_stale("measure_tradeoff"),
         manifest=rules.get_model.output.manifest,
         calibration_manifest=rules.extract_calibration.output.manifest,
         calibration=rules.extract_calibration.output.calibration,
@@ -133,6 +143,7 @@ rule measure_tradeoff:
         ops=config["tradeoff"]["greedy_ops"],
         device=DEVICE,
         flags=replay_flags(),
+        config_digest=config_digest("measure_tradeoff"),
     shell:
         "exec python scripts/measure_tradeoff.py"
         " --manifest {input.manifest:q}"
@@ -147,4 +158,5 @@ rule measure_tradeoff:
         " --device {params.device}"
         " {params.flags}"
         " --tradeoff {output.tradeoff:q}"
+        " --config-digest {params.config_digest}"
         " --log {log:q}"

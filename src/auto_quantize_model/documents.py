@@ -1,0 +1,230 @@
+"""Documents: the JSON files that one step hands to the next, each with a head that says where it came from.
+
+The head stands under the key `document`: the kind, the digests of all that the document was made from, the sha256 of
+the files that belong to it, and the digest of everything else in the document. All other keys are the body.
+
+In: a body and the documents that it was made from. Out: a file; and, read back, a body that is seen to be whole and of
+the same run as the other documents of the step.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from auto_quantize_model.files import InputError, canonical_json, digest_of, read_json, sha256_file, write_text
+
+HEAD = "document"
+CONFIG = "config"  # in `made_from`: the digest of the config's part that the step reads
+HEAD_KEYS = {"kind": str, "made_from": dict, "files": dict, "digest": str}
+# Each kind with the rule that makes it, in the order of the workflow.
+RULES = {
+    "model_manifest": "get_model",
+    "calibration_manifest": "extract_calibration",
+    "plan": "plan_quantization",
+    "capture": "capture_sensitivity",
+    "audit": "audit_capture",
+    "tradeoff": "measure_tradeoff",
+    "profiles": "build_profiles",
+    "exports": "export_profiles",
+    "report": "render_report",
+    "quantized": "quantize_model",
+}
+
+
+class Document(dict[str, Any]):
+    """The body of a document. Its attributes are its place and its head.
+
+    Attributes:
+        path: where it lies.
+        kind: one of `RULES`.
+        made_from: {kind: digest} of every document that it was made from, also by way of others; under `config` the
+            digest of the config's part that its step read, where a config was read.
+        files: {path relative to the document's folder: sha256} of the files that were written with it.
+        digest: SHA-256 of body and head, without this digest.
+    """
+
+    def __init__(
+        self, path: Path, body: Mapping[str, Any], kind: str, made_from: dict[str, str], files: dict[str, str]
+    ) -> None:
+        super().__init__(body)
+        self.path, self.kind, self.made_from, self.files = path, kind, made_from, files
+        self.digest = digest_of({**body, HEAD: {"kind": kind, "made_from": made_from, "files": files}})
+
+    def text(self) -> str:
+        """The document as JSON text, its head first."""
+        head = {"kind": self.kind, "made_from": self.made_from, "files": self.files, "digest": self.digest}
+        return canonical_json({HEAD: head, **self})
+
+
+def make_again(kind: str) -> str:
+    """The next step where a document of a kind is no good."""
+    return f"make it again (snakemake --cores 1 --forcerun {RULES[kind]})"
+
+
+def named(kind: str) -> str:
+    """A kind in words."""
+    return kind.replace("_", " ")
+
+
+def write_document(
+    path: Path,
+    kind: str,
+    body: Mapping[str, Any],
+    made_from: Iterable[Document] = (),
+    config: str | None = None,
+    files: Iterable[Path] = (),
+) -> Document:
+    """Write a document, whole or not at all, and return it.
+
+    Args:
+        path: the file.
+        kind: one of `RULES`.
+        body: JSON-able, without NaN and infinity.
+        made_from: the documents that the body was made from.
+        config: the digest of the config's part that the step read; None where it was asked for by hand.
+        files: files that were written with the document and belong to it.
+    """
+    origin: dict[str, str] = {}
+    for source in made_from:
+        origin |= {name: digest for name, digest in source.made_from.items() if name != CONFIG}
+        origin[source.kind] = source.digest
+    if config:
+        origin[CONFIG] = config
+    listed = {_name_of(file, path): sha256_file(file) for file in sorted(files)}
+    # As it will be read back: JSON turns keys into text and tuples into lists.
+    document = Document(path, json.loads(canonical_json(body)), kind, origin, listed)
+    write_text(path, document.text())
+    return document
+
+
+def read_document(path: Path, kind: str | None = None) -> Document:
+    """The document at `path`, seen to be as it was written.
+
+    Args:
+        path: the file.
+        kind: what it has to be; None takes any kind.
+
+    Raises:
+        InputError: there is no such file, or it is no JSON, no document, of another kind, or was changed since it was
+            written. The message names the file and the rule that makes it.
+    """
+    again = make_again(kind) if kind else "make it again with the rule that writes it"
+    wanted = named(kind) if kind else "document"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, where the {wanted} is asked for; {again}")
+    try:
+        found = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; or {again}") from None
+    head: Any = found.get(HEAD) if isinstance(found, dict) else None
+    if not _is_head(head):
+        raise InputError(
+            f"{path}: no {wanted} of this version: it does not say under {HEAD!r} what it was made from; {again}"
+        )
+    if kind not in (None, head["kind"]):
+        raise InputError(
+            f"{path}: a {named(head['kind'])}, where the {wanted} is asked for; name the right file, or {again}"
+        )
+    body = {key: value for key, value in found.items() if key != HEAD}
+    document = Document(path, body, head["kind"], head["made_from"], head["files"])
+    if document.digest != head["digest"]:
+        raise InputError(
+            f"{path}: changed since it was written, as its digest says; restore it, or {make_again(head['kind'])}"
+        )
+    return document
+
+
+def _is_head(head: Any) -> bool:
+    return (
+        isinstance(head, dict)
+        and set(head) == set(HEAD_KEYS)
+        and all(isinstance(head[key], expected) for key, expected in HEAD_KEYS.items())
+        and head["kind"] in RULES
+    )
+
+
+def read_documents(paths: Mapping[str, Path]) -> list[Document]:
+    """The documents of a step, {kind: path}, in that order, seen to be of one run.
+
+    Raises:
+        InputError: as `read_document` and `require_one_run` say.
+    """
+    documents = [read_document(path, kind) for kind, path in paths.items()]
+    require_one_run(documents)
+    return documents
+
+
+def require_one_run(documents: Sequence[Document]) -> None:
+    """Refuse documents of which one was made from another version of what is here, or two from different ones.
+
+    Raises:
+        InputError: naming both files, and the rule that makes the later one again.
+    """
+    in_order = sorted(documents, key=lambda document: list(RULES).index(document.kind))
+    for earlier, later in combinations(in_order, 2):
+        if later.made_from.get(earlier.kind, earlier.digest) != earlier.digest:
+            raise InputError(
+                f"{later.path}: made from another {named(earlier.kind)} than {earlier.path}; {make_again(later.kind)}"
+            )
+    for earlier, later in combinations(in_order, 2):
+        for kind in (kind for kind in RULES if kind in earlier.made_from and kind in later.made_from):
+            if earlier.made_from[kind] != later.made_from[kind]:
+                raise InputError(
+                    f"{later.path} and {earlier.path}: made from different versions of the {named(kind)};"
+                    f" {make_again(later.kind)}"
+                )
+
+
+def require_file(document: Document, path: Path) -> None:
+    """Refuse a file that is not the one that was written with a document.
+
+    Raises:
+        InputError: it is not there, or its sha256 is not the one that the document lists.
+    """
+    again = make_again(document.kind)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; {again}")
+    name = _name_of(path, document.path)
+    if name not in document.files:
+        raise InputError(
+            f"{path}: no file of {document.path}, which lists other files; name the right file, or {again}"
+        )
+    if sha256_file(path) != document.files[name]:
+        raise InputError(f"{path}: changed since it was written, as {document.path} says; restore it, or {again}")
+
+
+def files_of(document: Document) -> list[Path]:
+    """The paths of the files that a document lists."""
+    return [document.path.parent / name for name in document.files]
+
+
+def why_stale(path: Path, config: str | None) -> str:
+    """Why the document at `path` has to be made again before anything reads it, in words; empty if there is no reason.
+
+    A damaged document is no reason, as the script that reads it says what is wrong with it; nor is a file of another
+    sort.
+
+    Args:
+        path: the file that may be a document.
+        config: the digest of the config's part that its step reads today; None where it reads none.
+    """
+    if path.suffix != ".json":
+        return ""
+    if not path.exists():
+        return f"{path} is gone"
+    try:
+        document = read_document(path)
+    except InputError:
+        return ""
+    if config != document.made_from.get(CONFIG):
+        return f"{path} was made by another config"
+    gone = [file for file in files_of(document) if not file.exists()]
+    return f"{gone[0]} is gone" if gone else ""
+
+
+def _name_of(file: Path, document: Path) -> str:
+    """A file's path as seen from the folder of a document."""
+    return Path(os.path.relpath(file, document.parent)).as_posix()
