@@ -5,14 +5,19 @@ from pathlib import Path
 
 from auto_quantize_model import cli
 from auto_quantize_model.archive import archive_results
-from auto_quantize_model.documents import files_of, read_document, require_file, require_one_run
+from auto_quantize_model.documents import RULES, files_of, read_documents, require_listed
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="result files to pack")
     parser.add_argument(
-        "--documents", type=Path, nargs="*", default=[], metavar="FILE", help="those of them that have to be of one run"
+        "--documents",
+        type=kind_and_path,
+        nargs="*",
+        default=[],
+        metavar="KIND=FILE",
+        help="those of the files that have to be of one run, such as plan=results/.../plan.json",
     )
     parser.add_argument("--archive", type=Path, required=True, help="the archive to write (.tar)")
     parser.add_argument("--checksums", type=Path, required=True, help="the list of sha256 to write (JSON)")
@@ -21,12 +26,18 @@ def main() -> int:
     return cli.run(lambda: archive(args), args.log)
 
 
+def kind_and_path(text: str) -> tuple[str, Path]:
+    """An entry of --documents."""
+    kind, _, path = text.partition("=")
+    if kind not in RULES or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is no KIND=FILE; the kinds are {', '.join(RULES)}")
+    return kind, Path(path)
+
+
 def archive(args: argparse.Namespace) -> None:
-    documents = [read_document(path) for path in args.documents]
-    require_one_run(documents)
-    for document in documents:
+    for document in read_documents(dict(args.documents)):
         for path in files_of(document):
-            require_file(document, path)
+            require_listed(document, path)
     packed = archive_results(args.archive, args.checksums, args.files)
     cli.say(f"{args.archive}: {len(packed['files'])} files, sha256 {packed['sha256']}")
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from auto_quantize_model import cli
-from auto_quantize_model.documents import read_documents, write_document
+from auto_quantize_model.documents import read_documents
 from auto_quantize_model.exports import export
 from auto_quantize_model.snapshot import module_types, tensor_names
 
@@ -34,8 +34,9 @@ def export_profiles(args: argparse.Namespace) -> None:
     modules, published = module_types(snapshot), tensor_names(snapshot)
     samples, size = len(calibration["samples"]["calibration"]), calibration["batch_size"]
     in_whole_batches = samples - samples % size
-    index, files = export(args.directory, profiles, plan, capture, modules, published, in_whole_batches, args.templates)
-    write_document(args.directory / "index.json", "exports", index, made_from, files=files)
+    index = export(
+        args.directory, profiles, plan, capture, modules, published, in_whole_batches, args.templates, made_from
+    )
     if index["missed"]:
         cli.say(f"no recommended profile: {index['missed']}")
     for tool in index["profiles"].get("recommended", {}).values():

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from auto_quantize_model import cli
-from auto_quantize_model.documents import read_document, require_file
+from auto_quantize_model.documents import read_document, require_listed
 from auto_quantize_model.files import write_text
 
 
@@ -20,7 +20,7 @@ def main() -> int:
 
 
 def publish(args: argparse.Namespace) -> None:
-    require_file(read_document(args.json, "report"), args.markdown)
+    require_listed(read_document(args.json, "report"), args.markdown)
     for source, target in ((args.markdown, args.into_markdown), (args.json, args.into_json)):
         write_text(target, source.read_text(encoding="utf-8"))
     cli.say(f"Published: {args.into_markdown} and {args.into_json}")

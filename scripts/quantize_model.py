@@ -7,7 +7,7 @@ from auto_quantize_model import cli
 from auto_quantize_model.audit import incs_surroundings
 from auto_quantize_model.calibration import load_batches, load_heldout
 from auto_quantize_model.device import WORKING_BYTES, require_free
-from auto_quantize_model.documents import read_documents, require_file, write_document
+from auto_quantize_model.documents import read_documents, require_listed, write_document
 from auto_quantize_model.files import InputError, read_json
 from auto_quantize_model.metrics import Reference
 from auto_quantize_model.quantize import compared, load_quantized, logits, measure_error, quantize, release
@@ -48,7 +48,7 @@ def quantize_model(args: argparse.Namespace) -> None:
         )
     profile = profiles["profiles"][args.profile]
     kept = args.exports / args.profile / "inc_op_name_dict.json"
-    require_file(exports, kept)
+    require_listed(exports, kept)
     op_name_dict = read_json(kept)
     directory = verify_manifest(manifest)
     # Loaded back, INC's model stands beside the FP32 one that it is put into and the file that it comes from.

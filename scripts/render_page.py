@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from auto_quantize_model import cli
-from auto_quantize_model.documents import files_of, read_documents, require_file
+from auto_quantize_model.documents import files_of, read_documents, require_listed
 from auto_quantize_model.files import write_text
 from auto_quantize_model.page import relative, render_page
 
@@ -27,10 +27,10 @@ def page(args: argparse.Namespace) -> None:
     report, *exports = read_documents({"report": args.report} | ({"exports": args.exports} if args.exports else {}))
     for path in (args.markdown, *args.tables):
         if path:
-            require_file(report, path)
+            require_listed(report, path)
     for index in exports:
         for path in files_of(index):
-            require_file(index, path)
+            require_listed(index, path)
     files = {"report (JSON)": args.report, "report (Markdown)": args.markdown}
     files |= {path.name: path for path in (*args.tables, *args.files)}
     links = {

@@ -13,7 +13,8 @@ import pytest
 from loopback_hub import Fault, Hub, serving, write_captions
 
 from auto_quantize_model.calibration import read_samples
-from auto_quantize_model.files import read_json, write_json
+from auto_quantize_model.documents import write_document
+from auto_quantize_model.files import read_json
 from auto_quantize_model.snapshot import build_manifest
 
 COMMIT = "6" * 40
@@ -244,7 +245,7 @@ class Calibrator:
         spec |= {"columns": COLUMNS, "num_samples": 2, "num_heldout": 1, "seed": 0, "batch_size": 1}
         spec |= {"min_pixels": 3136, "max_pixels": 3136, "max_tokens": 512} | changes
         manifest = self.folder / "model.json"
-        write_json(manifest, build_manifest(self.model, "tiny", "local", {}))
+        write_document(manifest, "model_manifest", build_manifest(self.model, "tiny", "local", {}))
         command = [sys.executable, "scripts/extract_calibration.py", "--manifest", str(manifest)]
         command += ["--spec", json.dumps(spec), "--calibration-set", str(self.folder / "calibration.parquet")]
         command += ["--heldout-set", str(self.folder / "heldout.parquet")]

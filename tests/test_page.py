@@ -8,13 +8,16 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jsonschema
 import pytest
 from test_figures import HOSTILE, from_inc, no_error_at_all, renamed, report_of, tradeoff, without_images
 from test_report import TEMPLATES
 
-from auto_quantize_model.files import write_json
+from auto_quantize_model.documents import write_document
+from auto_quantize_model.files import read_json, write_text
 from auto_quantize_model.page import render_page
 from auto_quantize_model.profiles import Target
+from auto_quantize_model.report import SCHEMA
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -139,14 +142,19 @@ def test_a_long_keep_list_is_folded_after_twelve():
 
 
 def test_the_scripts_write_pictures_and_the_page_with_relative_links(tmp_path):
-    write_json(tmp_path / "run" / "report.json", report_of(tradeoff(), Target(min_sqnr_db=30)))
+    report, table = report_of(tradeoff(), Target(min_sqnr_db=30)), tmp_path / "run" / "ranking.csv"
+    write_text(tmp_path / "run" / "report.md", "# Report\n")
+    write_text(table, "op_name\n")
+    texts = [tmp_path / "run" / "report.md", table]
+    document = write_document(tmp_path / "run" / "report.json", "report", report, files=texts)
+    jsonschema.validate(json.loads(document.text()), read_json(SCHEMA))
     export = {"inc": {"title": "INC 2.6", "files": ["exports/recommended/inc.json"], "notes": ["Nothing was dropped."]}}
-    write_json(tmp_path / "run" / "exports" / "index.json", {"profiles": {"recommended": export}})
+    write_document(tmp_path / "run" / "exports" / "index.json", "exports", {"profiles": {"recommended": export}})
     run = tmp_path / "run"
     common = ["--report", run / "report.json", "--log"]
     draw = [*common, run / "draw.log", "--directory", run / "figures"]
     page = [*common, run / "page.log", "--html", run / "page.html", "--exports", run / "exports" / "index.json"]
-    page += ["--markdown", run / "report.md", "--files", run / "figures" / "heat_map.svg"]
+    page += ["--markdown", run / "report.md", "--tables", table, "--files", run / "figures" / "heat_map.svg"]
     for script, arguments in (("draw_figures", draw), ("render_page", page)):
         subprocess.run([sys.executable, ROOT / "scripts" / f"{script}.py", *arguments], check=True, cwd=ROOT)
     names = ("heat_map", "modalities", "ranked_ops", "tradeoff")
@@ -154,7 +162,7 @@ def test_the_scripts_write_pictures_and_the_page_with_relative_links(tmp_path):
     assert drawn == sorted(f"{name}{suffix}" for name in names for suffix in (".png", ".svg"))
     elements = Elements((run / "page.html").read_text(encoding="utf-8"))
     links = [attrs["href"] for tag, attrs in elements.tags if tag == "a"]
-    assert links == ["exports/recommended/inc.json", "report.json", "report.md", "figures/heat_map.svg"]
+    assert links == ["exports/recommended/inc.json", "report.json", "report.md", "ranking.csv", "figures/heat_map.svg"]
     assert "INC 2.6: exports/recommended/inc.json" in elements.said()
     assert "Nothing was dropped." in elements.said()
 

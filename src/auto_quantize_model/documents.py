@@ -178,7 +178,7 @@ def require_one_run(documents: Sequence[Document]) -> None:
                 )
 
 
-def require_file(document: Document, path: Path) -> None:
+def require_listed(document: Document, path: Path) -> None:
     """Refuse a file that is not the one that was written with a document.
 
     Raises:

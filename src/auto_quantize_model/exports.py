@@ -17,6 +17,7 @@ import torch
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from auto_quantize_model.documents import Document, write_document
 from auto_quantize_model.files import InputError, canonical_json, digest_of, write_text
 
 Modules = dict[str, type[torch.nn.Module]]
@@ -284,8 +285,9 @@ def export(
     published: Collection[str],
     calibration_samples: int,
     templates: Path,
-) -> tuple[dict[str, Any], list[Path]]:
-    """Write every profile for every tool: DIRECTORY/PROFILE/FILE.
+    made_from: Iterable[Document] = (),
+) -> dict[str, Any]:
+    """Write every profile for every tool, DIRECTORY/PROFILE/FILE, and DIRECTORY/index.json, which lists them.
 
     Args:
         directory: written anew; what it held is gone.
@@ -296,10 +298,10 @@ def export(
         published: as `snapshot.tensor_names` returns it.
         calibration_samples: how many samples the profiles' scales come from.
         templates: the folder of the files' templates.
+        made_from: the documents that the others came from, for the head of index.json.
 
     Returns:
-        The index {model, plan_digest, profiles: {profile: {tool: ...}}, missed}, whose files are named from the
-        directory's parent, and the paths that were written.
+        {model, plan_digest, profiles: {profile: {tool: ...}}, missed}; files are named from the directory's parent.
 
     Raises:
         InputError: as `export_profile` says; nothing is written then.
@@ -318,4 +320,6 @@ def export(
     shutil.rmtree(directory, ignore_errors=True)
     for file, text in texts.items():
         write_text(directory / file, text)
-    return document, [directory / file for file in texts]
+    written = [directory / file for file in texts]
+    write_document(directory / "index.json", "exports", document, made_from, files=written)
+    return document

@@ -1,0 +1,268 @@
+"""A document that was changed, mixed up or damaged is refused by every script that reads it, by name, in one line."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from auto_quantize_model import cli
+from auto_quantize_model.documents import (
+    CONFIG,
+    HEAD,
+    RULES,
+    Document,
+    read_document,
+    read_documents,
+    require_listed,
+    why_stale,
+    write_document,
+)
+from auto_quantize_model.files import InputError
+
+ROOT = Path(__file__).parents[1]
+# Where each kind lies, and the kinds that its step reads.
+NAMES = {kind: f"{kind}.json" for kind in RULES} | {"exports": "exports/index.json"}
+READS: dict[str, tuple[str, ...]] = {
+    "model_manifest": (),
+    "calibration_manifest": ("model_manifest",),
+    "plan": ("model_manifest", "calibration_manifest"),
+    "capture": ("model_manifest", "calibration_manifest", "plan"),
+    "audit": ("model_manifest", "calibration_manifest", "plan", "capture"),
+    "tradeoff": ("model_manifest", "calibration_manifest", "plan", "capture"),
+    "profiles": ("tradeoff",),
+    "exports": ("model_manifest", "calibration_manifest", "plan", "capture", "profiles"),
+    "report": ("model_manifest", "calibration_manifest", "plan", "capture", "audit", "tradeoff", "profiles"),
+    "quantized": ("model_manifest", "calibration_manifest", "plan", "tradeoff", "profiles", "exports"),
+}
+# Each script with the kinds that its options name; its other arguments stand in OTHERS.
+OPTIONS = {
+    "model_manifest": "--manifest",
+    "calibration_manifest": "--calibration-manifest",
+    "exports": "--exports",
+    "report": "--report",
+} | {kind: f"--{kind}" for kind in ("plan", "capture", "audit", "tradeoff", "profiles")}
+SCRIPTS = {
+    "extract_calibration": READS["calibration_manifest"],
+    "plan_quantization": READS["plan"],
+    "capture_sensitivity": READS["capture"],
+    "audit_capture": READS["audit"],
+    "measure_tradeoff": READS["tradeoff"],
+    "build_profiles": READS["profiles"],
+    "export_profiles": READS["exports"],
+    "render_report": READS["report"],
+    "draw_figures": ("report",),
+    "render_page": ("report", "exports"),
+    "publish_summary": ("report",),
+    "quantize_model": READS["quantized"],
+    "archive_results": tuple(kind for kind in RULES if kind != "quantized"),
+}
+SETS = ["--calibration-set", "a.parquet"]
+OTHERS = {
+    "extract_calibration": ["--spec", "{}", *SETS, "--heldout-set", "b.parquet", "--calibration-manifest", "made.json"],
+    "plan_quantization": ["--spec", "{}", *SETS, "--plan", "made.json"],
+    "capture_sensitivity": [*SETS, "--capture", "made.json", "--run-record", "made.json"],
+    "audit_capture": [*SETS, "--audit", "made.json"],
+    "measure_tradeoff": [*SETS, "--heldout-set", "b.parquet", "--batches", "0", "--tradeoff", "made.json"],
+    "build_profiles": ["--target", "{}", "--profiles", "made.json"],
+    "export_profiles": ["--directory", "made"],
+    "render_report": ["--markdown", "made.md", "--json", "made.json"]
+    + [f"--{table}-table={table}.csv" for table in ("ranking", "tradeoff", "profiles")],
+    "draw_figures": ["--directory", "made"],
+    "render_page": ["--markdown", "report.md", "--html", "made.html"],
+    "publish_summary": ["--markdown", "report.md", "--into-markdown", "made.md", "--into-json", "made.json"],
+    "quantize_model": [*SETS, "--heldout-set", "b.parquet", "--profile", "max", "--directory", "made"]
+    + ["--record", "made.json"],
+    "archive_results": ["--archive", "made.tar", "--checksums", "made.json"],
+}
+CASES = [(script, kind) for script, kinds in SCRIPTS.items() for kind in kinds]
+
+
+def module_of(folder: str, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+damages = module_of("benchmarks", "damages")
+
+
+def write_run(folder: Path) -> dict[str, Document]:
+    """One document of each kind, of one run, in `folder`, with the files of exports and report."""
+    made: dict[str, Document] = {}
+    (folder / "exports").mkdir(parents=True)
+    (folder / "exports" / "kept.json").write_text("{}\n")
+    (folder / "report.md").write_text("# Report\n")
+    files = {"exports": [folder / "exports" / "kept.json"], "report": [folder / "report.md"]}
+    for kind, reads in READS.items():
+        sources = [made[source] for source in reads]
+        body = {"ops": [{"op_name": "lm_head"}], "value": 0.5, "path": "nowhere"}
+        made[kind] = write_document(folder / NAMES[kind], kind, body, sources, "0" * 64, files.get(kind, ()))
+    return made
+
+
+@pytest.fixture(scope="module")
+def run_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("documents") / "run"
+    write_run(folder)
+    return folder
+
+
+@pytest.fixture
+def run(run_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(run_once, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def script() -> Callable[[str], ModuleType]:
+    loaded: dict[str, ModuleType] = {}
+
+    def load(name: str) -> ModuleType:
+        return loaded.setdefault(name, loaded.get(name) or module_of("scripts", name))
+
+    return load
+
+
+def arguments(name: str) -> list[str]:
+    """The command line of a script on the run in the current folder."""
+    kinds = SCRIPTS[name]
+    if name == "archive_results":
+        documents = [NAMES[kind] for kind in kinds]
+        pairs = [f"{kind}={NAMES[kind]}" for kind in kinds]
+        return [*OTHERS[name], "--documents", *pairs, "--", *documents, "report.md", "exports/kept.json"]
+    options = OPTIONS | ({"report": "--json"} if name == "publish_summary" else {})
+    paths = NAMES | ({"exports": "exports"} if name == "quantize_model" else {})
+    return [*OTHERS[name], *(word for kind in kinds for word in (options[kind], paths[kind]))]
+
+
+def error_of(module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:
+    """What a script prints as its error; it has to end as one that the user can mend, with one line."""
+    monkeypatch.setattr(cli, "end_with_parent", lambda: None)  # here the parent is the test runner's
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments(name)])
+    assert module.main() == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1 and not list(Path().glob("made*"))
+    return lines[0]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_every_script_refuses_every_damage_of_every_document_by_name(
+    script: Any, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str, kind: str
+) -> None:
+    module, path = script(name), run / NAMES[kind]
+    whole = path.read_bytes()
+    for damage, apply in damages.DAMAGES.items():
+        apply(path)
+        error = error_of(module, name, monkeypatch, capsys)
+        assert error.startswith(f"error: {NAMES[kind]}: "), f"{damage}: {error}"
+        assert f"(snakemake --cores 1 --forcerun {RULES[kind]})" in error, f"{damage}: {error}"
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        path.write_bytes(whole)
+
+
+def closure(kind: str) -> set[str]:
+    """The kinds that a kind is made from, also by way of others."""
+    return {found for source in READS[kind] for found in {source, *closure(source)}}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name, kind in CASES if any(kind in closure(other) for other in SCRIPTS[name])]
+)
+def test_every_script_refuses_a_document_of_another_run(
+    script: Any, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str, kind: str
+) -> None:
+    """It is whole, so two files are named: which of them is the right one, nobody can say."""
+    module = script(name)
+    damages.of_another_run(run / NAMES[kind])
+    others = [other for other in SCRIPTS[name] if kind in closure(other)]
+    error = error_of(module, name, monkeypatch, capsys)
+    assert NAMES[kind] in error and any(NAMES[other] in error for other in others), error
+    assert any(f"(snakemake --cores 1 --forcerun {RULES[other]})" in error for other in others), error
+
+
+def test_two_documents_of_different_origin_are_refused_though_the_origin_is_not_read(run: Path, tmp_path: Path) -> None:
+    """Exports read profiles and plan, and not the trade-off by which the profiles are of another plan."""
+    other = write_run(tmp_path / "other")
+    changed = write_document(other["plan"].path, "plan", {"ops": []}, [])
+    tradeoff = write_document(other["tradeoff"].path, "tradeoff", {}, [changed])
+    profiles = write_document(Path("profiles.json"), "profiles", {}, [tradeoff])
+    assert profiles.made_from == {"plan": changed.digest, "tradeoff": tradeoff.digest}
+    with pytest.raises(
+        InputError, match="profiles.json: made from another plan than plan.json; make it again .*build_"
+    ):
+        read_documents({"plan": Path("plan.json"), "profiles": Path("profiles.json")})
+    with pytest.raises(InputError, match="profiles.json and capture.json: made from different versions of the plan; "):
+        read_documents({"capture": Path("capture.json"), "profiles": Path("profiles.json")})
+
+
+@pytest.mark.parametrize(("name", "file"), [("publish_summary", "report.md"), ("render_page", "report.md")])
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_text("# Another\n")])
+def test_a_text_that_is_not_the_reports_is_not_published(
+    script: Any, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str, file: str, change: Any
+) -> None:
+    change(run / file)
+    error = error_of(script(name), name, monkeypatch, capsys)
+    assert error.startswith(f"error: {file}: ") and "--forcerun render_report)" in error
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_text("[]\n")])
+@pytest.mark.parametrize("name", ["render_page", "archive_results"])
+def test_an_export_that_was_changed_is_neither_shown_nor_packed(
+    script: Any, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str, change: Any
+) -> None:
+    change(run / "exports" / "kept.json")
+    error = error_of(script(name), name, monkeypatch, capsys)
+    assert error.startswith("error: exports/kept.json: ") and "--forcerun export_profiles)" in error
+
+
+def test_a_whole_run_is_packed_and_published(script: Any, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("publish_summary", "archive_results"):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments(name)])
+        assert script(name).main() == 0
+    assert Path("made.md").read_bytes() == Path("report.md").read_bytes()
+    assert Path("made.tar").stat().st_size
+
+
+def test_a_document_comes_back_as_it_was_written_and_says_what_it_was_made_from(tmp_path: Path) -> None:
+    model = write_document(tmp_path / "a.json", "model_manifest", {"digest": "weights"}, config="1" * 64)
+    body = {"unicode": "é\u2028", "tuple": (1, 2.5), "deep": {2: None, 10: True}, "small": 5e-324}
+    plan = write_document(tmp_path / "sub" / "b.json", "plan", body, [model], config="2" * 64, files=[model.path])
+    found = read_document(plan.path, "plan")
+    assert found == {"unicode": "é\u2028", "tuple": [1, 2.5], "deep": {"2": None, "10": True}, "small": 5e-324}
+    assert (found.kind, found.path, found.digest) == ("plan", plan.path, plan.digest)
+    assert found.made_from == {"model_manifest": model.digest, CONFIG: "2" * 64}
+    assert list(found.files) == ["../a.json"]
+    assert list(json.loads(plan.path.read_text())) == [HEAD, *found]
+    require_listed(found, model.path)
+    with pytest.raises(InputError, match=f"{plan.path}: no file of {plan.path}"):
+        require_listed(found, plan.path)
+
+
+def test_layout_and_order_of_keys_are_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    written = write_document(path, "plan", {"b": 1, "a": {"d": 2, "c": 3}})
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True, indent=7))
+    assert read_document(path, "plan").digest == written.digest
+
+
+def test_a_document_is_stale_where_another_config_made_it_or_its_files_are_gone(run: Path) -> None:
+    export = Path("exports/kept.json")
+    assert why_stale(Path("plan.json"), "0" * 64) == ""
+    assert why_stale(Path("plan.json"), "1" * 64) == "plan.json was made by another config"
+    assert why_stale(Path("exports/index.json"), "0" * 64) == ""
+    export.unlink()
+    assert why_stale(Path("exports/index.json"), "0" * 64) == "exports/kept.json is gone"
+    Path("exports/index.json").unlink()
+    assert why_stale(Path("exports/index.json"), "0" * 64) == "exports/index.json is gone"
+    Path("plan.json").write_text("{}")
+    assert why_stale(Path("plan.json"), "1" * 64) == ""
+    assert why_stale(Path("calibration.parquet"), "1" * 64) == ""
