@@ -506,6 +506,112 @@ def test_a_fresh_clone_with_restored_results_reruns_nothing(finished: tuple[Path
     assert planned(clone) == set()
 
 
+@pytest.fixture(scope="module")
+def restored(finished: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh clone with the archive of the results unpacked in it, and no records of Snakemake's."""
+    clone = copy_checkout(tmp_path_factory.mktemp("restored"))
+    write_config(clone, TINY)
+    with tarfile.open(finished[0] / "results/archives/tiny-digits.tar") as tar:
+        tar.extractall(clone, filter="data")
+    return clone
+
+
+@pytest.mark.slow
+def test_an_unpacked_archive_reruns_no_measurement(restored: Path) -> None:
+    assert planned(restored) == {"publish_summary", "archive_results"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "stale"),
+    [
+        ({"profiles": {"min_sqnr_db": 40.0}}, FROM_PROFILES),
+        ({"sensitivity": {"audit_ops": 3}}, FROM_AUDIT),
+        ({"tradeoff": {"greedy_ops": 1}}, FROM_TRADEOFF),
+        ({"sensitivity": {"tf32": True}}, FROM_CAPTURE),
+        ({"sensitivity": {"confidence_batches": 2}}, FROM_PLAN),
+        ({"calibration": {"seed": 1}}, EVERYTHING - {"get_model"}),
+        ({"model": {"training": {"split_seed": 0, "seed": 1, "epochs": 5, "min_accuracy": 0.95}}}, EVERYTHING),
+    ],
+)
+def test_an_unpacked_archive_of_another_config_is_measured_again_from_where_they_differ(
+    restored: Path, changes: dict[str, Any], stale: set[str]
+) -> None:
+    config = restored / "config" / "config.yaml"
+    with changed(config, config.read_text()):
+        write_config(restored, {name: TINY.get(name, {}) | changes.get(name, {}) for name in {*TINY, *changes}})
+        assert planned(restored) == stale
+
+
+@pytest.mark.slow
+def test_of_an_unpacked_archive_of_another_config_a_target_makes_what_it_needs_and_no_more(restored: Path) -> None:
+    batches = ("--config", "sensitivity={confidence_batches: 2, audit_ops: 3}")
+    assert planned(restored, "results/tiny/digits/plan.json", *batches) == {"plan_quantization"}
+    of_quantize = {"plan_quantization", "capture_sensitivity", "measure_tradeoff", "build_profiles", "export_profiles"}
+    assert planned(restored, "quantize_model", *batches) == of_quantize | {"quantize_model"}
+
+
+@contextmanager
+def away(path: Path) -> Iterator[None]:
+    """Take a file away for a while."""
+    elsewhere = path.parents[3] / f"{path.name}.away"
+    path.rename(elsewhere)
+    try:
+        yield
+    finally:
+        elsewhere.rename(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "stale"),
+    [
+        ("op_sensitivity_mse_v2_cpu.html", FROM_PAGE),
+        ("op_sensitivity_mse_v2_cpu.md", FROM_REPORT),
+        ("op_sensitivity_mse_v2_cpu.json", FROM_REPORT),
+        ("tables_cpu/profiles.csv", FROM_REPORT),
+        ("figures_cpu/heat_map.png", FROM_PAGE | {"draw_figures"}),
+        ("figures_cpu/tradeoff.svg", FROM_PAGE | {"draw_figures"}),
+        ("exports_cpu/minimal/inc_quantize.py", FROM_PAGE | {"export_profiles"}),
+        ("exports_cpu/index.json", FROM_PAGE | {"export_profiles"}),
+        ("profiles_cpu.json", FROM_PROFILES),
+        ("audit_cpu.json", FROM_AUDIT),
+        ("../../archives/tiny-digits.tar", {"archive_results"}),
+        ("../../archives/tiny-digits.tar.sha256.json", {"archive_results"}),
+        ("../../../context/summaries/inc-kb/tiny_mse_sensitivity.md", {"publish_summary"}),
+    ],
+)
+def test_a_deleted_file_that_a_user_is_told_of_is_made_again(
+    finished: tuple[Path, str], name: str, stale: set[str]
+) -> None:
+    with away((finished[0] / "results" / "tiny" / "digits" / name).resolve()):
+        assert planned(finished[0]) == stale
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "text", "rule"),
+    [
+        ("op_sensitivity_mse_v2_cpu.json", "{}", "render_report"),
+        ("profiles_cpu.json", "[]", "build_profiles"),
+        ("plan.json", '{"ops": []}', "plan_quantization"),
+    ],
+)
+def test_a_document_edited_by_hand_ends_the_run_with_its_name_and_the_next_step(
+    finished: tuple[Path, str], tmp_path: Path, name: str, text: str, rule: str
+) -> None:
+    directory = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+    before = (directory / "context/summaries/inc-kb/tiny_mse_sensitivity.json").read_bytes()
+    (directory / "results/tiny/digits" / name).write_text(text)
+    ended = snakemake(directory, "--cores", "1", "--resources", "gpu=1")
+    assert ended.returncode != 0
+    errors = [line for line in ended.stdout.splitlines() if line.startswith("error: ")]
+    assert errors and all(line.startswith(f"error: results/tiny/digits/{name}: no ") for line in errors), ended.stdout
+    assert all(f"(snakemake --cores 1 --forcerun {rule})" in line for line in errors)
+    published = directory / "context/summaries/inc-kb/tiny_mse_sensitivity.json"
+    assert not published.exists() or published.read_bytes() == before
+
+
 @pytest.mark.slow
 def test_snakemake_archive_packs_the_workflow_with_its_code(finished: tuple[Path, str], tmp_path: Path) -> None:
     packed = tmp_path / "workflow.tar.gz"
