@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from auto_quantize_model.archive import MEMBER_TIME, archive_results
+from auto_quantize_model.archive import MEMBER_TIME, archive_results, why_outdated
 from auto_quantize_model.files import InputError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "archive_results.py"
@@ -61,6 +61,16 @@ def test_checksums_are_those_of_the_archive_and_its_members(project: Path) -> No
             "bytes": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
         }
+
+
+def test_an_archive_of_other_files_is_told_from_one_of_those_that_lie_here(project: Path) -> None:
+    assert why_outdated(Path("one.json")) == ""
+    archive_results(Path("one.tar"), Path("one.json"), FILES)
+    assert why_outdated(Path("one.json")) == ""
+    FILES[0].write_text("[]\n")
+    assert why_outdated(Path("one.json")) == "one.json is of another results/b.json"
+    Path("one.json").write_text("{}")
+    assert why_outdated(Path("one.json")) == ""
 
 
 @pytest.mark.parametrize(

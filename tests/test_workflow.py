@@ -3,6 +3,7 @@
 One copy of the checkout runs end to end on a tiny model; after that every test is a dry run on that copy.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -531,7 +532,7 @@ def test_an_unpacked_archive_reruns_no_measurement(restored: Path) -> None:
         ({"sensitivity": {"tf32": True}}, FROM_CAPTURE),
         ({"sensitivity": {"confidence_batches": 2}}, FROM_PLAN),
         ({"calibration": {"seed": 1}}, EVERYTHING - {"get_model"}),
-        ({"model": {"training": {"split_seed": 0, "seed": 1, "epochs": 5, "min_accuracy": 0.95}}}, EVERYTHING),
+        ({"model": {"path": "resources/models/other"}}, EVERYTHING),
     ],
 )
 def test_an_unpacked_archive_of_another_config_is_measured_again_from_where_they_differ(
@@ -586,6 +587,19 @@ def test_a_deleted_file_that_a_user_is_told_of_is_made_again(
 ) -> None:
     with away((finished[0] / "results" / "tiny" / "digits" / name).resolve()):
         assert planned(finished[0]) == stale
+
+
+@pytest.mark.slow
+def test_a_copy_or_an_archive_of_other_results_is_made_again(finished: tuple[Path, str]) -> None:
+    """As where an archive is unpacked over the results of another run: by their times nothing would be stale."""
+    summary = finished[0] / "context/summaries/inc-kb/tiny_mse_sensitivity.json"
+    with changed(summary, summary.read_text().replace('"seed": 0', '"seed": 1')):
+        assert planned(finished[0]) == {"publish_summary"}
+    checksums = finished[0] / "results/archives/tiny-digits.tar.sha256.json"
+    table = finished[0] / "results/tiny/digits/tables_cpu/ranking.csv"
+    digest = hashlib.sha256(table.read_bytes()).hexdigest()
+    with changed(checksums, checksums.read_text().replace(digest, "0" * 64)):
+        assert planned(finished[0]) == {"archive_results"}
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from auto_quantize_model.files import InputError, atomic_path, sha256_bytes, sha256_file, write_json
+from auto_quantize_model.files import InputError, atomic_path, read_json, sha256_bytes, sha256_file, write_json
 
 # 1 January 1980, UTC, in seconds: some unpackers refuse times before it.
 MEMBER_TIME = 315532800
@@ -50,6 +50,22 @@ def archive_results(archive: Path, checksums: Path, files: Iterable[Path]) -> di
         }
     write_json(checksums, document)
     return document
+
+
+def why_outdated(checksums: Path) -> str:
+    """Which file an archive holds otherwise than it lies below the current directory, in words; empty if there is none.
+
+    Args:
+        checksums: as `archive_results` writes them; without them there is nothing to compare.
+    """
+    try:
+        entries = {entry["name"]: entry["sha256"] for entry in read_json(checksums)["files"]}
+    except (InputError, TypeError, KeyError):
+        return ""
+    for name, digest in entries.items():
+        if Path(name).is_file() and sha256_file(Path(name)) != digest:
+            return f"{checksums} is of another {name}"
+    return ""
 
 
 def _members(files: Iterable[Path]) -> list[tuple[str, Path]]:

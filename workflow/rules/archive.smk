@@ -5,6 +5,7 @@ rule archive_results:
     same results would be the same bytes. The workflow itself is packed by `snakemake --archive`.
     """
     input:
+        stale=made_again_where_stale("archive_results"),
         manifest=rules.get_model.output.manifest,
         calibration_manifest=rules.extract_calibration.output.manifest,
         calibration=[

@@ -1,6 +1,7 @@
 """The config checked, names of a run, and the functions that tell Snakemake what a job depends on beside its inputs."""
 
 import ast
+import filecmp
 import hashlib
 import json
 import shlex
@@ -17,6 +18,7 @@ from snakemake.utils import update_config, validate
 # This checkout's library, whatever is installed.
 sys.path.insert(0, str(Path(workflow.basedir).parent / "src"))
 
+from auto_quantize_model.archive import why_outdated
 from auto_quantize_model.documents import why_stale
 from auto_quantize_model.files import digest_of
 
@@ -137,15 +139,13 @@ def replay_flags():
     return " ".join(flag for flag, on in flags.items() if on)
 
 
+# The keys of the model block that matter, by source.
+MODEL_KEYS = {"digits": ("training",), "local": (), "hub": ("repo_id", "revision")}
 # What each rule's document depends on of the config, beside what reaches it by way of other documents.
 ASKED = {
-    "get_model": [
-        MODEL,
-        config["model"]["source"],
-        config["model"]["path"],
-        hub_flags("model"),
-        config["model"]["training"],
-    ],
+    "get_model": {
+        key: config["model"][key] for key in ("name", "source", "path", *MODEL_KEYS[config["model"]["source"]])
+    },
     "extract_calibration": config["calibration"],
     "plan_quantization": {key: config["sensitivity"][key] for key in PLAN_KEYS},
     "capture_sensitivity": [DEVICE, replay_flags()],
@@ -162,25 +162,51 @@ def config_digest(rule):
 
 
 def made_again_where_stale(rule):
-    """No input, but a look at the rule's documents while Snakemake asks for the rule's inputs.
+    """No input, but a look at what the rule made, while Snakemake asks for the rule's inputs.
 
-    A document that another config made, or whose files are gone, is put on Snakemake's list of files to make again.
-    Times cannot tell, as all files of an unpacked archive have the same one, and Snakemake's own records, which know the
-    parameters of a job, are in no archive.
+    What another config made, or lacks files, or is a copy of something else, is put on Snakemake's list of files to make
+    again. Times cannot tell, as all files of an unpacked archive have the same one; and Snakemake's own records, which
+    know the parameters of a job, are in no archive.
     """
 
     def look(wildcards):
-        outputs = getattr(rules, rule).output
-        there = [Path(output) for output in outputs if Path(output).exists()]
-        documents = [path / "index.json" if path.is_dir() else path for path in there]
-        for document in documents:
-            why = why_stale(document, config_digest(rule) if rule in ASKED else None)
-            if why and workflow.dag.forcefiles.isdisjoint(outputs):
-                logger.info(f"{why}: {rule} runs again.")
-                workflow.dag.forcefiles.update(outputs)
+        made = getattr(rules, rule)
+        if (why := WHY_STALE.get(rule, why_document_stale)(rule, made)) and workflow.dag.forcefiles.isdisjoint(
+            made.output
+        ):
+            logger.info(f"{why}: {rule} runs again.")
+            workflow.dag.forcefiles.update(made.output)
         return []
 
     return look
+
+
+def why_document_stale(rule, made):
+    """Why the documents of a rule have to be made again, in words, or nothing."""
+    there = [Path(output) for output in made.output if Path(output).exists()]
+    documents = [path / "index.json" if path.is_dir() else path for path in there]
+    digest = config_digest(rule) if rule in ASKED else None
+    return next(filter(None, (why_stale(document, digest) for document in documents)), "")
+
+
+def why_copy_stale(rule, made):
+    """Which copy of a published report is one of another report."""
+    pairs = [(made.input.json, made.output.json), (made.input.markdown, made.output.markdown)]
+    for source, target in pairs:
+        if Path(source).exists() and Path(target).exists() and not filecmp.cmp(source, target, shallow=False):
+            return f"{target} is of another report than {source}"
+    return ""
+
+
+def why_archive_stale(rule, made):
+    """What an archive of results holds otherwise than it lies here."""
+    return why_outdated(Path(made.output.checksums))
+
+
+WHY_STALE = {
+    "publish_summary": why_copy_stale,
+    "archive_results": why_archive_stale,
+}
 
 
 def calibration_files(wildcards):

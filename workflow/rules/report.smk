@@ -201,6 +201,7 @@ rule render_page:
 rule publish_summary:
     """Copy the report to its stable place, whose path does not change with the calibration set or the device."""
     input:
+        stale=made_again_where_stale("publish_summary"),
         markdown=rules.render_report.output.markdown,
         json=rules.render_report.output.json,
     output:
