@@ -33,8 +33,9 @@ def extract_calibration(args: argparse.Namespace) -> None:
     )
     write_samples(args.calibration_set, calibration)
     write_samples(args.heldout_set, heldout)
-    made_from = [model_manifest]
-    write_document(args.calibration_manifest, "calibration_manifest", manifest, made_from, args.config_digest)
+    sets = [args.calibration_set, args.heldout_set]
+    kind = "calibration_manifest"
+    write_document(args.calibration_manifest, kind, manifest, [model_manifest], args.config_digest, sets)
     cli.say(f"calibration: {len(calibration)} samples, {len(heldout)} held out, from {manifest['source']}")
 
 
