@@ -18,6 +18,7 @@ rule extract_calibration:
     params:
         code=code_digest("scripts/extract_calibration.py"),
         spec=block("calibration"),
+        unsayable=unsayable_files,
     shell:
         "exec python scripts/extract_calibration.py"
         " --manifest {input.manifest:q}"
