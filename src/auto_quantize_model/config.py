@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,22 @@ NUMBER = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|(?:0|[1-9][0-9_]*)?\.[0-9]+|[0-9]+\
 NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 
 
+class Bounded(yaml.BaseLoader):
+    """Reads scalars as text, and stops at a size that no config has: PyYAML takes minutes for thousands of braces."""
+
+    depth = nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.depth += 1
+        self.nodes += 1
+        if self.depth > MAX_DEPTH or self.nodes > 2 * MAX_VALUES:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(problem="too many values or levels", problem_mark=mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
 class Plain(str):
     """A scalar without quotes, as it is written: whether it is a number or text depends on its key."""
 
@@ -51,7 +68,7 @@ def read_config(files: Sequence[Path], overrides: Mapping[str, Any], schema_file
     Raises:
         InputError: a line for each problem, with its key, what is wrong, and the next step.
     """
-    schema = yaml.safe_load(schema_file.read_bytes())
+    schema = read_schema(schema_file)
     config: dict[str, Any] = {}
     for file in files:
         merge(config, typed(read_file(file), schema, schema))
@@ -87,16 +104,14 @@ def read_file(path: Path) -> dict[str, Any]:
     if path.suffix == ".json":
         text = text.replace("\t", " ")  # a tab is space between JSON values, never part of one, and no YAML
     try:
-        node = yaml.compose(text, Loader=yaml.BaseLoader)
+        node = yaml.compose(text, Loader=Bounded)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         hint = "indent with spaces" if "\\t" in str(error.problem) else "correct the line"
-        raise InputError(f"{name}, line {line}: not YAML ({error.problem}); {hint}") from None
+        raise InputError(f"{name}, line {line}: not a YAML config ({error.problem}); {hint}") from None
     except yaml.reader.ReaderError as error:
         raise InputError(f"{name}: character {error.position} is {error.character:#x}, which YAML forbids") from None
-    except RecursionError:
-        raise InputError(f"{name}: nested deeper than {MAX_DEPTH} levels; write the config out") from None
     if not isinstance(node, yaml.MappingNode):
         what = "empty" if node is None or node.value == "" else "no mapping"
         raise InputError(f"{name}: {what}; write blocks such as model: {{name: x}}")
@@ -119,7 +134,7 @@ class Unfolding:
                 f"{where}: more than {MAX_VALUES} values or {MAX_DEPTH} levels with all aliases; write the config out"
             )
         if node.tag not in (MAPPING, SEQUENCE, SCALAR):
-            raise InputError(f"{where}: {place(keys)} has the tag {node.tag!r}; remove the tag")
+            raise InputError(f"{where}: {place(keys)} has the tag {shown(node.tag)}; remove the tag")
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, keys)
         if isinstance(node, yaml.SequenceNode):
@@ -186,6 +201,12 @@ def typed(value: Any, part: Mapping[str, Any], schema: Mapping[str, Any], *, ter
     if isinstance(value, float) and value.is_integer() and "integer" in kinds:
         return int(value)
     return value
+
+
+@cache
+def read_schema(file: Path) -> dict[str, Any]:
+    """The schema of the config."""
+    return yaml.safe_load(file.read_bytes())
 
 
 def resolved(part: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:

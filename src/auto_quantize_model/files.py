@@ -119,7 +119,7 @@ def from_block(spec: type[Spec], block: dict[str, Any], name: str) -> Spec:
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{name}.{key}: {value} is not finite; write a finite number")
         if not _is_of(value, hints[key]):
-            raise InputError(f"{name}.{key}: {value!r:.60} is of the wrong type; write {_in_words(hints[key])}")
+            raise InputError(f"{name}.{key}: {value!r:.60} is not {_in_words(hints[key])}; correct the value")
     return spec(**block)
 
 
