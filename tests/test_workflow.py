@@ -20,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from loopback_hub import serving, write_captions
 
@@ -166,6 +167,14 @@ def test_a_bad_config_ends_before_any_job_with_a_line_for_each_problem_and_no_tr
     expected = "config: calibration.path: gone.jsonl does not exist; give a JSONL, a Parquet file or an image folder"
     assert ended.returncode == 1 and ended.stdout.splitlines()[-1] == expected
     assert not (checkout / "results" / "digits_vlm").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_gpu_that_is_missing_ends_a_run_before_its_first_job(checkout: Path) -> None:
+    ended = snakemake(checkout, "--cores", "1", "--config", "sensitivity={device: cuda}")
+    assert ended.returncode == 1
+    assert ended.stdout.splitlines()[-1].startswith("config: sensitivity.device: cuda, and this build of torch (")
+    assert "Traceback" not in ended.stdout and not (checkout / "results" / "digits_vlm").exists()
 
 
 def test_values_of_the_command_line_are_what_their_keys_take(checkout: Path) -> None:
