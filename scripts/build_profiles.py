@@ -1,7 +1,6 @@
 """Name the keep-lists that were measured: minimal to max, and the smallest that reaches the config's target."""
 
 import argparse
-import json
 from pathlib import Path
 
 from auto_quantize_model import cli
@@ -15,7 +14,7 @@ SHOWN = 12  # names on the terminal; the file and the report have them all
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tradeoff", type=Path, required=True, help="the measured trade-off")
-    parser.add_argument("--target", type=json.loads, required=True, help="the config's profiles block as JSON")
+    parser.add_argument("--target", type=cli.json_value, required=True, help="the config's profiles block as JSON")
     parser.add_argument("--profiles", type=Path, required=True, help="the profiles to write (JSON)")
     parser.add_argument("--config-digest", help="digest of the config that asks for it, to be recorded")
     parser.add_argument("--log", type=Path, help="file for everything but results and errors")

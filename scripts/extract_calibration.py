@@ -1,7 +1,6 @@
 """Draw the calibration and held-out samples, check each against the model's processor, and store them."""
 
 import argparse
-import json
 from pathlib import Path
 
 from auto_quantize_model import cli
@@ -14,7 +13,7 @@ from auto_quantize_model.snapshot import load_processor, verify_manifest
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--manifest", type=Path, required=True, help="the model's manifest")
-    parser.add_argument("--spec", type=json.loads, required=True, help="the config's calibration block as JSON")
+    parser.add_argument("--spec", type=cli.json_value, required=True, help="the config's calibration block as JSON")
     parser.add_argument("--calibration-set", type=Path, required=True, help="calibration samples to write (Parquet)")
     parser.add_argument("--heldout-set", type=Path, required=True, help="held-out samples to write (Parquet)")
     parser.add_argument("--calibration-manifest", type=Path, required=True, help="their manifest to write (JSON)")

@@ -1,13 +1,12 @@
 """Get a model as a local snapshot and write the manifest that stands for it."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from auto_quantize_model import cli
 from auto_quantize_model.documents import write_document
-from auto_quantize_model.files import InputError
+from auto_quantize_model.files import InputError, from_block
 from auto_quantize_model.snapshot import build_manifest
 
 
@@ -20,7 +19,7 @@ def main() -> int:
     parser.add_argument("--path", type=Path, required=True, help="snapshot directory, or the link to it (hub)")
     parser.add_argument("--repo-id", help="hub: the repository, as owner/name")
     parser.add_argument("--revision", help="hub: its commit, 40 hexadecimal digits")
-    parser.add_argument("--training-json", default="{}", help="digits: the config's model.training as JSON")
+    parser.add_argument("--training-json", type=cli.json_value, help="digits: the config's model.training as JSON")
     parser.add_argument("--manifest", type=Path, required=True, help="the manifest to write (JSON)")
     parser.add_argument("--config-digest", help="digest of the config that asks for it, to be recorded")
     parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
@@ -31,9 +30,9 @@ def main() -> int:
 def get_model(args: argparse.Namespace) -> None:
     details: dict[str, Any] = {}
     if args.source == "digits":
-        from auto_quantize_model.digits import train_snapshot
+        from auto_quantize_model.digits import TrainingSpec, train_snapshot
 
-        training = json.loads(args.training_json)
+        training = vars(from_block(TrainingSpec, args.training_json, "model.training"))
         details = train_snapshot(args.path, **training, progress=lambda epochs: cli.progress(epochs, "training epochs"))
         cli.say(f"{args.name}: held-out accuracy {details['training']['heldout_accuracy']:.1%}")
     elif args.source == "hub":

@@ -1,7 +1,6 @@
 """Have INC plan the quantization and write its plan: every op, its observers, what is left out and why."""
 
 import argparse
-import json
 from pathlib import Path
 
 from auto_quantize_model import cli
@@ -17,7 +16,7 @@ def main() -> int:
     parser.add_argument("--manifest", type=Path, required=True, help="the model's manifest")
     parser.add_argument("--calibration-manifest", type=Path, required=True, help="the calibration set's manifest")
     parser.add_argument("--calibration-set", type=Path, required=True, help="the calibration samples (Parquet)")
-    parser.add_argument("--spec", type=json.loads, required=True, help="the config's sensitivity block as JSON")
+    parser.add_argument("--spec", type=cli.json_value, required=True, help="the config's sensitivity block as JSON")
     parser.add_argument("--plan", type=Path, required=True, help="the plan to write (JSON)")
     parser.add_argument("--config-digest", help="digest of the config that asks for it, to be recorded")
     parser.add_argument("--log", type=Path, help="file for everything but progress and errors")

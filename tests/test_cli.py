@@ -1,10 +1,13 @@
 """What scripts show: chatter in the log, words on the terminal, errors in one line with their exit code."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from auto_quantize_model import cli
 
 PREAMBLE = """
 import ctypes, logging, os, sys
@@ -100,3 +103,14 @@ def work(): pass
     ended = run_script(body, tmp_path / "first.log")
     assert ended.stdout == "on the terminal\n"
     assert (tmp_path / "second.log").read_text() == "in the second log\n"
+
+
+@pytest.mark.parametrize("text", ["{", "{'a': 1}", '{"a": NaN}', '{"a": -Infinity}', "", "[" * 100_000])
+def test_json_of_the_command_line_that_is_none_is_one_line(text, capsys):
+    parser = argparse.ArgumentParser(usage="usage")
+    parser.add_argument("--spec", type=cli.json_value)
+    assert parser.parse_args(["--spec", '{"a": [1, null]}']).spec == {"a": [1, None]}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--spec", text])
+    (line,) = capsys.readouterr().err.splitlines()[1:]
+    assert "error: argument --spec: not valid JSON (" in line and line.endswith('write {"key": value}')

@@ -11,7 +11,7 @@ from auto_quantize_model.capture import capture_sensitivity, require_finite
 from auto_quantize_model.digits import LIMITS
 from auto_quantize_model.files import InputError, digest_of
 from auto_quantize_model.journal import Journal
-from auto_quantize_model.plan import SensitivitySpec, build_plan, identify
+from auto_quantize_model.plan import SensitivitySpec, build_plan, identify, matching
 from auto_quantize_model.samples import Sample, collate, encode
 from auto_quantize_model.snapshot import load_model
 
@@ -74,6 +74,17 @@ def test_the_output_op_itself_may_be_kept(model, batches):
 def test_a_keep_entry_that_matches_no_op_is_refused(model, batches, entry):
     with pytest.raises(InputError, match=r"(lm_haed|Conv9d)'\] matches no op of the model; ops are "):
         build_plan(model, batches, spec(**entry))
+
+
+def test_a_regular_expression_is_that_of_re_and_one_that_backtracks_without_end_is_stopped():
+    names = ["lm_head", "model.layers.1.mlp.down_proj", "model.layers.10.mlp.down_proj"]
+    assert matching(r"model\.layers\.1\..*|(?i:LM_HEAD)", names) == {"lm_head", "model.layers.1.mlp.down_proj"}
+    assert matching("model", names) == set()
+    with pytest.raises(InputError, match=r"op_name_dict\['.*'\]: did not match 3 names within 0.5 s, so it backtracks"):
+        matching(r"(.*)*\d(.*)*(.*)*!", names, seconds=0.5)
+    for pattern in ("(", "a{99999999999}", "(" * 5000 + ")" * 5000):
+        with pytest.raises(InputError, match="not a regular expression"):
+            matching(pattern, names)
 
 
 def test_keeping_everything_is_refused(model, batches):

@@ -1,7 +1,9 @@
 """What every script shares: chatter into the log, progress and results on the terminal, errors in one line."""
 
+import argparse
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -50,6 +52,18 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield show
+
+
+def json_value(text: str) -> Any:
+    """A value of a script's command line as JSON: a `type` of argparse, which prints the message in one line."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON number")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f'not valid JSON ({error}); write {{"key": value}}') from None
 
 
 def end_with_parent() -> None:

@@ -8,7 +8,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,16 @@ def build_snapshot(directory: Path, *, depth: int = 4, hidden: int = 64, seed: i
     Qwen2VLImageProcessorPil(size={"shortest_edge": IMAGE_SIDE**2, "longest_edge": IMAGE_SIDE**2}).save_pretrained(
         directory
     )
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """The config's `model.training` block; `train_snapshot` says what each key means."""
+
+    split_seed: int
+    seed: int
+    epochs: int
+    min_accuracy: float
 
 
 def train_snapshot(

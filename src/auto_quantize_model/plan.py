@@ -3,7 +3,10 @@
 In: a model, its calibration batches, and what the config asks for. Out: the plan that capture and report stand on.
 """
 
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -26,6 +29,11 @@ from auto_quantize_model.replay import require_replayable
 
 PACKAGES = ("neural-compressor", "torch", "transformers")
 FP32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
+MATCH = """
+import json, re, sys
+pattern, *names = json.load(sys.stdin)
+print(json.dumps([name for name in names if re.fullmatch(pattern, name)]))
+"""
 OBSERVER_KEYS = ("dtype", "scheme", "granularity", "algorithm")
 
 
@@ -169,13 +177,40 @@ def ops_to_keep(model: torch.nn.Module, batches: Sequence[Batch], spec: Sensitiv
         _require_match(found, f"op_type_dict[{op_type_wanted!r}]", sorted({op_type for _, _, op_type in ops}))
         kept.update((inc_name, f"kept in FP32 by sensitivity.op_type_dict[{op_type_wanted!r}]") for inc_name in found)
     for pattern in spec.op_name_dict:
-        try:
-            found = [inc_name for inc_name, name, _ in ops if re.fullmatch(pattern, name)]
-        except re.error as error:
-            raise InputError(f"sensitivity.op_name_dict[{pattern!r}]: not a regular expression ({error})") from None
+        matched = matching(pattern, [name for _, name, _ in ops])
+        found = [inc_name for inc_name, name, _ in ops if name in matched]
         _require_match(found, f"op_name_dict[{pattern!r}]", [name for _, name, _ in ops])
         kept.update((inc_name, f"kept in FP32 by sensitivity.op_name_dict[{pattern!r}]") for inc_name in found)
     return kept
+
+
+def matching(pattern: str, names: Sequence[str], seconds: float = 10.0) -> set[str]:
+    """The names that a regular expression of `sensitivity.op_name_dict` matches whole.
+
+    A child process matches, because `re` cannot be interrupted and may backtrack for longer than anyone lives.
+
+    Raises:
+        InputError: it is not a regular expression, or it needs more than `seconds` for all names.
+    """
+    entry = f"sensitivity.op_name_dict[{pattern!r}]"
+    try:
+        re.compile(pattern)
+        ended = subprocess.run(
+            [sys.executable, "-ISc", MATCH],
+            input=json.dumps([pattern, *names]),
+            text=True,
+            capture_output=True,
+            timeout=seconds,
+        )
+        ended.check_returncode()
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(f"{entry}: not a regular expression ({error}); correct it") from None
+    except subprocess.TimeoutExpired:
+        raise InputError(
+            f"{entry}: did not match {len(names)} names within {seconds:g} s, so it backtracks without end; write it"
+            " without a repeat inside a repeat, such as (a+)+"
+        ) from None
+    return set(json.loads(ended.stdout))
 
 
 def _require_match(found: list[str], entry: str, names: list[str]) -> None:

@@ -20,6 +20,7 @@ rule extract_calibration:
         code=code_digest("scripts/extract_calibration.py"),
         spec=block("calibration"),
         config_digest=config_digest("extract_calibration"),
+        unsayable=unsayable_files,
     shell:
         "exec python scripts/extract_calibration.py"
         " --manifest {input.manifest:q}"

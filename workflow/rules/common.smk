@@ -1,4 +1,4 @@
-"""The config checked, names of a run, and the functions that tell Snakemake what a job depends on beside its inputs."""
+"""Names of a run, and the functions that tell Snakemake what a job depends on beside its inputs."""
 
 import ast
 import filecmp
@@ -7,20 +7,17 @@ import json
 import shlex
 import shutil
 import sys
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-import yaml
-from snakemake.exceptions import WorkflowError
+from snakemake.io import contains_wildcard
 from snakemake.logging import logger
-from snakemake.utils import update_config, validate
-
-# This checkout's library, whatever is installed.
-sys.path.insert(0, str(Path(workflow.basedir).parent / "src"))
 
 from auto_quantize_model.archive import why_outdated
+from auto_quantize_model.config import require_sources
 from auto_quantize_model.documents import why_stale
-from auto_quantize_model.files import digest_of
+from auto_quantize_model.files import InputError, digest_of, sha256_file
 
 # The keys of the sensitivity block that the plan depends on; the others are read where they are used.
 PLAN_KEYS = ("engine", "confidence_batches", "maps", "op_type_dict", "op_name_dict")
@@ -28,48 +25,6 @@ PLAN_KEYS = ("engine", "confidence_batches", "maps", "op_type_dict", "op_name_di
 # The packages that scores depend on, and those that draw.
 MEASURING = ("neural-compressor", "torch", "transformers", "numpy")
 DRAWING = ("altair", "vl-convert-python")
-
-
-def typed(value):
-    """A value of `--config` as YAML reads it: Snakemake leaves what stands inside a mapping as text."""
-    if isinstance(value, dict):
-        return {key: typed(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [typed(inner) for inner in value]
-    return yaml.safe_load(value) if isinstance(value, str) else value
-
-
-def check_ranges():
-    """Refuse values that are each in range but not together; the schema cannot compare two keys."""
-    if config["sensitivity"]["engine"] != "replay" and config["sensitivity"]["device"] == "cuda":
-        raise WorkflowError(
-            "config: sensitivity.engine inc and auto run INC, on the CPU only; set sensitivity.device to cpu"
-        )
-    calibration, batches = (
-        config["calibration"],
-        config["sensitivity"]["confidence_batches"],
-    )
-    if calibration["min_pixels"] > calibration["max_pixels"]:
-        raise WorkflowError("config: calibration.min_pixels is above calibration.max_pixels; raise max_pixels")
-    if batches * calibration["batch_size"] > calibration["num_samples"]:
-        raise WorkflowError(
-            f"config: sensitivity.confidence_batches ({batches}) times calibration.batch_size"
-            f" ({calibration['batch_size']}) is more than calibration.num_samples ({calibration['num_samples']});"
-            " raise num_samples"
-        )
-    heldout = config["tradeoff"]["heldout_batches"]
-    if heldout * calibration["batch_size"] > calibration["num_heldout"]:
-        raise WorkflowError(
-            f"config: tradeoff.heldout_batches ({heldout}) times calibration.batch_size ({calibration['batch_size']}) is"
-            f" more than calibration.num_heldout ({calibration['num_heldout']}); raise num_heldout, or set"
-            " heldout_batches to 0"
-        )
-
-
-# Before anything reads it, the config is made what it is meant to be, and every key and range is checked.
-update_config(config, typed(dict(workflow.config_settings.config)))
-validate(config, f"{workflow.basedir}/schemas/config.schema.yaml")
-check_ranges()
 
 
 def chosen_device():
@@ -90,6 +45,20 @@ def chosen_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def require_device():
+    """End a run whose GPU is missing before its first job; jobs on other machines find out by themselves."""
+    jobs = workflow.dag.needrun_jobs()
+    if DEVICE != "cuda" or not workflow.local_exec or not any(getattr(job.resources, "gpu", 0) for job in jobs):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit(
+            f"config: sensitivity.device: cuda, and this build of torch ({torch.__version__}) sees no GPU; set cpu, pass"
+            " --resources gpu=0, or install a CUDA build"
+        )
+
+
 DEVICE = chosen_device()
 ROOT = Path(workflow.basedir).parent
 MODEL = config["model"]["name"]
@@ -102,15 +71,23 @@ QUANTIZED = f"{RUN}/quantized_{DEVICE}/{config['quantize']['profile']}"
 REPORT = f"{RUN}/op_sensitivity_mse_v2_{DEVICE}"
 
 
-def block(*keys):
-    """A block of the config as JSON, the same text for the same values.
+try:
+    require_sources(config, Path(f"results/{MODEL}/model_manifest.json"))
+except InputError as error:
+    sys.exit(str(error))
 
-    It is handed over as a function, because Snakemake would read the braces of a plain string as wildcards.
-    """
+
+def verbatim(text):
+    """A param that is `text` as it is: Snakemake would read braces of a plain string as wildcards."""
+    return lambda wildcards: text
+
+
+def block(*keys):
+    """A block of the config as JSON, the same text for the same values."""
     value = config
     for key in keys:
         value = value[key]
-    return lambda wildcards: json.dumps(value, sort_keys=True)
+    return verbatim(json.dumps(value, sort_keys=True))
 
 
 def plan_spec(wildcards):
@@ -127,7 +104,8 @@ def hub_flags(name):
     """Repository and revision of a block whose source is the hub, as its script takes them."""
     if config[name]["source"] != "hub":
         return ""
-    return f"--repo-id {shlex.quote(config[name]['repo_id'])} --revision {shlex.quote(config[name]['revision'])}"
+    repo_id, revision = (shlex.quote(config[name][key]) for key in ("repo_id", "revision"))
+    return verbatim(f"--repo-id {repo_id} --revision {revision}")
 
 
 def replay_flags():
@@ -209,25 +187,60 @@ WHY_STALE = {
 }
 
 
-def calibration_files(wildcards):
+@cache
+def calibration_sources():
     """The files of a local calibration source, with the images that a JSONL names; the digits come with a package."""
     if config["calibration"]["source"] != "local":
         return []
     path = Path(config["calibration"]["path"])
     if path.is_dir():
         return sorted(str(file) for file in path.rglob("*") if file.is_file())
-    return [str(path), *(jsonl_images(path) if path.suffix == ".jsonl" and path.is_file() else [])]
+    return [str(path), *(jsonl_images(path) if path.suffix == ".jsonl" else [])]
 
 
 def jsonl_images(path):
-    """The images that a JSONL names and that are there; what is wrong with the others, the rule's script says."""
+    """The files that a JSONL names and that are there; what is wrong with the others, the rule's script says.
+
+    Every text of a row may be such a name, because the shapes of a JSONL put their images in different places.
+    """
     images = set()
     for line in path.read_bytes().split(b"\n"):
         try:
-            images.add(path.parent / json.loads(line)["image"])
-        except (ValueError, KeyError, TypeError):
+            images |= {path.parent / text for text in texts_of(json.loads(line))}
+        except (ValueError, RecursionError):
             continue
-    return sorted(str(image) for image in images if image.is_file())
+    return sorted(str(image) for image in images - {path} if is_there(image))
+
+
+def texts_of(value):
+    """All texts in a JSON value that a path could be."""
+    if isinstance(value, str):
+        return {value} if value.strip() and len(value) < 4096 else set()
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return set().union(*map(texts_of, inner))
+
+
+def is_there(path):
+    """Whether there is a file at `path`, which may be any text."""
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a folder that is closed
+        return False
+
+
+def is_sayable(path):
+    """Whether Snakemake can take a path as an input: it reads `{word}` as a wildcard, and no escape is there."""
+    return not contains_wildcard(path) and path.isprintable()
+
+
+def calibration_files(wildcards):
+    """The files of the calibration source as inputs, but for those whose names Snakemake cannot say."""
+    return [path for path in calibration_sources() if is_sayable(path)]
+
+
+def unsayable_files(wildcards):
+    """The other files of the calibration source by content, so that a change of one makes the set stale all the same."""
+    return [[path, sha256_file(Path(path))] for path in calibration_sources() if not is_sayable(path)]
 
 
 def code_digest(script, *extra):

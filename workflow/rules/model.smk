@@ -16,7 +16,7 @@ rule get_model:
         code=code_digest("scripts/get_model.py"),
         name=MODEL,
         source=config["model"]["source"],
-        path=config["model"]["path"],
+        path=verbatim(config["model"]["path"]),
         hub=hub_flags("model"),
         training=block("model", "training"),
         config_digest=config_digest("get_model"),

@@ -1,0 +1,322 @@
+"""A config is answered in one line: what its keys take, what is refused, and what each message says."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from snakemake.cli import parse_config
+
+from auto_quantize_model.config import read_config, require_sources
+from auto_quantize_model.files import InputError, from_block
+from auto_quantize_model.profiles import Target
+
+ROOT = Path(__file__).parents[1]
+SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
+DEFAULT = ROOT / "config" / "config.yaml"
+
+
+def read(folder: Path, text: str | bytes, *arguments: str, suffix: str = "yaml") -> dict[str, Any]:
+    """The default config, a file of `text` and arguments of --config, read as the Snakefile reads them."""
+    file = folder / f"mine.{suffix}"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_config([DEFAULT, file], parse_config(arguments), SCHEMA)
+
+
+def test_the_default_config_is_read_as_yaml_reads_it() -> None:
+    assert read_config([DEFAULT], {}, SCHEMA) == yaml.safe_load(DEFAULT.read_bytes())
+
+
+def test_reading_a_config_imports_no_torch() -> None:
+    code = "import sys, auto_quantize_model.config; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "sensitivity: {confidense_batches: 2}",
+            "sensitivity.confidense_batches: no such key; did you mean confidence_batches?",
+        ),
+        ("model: {zzz: 1}", "model.zzz: no such key; the keys are name, source, path, repo_id, revision, training"),
+        ("calibratoin: {}", "calibratoin: no such key; did you mean calibration?"),
+        ("num_samples: 4", "num_samples: no such key; did you mean calibration.num_samples?"),
+        (
+            "calibration: {columns: {picture: x}}",
+            "calibration.columns.picture: no such key; the keys are id, image, prompt, answer",
+        ),
+        ("calibration: {seed: zero}", "calibration.seed: 'zero' is text; write a whole number from 0 to 4294967295"),
+        (
+            "calibration: {seed: '0'}",
+            "calibration.seed: '0' is text because of its quotes; write a whole number from 0 to 4294967295",
+        ),
+        ("calibration: {seed: 2.5}", "calibration.seed: 2.5 is not whole; write a whole number from 0 to 4294967295"),
+        (
+            "calibration: {seed: true}",
+            "calibration.seed: true is a truth value; write a whole number from 0 to 4294967295",
+        ),
+        ("calibration: {seed: -1}", "calibration.seed: -1 is out of range; write a whole number from 0 to 4294967295"),
+        ("calibration: {seed: }", "calibration.seed: null; write a whole number from 0 to 4294967295"),
+        ("calibration: {num_samples: 1000000000000}", "calibration.num_samples: 1000000000000 is out of range"),
+        ("calibration: {num_samples: .inf}", "calibration.num_samples: inf is not finite; write a finite number"),
+        ("profiles: {min_sqnr_db: .nan}", "profiles.min_sqnr_db: nan is not finite; write a finite number"),
+        (
+            "profiles: {max_accuracy_drop: 1e999}",
+            "profiles.max_accuracy_drop: inf is not finite; write a finite number",
+        ),
+        ("sensitivity: {tf32: 1}", "sensitivity.tf32: 1 is a number; write true or false"),
+        (
+            "sensitivity: {engine: replai}",
+            "sensitivity.engine: no such value 'replai'; did you mean replay? Write replay, inc or auto",
+        ),
+        ("sensitivity: {maps: [fallback]}", "sensitivity.maps: isolated is not in the list; add isolated"),
+        (
+            "sensitivity: {maps: [isolated, isolated]}",
+            "sensitivity.maps: an entry is there twice; remove one of the two",
+        ),
+        ("sensitivity: {maps: isolated}", "sensitivity.maps: 'isolated' is text; write a list"),
+        (
+            "sensitivity: {op_type_dict: {Linear: int8}}",
+            "sensitivity.op_type_dict.Linear: no such value 'int8'; write fp32",
+        ),
+        (
+            "sensitivity: {op_name_dict: {'(': fp32}}",
+            "sensitivity.op_name_dict['(']: not a regular expression (missing ), ",
+        ),
+        ("sensitivity: {engine: inc, device: cuda}", "sensitivity.engine inc and auto run INC, on the CPU only;"),
+        ("calibration:", "calibration: null; write a block of keys"),
+        ("calibration: text", "calibration: 'text' is text; write a block of keys"),
+        ("calibration: [a]", "calibration: ['a'] is a list; write a block of keys"),
+        ("calibration: {source: local}", "calibration.path: null; write text, as calibration.source is local"),
+        ("calibration: {prompt: ' '}", "calibration.prompt: ' ' is blank; write what to ask"),
+        (
+            'calibration: {prompt: "\\ud83d"}',
+            "calibration.prompt: '\\ud83d' is no valid Unicode; write the character itself",
+        ),
+        (
+            'model: {path: "a\\nb"}',
+            "model.path: 'a\\nb' is more than a line of text; remove line breaks and control characters",
+        ),
+        ("model: {path: ~no-such-user/x}", "model.path: ~no-such-user/x: no such user; write the path out"),
+        ("calibration: {min_pixels: 6272}", "calibration.min_pixels is above calibration.max_pixels; raise max_pixels"),
+        (
+            "sensitivity: {confidence_batches: 17}",
+            "sensitivity.confidence_batches (17) times calibration.batch_size (2)",
+        ),
+        ("tradeoff: {heldout_batches: 33}", "tradeoff.heldout_batches (33) times calibration.batch_size (2)"),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_key_fault_and_next_step(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read(tmp_path, text)
+    assert str(caught.value).startswith(f"config: {said}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "logs",
+        "benchmarks",
+        "archives",
+        "Logs",
+        "model_manifest.json",
+        "con",
+        "NUL.txt",
+        "com1",
+        "digits\n",
+        ".x",
+        "..",
+        "x.",
+    ]
+    + ["a/b", "a b", "", "{a}", "-a", "é", "a\0", "a" * 65],
+)
+@pytest.mark.parametrize("block", ["model", "calibration"])
+def test_a_name_that_is_no_folder_of_ones_own_is_refused(tmp_path: Path, block: str, name: str) -> None:
+    with pytest.raises(InputError, match=rf"\Aconfig: {block}\.name: .+\Z"):
+        read(tmp_path, yaml.safe_dump({block: {"name": name}}))
+    for good in ("logs2", "console", "a.b-c_D", "7"):
+        assert read(tmp_path, f"{block}: {{name: {good}}}")[block]["name"] == good
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"", "empty; write blocks such as model: {name: x}"),
+        (b"- a\n", "no mapping; write blocks such as model: {name: x}"),
+        (b"model: [1\n", "line 2: not a YAML config (expected ',' or ']', but got '<stream end>'); correct the line"),
+        (
+            b"model:\n\tname: x\n",
+            "line 2: not a YAML config (found character '\\t' that cannot start any token); indent with spaces",
+        ),
+        (b"model:\n  name: \xff\n", "byte 15 is not UTF-8; save the file as UTF-8"),
+        (b"model: {name: a,\n name: b}\n", "line 2: model.name is set twice; remove one of the two"),
+        (b"model: {name: a}\nmodel: {path: b}\n", "line 2: model is set twice; remove one of the two"),
+        (b"model: {? [a] : 3}\n", "line 1: a key of model is no text; write a name"),
+        (
+            b"model: !!python/name:os.system\n",
+            "line 1: model has the tag 'tag:yaml.org,2002:python/name:os.system'; remove the tag",
+        ),
+        (b"model: &m {name: *m}\n", "more than 10000 values or 20 levels with all aliases; write the config out"),
+        (b"model: " + b"{" * 3000, "line 1: not a YAML config (too many values or levels); correct the line"),
+    ],
+)
+def test_a_broken_file_is_one_line_with_file_and_line(tmp_path: Path, text: bytes, said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read(tmp_path, text)
+    assert str(caught.value).startswith(str(tmp_path / "mine.yaml")) and str(caught.value).endswith(said)
+
+
+def test_aliases_of_aliases_end_and_honest_ones_are_read(tmp_path: Path) -> None:
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+    with pytest.raises(InputError, match="more than 10000 values"):
+        read(tmp_path, bomb)
+    text = "model: {training: &t {seed: 3}}\ncalibration: {<<: *t, name: x}\n"
+    assert read(tmp_path, text)["calibration"]["seed"] == 3
+
+
+def test_a_file_that_is_not_there_or_no_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="gone.yaml: No such file or directory; check the path"):
+        read_config([tmp_path / "gone.yaml"], {}, SCHEMA)
+    with pytest.raises(InputError, match="not a file; name a YAML file"):
+        read_config([tmp_path], {}, SCHEMA)
+
+
+def test_a_key_without_a_value_in_any_file_is_named(tmp_path: Path) -> None:
+    default = yaml.safe_load(DEFAULT.read_bytes())
+    del default["calibration"]["seed"], default["quantize"]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(default))
+    with pytest.raises(InputError) as caught:
+        read_config([tmp_path / "mine.yaml"], {}, SCHEMA)
+    assert sorted(str(caught.value).splitlines()) == [
+        "config: calibration.seed: not set; add the key",
+        "config: quantize: not set; add the key",
+    ]
+
+
+def test_whole_numbers_are_integers_however_they_are_written(tmp_path: Path) -> None:
+    block = read(tmp_path, "calibration: {num_samples: 34.0, seed: 1e2, max_tokens: 1_024, batch_size: 2.}")[
+        "calibration"
+    ]
+    values = [block[key] for key in ("num_samples", "seed", "max_tokens", "batch_size")]
+    assert values == [34, 100, 1024, 2] and {type(value) for value in values} == {int}
+    assert read(tmp_path, "profiles: {max_accuracy_drop: 1e-3}")["profiles"]["max_accuracy_drop"] == 0.001
+
+
+@pytest.mark.parametrize("text", ["5", "007", "1e3", "true", "2024-01-01", "1:30", "no"])
+def test_a_key_of_text_keeps_the_text_as_it_is(tmp_path: Path, text: str) -> None:
+    assert read(tmp_path, f"calibration: {{prompt: {text}}}")["calibration"]["prompt"] == text
+    assert read(tmp_path, "model: {}", f"calibration={{prompt: {text}}}")["calibration"]["prompt"] == text
+
+
+@pytest.mark.parametrize("text", ["what: {this}?", "null", "- a", "[", "# a", "it's"])
+def test_a_text_of_the_command_line_is_not_read_as_yaml_again(tmp_path: Path, text: str) -> None:
+    assert read(tmp_path, "model: {}", f'calibration={{prompt: "{text}"}}')["calibration"]["prompt"] == text
+
+
+def test_values_of_the_command_line_override_files_with_the_types_of_their_keys(tmp_path: Path) -> None:
+    arguments = ("calibration={num_samples: 36, columns: {id: null}}", "sensitivity={tf32: true, maps: [isolated]}")
+    config = read(tmp_path, "calibration: {num_samples: 34, columns: {id: x, image: 'null'}}", *arguments)
+    assert config["calibration"]["num_samples"] == 36
+    assert (config["calibration"]["columns"]["id"], config["calibration"]["columns"]["image"]) == (None, "null")
+    assert config["sensitivity"]["tf32"] is True and config["sensitivity"]["maps"] == ["isolated"]
+    for argument in ("calibration=", "calibration=5", "calibration={prompt: a: b}", "calibration={num_samples: four}"):
+        with pytest.raises(InputError, match=r"\Aconfig: calibration.+\Z"):
+            read(tmp_path, "model: {}", argument)
+
+
+def test_json_is_read_as_json(tmp_path: Path) -> None:
+    text = '{\n\t"calibration": {"prompt": "\\ud83d\\ude00 a\\/b", "seed": 3}}'
+    block = read(tmp_path, text, suffix="json")["calibration"]
+    assert (block["prompt"], block["seed"]) == ("\U0001f600 a/b", 3)
+
+
+def test_a_home_in_a_path_is_expanded_and_braces_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = read(tmp_path, "model: {path: ~/models/a}\ncalibration: {path: 'a{b}/~'}")
+    assert (config["model"]["path"], config["calibration"]["path"]) == ("/home/someone/models/a", "a{b}/~")
+
+
+def test_a_local_source_that_is_not_there_is_named_before_any_job(tmp_path: Path) -> None:
+    config = read(
+        tmp_path, f"model: {{source: local, path: {tmp_path}/m}}\ncalibration: {{source: local, path: {tmp_path}/c}}"
+    )
+    with pytest.raises(InputError) as caught:
+        require_sources(config, tmp_path / "manifest.json")
+    assert str(caught.value).splitlines() == [
+        f"config: model.path: {tmp_path}/m does not exist; give a Hugging Face snapshot directory",
+        f"config: calibration.path: {tmp_path}/c does not exist; give a JSONL, a Parquet file or an image folder",
+    ]
+    (tmp_path / "m").touch()
+    (tmp_path / "c").mkdir()
+    with pytest.raises(InputError, match=r"\Aconfig: model.path: .*/m is no directory; .*\Z"):
+        require_sources(config, tmp_path / "manifest.json")
+    # Once the manifest is there, weights that stayed elsewhere make nothing stale.
+    (tmp_path / "manifest.json").touch()
+    require_sources(config, tmp_path / "manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({"min_sqnr_dB": 3}, "profiles.min_sqnr_dB: no such key; did you mean min_sqnr_db?"),
+        ({"min_sqnr_db": float("nan")}, "profiles.min_sqnr_db: nan is not finite; write a finite number"),
+        ({"min_sqnr_db": "3"}, "profiles.min_sqnr_db: '3' is not a number or null; correct the value"),
+        (
+            {"max_weight_bytes": True},
+            "profiles.max_weight_bytes: True is not a whole number or null; correct the value",
+        ),
+        ([1], "profiles: no JSON object; write {key: value}"),
+    ],
+)
+def test_a_block_that_a_script_reads_by_hand_is_checked_alike(block: Any, said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        from_block(Target, block, "profiles")
+
+
+def test_mutated_configs_are_refused_in_one_line_or_mean_what_they_say() -> None:
+    path = ROOT / "benchmarks" / "fuzz_configs.py"
+    specification = importlib.util.spec_from_file_location("fuzz_configs", path)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["fuzz_configs"] = module
+    specification.loader.exec_module(module)
+    counts, faults = module.fuzz(160, seed=11)
+    assert faults == []
+    assert counts["accepted"] > 10 and counts["refused in one line"] > 100
+
+
+def commands_of_the_documents() -> list[tuple[str, list[str]]]:
+    """Each `snakemake` command of a document, a config, the Makefile, a script or a message, with its file."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    names = [
+        name for name in listed if re.search(r"\.(md|py|yaml|smk|j2|html|rst)$|Makefile$", name) and "test_" not in name
+    ]
+    found = []
+    for name in names:
+        text = re.sub(r"='[^'\n]*'", "=''", (ROOT / name).read_text(encoding="utf-8"))
+        found += [(name, command.split()) for command in re.findall(r"\bsnakemake ([^\n`#)]*)", text)]
+    return found
+
+
+def test_targets_stand_before_options_that_would_swallow_them() -> None:
+    """`--resources gpu=1 TARGET` is a traceback of Snakemake's, and `--configfile FILE TARGET` a missing file."""
+    takes = {
+        "--resources": r"\w+=\S+",
+        "--config": r"\w+=\S*",
+        "--configfile": r"\S+\.(yaml|json)\S*",
+    }
+    commands = commands_of_the_documents()
+    assert len(commands) > 15
+    for name, words in commands:
+        for option, pattern in takes.items():
+            for word in words[words.index(option) + 1 :] if option in words else []:
+                if word.startswith("-"):
+                    break
+                assert re.fullmatch(pattern, word), f"{name}: snakemake {' '.join(words)}"
