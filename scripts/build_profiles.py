@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from auto_quantize_model import cli
+from auto_quantize_model import cli, words
 from auto_quantize_model.documents import read_document, write_document
 from auto_quantize_model.files import from_block
 from auto_quantize_model.profiles import Target, build_profiles
@@ -26,12 +26,14 @@ def profiles(args: argparse.Namespace) -> None:
     tradeoff = read_document(args.tradeoff, "tradeoff")
     found = build_profiles(tradeoff, from_block(Target, args.target, "profiles"))
     write_document(args.profiles, "profiles", found, [tradeoff], args.config_digest)
-    if recommended := found["profiles"].get("recommended"):
-        names = recommended["kept"][:SHOWN] + ["..."] * (recommended["keep"] > SHOWN)
-        kept = f"keep {recommended['keep']} ops in FP32" if recommended["keep"] else "keep no op in FP32"
-        cli.say(f"recommended: {kept}: {', '.join(names) or 'INT8 meets the target as it is'}")
-    else:
-        cli.say(f"recommended: {found['missed']}")
+    known = {"profiles": found, "tradeoff": tradeoff}
+    cli.say(f"recommended: {' '.join(filter(None, words.decision(known)))}")
+    kept = found["profiles"].get("recommended", found["knee"] or {}).get("kept", [])
+    if kept:
+        where = "recommended" if "recommended" in found["profiles"] else "the knee"
+        cli.say(f"{where} keeps: {', '.join(kept[:SHOWN] + ['...'] * (len(kept) > SHOWN))}")
+    for remark in words.remarks(known):
+        cli.say(f"remark: {remark}")
 
 
 if __name__ == "__main__":

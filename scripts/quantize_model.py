@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from auto_quantize_model import cli
+from auto_quantize_model import cli, words
 from auto_quantize_model.audit import incs_surroundings
 from auto_quantize_model.calibration import load_batches, load_heldout
 from auto_quantize_model.device import WORKING_BYTES, require_free
@@ -68,7 +68,8 @@ def quantize_model(args: argparse.Namespace) -> None:
             found = measure_error(references, quantized, heldout, answers, on_batch)
     record = compared(args.profile, profile, found, tradeoff)
     write_document(args.record, "quantized", record, made_from, args.config_digest)
-    cli.say(f"{args.directory}: profile {args.profile}, {profile['keep']} ops in FP32, {record['status']}: {found}")
+    kept = f"{words.counted(profile['keep'], 'op')} in FP32"
+    cli.say(f"{args.directory}: profile {args.profile}, {kept}, {record['status']}: {found}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from auto_quantize_model import cli
+from auto_quantize_model import cli, words
 from auto_quantize_model.documents import read_documents, write_document
 from auto_quantize_model.files import write_text
 from auto_quantize_model.report import build_report, render, tables, top_table
@@ -42,6 +42,8 @@ def render_report(args: argparse.Namespace) -> None:
     write_document(args.json, "report", json.loads(document), made_from, files=texts)
     for warning in report["warnings"]:
         cli.say(f"warning: {warning}")
+    for sentence in words.breaks(report):
+        cli.say(f"warning: {sentence}")
     cli.say(f"The most sensitive ops of {report['model']['model']}:\n{top_table(report)}")
     cli.say(f"The report: {args.markdown} and {args.json}")
 

@@ -114,3 +114,52 @@ def test_json_of_the_command_line_that_is_none_is_one_line(text, capsys):
         parser.parse_args(["--spec", text])
     (line,) = capsys.readouterr().err.splitlines()[1:]
     assert "error: argument --spec: not valid JSON (" in line and line.endswith('write {"key": value}')
+
+
+SECRET = "http://user:pass-word@127.0.0.1:9"
+
+
+@pytest.mark.parametrize("kind", ["InputError", "RuntimeError"])
+@pytest.mark.parametrize("with_log", [True, False])
+def test_no_password_and_no_token_is_printed_or_logged(
+    tmp_path: Path, with_log: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", SECRET)
+    monkeypatch.setenv("HF_TOKEN", "opaque-token")
+    body = f"""
+logging.basicConfig(level=logging.INFO)
+def work():
+    logging.info("GET {SECRET}/api with opaque-token")
+    print("chatter of {SECRET}", file=sys.stderr)
+    cli.say("from {SECRET}")
+    raise {kind}("{SECRET}/api cannot be reached, headers {{'authorization': 'Bearer opaque-token'}}")
+"""
+    log = tmp_path / "work.log"
+    ended = run_script(body, *([log] if with_log else []))
+    everything = ended.stdout + ended.stderr + (log.read_text() if with_log else "")
+    assert "http://***@127.0.0.1:9/api cannot be reached" in ended.stderr
+    assert ended.stdout == "from http://***@127.0.0.1:9\n"
+    assert "INFO:root:GET http://***@127.0.0.1:9/api with ***" in everything
+    assert "pass-word" not in everything and "opaque-token" not in everything
+
+
+def test_control_characters_are_shown_and_not_obeyed(tmp_path: Path) -> None:
+    body = r"""
+name = "a\x1b[31m\x9b2J\u202eb\udcff\r"
+def work():
+    cli.say(f"sample {name}\nnext line")
+    raise KeyError(f"{name}\nforged: line")
+"""
+    ended = run_script(body)
+    shown = r"a\x1b[31m\x9b2J\u202eb\udcff"
+    assert ended.stdout == f"sample {shown}\\r\nnext line\n"
+    assert not set(ended.stderr) & set("\x1b\x9b\u202e\r")
+    assert ended.stderr.splitlines()[-1].startswith("error: KeyError: ")
+    body = "def work(): raise InputError(f'{chr(27)}[2Jgone\\nerror: forged')"
+    assert run_script(body).stderr == "error: \\x1b[2Jgone error: forged\n"
+
+
+def test_a_bar_of_the_hubs_shows_names_of_files_as_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with cli.TerminalBar(total=1, desc="\x1b[31mmodel\n.safetensors"):
+        pass
+    assert capsys.readouterr().err.startswith("\r\\x1b[31mmodel .safetensors:   0%|          | 0/1")

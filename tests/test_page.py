@@ -90,7 +90,7 @@ def test_the_summary_says_what_to_keep_what_it_costs_and_how_sure_that_is():
     assert "Keep 2 of 4 ops in FP32." in said and "min_sqnr_db 30" in said
     assert "3 times those of all-INT8, 60.00 % of those of FP32" in said
     assert "80.00 % of 10 held-out answers are right with every op in INT8" in said and "costs nothing" not in said
-    assert "1 values (1 ops, maps isolated, batch 0) were measured again" in said
+    assert "1 value (1 op, maps isolated, batch 0) was measured again" in said
     assert "2 batches agree on the order with a Kendall's tau of" in said
     assert "+1.5 dB over random ones, +2.5 dB over the ranking reversed, -0.5 dB over the largest weights first" in said
 

@@ -154,7 +154,7 @@ def test_where_both_engines_measured_the_metrics_of_the_replay_are_shown_and_the
 @pytest.mark.parametrize(
     ("audit", "words"),
     [
-        ({"status": "bit_identical", "compared": 18}, "18 values (1 ops, maps isolated, batch 0) were measured again"),
+        ({"status": "bit_identical", "compared": 18}, "18 values (1 op, maps isolated, batch 0) were measured again"),
         ({"status": "not_needed"}, "**Audit:** Not needed, Intel Neural Compressor itself measured every op"),
         (
             {"status": "sites_bit_identical", "rank_agreement": {"isolated": 0.94}},

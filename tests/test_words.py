@@ -31,7 +31,7 @@ def test_the_greedy_refinement_is_judged_against_the_ranking(gained, words_of_it
     curves = tradeoff()["curves"]
     found = tradeoff(greedy_gain_db=gained, curves=curves | {"greedy": curves["ranking"][:2]})
     text = said(found)["Greedy refinement"]
-    assert f"of up to 1 ops are {words_of_it} those along the ranking ({gained:+.2f} dB)" in text
+    assert f"of up to 1 op are {words_of_it} those along the ranking ({gained:+.2f} dB)" in text
 
 
 def test_the_refinement_helps_where_one_keep_list_of_it_does_better():

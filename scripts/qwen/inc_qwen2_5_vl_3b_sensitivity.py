@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from auto_quantize_model import cli
+from auto_quantize_model import cli, words
 from auto_quantize_model.audit import audit_capture
 from auto_quantize_model.calibration import CalibrationSpec, batches_of, extract
 from auto_quantize_model.capture import capture_sensitivity, describe_batches, fingerprint
@@ -108,6 +108,8 @@ def measure(args: argparse.Namespace) -> None:
     written = write_document(args.output / f"{name}.json", "report", json.loads(document), made_from, files=listed)
     for target in targets[1:]:
         write_text(target.with_name(f"{target.name}.json"), written.text())
+    for sentence in (*report["warnings"], *words.breaks(report)):
+        cli.say(f"warning: {sentence}")
     cli.say(f"The most sensitive ops of {args.name}:\n{top_table(report)}")
     cli.say("The report: " + ", ".join(f"{target}.md and .json" for target in targets))
 

@@ -11,10 +11,12 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
+from unittest import mock
 
 import psutil
 from tqdm import tqdm
 
+from auto_quantize_model.escape import one_line, printable, redacted
 from auto_quantize_model.files import InputError
 
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
@@ -23,7 +25,7 @@ _terminal: dict[str, TextIO] = {}
 
 def say(text: str) -> None:
     """Print a result on the terminal, also while chatter goes to a log."""
-    print(text, file=_terminal.get("out", sys.stdout), flush=True)
+    print(printable(redacted(text)), file=_terminal.get("out", sys.stdout), flush=True)
 
 
 def progress(steps: Sequence[Any], what: str) -> tqdm:
@@ -40,6 +42,10 @@ class TerminalBar(tqdm):
         stream = _terminal.get("err", sys.stderr)
         kwargs.pop("name", None)  # huggingface_hub's, for groups of bars
         super().__init__(*args, **kwargs | {"file": stream, "mininterval": 0.5 if stream.isatty() else 15})
+
+    def __str__(self) -> str:
+        """The bar as it is drawn; its label holds names of files from the hub."""
+        return printable(redacted(super().__str__())).replace("\n", " ")
 
 
 @contextlib.contextmanager
@@ -92,8 +98,9 @@ def run(work: Callable[[], None], log: Path | None) -> int:
         log: where standard output and error go meanwhile, those of C libraries too; None leaves them on the terminal.
     """
     if log is None:
-        return _guarded(work, None)
-    with _chatter_into(log):
+        with _streams_redacted():
+            return _guarded(work, None)
+    with _chatter_into(log), _streams_redacted():
         return _guarded(work, log)
 
 
@@ -104,7 +111,7 @@ def _guarded(work: Callable[[], None], log: Path | None) -> int:
         _report_error(str(error), log)
         return 2
     except Exception as error:  # the outermost frame: whatever it is, it is logged whole and named in one line
-        traceback.print_exc()
+        print(printable(traceback.format_exc()), end="", file=sys.stderr)
         where = f"; the whole story is in {log}" if log else ""
         _report_error(f"{type(error).__name__}: {error}{where}", log)
         return 1
@@ -112,10 +119,24 @@ def _guarded(work: Callable[[], None], log: Path | None) -> int:
 
 
 def _report_error(message: str, log: Path | None) -> None:
-    message = " ".join(message.split())
+    message = one_line(redacted(message))
     if log:
         print(f"error: {message}", file=sys.stderr, flush=True)
     print(f"error: {message}", file=_terminal.get("err", sys.stderr), flush=True)
+
+
+@contextlib.contextmanager
+def _streams_redacted() -> Iterator[None]:
+    """Hide secrets in what Python writes to its standard streams: libraries print URLs with passwords.
+
+    The streams themselves are patched and not replaced, as handlers of loggers hold them already.
+    """
+    with contextlib.ExitStack() as stack:
+        for stream in (sys.stdout, sys.stderr):
+            stack.enter_context(
+                mock.patch.object(stream, "write", lambda text, write=stream.write: write(redacted(text)))
+            )
+        yield
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from auto_quantize_model.escape import code
 from auto_quantize_model.files import InputError
 from auto_quantize_model.report import markdown_cell
 from auto_quantize_model.trust import tau
@@ -257,7 +258,7 @@ def _changed_lines(comparison: dict[str, Any], shown: int) -> list[str]:
         "",
         "With every op in INT8: "
         + ", then ".join(_decibels(math.inf if value is None else value) for value in comparison["sqnr_db"])
-        + f" of SQNR. {_recommended_line(comparison['recommended'], shown)}",
+        + f" (SQNR). {_recommended_line(comparison['recommended'], shown)}",
         "",
         f"Only in the first: {_listed(comparison['only_first'], shown)}. Only in the second:"
         f" {_listed(comparison['only_second'], shown)}.",
@@ -313,7 +314,7 @@ def _move_table(moves: list[tuple[str, dict[str, Any]]]) -> list[str]:
         "| op_name | move | first | second | beyond the noise |",
         "|---|---|---:|---:|---|",
         *(
-            f"| `{markdown_cell(move['op_name'])}` | {how} | {_place(move, 'first')} | {_place(move, 'second')}"
+            f"| {code(move['op_name'])} | {how} | {_place(move, 'first')} | {_place(move, 'second')}"
             f" | {answers[move['beyond_noise']]} |"
             for how, move in moves
         ),
@@ -327,4 +328,4 @@ def _place(move: dict[str, Any], which: str) -> str:
 
 def _listed(names: list[str], shown: int) -> str:
     rest = [f"{len(names) - shown} more"] if len(names) > shown else []
-    return ", ".join([*(f"`{markdown_cell(name)}`" for name in names[:shown]), *rest]) or "none"
+    return ", ".join([*(code(name) for name in names[:shown]), *rest]) or "none"

@@ -4,6 +4,7 @@ In: profiles, INC's plan, the capture, and the model's modules. Out: files per t
 it. A name that would match anything but the module that it stands for is refused before a file is written.
 """
 
+import glob
 import re
 import shutil
 import textwrap
@@ -17,7 +18,9 @@ import torch
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from auto_quantize_model import words
 from auto_quantize_model.documents import Document, write_document
+from auto_quantize_model.escape import code, one_line, prose
 from auto_quantize_model.files import InputError, canonical_json, digest_of, write_text
 
 Modules = dict[str, type[torch.nn.Module]]
@@ -196,31 +199,32 @@ def modelopt_files(kept: dict[str, str], header: str, context: Context) -> dict[
         for quantizer, axis in (("*weight_quantizer", 0), ("*input_quantizer", None)):
             int8 = {"num_bits": 8, "axis": axis}
             quant_cfg.append({"quantizer_name": quantizer, "parent_class": parent_class, "cfg": int8})
-    quant_cfg += [{"quantizer_name": f"*{name}.*", "enable": False} for name in kept.values()]
+    quant_cfg += [{"quantizer_name": f"*{glob.escape(name)}.*", "enable": False} for name in kept.values()]
     return {"modelopt_quant_cfg.json": canonical_json({"quant_cfg": quant_cfg, "algorithm": "max"})}
 
 
 def heading(said: Iterable[str], context: Context) -> str:
-    """What a file is, and the notes of its tool."""
-    return "\n\n".join([described(context), *(textwrap.fill(note, 118, break_on_hyphens=False) for note in said)])
+    """What a file is, and the notes of its tool, for a comment: no name of a stranger begins a line or ends one."""
+    notes = [described(context), words.remark(context.profile, context.measured), *said]
+    return "\n\n".join(textwrap.fill(one_line(note), 118, break_on_hyphens=False) for note in notes if note)
 
 
 def overview(tools: dict[str, Any], context: Context) -> str:
     """The notes of every tool in one file: JSON has no comments."""
-    lines = [f"# {context.profile}", "", described(context)]
+    about = [described(context), words.remark(context.profile, context.measured)]
+    lines = [f"# {code(context.profile)}", *(line for text in about if text for line in ("", prose(text)))]
     for tool in tools.values():
-        lines += ["", f"## {tool['title']}", "", f"Files: {', '.join(f'`{file}`' for file in tool['files'])}"]
-        lines += [line for note in tool["notes"] for line in ("", note)]
+        lines += ["", f"## {tool['title']}", "", f"Files: {', '.join(code(file) for file in tool['files'])}"]
+        lines += [line for note in tool["notes"] for line in ("", prose(note))]
     return "\n".join(lines) + "\n"
 
 
 def described(context: Context) -> str:
     """What the profile is, in one line."""
     measured = context.measured
-    sqnr = "no error" if measured["sqnr_db"] is None else f"{measured['sqnr_db']:.2f} dB"
     return (
-        f"Profile {context.profile} of {context.model}: {measured['keep']} ops in FP32,"
-        f" {sqnr} SQNR on held-out samples as measured with INC's INT8."
+        f"Profile {context.profile} of {context.model}: {words.counted(measured['keep'], 'op')} in FP32,"
+        f" {words.sqnr(measured['sqnr_db'])} on held-out samples as measured with INC's INT8."
     )
 
 
@@ -235,7 +239,7 @@ def python_file(name: str, kept: dict[str, str], header: str, context: Context) 
     )
     environment.filters["pyrepr"] = repr
     text = environment.get_template(f"{name}.j2").render(
-        header=header,
+        header=header.replace("\\", "\\\\").replace('"', '\\"'),
         calibration_samples=context.calibration_samples,
         embeds_patches=context.embeds_patches,
         patterns=regular_expressions(kept.values()),
@@ -249,8 +253,8 @@ FOR_INC = "For INC 2.6 alone; 3.x has another API."
 MEASURED_WITH = "the profile was measured with INC's per-channel weights and static, per-tensor, asymmetric activations"
 FOR_LLM_COMPRESSOR = (
     f"W8A8 has per-channel weights and dynamic, per-token, symmetric activations; {MEASURED_WITH}."
-    ' Use: oneshot(model=<loaded model>, recipe="llm_compressor_recipe.yaml"), then'
-    " model.save_pretrained(<folder>, save_compressed=True). vLLM runs INT8 on Turing to Hopper GPUs."
+    ' Use: oneshot(model=model, recipe="llm_compressor_recipe.yaml"), then'
+    " model.save_pretrained(folder, save_compressed=True). vLLM runs INT8 on Turing to Hopper GPUs."
 )
 FOR_MODELOPT = (
     f"Needs ModelOpt 0.44 or later. Activations are static, per tensor and symmetric; {MEASURED_WITH}. vLLM serves no"

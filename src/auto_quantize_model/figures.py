@@ -14,8 +14,9 @@ from typing import Any, Literal
 import altair as alt
 import vl_convert
 
+from auto_quantize_model.escape import printable_document
 from auto_quantize_model.files import atomic_path
-from auto_quantize_model.words import number, percent
+from auto_quantize_model.words import counted, number, percent
 
 Row = dict[str, Any]
 # What `alt.layer` returns, as it is typed.
@@ -58,6 +59,7 @@ def figures(report: dict[str, Any]) -> dict[str, Figure]:
 
     All four are always there; where a thing was not measured, its picture says why.
     """
+    report = printable_document(report)  # an SVG with a control character cannot be read
     return {draw.__name__: draw(report) for draw in (heat_map, ranked_ops, tradeoff, modalities)}
 
 
@@ -181,10 +183,14 @@ def ranked_ops(report: dict[str, Any]) -> Figure:
     ]
     spread = any(row["mse_value_std"] for row in drawn)
     named = ranked_panel(points[:TOP], domain, spread, True).properties(
-        title=alt.TitleParams(f"The {len(points[:TOP])} most sensitive", frame="group"), height=22 * len(points[:TOP])
+        title=alt.TitleParams(
+            f"The {len(points[:TOP])} most sensitive" if len(points) > 1 else "The most sensitive", frame="group"
+        ),
+        height=22 * len(points[:TOP]),
     )
     whole = ranked_panel(points, domain, spread, False).properties(
-        title=alt.TitleParams(f"All {len(rows)} ops", frame="group"), height=min(380, max(120, 7 * len(points)))
+        title=alt.TitleParams("The only op" if len(rows) == 1 else f"All {len(rows)} ops", frame="group"),
+        height=min(380, max(120, 7 * len(points))),
     )
     caption = (
         "The error that an op adds when it alone is INT8: mse_value, the sum of squared errors at the model's output,"
@@ -195,7 +201,7 @@ def ranked_ops(report: dict[str, Any]) -> Figure:
             " Bars are ± one standard deviation between batches; one that ends at the left edge goes on beyond it."
         )
     if missing := len(rows) - len(drawn):
-        caption += f" {missing} op{'s' if missing > 1 else ''} without any error cannot stand on this axis."
+        caption += f" {counted(missing, 'op')} without any error cannot stand on this axis."
     return finish(report, title, caption, alt.vconcat(named, whole, spacing=14))
 
 
@@ -246,7 +252,7 @@ def tradeoff(report: dict[str, Any]) -> Figure:
     panels = [tradeoff_panel(near, half, best, target, found["ops"]).properties(title="Up to half of the ops kept")]
     panels.append(tradeoff_panel(points, found["ops"], best, target, found["ops"]).properties(title="All lengths"))
     caption = (
-        f"The mixed-precision model itself on {found['batches']} held-out batch{'es' if found['batches'] != 1 else ''}:"
+        f"The mixed-precision model itself on {counted(found['batches'], 'held-out batch', 'held-out batches')}:"
         f" SQNR with the given number of its {found['ops']} ops in FP32 and all others in INT8. With no error left, as"
         " with every op in FP32, there is no SQNR to draw."
     )
@@ -360,11 +366,11 @@ def modalities(report: dict[str, Any]) -> Figure:
     most = max(ratio, key=lambda name: ratio[name])
     caption = (
         f"Each point is one op alone in INT8; above the line it harms image tokens more than text tokens ({above} of"
-        f" {len(drawn)} ops). Errors are relative to the FP32 output at the same tokens. The ratio is largest for"
-        f" {most}: {ratio[most]:.3g}."
+        f" {counted(len(drawn), 'op')}). Errors are relative to the FP32 output at the same tokens. The ratio is"
+        f" largest for {most}: {ratio[most]:.3g}."
     )
     if missing := len(rows) - len(drawn):
-        caption += f" {missing} op{'s' if missing > 1 else ''} without a value above 0 on both axes cannot be drawn."
+        caption += f" {counted(missing, 'op')} without a value above 0 on both axes cannot be drawn."
     return finish(report, title, caption, modality_chart(points, domain))
 
 

@@ -6,6 +6,7 @@ Op names are data: markup escapes them, and scripts get them as JSON that cannot
 import base64
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from auto_quantize_model import words
+from auto_quantize_model.escape import printable_document
 from auto_quantize_model.figures import CURVES, figures
 
 SHOWN = 12
@@ -41,6 +43,7 @@ def render_page(report: dict[str, Any], links: dict[str, Any], templates: Path) 
     )
     environment.filters |= {"number": words.number, "percent": words.percent, "mb": words.megabytes}
     environment.filters |= {"csp_hash": csp_hash, "href": href, "breakable": breakable}
+    report, links = printable_document(report), printable_document(links)
     drawn = figures(report)
     specs = {name: figure.chart.to_dict() for name, figure in drawn.items()}
     for spec in specs.values():
@@ -84,8 +87,8 @@ def csp_hash(script: str) -> str:
 
 
 def href(path: str) -> str:
-    """A relative path as a link; a colon in it is quoted, so that it never is a scheme."""
-    return quote(Path(path).as_posix())
+    """A path as a link; a colon in it is quoted, so that it never is a scheme, and two slashes never name a host."""
+    return re.sub("^/+", "/", quote(Path(path).as_posix()))
 
 
 def breakable(name: str) -> Markup:

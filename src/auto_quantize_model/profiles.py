@@ -44,16 +44,24 @@ def build_profiles(tradeoff: dict[str, Any], target: Target) -> dict[str, Any]:
     """Profiles out of the curves of `ORDERS`, each as measured.
 
     Returns:
-        {target, profiles: {name: profile}, missed}. A profile is a point of a curve with `order`, that curve, and
-        `kept`, all its ops in that order. Each name of `SHARES` has the least error among the keep-lists that are no
-        longer than its share of the ops, so a longer profile is never the worse one. `recommended` is as `recommended`
-        returns it; where there is none, `missed` says why.
+        {target, profiles: {name: profile}, missed, knee, nearest, short}. A profile is a point of a curve with `order`,
+        that curve, `kept`, all its ops in that order, and `worse` as `worse_than` returns it. Each name of `SHARES` has
+        the least error among the keep-lists that are no longer than its share of the ops, so a longer profile never has
+        more error. `recommended` is as `recommended` returns it; where there is none, `missed` says why. `knee` is as
+        `knee` returns it. Where the target is missed, `nearest` is the list that comes nearest to it, and `short` what
+        that list lacks, by part of the target; else null and empty.
     """
+    none: dict[str, Any] = {"knee": None, "nearest": None, "short": {}}
     if tradeoff["status"] == "not_measured":
-        return {"target": vars(target), "profiles": {}, "missed": f"nothing was measured: {tradeoff['reason']}"}
+        return {"target": vars(target), "profiles": {}, "missed": f"nothing was measured: {tradeoff['reason']}"} | none
     curves = {order: with_kept(order, tradeoff["curves"].get(order, [])) for order in ORDERS}
-    *_, fp32 = curves["ranking"]
-    points = [point for curve in curves.values() for point in curve if point["keep"] < tradeoff["ops"]]
+    int8, *_, fp32 = curves["ranking"]
+    points = [
+        point | {"worse": worse_than(point, int8)}
+        for curve in curves.values()
+        for point in curve
+        if point["keep"] < tradeoff["ops"]
+    ]
     found = {}
     for name, share in SHARES.items():
         longest = max(1, int(share * tradeoff["ops"]))
@@ -61,7 +69,78 @@ def build_profiles(tradeoff: dict[str, Any], target: Target) -> dict[str, Any]:
     best, missed = recommended(points, fp32, target)
     if best:
         found["recommended"] = best
-    return {"target": vars(target), "profiles": found, "missed": missed}
+    near, short = nearest(points, fp32, target) if not best else (None, {})
+    return {
+        "target": vars(target),
+        "profiles": found,
+        "missed": missed,
+        "knee": knee(points, tradeoff["ops"]),
+        "nearest": near,
+        "short": short,
+    }
+
+
+def worse_than(point: dict[str, Any], int8: dict[str, Any]) -> dict[str, float]:
+    """The metrics in which a keep-list does worse than all ops in INT8, each with the value of the latter."""
+    higher_is_better = {"relative_error": False, "top1_agreement": True, "kl_divergence": False, "accuracy": True}
+    return {
+        name: int8[name]
+        for name, higher in higher_is_better.items()
+        if point.get(name) is not None
+        and int8.get(name) is not None
+        and (point[name] < int8[name] if higher else point[name] > int8[name])
+    }
+
+
+def knee(points: list[dict[str, Any]], ops: int) -> dict[str, Any] | None:
+    """The keep-list beyond which keeping more ops buys less; None where the curve does not bend that way.
+
+    By Kneedle (Satopaa, Albrecht, Irwin and Raghavan, "Finding a 'Kneedle' in a Haystack", 2011): the point with the
+    greatest distance from the chord between the curve's ends, both axes scaled to 0 to 1. The axes are log(1 + kept
+    ops) and SQNR in dB. The curve holds the least error of any order at each length, up to half of the ops: with nearly
+    all of them in FP32 the SQNR shoots up, and no list of that length is of use.
+    """
+    front: list[dict[str, Any]] = []
+    for point in sorted(points, key=_by_length):
+        better = not front or point["relative_error"] < front[-1]["relative_error"]
+        if better and point["sqnr_db"] is not None and point["keep"] <= ops / 2:
+            front.append(point)
+    if len(front) < 3 or front[0]["keep"]:
+        return None
+    first, last = front[0], front[-1]  # of no op, at log(1 + 0) = 0, and of the most
+
+    def distance(point: dict[str, Any]) -> float:
+        gained = (point["sqnr_db"] - first["sqnr_db"]) / (last["sqnr_db"] - first["sqnr_db"])
+        return gained - math.log1p(point["keep"]) / math.log1p(last["keep"])
+
+    farthest = max(front[1:-1], key=distance)
+    return farthest if distance(farthest) > 0 else None
+
+
+def nearest(
+    points: list[dict[str, Any]], fp32: dict[str, Any], target: Target
+) -> tuple[dict[str, Any] | None, dict[str, float]]:
+    """The keep-list that lacks least of a target that none reaches, and what it lacks by part of the target.
+
+    A budget of bytes comes first, then the SQNR, then the accuracy. None where the target is none, or asks for an
+    accuracy that was not measured.
+    """
+    if set(vars(target).values()) == {None} or (target.max_accuracy_drop is not None and not fp32["accuracy"]):
+        return None, {}
+
+    def lacking(point: dict[str, Any]) -> dict[str, float]:
+        found = {}
+        if target.max_weight_bytes is not None:
+            found["max_weight_bytes"] = max(0, point["weight_bytes"] - target.max_weight_bytes)
+        if target.min_sqnr_db is not None:
+            short = target.min_sqnr_db - point["sqnr_db"] if point["sqnr_db"] is not None else 0.0
+            found["min_sqnr_db"] = max(0.0, short)
+        if target.max_accuracy_drop is not None:
+            found["max_accuracy_drop"] = max(0.0, fp32["accuracy"] - point["accuracy"] - target.max_accuracy_drop)
+        return found
+
+    best = min(points, key=lambda point: (*lacking(point).values(), *_by_length(point)))
+    return best, {name: value for name, value in lacking(best).items() if value}
 
 
 def recommended(
@@ -76,6 +155,11 @@ def recommended(
         return None, "the config's profiles block sets no target"
     if target.max_accuracy_drop is not None and fp32["accuracy"] is None:
         return None, f"no held-out sample has an answer: the target is {described(target)}"
+    if target.max_accuracy_drop is not None and fp32["accuracy"] == 0:
+        return (
+            None,
+            f"FP32 itself answers no held-out sample right, so no drop shows: the target is {described(target)}",
+        )
     reached = [point for point in points if reaches(point, fp32, target)]
     if not reached:
         return None, f"no measured keep-list that leaves an op in INT8 reaches it: the target is {described(target)}"

@@ -12,7 +12,7 @@ import jsonschema
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from auto_quantize_model import words
+from auto_quantize_model import escape, words
 from auto_quantize_model.files import InputError, canonical_json, digest_of, read_json
 from auto_quantize_model.ranking import ranked, score
 from auto_quantize_model.trust import assess, by_batch, rank_taus
@@ -134,7 +134,10 @@ def of_the_run(stand_in: str | None, calibration: dict[str, Any], not_exercised:
     if calibration["text_only"] and calibration["image_backend"]:
         found.append("The vision tower was not exercised: no calibration sample has an image.")
     if not_exercised:
-        found.append(f"{not_exercised} ops never ran on the calibration batches and have no score.")
+        ops = words.counted(not_exercised, "op")
+        found.append(
+            f"{ops} never ran on the scored batches, so nothing is known of {'it' if not_exercised == 1 else 'them'}."
+        )
     return found
 
 
@@ -143,9 +146,10 @@ def of_fallback(all_int8: dict[str, Any], records: dict[str, list[dict[str, floa
     seen, taus = all_int8["sqnr_db"], rank_taus(by_batch(records)[1])
     found = []
     if seen is not None and seen < FALLBACK_FLOOR_DB:
+        below = "an SQNR of {} dB, below {} dB".format(*words.apart(seen, FALLBACK_FLOOR_DB))
         found.append(
-            f"With every op in INT8 the output has an SQNR of {seen:.1f} dB, below {FALLBACK_FLOOR_DB:.0f} dB: the"
-            " fallback map is mostly noise there; use the isolated map."
+            f"With every op in INT8 the output has {below}: the fallback map is mostly noise there; use the isolated"
+            " map."
         )
     elif taus and statistics.fmean(taus) < FALLBACK_FLOOR_TAU:
         found.append(
@@ -178,34 +182,43 @@ def render(report: dict[str, Any], templates: Path) -> tuple[str, str]:
         jsonschema.ValidationError: the report is not what its published schema says.
     """
     jsonschema.validate(report, read_json(SCHEMA))
-    # No HTML here: the Markdown escapes cells itself, and JSON must stay as it is.
-    environment = Environment(  # noqa: S701
-        loader=FileSystemLoader(templates), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["cell"] = markdown_cell
-    environment.filters["canonical_json"] = canonical_json
+    # Every text that the Markdown shows is escaped unless it is Markup already; JSON holds the raw data.
+    environments = {
+        "md": Environment(
+            loader=FileSystemLoader(templates),
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            autoescape=True,
+            finalize=lambda value: escape.prose(value) if type(value) is str else value,
+        ),
+        "json": Environment(loader=FileSystemLoader(templates), undefined=StrictUndefined),  # noqa: S701  no HTML
+    }
+    environments["md"].filters |= {"cell": markdown_cell, "code": escape.code}
+    environments["json"].filters["canonical_json"] = canonical_json
     markdown, document = (
         environment.get_template(f"op_sensitivity.{kind}.j2").render(report=report, words=words)
-        for kind in ("md", "json")
+        for kind, environment in environments.items()
     )
     return markdown, document
 
 
 def markdown_cell(value: Any) -> str:
-    """A value as the text of a Markdown table's cell: 4 significant digits, `|` escaped, null as a dash."""
+    """A value as the text of a Markdown table's cell: 4 significant digits, markup escaped, null as a dash."""
     if value is None:
         return "–"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+    return words.number(value) if isinstance(value, float) else escape.prose(str(value))
 
 
 def tables(report: dict[str, Any]) -> dict[str, pd.DataFrame]:
-    """The report's `ranking`, `tradeoff` and `profiles` as flat tables; what was not measured has no rows."""
+    """The report's `ranking`, `tradeoff` and `profiles` as flat tables; what was not measured has no rows.
+
+    Texts are as `escape.spreadsheet_cell` returns them. Without an image there are no columns of image and text error.
+    """
     measured = report["tradeoff"]["status"] == "measured"
     curves = report["tradeoff"]["curves"] if measured else {}
     profiles = report["profiles"]["profiles"]
-    return {
+    found = {
         "ranking": pd.DataFrame(report["maps"]["isolated"]["ops"] if "isolated" in report["maps"] else []),
         "tradeoff": pd.DataFrame(
             {"order": order, **point, "added": " ".join(point["added"])}
@@ -213,8 +226,15 @@ def tables(report: dict[str, Any]) -> dict[str, pd.DataFrame]:
             for point in curve
         ),
         "profiles": pd.DataFrame(
-            {"profile": name, **profile, "kept": " ".join(profile["kept"])} for name, profile in profiles.items()
+            {"profile": name, **profile, "kept": " ".join(profile["kept"]), "worse": " ".join(profile["worse"])}
+            for name, profile in profiles.items()
         ),
+    }
+    if not words.has_images(report):
+        found["ranking"] = found["ranking"].drop(columns=list(words.BY_MODALITY), errors="ignore")
+    return {
+        name: table.map(lambda value: escape.spreadsheet_cell(value) if isinstance(value, str) else value)
+        for name, table in found.items()
     }
 
 
@@ -222,6 +242,7 @@ def top_table(report: dict[str, Any]) -> str:
     """The ten most sensitive ops as a text table for the terminal."""
     rows = [{"place": place, **row} for place, row in enumerate(report["most_sensitive"], start=1)]
     if not rows:
-        return "the isolated map was not measured: no ranking"
+        ran = "no op ran on the scored batches" if "isolated" in report["maps"] else "the isolated map was not measured"
+        return f"{ran}: no ranking"
     columns = ["place", "op_name", "op_type", "mse_value", "sqnr_db"]
     return pd.DataFrame(rows)[columns].to_string(index=False, float_format=lambda value: f"{value:.4g}")
