@@ -1,5 +1,6 @@
 """An export names exactly the modules that a profile keeps, in every tool's own form, or nothing is written."""
 
+import ast
 import fnmatch
 import importlib.util
 import json
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from markdown_it import MarkdownIt
 from test_models import write_snapshot
 
 from auto_quantize_model.exports import IS_FUSED, IS_IDLE, NO_HEAD, TOOLS, common_name, export, regular_expressions
@@ -262,3 +264,49 @@ def test_a_neighbour_with_a_longer_number_is_another_module() -> None:
     kinds: dict[str, type[torch.nn.Module]] = {f"model.layers.{n}.proj": torch.nn.Linear for n in (1, 11, 21)}
     name = common_name("model.layers.1.proj", kinds, [])
     assert [other for other in kinds if re.match(regular_expressions([name])[0], other)] == ["model.layers.1.proj"]
+
+
+HOSTILE = 'x"""\nimport os\nos.abort()\n"""\\ \u2028- evil: [*.weight]\x1b\r`|<script>'
+
+
+def test_a_strangers_name_is_a_literal_in_every_file_and_no_code(tmp_path: Path) -> None:
+    kept = [f"model.{HOSTILE}", "model.x*[0]?"]
+    modules: dict[str, type[torch.nn.Module]] = dict.fromkeys([*kept, "model.x10"], torch.nn.Linear)
+    modules["model.conv"] = torch.nn.Conv3d
+    profile = {"keep": 2, "kept": [*kept, "model.conv"], "sqnr_db": 31.0, "worse": {}}
+    plan = {"model": HOSTILE, "ops": [{"op_name": name} for name in (*kept, "model.x10")], "excluded": []}
+    capture = {"executions": {kept[0]: [1], kept[1]: [1], "model.x10": [0]}}
+    profiles = {"profiles": {"recommended": profile}, "missed": ""}
+    export(tmp_path / "exports", profiles, plan, capture, modules, [], 2, TEMPLATES)
+    directory = tmp_path / "exports" / "recommended"
+    for path in directory.iterdir():
+        assert not set(path.read_text()) & set("\x1b\r\u2028")
+    for name in ("inc_quantize", "nncf_ignored_scope", "torchao_quantize"):
+        tree = ast.parse((directory / f"{name}.py").read_text())
+        assert "import os os.abort()" in (ast.get_docstring(tree) or "")
+        assert not any(
+            alias.name == "os" for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+        )
+    module = imported(directory / "torchao_quantize.py")
+    quantized = {name for name in modules if module.filter_fn(torch.nn.Linear(1, 1), name)}
+    assert quantized == {"model.conv"}  # by its name; its class is none that torchao quantizes
+    recipe = yaml.safe_load((directory / "llm_compressor_recipe.yaml").read_text())
+    assert list(recipe) == ["quant_stage"]
+    entries = json.loads((directory / "modelopt_quant_cfg.json").read_text())["quant_cfg"]
+    matching = [
+        entry for entry in entries[5:] if fnmatch.fnmatch("model.x*[0]?.weight_quantizer", entry["quantizer_name"])
+    ]
+    assert len(matching) == 1 and not fnmatch.fnmatch("model.x*0y.weight_quantizer", matching[0]["quantizer_name"])
+    readme = MarkdownIt("commonmark").render((directory / "README.md").read_text())
+    assert "<script" not in readme and readme.count("<h2>") == len(TOOLS)
+
+
+def test_a_profile_that_is_worse_than_all_int8_says_so_in_its_files(tmp_path: Path, modules: Any) -> None:
+    profile = {"keep": 1, "kept": [Q_PROJ], "sqnr_db": None, "top1_agreement": 0.5, "worse": {"top1_agreement": 0.75}}
+    plan = {"model": "tiny", "ops": [{"op_name": Q_PROJ}], "excluded": []}
+    profiles = {"profiles": {"minimal": profile}, "missed": ""}
+    export(tmp_path / "exports", profiles, plan, {"executions": {Q_PROJ: [1]}}, modules, [], 2, TEMPLATES)
+    for file in ("README.md", "inc_quantize.py", "llm_compressor_recipe.yaml"):
+        text = (tmp_path / "exports" / "minimal" / file).read_text()
+        assert "Profile minimal of tiny: 1 op in FP32, no error on held-out samples" in text
+        assert "minimal does worse than all-INT8 in top-1 (0.5, all-INT8 0.75)." in text

@@ -230,6 +230,13 @@ def test_a_name_full_of_markup_and_quotes_is_drawn_as_it_is(tmp_path):
         assert not list(ElementTree.parse(tmp_path / f"{name}.svg").iter("{http://www.w3.org/2000/svg}script"))
 
 
+def test_a_control_character_in_a_name_leaves_the_picture_readable(tmp_path):
+    report = renamed(report_of(tradeoff()), "lm_head", "lm\x1b[2J\u202ehead")
+    report["model"]["model"] = "tiny\x00"
+    assert "lm\\x1b[2J\\u202ehead" in drawn(report, "ranked_ops", tmp_path)
+    assert "tiny\\x00" in drawn(report, "tradeoff", tmp_path)
+
+
 def test_a_failed_drawing_and_another_suffix_leave_nothing_behind(tmp_path):
     with pytest.raises(ValueError, match="as .svg or .png"):
         save(figures(report_of())["heat_map"], tmp_path / "map.pdf")

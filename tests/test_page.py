@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from test_figures import HOSTILE, from_inc, no_error_at_all, renamed, report_of, tradeoff, without_images
+from test_figures import HOSTILE, from_inc, no_error_at_all, point, renamed, report_of, tradeoff, without_images
 from test_report import TEMPLATES
 
 from auto_quantize_model.documents import write_document
@@ -80,9 +80,31 @@ def test_names_are_escaped_in_the_markup_and_cannot_end_a_script():
     assert not re.search("[<>&\u2028]", page.scripts["maps"] + page.scripts["specs"])
 
 
-def test_a_link_is_never_a_scheme():
-    page = rendered(report_of(), {"files": {"file": "javascript:alert(1)"}, "exports": {}})
-    assert [attrs["href"] for tag, attrs in page.tags if tag == "a"] == ["javascript%3Aalert%281%29"]
+@pytest.mark.parametrize(
+    ("path", "link"),
+    [("javascript:alert(1)", "javascript%3Aalert%281%29"), ("//example.org/x", "/example.org/x"), ("a b", "a%20b")],
+)
+def test_a_link_is_never_a_scheme_and_never_a_host(path, link):
+    page = rendered(report_of(), {"files": {"file": path}, "exports": {}})
+    assert [attrs["href"] for tag, attrs in page.tags if tag == "a"] == [link]
+
+
+def test_the_page_shows_control_characters_and_has_no_empty_columns_of_images():
+    report = without_images()
+    report["calibration"]["name"] = "set\x1b[2J\u202e"
+    page = rendered(report)
+    assert "set\\x1b[2J\\u202e" in page.said() and "with no image tokens among 48." in page.said()
+    assert "image tokens</th>" not in render_page(report, BARE, TEMPLATES)
+
+
+def test_a_remark_a_broken_model_and_the_knee_stand_on_the_page():
+    curve = [point(0, 4.0), point(1, 10.0, ["a"]), point(2, 11.0, ["b"]), point(4, 12.0, ["c", "d"])]
+    found = tradeoff([*curve, point(8, None, ["e", "f", "g", "h"])])
+    found["curves"]["ranking"][0] |= {"top1_agreement": 0.9}
+    said = rendered(report_of(found, Target(min_sqnr_db=45))).said()
+    assert "INT8 breaks this model: with every op in INT8" in said
+    assert "nearest to the target keeps 4 of 8 ops" in said and "At the knee are kept:" in said
+    assert "minimal does worse than all-INT8 in top-1 (0.75, all-INT8 0.9)." in said
 
 
 def test_the_summary_says_what_to_keep_what_it_costs_and_how_sure_that_is():

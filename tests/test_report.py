@@ -3,20 +3,25 @@
 import copy
 import json
 import math
+import re
+from html import unescape
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
+from auto_quantize_model.escape import CONTROLS, one_line
 from auto_quantize_model.files import InputError, canonical_json, digest_of
 from auto_quantize_model.profiles import Target, build_profiles
 from auto_quantize_model.ranking import score
-from auto_quantize_model.report import build_report, markdown_cell, render, top_table
+from auto_quantize_model.report import build_report, markdown_cell, render, tables, top_table
 
 TEMPLATES = Path(__file__).parents[1] / "workflow" / "templates"
 UNMEASURED = {"status": "not_measured", "reason": "tradeoff.heldout_batches is 0"}
 PROFILES = build_profiles(UNMEASURED, Target())
+MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 NAMES = ["visual.proj", "layers.0.mlp", "layers.1.mlp", "lm_head"]
 
 
@@ -219,6 +224,59 @@ def test_every_markdown_table_has_as_many_cells_in_each_row_as_in_its_head():
         assert f"## {heading}" in markdown
     assert "The lowest is the most sensitive" in markdown
     assert "\n\n\n\n" not in markdown
+
+
+STRANGERS = [
+    "</code><script>alert(1)</script>",
+    "[click](javascript:alert(1))",
+    "![](https://example.org/x.png)",
+    "a|b`c\\|d\n\n# Heading",
+    "\x1b[31m\u202ered",
+    "www.example.org @someone #1 a@example.org",
+    "**bold** _soft_ ~~gone~~ $x$ <!--",
+]
+
+
+@pytest.mark.parametrize("text", STRANGERS)
+def test_no_text_of_a_stranger_is_markup_in_the_markdown_and_the_json_holds_it_raw(text):
+    plain = build_report(*parts(stand_in="STRANGER"))
+    plain |= {"tradeoff": UNMEASURED | {"reason": "STRANGER"}}
+    for block, key in (
+        ("model", "model"),
+        ("model", "architecture"),
+        ("calibration", "name"),
+        ("measurement", "device"),
+    ):
+        plain[block][key] = "STRANGER"
+    plain["profiles"] = plain["profiles"] | {"missed": "STRANGER"}
+    plain["audit"] |= {"ops": ["STRANGER"], "maps": ["STRANGER"]}
+    plain["versions"] = {"STRANGER": "STRANGER"}
+    plain["excluded"] = [dict.fromkeys(("op_name", "op_type", "reason"), "STRANGER")]
+    plain["ops"][0] |= {"op_name": "STRANGER", "op_type": "STRANGER", "status": "not_exercised"}
+    for rows in (plain["maps"]["isolated"]["ops"], plain["most_sensitive"]):
+        rows[0] |= {"op_name": "STRANGER", "op_type": "STRANGER"}
+    for batch in plain["batches"]:
+        batch["sample_ids"] = ["STRANGER"]
+    hostile = json.loads(json.dumps(plain).replace('"STRANGER"', json.dumps(text)).replace("STRANGER", ""))
+    rendered = [MARKDOWN.render(render(report, TEMPLATES)[0]) for report in (plain, hostile)]
+    tags = [
+        [tag for tag in re.findall("<[^>]*>", html) if tag not in ("<wbr>", "<code>", "</code>")] for html in rendered
+    ]
+    assert tags[0] == tags[1] and rendered[0].count("STRANGER") > 20
+    assert rendered[0].count("STRANGER") - 1 <= html_text(rendered[1]).count(one_line(text))  # the warning's is cut out
+    assert not CONTROLS.search(rendered[1]) and "<script" not in render(hostile, TEMPLATES)[0]
+    assert json.loads(render(hostile, TEMPLATES)[1])["batches"][0]["sample_ids"] == [text]
+
+
+def html_text(html):
+    return unescape(re.sub("<[^>]*>", "", html))
+
+
+def test_tables_hold_no_formula():
+    report = build_report(*parts())
+    report["maps"]["isolated"]["ops"][0] |= {"op_name": "=cmd|' /C calc'!A0", "op_type": "+x", "mse_value": -1.0}
+    lines = tables(report)["ranking"].to_csv(index=False).splitlines()
+    assert lines[1].startswith("1,True,'=cmd|' /C calc'!A0,'+x,-1.0,")
 
 
 def test_a_map_that_was_not_measured_says_so():
