@@ -280,7 +280,7 @@ def test_a_strangers_name_is_a_literal_in_every_file_and_no_code(tmp_path: Path)
     export(tmp_path / "exports", profiles, plan, capture, modules, [], 2, TEMPLATES)
     directory = tmp_path / "exports" / "recommended"
     for path in directory.iterdir():
-        assert not set(path.read_text()) & set("\x1b\r\u2028")
+        assert path.suffix == ".json" or not set(path.read_text()) & set("\x1b\r\u2028")
     for name in ("inc_quantize", "nncf_ignored_scope", "torchao_quantize"):
         tree = ast.parse((directory / f"{name}.py").read_text())
         assert "import os os.abort()" in (ast.get_docstring(tree) or "")

@@ -184,6 +184,35 @@ def test_a_hub_that_cannot_be_reached(download: Downloader) -> None:
     assert "http://127.0.0.1:9 cannot be reached" in download.fails(HF_ENDPOINT="http://127.0.0.1:9")
 
 
+def with_password(address: str) -> str:
+    return address.replace("://", "://user:pass-word@")
+
+
+def test_no_error_of_the_hub_shows_a_password(download: Downloader) -> None:
+    unreachable = download.fails(HF_ENDPOINT=with_password("http://127.0.0.1:9"))
+    assert "http://***@127.0.0.1:9 cannot be reached" in unreachable and "pass-word" not in unreachable
+    download.hub.faults.append(Fault("/api/models/.*/tree", status=503))
+    broken = download.fails(setup="hub.PAUSES = ()", HF_ENDPOINT=with_password(download.hub.address))
+    assert "503" in broken and "pass-word" not in broken
+    assert "pass-word" not in download.fails(repo_id="https://user:pass-word@127.0.0.1:9/org/tiny")
+
+
+def test_no_log_of_a_script_shows_a_password_or_a_token(download: Downloader, tmp_path: Path) -> None:
+    """HF_DEBUG has huggingface_hub log each request; a fault that is none of ours has its traceback logged."""
+    log = tmp_path / "get_model.log"
+    command = [sys.executable, "scripts/get_model.py", "--name", "tiny", "--source", "hub", "--repo-id", REPO]
+    command += ["--revision", COMMIT, "--path", str(tmp_path / "model"), "--log", str(log)]
+    command += ["--manifest", "/proc/nowhere/manifest.json"]
+    environment = {"HF_ENDPOINT": with_password(download.hub.address), "HF_HOME": str(download.home), "HF_DEBUG": "1"}
+    environment |= {"HF_TOKEN": "opaque-token"}
+    root = Path(__file__).parents[1]
+    ended = subprocess.run(command, cwd=root, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert ended.returncode != 0
+    everything = ended.stdout + ended.stderr + log.read_text()
+    assert download.hub.address.replace("://", "://***@") in everything
+    assert "pass-word" not in everything and "opaque-token" not in everything
+
+
 @pytest.fixture
 def small_disk(download: Downloader) -> Iterator[Downloader]:
     """A cache on a disk of 256 KiB, where this machine lets a test mount one."""

@@ -138,8 +138,8 @@ def test_that_int8_breaks_the_model_is_said_with_values_and_limits():
     report = report_of(with_states(BROKEN), Target(min_sqnr_db=45))
     assert words.breaks(report) == [
         "INT8 breaks this model: with every op in INT8 the output on held-out samples has an SQNR of 4 dB (below 10"
-        " dB), FP32's most likely token at 41.2 % of the positions (below 75 %) and 10.00 % of the answers right, where FP32"
-        " has 90.00 % (below 75 % of that)."
+        " dB), FP32's most likely token at 41.2 % of the positions (below 75 %) and 10.00 % of the answers right, where"
+        " FP32 has 90.00 % (below 75 % of that)."
     ]
     assert "\n\n**INT8 breaks this model: with every op" in rendered(report)
     assert words.breaks(report_of(tradeoff(), Target(min_sqnr_db=45))) == []  # 20 dB, 75 %, 80 % where FP32 has 90 %

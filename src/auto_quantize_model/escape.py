@@ -104,7 +104,7 @@ def prose(text: str) -> Markup:
     def entity(found: re.Match[str]) -> str:
         return f"&#{ord(found[0])};" + ("<wbr>" if found[0] in "@#" else "")
 
-    return Markup(IN_MARKDOWN.sub(entity, one_line(text)))  # noqa: S704  escaped for Markdown right here
+    return Markup(IN_MARKDOWN.sub(entity, printable(re.sub(r"\s+", " ", text))))  # noqa: S704  escaped for Markdown right here
 
 
 def code(text: str) -> Markup:

@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from auto_quantize_model.escape import redacted
 from auto_quantize_model.files import InputError
 
 Result = TypeVar("Result")
@@ -190,7 +191,7 @@ def explained(kind: str, repo_id: str, revision: str) -> Iterator[None]:
     Raises:
         InputError: in their place.
     """
-    place = f"{kind} {repo_id} at {revision[:12]}"
+    place, endpoint = redacted(f"{kind} {repo_id} at {revision[:12]}"), redacted(constants.ENDPOINT)
     again = "run again: what has arrived is kept" if kind == "model" else "run again"
     try:
         yield
@@ -205,29 +206,27 @@ def explained(kind: str, repo_id: str, revision: str) -> Iterator[None]:
     except RevisionNotFoundError:
         raise InputError(f"{place}: the repository has no such revision; check revision") from None
     except HFValidationError as error:
-        raise InputError(f"{place}: {error}; write repo_id as owner/name") from None
+        raise InputError(f"{place}: {redacted(str(error))}; write repo_id as owner/name") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         if constants.HF_HUB_OFFLINE:
             cache = f"the cache ({constants.HF_HUB_CACHE}) does not hold all of it"
             lacking = cache if kind == "model" else "samples are streamed"
             raise InputError(f"{place}: HF_HUB_OFFLINE is set and {lacking}; unset it once to fetch it") from None
-        raise InputError(f"{place}: {constants.ENDPOINT} cannot be reached ({_innermost(error)}); run again") from None
+        raise InputError(f"{place}: {endpoint} cannot be reached ({_innermost(error)}); run again") from None
     except (HfHubHTTPError, EntryNotFoundError, httpx2.TransportError) as error:
-        raise InputError(
-            f"{place}: {constants.ENDPOINT} answered with an error ({_innermost(error)}); {again}"
-        ) from None
+        raise InputError(f"{place}: {endpoint} answered with an error ({_innermost(error)}); {again}") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
                 f"{place}: the disk of {constants.HF_HUB_CACHE} is full; free some space or set HF_HOME to a folder on"
                 f" another disk, and {again}"
             ) from None
-        raise InputError(f"{place}: {error}; {again}") from None
+        raise InputError(f"{place}: {redacted(str(error))}; {again}") from None
 
 
 def _innermost(error: BaseException) -> str:
-    """The first line of the error that began it."""
+    """The first line of the error that began it, without secrets."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return redacted(f"{type(error).__name__}: {lines[0] if lines else ''}")
