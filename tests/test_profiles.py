@@ -107,3 +107,56 @@ def test_a_greedy_keep_list_is_recommended_where_it_is_smaller_or_better() -> No
     assert (recommended["order"], recommended["keep"], recommended["kept"]) == ("greedy", 2, ["op0", "op7"])
     greedy.update(sqnr_db=11.5, relative_error=10**-1.15)
     assert build_profiles(found, Target(min_sqnr_db=25))["profiles"]["recommended"]["order"] == "ranking"
+
+
+def curve(sqnr_of: dict[int, float | None]) -> dict[str, Any]:
+    """A trade-off of 64 ops with such SQNRs by the number of kept ops."""
+    found = tradeoff()
+    points = [
+        found["curves"]["ranking"][0]
+        | {"keep": keep, "sqnr_db": sqnr, "relative_error": 0.0 if sqnr is None else 10 ** (-sqnr / 10)}
+        for keep, sqnr in sqnr_of.items()
+    ]
+    return found | {"ops": 64, "curves": {"ranking": points}}
+
+
+@pytest.mark.parametrize(
+    ("sqnr_of", "keep"),
+    [
+        # Over log2(1 + kept), 0 to 5, the distances from the chord are 0.3, 0.5, 0.35, 0.2 at 1, 3, 7, 15.
+        ({0: 0.0, 1: 5.0, 3: 9.0, 7: 9.5, 15: 10.0, 31: 10.0, 64: None}, 3),
+        ({0: 0.0, 1: 9.0, 3: 9.1, 7: 9.2, 15: 9.3, 31: 10.0, 64: None}, 1),
+        # A list beyond half of the ops, such as 63 with next to no error, moves nothing.
+        ({0: 0.0, 1: 9.0, 3: 9.1, 7: 9.2, 15: 9.3, 31: 10.0, 63: 90.0, 64: None}, 1),
+        # A list worse than a shorter one is no point of the curve.
+        ({0: 0.0, 1: 5.0, 3: 9.0, 7: 2.0, 15: 9.5, 31: 10.0, 64: None}, 3),
+        ({0: -6.0, 1: -1.0, 3: 3.0, 7: 3.5, 15: 4.0, 31: 4.0, 64: None}, 3),
+        ({0: 0.0, 1: 2.0, 3: 4.0, 7: 6.0, 15: 8.0, 31: 10.0, 64: None}, None),  # straight
+        ({0: 0.0, 1: 0.1, 3: 0.2, 7: 1.0, 15: 3.0, 31: 10.0, 64: None}, None),  # bends the other way
+        ({0: 5.0, 1: 5.0, 3: 5.0, 64: None}, None),  # keeping buys nothing
+        ({0: None, 1: None, 64: None}, None),
+        ({0: 5.0, 64: None}, None),
+    ],
+)
+def test_the_knee_is_the_point_farthest_from_the_chord(sqnr_of: dict[int, float | None], keep: int | None) -> None:
+    found = build_profiles(curve(sqnr_of), Target())["knee"]
+    assert (found and found["keep"]) == keep
+
+
+def test_the_knee_may_be_of_any_order_that_has_a_reason() -> None:
+    found = curve({0: 0.0, 1: 5.0, 3: 9.0, 7: 9.5, 15: 10.0, 31: 10.5, 64: None})
+    better = curve({0: 0.0, 1: 5.0, 3: 9.2, 7: 9.5, 15: 10.0, 31: 10.5, 64: None})
+    found["curves"] |= {"weight_bytes": better["curves"]["ranking"], "random_0": curve({3: 60.0})["curves"]["ranking"]}
+    knee = build_profiles(found, Target())["knee"]
+    assert (knee["order"], knee["keep"]) == ("weight_bytes", 3)
+
+
+def test_a_missed_target_has_the_nearest_list_and_what_it_lacks_and_a_reached_one_has_none() -> None:
+    found = build_profiles(tradeoff(), Target(min_sqnr_db=45.0))
+    assert (found["nearest"]["keep"], found["short"]) == (8, {"min_sqnr_db": 5.0})
+    found = build_profiles(tradeoff(), Target(min_sqnr_db=45.0, max_weight_bytes=120))
+    assert (found["nearest"]["keep"], found["short"]) == (1, {"min_sqnr_db": 33.0})
+    found = build_profiles(tradeoff(), Target(min_sqnr_db=40.0))
+    assert (found["nearest"], found["short"]) == (None, {})
+    found = build_profiles(tradeoff(accuracy=False), Target(min_sqnr_db=45.0, max_accuracy_drop=0.1))
+    assert (found["nearest"], found["short"]) == (None, {})

@@ -15,6 +15,9 @@ SHARES = {"minimal": 0.01, "moderate": 0.05, "aggressive": 0.15, "max": 0.4}
 # The curves whose order has a reason; the ranking turned round and random orders are there to be compared with.
 ORDERS = ("ranking", "greedy", "weight_bytes")
 
+# A curve whose points are no farther than this from its chord, on axes from 0 to 1, is a straight line: it has no knee.
+STRAIGHT = 0.05
+
 
 @dataclass(frozen=True)
 class Target:
@@ -114,7 +117,7 @@ def knee(points: list[dict[str, Any]], ops: int) -> dict[str, Any] | None:
         return gained - math.log1p(point["keep"]) / math.log1p(last["keep"])
 
     farthest = max(front[1:-1], key=distance)
-    return farthest if distance(farthest) > 0 else None
+    return farthest if distance(farthest) > STRAIGHT else None
 
 
 def nearest(
