@@ -203,7 +203,8 @@ def test_where_the_target_is_missed_the_nearest_list_and_the_knee_are_given(targ
         "The knee of the measured curve is at 2 ops of 8, along the ranking: there the output has an SQNR of 14.00 dB,"
         " 10.00 dB more than with every op in INT8, and each further doubling of the list buys less."
     )
-    assert "\n1. `a`\n2. `b`\n" in rendered(report)  # what the knee keeps
+    assert "\nAt the knee are kept:\n\n1. `a`\n2. `b`\n" in rendered(report)
+    assert "| 8 | `h` | 0.009 | no error | no error | no error |" in rendered(report)
 
 
 def test_without_a_target_the_knee_is_given_and_nothing_is_missed():

@@ -195,6 +195,7 @@ def render(report: dict[str, Any], templates: Path) -> tuple[str, str]:
         "json": Environment(loader=FileSystemLoader(templates), undefined=StrictUndefined),  # noqa: S701  no HTML
     }
     environments["md"].filters |= {"cell": markdown_cell, "code": escape.code}
+    environments["md"].filters["decibels"] = lambda value: "no error" if value is None else words.number(value)
     environments["json"].filters["canonical_json"] = canonical_json
     markdown, document = (
         environment.get_template(f"op_sensitivity.{kind}.j2").render(report=report, words=words)
