@@ -25,6 +25,8 @@ from auto_quantize_model.calibration import (
 )
 from auto_quantize_model.digits import digit_samples, digits_split
 from auto_quantize_model.files import InputError, from_block
+from auto_quantize_model.samples import prepare
+from auto_quantize_model.templates import renderer
 
 SPEC = CalibrationSpec(
     name="set",
@@ -72,7 +74,7 @@ def test_local_splits_are_disjoint_exact_and_the_same_for_a_seed(processor, seed
         spec = local(path, num_samples=num_samples, num_heldout=num_heldout, seed=seed, batch_size=1)
         first, second = (extract(spec, processor, UNTRAINED) for _ in range(2))
     calibration, heldout, _ = first
-    assert len({sample.prompt for sample in calibration + heldout}) == num_samples + num_heldout
+    assert len({item.sample.prompt for item in calibration + heldout}) == num_samples + num_heldout
     assert len(calibration) == num_samples
     assert first == second
 
@@ -81,7 +83,7 @@ def test_digits_come_from_the_splits_that_training_left_aside(processor):
     calibration, heldout, manifest = extract(SPEC, processor, UNTRAINED)
     split = digits_split(0)
     for samples, name in ((calibration, "calibration"), (heldout, "heldout")):
-        assert {int(sample.id.removeprefix("digit-")) for sample in samples} <= set(split[name])
+        assert {int(item.sample.id.removeprefix("digit-")) for item in samples} <= set(split[name])
     assert not manifest["text_only"]
     assert all(entry["image_tokens"] == 4 for entry in manifest["samples"]["calibration"])
 
@@ -98,7 +100,8 @@ def test_stored_samples_come_back_bit_for_bit(processor, tmp_path):
         write_samples(tmp_path / f"{name}.parquet", calibration)
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
     restored = read_samples(tmp_path / "a.parquet")
-    assert [sample.image.tobytes() for sample in restored] == [sample.image.tobytes() for sample in calibration]
+    assert [item.sample.image.tobytes() for item in restored] == [item.sample.image.tobytes() for item in calibration]
+    assert [replace(item, sample=None) for item in restored] == [replace(item, sample=None) for item in calibration]
     batches = load_batches(tmp_path / "a.parquet", manifest, processor)
     assert [batch["input_ids"].shape[0] for batch in batches] == [2, 2]
     assert batches[0]["pixel_values"].dtype == torch.float32
@@ -114,14 +117,15 @@ def test_a_set_that_is_not_its_manifests_is_refused(processor, tmp_path):
 def test_jsonl_folder_and_parquet_give_the_same_images(processor, jsonl, tmp_path):
     spec = local(jsonl)
     from_jsonl, heldout, _ = extract(spec, processor, UNTRAINED)
-    assert not {sample.id for sample in from_jsonl} & {sample.id for sample in heldout}
+    assert not {item.sample.id for item in from_jsonl} & {item.sample.id for item in heldout}
     from_folder, _, _ = extract(local(tmp_path), processor, UNTRAINED)
     stored = tmp_path / "stored.parquet"
-    write_samples(stored, [*digit_samples(range(6))])
+    limits, render = spec.limits, renderer(processor.tokenizer)
+    write_samples(stored, [prepare(sample, processor, limits, render) for sample in digit_samples(range(6))])
     from_parquet, _, _ = extract(local(stored), processor, UNTRAINED)
-    pixels = [[sample.image.tobytes() for sample in samples] for samples in (from_jsonl, from_folder, from_parquet)]
+    pixels = [[item.sample.image.tobytes() for item in samples] for samples in (from_jsonl, from_folder, from_parquet)]
     assert pixels[0] == pixels[1] == pixels[2]
-    assert {sample.prompt for sample in from_folder} == {"Describe this image."}
+    assert {item.sample.prompt for item in from_folder} == {"Describe this image."}
 
 
 def test_text_only_samples_are_allowed_and_marked(processor, tmp_path):
@@ -193,7 +197,7 @@ def test_samples_of_different_length_do_not_share_a_batch(processor, jsonl):
 def test_the_image_token_in_a_prompt_is_refused(processor, tmp_path):
     path = tmp_path / "set.jsonl"
     path.write_text(json.dumps({"prompt": "<|image_pad|>"}) + "\n")
-    with pytest.raises(InputError, match=r"contains the image token <\|image_pad\|>"):
+    with pytest.raises(InputError, match=r"contains the special token <\|image_pad\|>"):
         extract(local(path, num_samples=1, num_heldout=0, batch_size=1), processor, UNTRAINED)
 
 
@@ -216,8 +220,8 @@ def test_values_of_the_wrong_kind_are_named(processor, jsonl, line, message):
 def test_a_byte_order_mark_and_unicode_line_separators_are_text(processor, tmp_path):
     path = tmp_path / "set.jsonl"
     path.write_text(json.dumps({"prompt": "one\u2028two"}, ensure_ascii=False), encoding="utf-8-sig")
-    (sample,), _, _ = extract(local(path, num_samples=1, num_heldout=0, batch_size=1), processor, UNTRAINED)
-    assert sample.prompt == "one\u2028two"
+    (item,), _, _ = extract(local(path, num_samples=1, num_heldout=0, batch_size=1), processor, UNTRAINED)
+    assert item.sample.prompt == "one\u2028two"
 
 
 @pytest.mark.parametrize(
@@ -242,19 +246,20 @@ def test_bad_parquet_is_refused(processor, tmp_path, columns, message):
         extract(local(path, num_samples=1, num_heldout=0, batch_size=1), processor, UNTRAINED)
 
 
-def test_a_parquet_file_is_read_anew_though_path_and_time_are_the_same(tmp_path):
+def test_a_parquet_file_is_read_anew_though_path_and_time_are_the_same(processor, tmp_path):
     path = tmp_path / "set.parquet"
     for index in (0, 1):
-        write_samples(path, digit_samples([index]))
+        sample = digit_samples([index])[0]
+        write_samples(path, [prepare(sample, processor, SPEC.limits, renderer(processor.tokenizer))])
         os.utime(path, (0, 0))
-        assert read_samples(path)[0].id == f"digit-{index:04d}"
+        assert read_samples(path)[0].sample.id == f"digit-{index:04d}"
 
 
 def test_images_in_a_parquet_lie_relative_to_it(processor, tmp_path):
     Image.new("RGB", (60, 30)).save(tmp_path / "a.png")
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x"], "image": ["a.png"]}), tmp_path / "set.parquet")
-    spec = local(tmp_path / "set.parquet", num_samples=1, num_heldout=0, batch_size=1)
-    assert extract(spec, processor, UNTRAINED)[0][0].image.size == (60, 30)
+    spec = local(tmp_path / "set.parquet", num_samples=1, num_heldout=0, batch_size=1, max_pixels=12544)
+    assert extract(spec, processor, UNTRAINED)[0][0].sample.image.size == (84, 56)
 
 
 def test_a_photo_is_turned_as_its_exif_says(processor, tmp_path):
@@ -262,8 +267,8 @@ def test_a_photo_is_turned_as_its_exif_says(processor, tmp_path):
     exif = photo.getexif()
     exif[0x0112] = 6  # orientation: a quarter turn
     photo.save(tmp_path / "photo.jpg", exif=exif)
-    spec = local(tmp_path, num_samples=1, num_heldout=0, batch_size=1)
-    assert extract(spec, processor, UNTRAINED)[0][0].image.size == (30, 60)
+    spec = local(tmp_path, num_samples=1, num_heldout=0, batch_size=1, max_pixels=12544)
+    assert extract(spec, processor, UNTRAINED)[0][0].sample.image.size == (56, 84)
 
 
 def test_an_image_that_the_processor_refuses_is_named(processor, tmp_path):
@@ -275,7 +280,7 @@ def test_an_image_that_the_processor_refuses_is_named(processor, tmp_path):
 def test_an_image_of_absurd_size_is_named(processor, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     Image.new("RGB", (60, 30)).save(tmp_path / "bomb.png")
-    with pytest.raises(InputError, match=r"bomb\.png cannot be read .*decompression bomb"):
+    with pytest.raises(InputError, match=r"bomb\.png has too many pixels .*decompression bomb"):
         extract(local(tmp_path, num_samples=1, num_heldout=0, batch_size=1), processor, UNTRAINED)
 
 
