@@ -1,11 +1,16 @@
 """Calibration sets: drawn by a seed, disjoint, stored as they are, and refused where they are wrong."""
 
+import copy
+import gc
 import json
 import os
 import tempfile
+import weakref
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -14,13 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from auto_quantize_model import sources
 from auto_quantize_model.calibration import (
     CalibrationLoader,
     CalibrationSpec,
     batches_of,
     extract,
+    extract_into,
     load_batches,
+    load_heldout,
     read_samples,
+    remarks,
     write_samples,
 )
 from auto_quantize_model.digits import digit_samples, digits_split
@@ -297,6 +306,7 @@ def test_one_sample_in_both_splits_is_refused(processor, tmp_path):
         ({"source": "cloud"}, "calibration.source: 'cloud' is neither"),
         ({"num_samples": "4"}, "calibration.num_samples: '4' is not a whole number"),
         ({"num_samples": 1}, r"num_samples \(1\) is below calibration.batch_size \(2\)"),
+        ({"format": "auto"}, "calibration.format: 'auto' is neither chat nor plain"),
         ({"min_pixels": 9999}, "min_pixels is above calibration.max_pixels"),
         ({"sede": 0}, "calibration.sede: no such key"),
     ],
@@ -317,3 +327,191 @@ def test_inc_can_iterate_the_loader_again_and_again(processor):
     loader = CalibrationLoader(batches_of(calibration, manifest, processor))
     assert loader.batch_size == 2
     assert [label for _ in range(2) for _, label in loader] == [None] * 4
+
+
+def test_a_template_with_a_date_is_rendered_once(processor, tmp_path, monkeypatch):
+    """Llama 3's template writes today's date; a run over midnight has to measure what was extracted."""
+    dated = copy.deepcopy(processor.tokenizer)
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + dated.chat_template
+    processor = replace(processor, tokenizer=dated)
+    on_the_day(monkeypatch, 2024, 7, 26)
+    calibration, heldout, manifest = extract(SPEC, processor, UNTRAINED)
+    write_samples(tmp_path / "calibration.parquet", calibration)
+    write_samples(tmp_path / "heldout.parquet", heldout)
+    extracted = batches_of(calibration, manifest, processor)
+    on_the_day(monkeypatch, 2025, 12, 31)
+    loaded = load_batches(tmp_path / "calibration.parquet", manifest, processor)
+    held, answers = load_heldout(tmp_path / "heldout.parquet", manifest, processor, 1)
+    for batch, before in zip(loaded + held, extracted + batches_of(heldout, manifest, processor), strict=True):
+        assert batch.keys() == before.keys()
+        assert all(torch.equal(batch[name], before[name]) for name in batch)
+        assert dated.decode(batch["input_ids"][0]).startswith("26 Jul 2024<")
+    assert answers == [[item.answer_span for item in heldout]]
+    next_day = extract(SPEC, processor, UNTRAINED)[2]
+    assert next_day["digest"] != manifest["digest"]
+    assert dated.decode(extract(SPEC, processor, UNTRAINED)[0][0].input_ids).startswith("31 Dec 2025<")
+
+
+def on_the_day(monkeypatch, *date):
+    class Clock(datetime):
+        @classmethod
+        def now(cls, zone=None):
+            return cls(*date)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+
+
+def test_no_later_step_renders_or_tokenizes(processor, tmp_path):
+    calibration, heldout, manifest = extract(SPEC, processor, UNTRAINED)
+    write_samples(tmp_path / "set.parquet", heldout)
+    without_words = replace(processor, tokenizer=None)
+    load_heldout(tmp_path / "set.parquet", manifest, without_words, 1)
+    batches_of(calibration, manifest, without_words)
+
+
+def test_changed_token_ids_and_answers_are_not_the_manifests(processor, tmp_path):
+    calibration, _, manifest = extract(SPEC, processor, UNTRAINED)
+    first = calibration[0]
+    for changed in (
+        replace(first, input_ids=(0, *first.input_ids[1:])),
+        replace(first, answer_span=range(1, 2)),
+        replace(first, answer_span=None),
+    ):
+        write_samples(tmp_path / "set.parquet", [changed, *calibration[1:]])
+        with pytest.raises(InputError, match="not the samples of its manifest"):
+            load_batches(tmp_path / "set.parquet", manifest, processor)
+
+
+@pytest.mark.parametrize("damage", ["cut", "other columns"])
+def test_a_damaged_set_is_named(processor, tmp_path, damage):
+    calibration, _, manifest = extract(SPEC, processor, UNTRAINED)
+    path = tmp_path / "set.parquet"
+    write_samples(path, calibration)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-20])
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x"]}), path)
+    with pytest.raises(InputError, match=r"set\.parquet: not a calibration set .*run the calibration rule again"):
+        load_batches(path, manifest, processor)
+
+
+def test_a_conversation_is_stored_whole_and_can_be_drawn_from_again(processor, tmp_path):
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Look:"}, {"type": "image"}]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    path = tmp_path / "set.jsonl"
+    path.write_text(json.dumps({"image": "a.png", "messages": messages}))
+    one = {"num_samples": 1, "num_heldout": 0, "batch_size": 1, "max_tokens": 512}
+    (first,), _, manifest = extract(local(path, **one), processor, UNTRAINED)
+    assert first.sample.prompt == "Sure?" and first.sample.answer == "Yes." and len(first.sample.turns) == 4
+    write_samples(tmp_path / "stored.parquet", [first])
+    assert len(load_batches(tmp_path / "stored.parquet", manifest, processor)) == 1
+    (again,), _, _ = extract(local(tmp_path / "stored.parquet", **one), processor, UNTRAINED)
+    assert (again.sample.turns, again.input_ids) == (first.sample.turns, first.input_ids)
+
+
+def test_all_bad_samples_of_a_draw_are_named_in_one_error(processor, tmp_path):
+    Image.new("RGB", (60, 30)).save(tmp_path / "a.png")
+    Image.new("RGB", (3000, 5)).save(tmp_path / "thin.png")
+    (tmp_path / "damaged.png").write_bytes(b"no image")
+    images = ["a.png", "gone.png", "damaged.png", "thin.png"]
+    path = tmp_path / "set.jsonl"
+    rows = [{"prompt": "x", "image": image} for image in images] + [{"prompt": "<|im_end|>"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError) as caught:
+        extract(local(path, num_samples=4, num_heldout=1, batch_size=1), processor, UNTRAINED)
+    message = str(caught.value)
+    assert "4 samples cannot be used" in message
+    for part in ("gone.png does not exist", "damaged.png cannot be read", "aspect ratio", "special token <|im_end|>"):
+        assert part in message
+
+
+def test_images_are_stored_at_the_size_that_the_processor_makes(processor, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (400, 600, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.png")
+    spec = local(tmp_path, num_samples=1, num_heldout=0, batch_size=1, max_pixels=12544, max_tokens=512)
+    samples, _, manifest = extract(spec, processor, UNTRAINED)
+    assert samples[0].sample.image.size == (112, 84)
+    write_samples(tmp_path / "set.parquet", samples)
+    (batch,) = load_batches(tmp_path / "set.parquet", manifest, processor)
+    size = {"shortest_edge": 3136, "longest_edge": 12544}
+    whole = processor.image_processor(images=[Image.fromarray(noise)], size=size, return_tensors="pt")
+    assert torch.equal(batch["pixel_values"], whole["pixel_values"])
+
+
+def test_one_image_is_in_memory_at_a_time(processor, tmp_path, monkeypatch):
+    """Each sample is handed on before the next image is opened, and nothing keeps the pixels of its file."""
+    for number in range(6):
+        Image.new("RGB", (300, 300), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    opened, alive = [], []
+    open_picture = sources.open_picture
+
+    def recorded(*arguments):
+        picture = open_picture(*arguments)
+        opened.append(weakref.ref(picture.image))
+        gc.collect()
+        alive.append(sum(image() is not None for image in opened))
+        return picture
+
+    monkeypatch.setattr(sources, "open_picture", recorded)
+    stored = []
+    stores = {
+        "calibration": lambda item: stored.append((len(opened), item.sample.image.size)),
+        "heldout": lambda item: stored.append((len(opened), item.sample.image.size)),
+    }
+    extract_into(stores, local(tmp_path), processor, UNTRAINED)
+    assert stored == [(number, (56, 56)) for number in range(1, 7)]
+    assert alive == [1] * 6
+
+
+def test_answers_that_cannot_be_located_are_told(processor):
+    changed = copy.deepcopy(processor.tokenizer)
+    changed.chat_template = changed.chat_template.replace("{{ part.text }}", "{{ part.text | replace('1', 'one') }}")
+    manifest = extract(replace(SPEC, num_samples=20, batch_size=1), replace(processor, tokenizer=changed), UNTRAINED)[2]
+    digits = [int(entry["id"].removeprefix("digit-")) for entry in manifest["samples"]["calibration"]]
+    ones = sum(sample.answer == "1" for sample in digit_samples(digits))
+    assert 0 < ones < 20
+    assert manifest["answers"]["calibration"] == {"given": 20, "located": 20 - ones}
+    assert f"answers located in {20 - ones} of 20 calibration samples" in " ".join(remarks(manifest))
+    assert remarks(extract(SPEC, processor, UNTRAINED)[2]) == []
+
+
+def test_what_a_folder_skips_and_animations_are_told(processor, tmp_path):
+    frames = [Image.new("RGB", (60, 30), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "b.heic").touch()
+    spec = local(tmp_path, num_samples=1, num_heldout=0, batch_size=1)
+    samples, _, manifest = extract(spec, processor, UNTRAINED)
+    assert samples[0].sample.image.getpixel((0, 0)) == (255, 0, 0)
+    assert manifest["details"] == {"skipped": {".heic": 1}, "first_frame_only": [str(tmp_path / "a.gif")]}
+    assert remarks(manifest) == [
+        f"{tmp_path} holds files that are no images, which were skipped: 1 .heic",
+        f"1 images are animations or have several pages; the first frame alone is used: {tmp_path / 'a.gif'}",
+    ]
+
+
+def test_a_model_without_a_chat_template_takes_plain_text(processor, tmp_path):
+    plain = copy.deepcopy(processor.tokenizer)
+    plain.chat_template = None
+    processor = replace(processor, tokenizer=plain)
+    path = tmp_path / "set.jsonl"
+    path.write_text('{"prompt": "One and one is", "answer": " two."}\n')
+    spec = local(path, num_samples=1, num_heldout=0, batch_size=1)
+    with pytest.raises(InputError, match="no chat template .*set calibration.format to plain"):
+        extract(spec, processor, UNTRAINED)
+    (item,), _, manifest = extract(replace(spec, format="plain"), processor, UNTRAINED)
+    assert plain.decode(item.input_ids) == "One and one is two."
+    assert manifest["format"] == "plain" and manifest["answers"]["calibration"] == {"given": 1, "located": 1}
+
+
+def test_a_template_without_end_stops_the_extraction(processor, monkeypatch):
+    monkeypatch.setattr("auto_quantize_model.templates.SECONDS", 1)
+    endless = copy.deepcopy(processor.tokenizer)
+    endless.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(InputError, match=r"^sample digit-\d+: the chat template takes more than 1 seconds"):
+        extract(SPEC, replace(processor, tokenizer=endless), UNTRAINED)

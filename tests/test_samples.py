@@ -118,7 +118,11 @@ def test_a_token_that_the_template_writes_is_refused_though_the_tokenizer_calls_
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a\ud83d", r"half of a character \(U\+D83D\)"), ("a\0b", "a NUL character"), ("\udc00", r"half of a character \(U\+DC00\)")],
+    [
+        ("a\ud83d", r"half of a character \(U\+D83D\)"),
+        ("a\0b", "a NUL character"),
+        ("\udc00", r"half of a character \(U\+DC00\)"),
+    ],
 )
 def test_text_that_no_tokenizer_takes_is_refused(processor: Processor, text: str, message: str) -> None:
     for words in ({"prompt": text}, {"prompt": "x", "answer": text}):

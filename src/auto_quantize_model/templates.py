@@ -17,8 +17,8 @@ from jinja2 import TemplateError
 
 from auto_quantize_model.files import InputError
 
-SECONDS = 10  # of processor time, for one conversation; a published template takes milliseconds
-MEMORY = 2**30  # bytes, beyond what the process has when it starts
+SECONDS = 5  # of processor time, for one conversation; a published template takes milliseconds
+MEMORY = 2**29  # bytes, beyond what the process has when it starts
 CHARACTERS = 2**22
 # What a template can raise: beside the errors of Jinja, those of the arithmetic and the methods that it uses.
 TEMPLATE_ERRORS = (
