@@ -38,6 +38,7 @@ def parts(**changes):
         "seed": 0,
         "batch_size": 1,
         "text_only": False,
+        "answers": {"calibration": {"given": 2, "located": 2}, "heldout": {"given": 0, "located": 0}},
         "image_backend": "pil",
         "digest": "2" * 64,
         "samples": {"calibration": [sample, sample], "heldout": []},
