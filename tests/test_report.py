@@ -112,6 +112,13 @@ def test_the_ten_most_sensitive_come_first():
     assert top_table(report).splitlines()[1].split()[:2] == ["1", "lm_head"]
 
 
+def test_answers_that_were_not_located_are_a_warning():
+    manifest, calibration, plan, capture, audit, *_ = parts()
+    calibration["answers"]["heldout"] = {"given": 8, "located": 0}
+    report = build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)
+    assert report["warnings"][0].startswith("Answers were located in 0 of 8 held-out samples; accuracy is measured on")
+
+
 def test_an_op_that_never_ran_has_a_status_and_no_score():
     manifest, calibration, plan, capture, audit, *_ = parts()
     capture["executions"]["visual.proj"] = [0, 0]
