@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from auto_quantize_model import cli
-from auto_quantize_model.calibration import CalibrationSpec, extract, write_samples
+from auto_quantize_model.calibration import CalibrationSpec, extract_into, remarks, sample_writer
 from auto_quantize_model.documents import read_document, write_document
 from auto_quantize_model.files import from_block
 from auto_quantize_model.snapshot import load_processor, verify_manifest
@@ -27,15 +27,18 @@ def extract_calibration(args: argparse.Namespace) -> None:
     model_manifest = read_document(args.manifest, "model_manifest")
     processor = load_processor(verify_manifest(model_manifest))
     spec = from_block(CalibrationSpec, args.spec, "calibration")
-    calibration, heldout, manifest = extract(
-        spec, processor, model_manifest, lambda samples: cli.progress(samples, "samples from the hub")
-    )
-    write_samples(args.calibration_set, calibration)
-    write_samples(args.heldout_set, heldout)
+    with sample_writer(args.calibration_set) as calibration, sample_writer(args.heldout_set) as heldout:
+        stores = {"calibration": calibration, "heldout": heldout}
+        manifest = extract_into(
+            stores, spec, processor, model_manifest, lambda samples: cli.progress(samples, "samples from the hub")
+        )
     sets = [args.calibration_set, args.heldout_set]
     kind = "calibration_manifest"
     write_document(args.calibration_manifest, kind, manifest, [model_manifest], args.config_digest, sets)
-    cli.say(f"calibration: {len(calibration)} samples, {len(heldout)} held out, from {manifest['source']}")
+    drawn = {split: len(samples) for split, samples in manifest["samples"].items()}
+    cli.say(f"calibration: {drawn['calibration']} samples, {drawn['heldout']} held out, from {manifest['source']}")
+    for remark in remarks(manifest):
+        cli.say(f"calibration: {remark}")
 
 
 if __name__ == "__main__":

@@ -316,10 +316,11 @@ def test_a_streamed_set_is_drawn_by_the_seed_and_stored_with_its_images(calibrat
         "hub": {"repo_id": "org/captions", "commit": DATASET, "split": "val", "columns": COLUMNS}
     }
     stored = read_samples(calibrate.folder / "calibration.parquet")
-    assert [sample.id for sample in stored] == [sample["id"] for sample in manifest["samples"]["calibration"]]
-    part, number = stored[0].id[4:5], stored[0].id[5:7]
-    assert (stored[0].prompt, stored[0].answer) == ("What is this?", f"noise {part} {int(number)}")
-    assert stored[0].image is not None and stored[0].image.size == (80, 60)
+    assert [item.sample.id for item in stored] == [sample["id"] for sample in manifest["samples"]["calibration"]]
+    first = stored[0].sample
+    part, number = first.id[4:5], first.id[5:7]
+    assert (first.prompt, first.answer) == ("What is this?", f"noise {part} {int(number)}")
+    assert first.image is not None and first.image.size == (56, 28)
     assert calibrate.succeeds() == manifest
     assert calibrate.succeeds(seed=1)["digest"] != manifest["digest"]
 
@@ -344,12 +345,15 @@ def test_captions_alone_make_a_set_of_text(calibrate: Calibrator) -> None:
     manifest = calibrate.succeeds(columns={"id": None, "image": None, "prompt": "answer", "answer": None})
     assert manifest["text_only"]
     (first, _) = read_samples(calibrate.folder / "calibration.parquet")
-    assert first.prompt.startswith("noise ") and first.image is None and first.answer is None
+    sample = first.sample
+    assert sample.prompt.startswith("noise ") and sample.image is None and sample.answer is None
 
 
 def test_the_configs_prompt_is_asked_where_there_is_no_column_of_prompts(calibrate: Calibrator) -> None:
     calibrate.succeeds(columns=COLUMNS | {"prompt": None}, prompt="What do you see?")
-    assert {sample.prompt for sample in read_samples(calibrate.folder / "calibration.parquet")} == {"What do you see?"}
+    assert {item.sample.prompt for item in read_samples(calibrate.folder / "calibration.parquet")} == {
+        "What do you see?"
+    }
 
 
 @pytest.mark.parametrize(

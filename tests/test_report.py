@@ -43,6 +43,7 @@ def parts(**changes):
         "seed": 0,
         "batch_size": 1,
         "text_only": False,
+        "answers": {"calibration": {"given": 2, "located": 2}, "heldout": {"given": 0, "located": 0}},
         "image_backend": "pil",
         "digest": "2" * 64,
         "samples": {"calibration": [sample, sample], "heldout": []},
@@ -114,6 +115,13 @@ def test_the_ten_most_sensitive_come_first():
     report = build_report(*parts())
     assert [row["op_name"] for row in report["most_sensitive"]][:2] == ["lm_head", "visual.proj"]
     assert top_table(report).splitlines()[1].split()[:2] == ["1", "lm_head"]
+
+
+def test_answers_that_were_not_located_are_a_warning():
+    manifest, calibration, plan, capture, audit, *_ = parts()
+    calibration["answers"]["heldout"] = {"given": 8, "located": 0}
+    report = build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)
+    assert report["warnings"][0].startswith("Answers were located in 0 of 8 held-out samples; accuracy is measured on")
 
 
 def test_an_op_that_never_ran_has_a_status_and_no_score():

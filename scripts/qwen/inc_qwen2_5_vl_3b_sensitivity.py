@@ -16,7 +16,7 @@ import torch
 
 from auto_quantize_model import cli, words
 from auto_quantize_model.audit import audit_capture
-from auto_quantize_model.calibration import CalibrationSpec, batches_of, extract
+from auto_quantize_model.calibration import CalibrationSpec, batches_of, extract, remarks
 from auto_quantize_model.capture import capture_sensitivity, describe_batches, fingerprint
 from auto_quantize_model.device import choose_device, explained_out_of_memory, require_memory
 from auto_quantize_model.documents import Document, write_document
@@ -37,7 +37,9 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True, help="snapshot directory")
     parser.add_argument("--name", default="qwen2_5_vl_3b", help="the model's name in the report and in published files")
     parser.add_argument(
-        "--calibration", required=True, help="JSONL of {image?, prompt, answer?}, Parquet or image folder"
+        "--calibration",
+        required=True,
+        help="JSONL or JSON of {image?, prompt, answer?} or {messages}, Parquet or image folder",
     )
     parser.add_argument("--num-samples", type=int, default=4, help="calibration samples to draw")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
@@ -76,6 +78,8 @@ def measure(args: argparse.Namespace) -> None:
         max_tokens=args.max_tokens,
     )
     samples, _, calibration = extract(draw, processor, manifest)
+    for remark in remarks(calibration):
+        cli.say(f"calibration: {remark}")
     batches = batches_of(samples, calibration, processor)
     model: torch.nn.Module = load_model(args.model)
     keep = {

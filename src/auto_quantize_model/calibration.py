@@ -1,13 +1,14 @@
 """The calibration set: real samples from a source, drawn by a seed, checked whole, stored as Parquet with a manifest.
 
-In: the digits, a JSONL, a Parquet file, a folder of images, or a data set of the hub. Out: `calibration` and
-`heldout` samples, disjoint, and a manifest of their ids and hashes; later the batches that INC and the capture read.
+In: a source of samples. Out: `calibration` and `heldout` samples, disjoint, with their token ids and their images at
+the processor's size, and a manifest of their ids and hashes; later the batches that INC and the capture read.
 """
 
-import codecs
+import functools
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,40 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Features, Value
 from datasets import Image as ImageFeature
-from datasets.exceptions import DatasetsError
-from PIL import Image, ImageOps
+from datasets import List as ListFeature
+from PIL import Image
 
 from auto_quantize_model.files import InputError, atomic_path, digest_of, sha256_bytes
-from auto_quantize_model.samples import Limits, Sample, answer_span, collate, encode
+from auto_quantize_model.images import open_picture
+from auto_quantize_model.samples import (
+    Limits,
+    Prepared,
+    Sample,
+    Turn,
+    collate,
+    messages,
+    prepare,
+    require_equal,
+    tensors,
+)
 from auto_quantize_model.snapshot import Processor
+from auto_quantize_model.sources import COLUMNS, Progress, Source, conversation, every, listed, read_local, stream
+from auto_quantize_model.templates import limited_renderer
 
 FEATURES = Features(
-    {"id": Value("string"), "prompt": Value("string"), "image": ImageFeature(decode=False), "answer": Value("string")}
+    {
+        "id": Value("string"),
+        "prompt": Value("string"),
+        "image": ImageFeature(decode=False),
+        "answer": Value("string"),
+        "messages": Value("string"),
+        "input_ids": ListFeature(Value("int32")),
+        "answer_span": ListFeature(Value("int32")),
+    }
 )
+ROWS_AT_ONCE = 16  # prepared samples that wait in memory to be written
 MINIMA = {
     "num_samples": 1,
     "num_heldout": 0,
@@ -37,17 +60,16 @@ MINIMA = {
     "max_pixels": 1,
     "max_tokens": 1,
 }
-COLUMNS = ("id", "image", "prompt", "answer")
-# A stream is shuffled within a buffer: this many rows are fetched for each that is drawn.
-ROWS_PER_DRAWN = 10
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+SPLITS = ("calibration", "heldout")
 Batch = dict[str, torch.Tensor]
-Progress = Callable[[range], Iterable[int]]
+Store = Callable[[Prepared], None]
 
 
 @dataclass(frozen=True)
 class CalibrationSpec:
     """The `calibration` block of the config; `prompt` is asked of each image that brings none of its own.
+
+    `format` says how a sample becomes text: `chat` by the model's chat template, `plain` without one.
 
     Raises:
         InputError: a number is out of its range, the source is unknown, or the samples do not fill one batch.
@@ -68,11 +90,14 @@ class CalibrationSpec:
     revision: str | None = None
     split: str | None = None
     columns: dict[str, str | None] = field(default_factory=dict)
+    format: str = "chat"
 
     def __post_init__(self) -> None:
         # The schema checks a config; scripts run by hand come here without it.
         if self.source not in ("digits", "local", "hub"):
             raise InputError(f"calibration.source: {self.source!r} is neither digits, local nor hub")
+        if self.format not in ("chat", "plain"):
+            raise InputError(f"calibration.format: {self.format!r} is neither chat nor plain")
         if self.source == "hub" and not (self.repo_id and self.revision and self.split):
             raise InputError("calibration.repo_id, revision and split: not all set; calibration.source hub needs them")
         if unknown := sorted(set(self.columns) - set(COLUMNS)):
@@ -113,41 +138,81 @@ class CalibrationLoader:
 
 def extract(
     spec: CalibrationSpec, processor: Processor, model_manifest: dict[str, Any], progress: Progress = iter
-) -> tuple[list[Sample], list[Sample], dict[str, Any]]:
-    """Draw the samples, run each through the model's processor, and describe them.
+) -> tuple[list[Prepared], list[Prepared], dict[str, Any]]:
+    """As `extract_into`, with the samples kept in memory.
+
+    Returns:
+        The calibration samples, the held-out samples, and the manifest.
+    """
+    kept: dict[str, list[Prepared]] = {split: [] for split in SPLITS}
+    stores = {split: samples.append for split, samples in kept.items()}
+    manifest = extract_into(stores, spec, processor, model_manifest, progress)
+    return kept["calibration"], kept["heldout"], manifest
+
+
+def extract_into(
+    stores: dict[str, Store],
+    spec: CalibrationSpec,
+    processor: Processor,
+    model_manifest: dict[str, Any],
+    progress: Progress = iter,
+) -> dict[str, Any]:
+    """Draw the samples, run each through the model's processor, hand it on, and describe them all.
+
+    One sample is in memory at a time, so neither the number of samples nor the size of their images counts.
 
     Args:
+        stores: what takes the prepared samples of each split, `calibration` and `heldout`, in order.
         spec: the config's calibration block.
         processor: the model's.
         model_manifest: as `snapshot.build_manifest` returns it; the digits are those that its training left aside.
         progress: wraps the range of samples while they are fetched from the hub.
 
     Returns:
-        The calibration samples, the held-out samples, and the manifest: ids, sha256, token counts, limits, seed.
+        The manifest: ids, sha256, token counts, limits, seed, and what the source skipped.
 
     Raises:
-        InputError: the source is empty, malformed, names an image that is missing or unreadable, has fewer samples than
-            asked, a sample breaks a limit, or one held out is the same as one to calibrate on.
+        InputError: the source is empty, malformed, has fewer samples than asked, one held out is the same as one to
+            calibrate on, or samples cannot be used; it names all of these.
     """
-    pools, load, details = _open_source(spec, model_manifest, progress)
-    generator = np.random.default_rng(spec.seed)
-    drawn: dict[str, list[Any]] = {}
-    for split, count in (("calibration", spec.num_samples), ("heldout", spec.num_heldout)):
-        pool = [item for item in pools[split] if item not in drawn.get("calibration", ())]
-        if len(pool) < count:
-            raise InputError(
-                f"{spec.place}: {len(pool)} samples left for the {split} split, {count} asked; lower"
-                " calibration.num_samples or calibration.num_heldout, or give more samples"
-            )
-        drawn[split] = [pool[index] for index in sorted(generator.choice(len(pool), count, replace=False))]
-    samples = {split: load(items) for split, items in drawn.items()}
-    entries = {split: [_describe(sample, processor, spec.limits) for sample in samples[split]] for split in samples}
+    if spec.format == "chat" and processor.tokenizer.chat_template is None:
+        raise InputError(
+            f"{model_manifest.get('path', 'the model')}: no chat template (chat_template.jinja, chat_template.json, or"
+            " in tokenizer_config.json); complete the snapshot, or set calibration.format to plain"
+        )
+    pools, source = _open_source(spec, model_manifest, progress)
+    split_of = _draw(spec, pools)
+    entries: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    shapes: list[tuple[int, bool]] = []
+    first_frames: list[str] = []
+
+    def take(item: tuple[int, Callable[[], tuple[Sample, str | None]]]) -> None:
+        number, open_row = item
+        sample, first_frame = open_row()
+        prepared = prepare(sample, processor, spec.limits, render if spec.format == "chat" else None)
+        encoded = tensors(prepared, processor)
+        split = split_of[number]
+        entries[split].append(_describe(prepared, processor))
+        first_frames.extend([first_frame] if first_frame else [])
+        if split == "calibration":
+            shapes.append((encoded["input_ids"].shape[1], "pixel_values" in encoded))
+        stores[split](prepared)
+
+    with limited_renderer(processor.tokenizer) as render:
+        numbers = sorted(split_of)
+        read = len(every(take, zip(numbers, source.read(numbers), strict=False), spec.place))
+    if read < len(numbers):  # a stream that ended early
+        _draw(spec, dict.fromkeys(SPLITS, range(read)))
     _refuse_shared(entries, spec.place)
-    encoded = [encode(sample, processor, spec.limits) for sample in samples["calibration"]]
-    for start in range(0, len(encoded), spec.batch_size):
-        collate(encoded[start : start + spec.batch_size])
-    content = {"samples": entries, "limits": vars(spec.limits), "batch_size": spec.batch_size}
-    manifest = {
+    for start in range(0, len(shapes), spec.batch_size):
+        require_equal(shapes[start : start + spec.batch_size])
+    content = {
+        "samples": entries,
+        "limits": vars(spec.limits),
+        "batch_size": spec.batch_size,
+        "format": spec.format,
+    }
+    return {
         "calibration": spec.name,
         "source": spec.source,
         "path": spec.path,
@@ -155,32 +220,86 @@ def extract(
         **content,
         "image_backend": processor.image_backend,
         "text_only": not any(entry["image_tokens"] for entry in entries["calibration"]),
+        "answers": {split: _located(entries[split]) for split in SPLITS},
         "digest": digest_of(content),
-        "details": details,
+        "details": source.details | ({"first_frame_only": first_frames} if first_frames else {}),
     }
-    return samples["calibration"], samples["heldout"], manifest
+
+
+def remarks(manifest: dict[str, Any]) -> list[str]:
+    """What a user has to know of an extracted set, in sentences."""
+    found = []
+    if skipped := manifest["details"].get("skipped"):
+        found.append(f"{manifest['path']} holds files that are no images, which were skipped: {listed(skipped)}")
+    if frames := manifest["details"].get("first_frame_only"):
+        more = f" and {len(frames) - 5} more" if len(frames) > 5 else ""
+        found.append(
+            f"{len(frames)} images are animations or have several pages; the first frame alone is used:"
+            f" {', '.join(frames[:5])}{more}"
+        )
+    for split, answers in manifest["answers"].items():
+        if answers["located"] < answers["given"]:
+            found.append(
+                f"answers located in {answers['located']} of {answers['given']} {split} samples: the chat template"
+                " changes the others, or their tokens hold other text too; accuracy is measured on those located"
+            )
+    return found
+
+
+def _located(entries: list[dict[str, Any]]) -> dict[str, int]:
+    """How many samples have an answer, and in how many the answer's tokens are known."""
+    given = [entry for entry in entries if entry["answer_tokens"] is not None]
+    return {"given": len(given), "located": sum(entry["answer_tokens"] > 0 for entry in given)}
+
+
+def _draw(spec: CalibrationSpec, pools: dict[str, Sequence[int]]) -> dict[int, str]:
+    """The numbers of the rows that are drawn, each with its split.
+
+    Raises:
+        InputError: there are fewer than asked.
+    """
+    generator = np.random.default_rng(spec.seed)
+    split_of: dict[int, str] = {}
+    for split, count in (("calibration", spec.num_samples), ("heldout", spec.num_heldout)):
+        pool = [item for item in pools[split] if item not in split_of]
+        if len(pool) < count:
+            raise InputError(
+                f"{spec.place}: {len(pool)} samples left for the {split} split, {count} asked; lower"
+                " calibration.num_samples or calibration.num_heldout, or give more samples"
+            )
+        split_of |= {pool[index]: split for index in generator.choice(len(pool), count, replace=False)}
+    return split_of
 
 
 def _open_source(
     spec: CalibrationSpec, model_manifest: dict[str, Any], progress: Progress
-) -> tuple[dict[str, Sequence[int]], Callable[[Sequence[int]], list[Sample]], dict[str, Any]]:
-    """The numbers each split draws from, what turns drawn numbers into samples, and details for the manifest.
+) -> tuple[dict[str, Sequence[int]], Source]:
+    """The numbers that each split draws from, and the source.
 
     Digits come from what the model's training left aside for each split. Both splits of another source draw from all
     of its rows, one after the other.
     """
     if spec.source == "digits":
-        from auto_quantize_model.digits import digit_samples, digits_split
+        from auto_quantize_model.digits import DIGITS, digit_samples, digits_split
 
         split = model_manifest["details"].get("training", {}).get("split") or {"seed": 0, **digits_split(0)}
-        return split, digit_samples, {"split_seed": split["seed"]}
-    rows, details = (_read_local(spec), {}) if spec.source == "local" else _read_hub(spec, progress)
-    everything = range(len(rows))
 
-    def load(items: Sequence[int]) -> list[Sample]:
-        return [_sample_of(rows[item]) for item in items]
+        def read(numbers: Sequence[int]) -> Iterator[Callable[[], tuple[Sample, str | None]]]:
+            return (functools.partial(lambda sample: (sample, None), sample) for sample in digit_samples(numbers))
 
-    return {"calibration": everything, "heldout": everything}, load, details
+        return split, Source(DIGITS, read, {"split_seed": split["seed"]})
+    if spec.source == "local":
+        if spec.path is None:
+            raise InputError(
+                "calibration.path is not set; calibration.source local needs a JSONL, Parquet file or folder"
+            )
+        source = read_local(Path(spec.path), spec.prompt)
+    else:
+        columns = dict.fromkeys(COLUMNS) | spec.columns
+        place = str(spec.repo_id), str(spec.revision), str(spec.split)
+        wanted = spec.num_samples + spec.num_heldout
+        source = stream(*place, columns, spec.prompt, spec.seed, wanted, progress)
+    return dict.fromkeys(SPLITS, range(source.count)), source
 
 
 def _refuse_shared(entries: dict[str, list[dict[str, Any]]], place: str) -> None:
@@ -194,193 +313,65 @@ def _refuse_shared(entries: dict[str, list[dict[str, Any]]], place: str) -> None
             )
 
 
-def _read_local(spec: CalibrationSpec) -> list[dict[str, Any]]:
-    """A local source as rows {id, image?, prompt, answer?, where}, `where` naming the place for errors.
+def _describe(prepared: Prepared, processor: Processor) -> dict[str, Any]:
+    """The manifest's entry.
 
-    Raises:
-        InputError: there is no such source, or it is of no known kind, empty or malformed.
+    `sha256` is over the words and the stored RGB pixels, `tokens_sha256` over the token ids and the answer's place.
+    `answer_tokens` is the number of the answer's tokens: 0 where they cannot be told, null without an answer.
     """
-    if spec.path is None:
-        raise InputError("calibration.path is not set; calibration.source local needs a JSONL, Parquet file or folder")
-    path = Path(spec.path)
-    if path.is_dir():
-        images = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        rows = [{"image": str(file), "prompt": spec.prompt, "where": str(file)} for file in images]
-    elif not path.exists():
-        raise InputError(f"calibration.path: {path} does not exist; give a JSONL, a Parquet file or an image folder")
-    elif path.suffix == ".jsonl":
-        rows = list(_read_jsonl(path))
-    elif path.suffix == ".parquet":
-        rows = _read_parquet(path)
-    else:
-        raise InputError(f"calibration.path: {path} is neither .jsonl, .parquet nor an image folder; convert it")
-    if not rows:
-        raise InputError(f"{path}: holds no samples; add some, or set calibration.path to another source")
-    return [row | {"id": f"{path.name}:{number:06d}"} for number, row in enumerate(rows, start=1)]
-
-
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    # Split at newlines alone: str.splitlines also splits at U+2028 and others, which JSON strings may hold.
-    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except ValueError as error:  # of the JSON or of the UTF-8
-            raise InputError(f"{where}: not valid JSON ({error}); mend or remove the line") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: no JSON object; each line is {{image?, prompt, answer?}}")
-        unknown = sorted(set(row) - {"image", "prompt", "answer"})
-        if unknown:
-            raise InputError(f"{where}: unknown key {unknown[0]!r}; each line is {{image?, prompt, answer?}}")
-        image = row.get("image")
-        if image is not None and not isinstance(image, str):
-            raise InputError(f"{where}: 'image' is no path; give one relative to {path.parent}, or leave it out")
-        _check_words(row, where)
-        yield row | {"image": image and str(path.parent / image), "where": where}
-
-
-def _check_words(row: dict[str, Any], where: str) -> None:
-    prompt, answer = row.get("prompt"), row.get("answer")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError(f"{where}: no text under 'prompt'; each sample is {{image?, prompt, answer?}}")
-    if answer is not None and not isinstance(answer, str):
-        raise InputError(f"{where}: 'answer' is no text; put it in quotes or leave it out")
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    try:
-        # Not Dataset.from_parquet: it caches by path and mtime, and files unpacked from our archives share an mtime.
-        with pyarrow.parquet.ParquetFile(path) as file:
-            table = Dataset(file.read())
-        if "image" in table.column_names:
-            table = table.cast_column("image", ImageFeature(decode=False))
-    except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
-        raise InputError(f"{path}: not a readable Parquet file of samples ({error}); write it again") from None
-    if "prompt" not in table.column_names:
-        raise InputError(f"{path}: no column 'prompt'; there are {', '.join(table.column_names)}")
-    rows = []
-    for number, row in enumerate(table, start=1):
-        where = f"{path}, row {number}"
-        _check_words(row, where)
-        image = row.get("image")
-        if image and not image["bytes"] and image["path"]:
-            image = str(path.parent / image["path"])
-        rows.append(row | {"image": image, "where": where})
-    return rows
-
-
-def _read_hub(spec: CalibrationSpec, progress: Progress) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The drawn rows of a data set of the hub, as `_read_local` gives them, and details for the manifest.
-
-    The data set is streamed: a buffer is filled from ten of its row groups (Parquet's unit of reading) at a time, in
-    an order drawn by the seed, and rows are drawn from the buffer; of gigabytes only these groups are fetched.
-
-    Raises:
-        InputError: the data set, its revision or its split is not there or cannot be reached, or a column is missing.
-    """
-    from auto_quantize_model import hub
-
-    wanted = spec.num_samples + spec.num_heldout
-    columns = dict.fromkeys(COLUMNS) | spec.columns
-    repo_id, revision = str(spec.repo_id), str(spec.revision)
-    with hub.explained("calibration", repo_id, revision):
-        hub.require_commit("dataset", repo_id, revision)
-        hub.commit_of("dataset", repo_id, revision)
-        try:
-            stream = load_dataset(repo_id, split=spec.split, revision=revision, streaming=True)
-            _require_columns(repo_id, columns, stream.column_names or list(next(iter(stream))))
-            if columns["image"]:
-                stream = stream.cast_column(columns["image"], ImageFeature(decode=False))
-            drawn = stream.reshard().shuffle(seed=spec.seed, buffer_size=ROWS_PER_DRAWN * wanted).take(wanted)
-            rows = [
-                _hub_row(row, columns, spec, number)
-                for number, row in zip(progress(range(wanted)), drawn, strict=False)
-            ]
-        except (ValueError, TypeError, DatasetsError, pyarrow.ArrowException) as error:
-            raise InputError(
-                f"{repo_id}: split {spec.split} cannot be read ({error}); check calibration.split and"
-                " calibration.columns"
-            ) from None
-    return rows, {"hub": {"repo_id": repo_id, "commit": revision, "split": spec.split, "columns": columns}}
-
-
-def _require_columns(repo_id: str, columns: dict[str, str | None], there: list[str]) -> None:
-    for key, column in columns.items():
-        if column is not None and column not in there:
-            raise InputError(
-                f"{repo_id}: no column {column!r} (calibration.columns.{key}); there are {', '.join(there)}"
-            )
-
-
-def _hub_row(row: dict[str, Any], columns: dict[str, str | None], spec: CalibrationSpec, number: int) -> dict[str, Any]:
-    """A row by our names for its columns; of a list of captions the first is taken."""
-    ours: dict[str, Any] = {key: row[column] if column else None for key, column in columns.items()}
-    for key in ("prompt", "answer"):
-        if isinstance(ours[key], list):
-            ours[key] = next(iter(ours[key]), None)
-    sample_id = str(ours["id"]) if columns["id"] else f"{number:06d}"
-    ours |= {"id": f"{spec.split}:{sample_id}", "where": f"{spec.repo_id}, {spec.split}, row {sample_id}"}
-    if not columns["prompt"]:
-        ours["prompt"] = spec.prompt
-    _check_words(ours, ours["where"])
-    return ours
-
-
-def _sample_of(row: dict[str, Any]) -> Sample:
-    return Sample(row["id"], row["prompt"], _open_image(row.get("image"), row["where"]), row.get("answer"))
-
-
-def _open_image(image: Any, where: str) -> Image.Image | None:
-    """The image at a path, or in {bytes, path}, in RGB.
-
-    Raises:
-        InputError: it is missing or unreadable.
-    """
-    if image is None:
-        return None
-    stored = image.get("bytes") if isinstance(image, dict) else None
-    path: Any = image.get("path") if isinstance(image, dict) else image
-    try:
-        with Image.open(io.BytesIO(stored) if stored else path) as opened:
-            # A phone stores a photo as its sensor lay and says in EXIF how to turn it.
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"{where}: image {path} does not exist; correct the path or remove the sample") from None
-    except (OSError, ValueError, AttributeError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where}: image {path} cannot be read ({error}); replace it or remove the sample") from None
-
-
-def _describe(sample: Sample, processor: Processor, limits: Limits) -> dict[str, Any]:
-    """The manifest's entry; the sha256 is over the words and the decoded RGB pixels."""
-    try:
-        encoded = encode(sample, processor, limits)
-    except ValueError as error:  # the image processor's own, for an image too long and thin, say
-        raise InputError(
-            f"sample {sample.id}: the model's processor refuses it ({error}); change or remove the sample"
-        ) from None
+    sample, span = prepared.sample, prepared.answer_span
     pixels = b"" if sample.image is None else repr(sample.image.size).encode() + sample.image.tobytes()
-    words = json.dumps([sample.prompt, sample.answer]).encode()
+    words: list[Any] = [sample.prompt, sample.answer, *([sample.turns] if sample.turns else [])]
+    tokens = [prepared.input_ids, None if span is None else [span.start, span.stop]]
     return {
         "id": sample.id,
-        "sha256": sha256_bytes(words + pixels),
-        "tokens": encoded["input_ids"].shape[1],
-        "image_tokens": int(encoded["mm_token_type_ids"].sum()) if "mm_token_type_ids" in encoded else 0,
+        "sha256": sha256_bytes(json.dumps(words).encode() + pixels),
+        "tokens_sha256": sha256_bytes(json.dumps(tokens).encode()),
+        "tokens": len(prepared.input_ids),
+        "image_tokens": prepared.input_ids.count(processor.image_token_id),
+        "answer_tokens": None if sample.answer is None else len(span or ()),
     }
 
 
-def write_samples(path: Path, samples: Sequence[Sample]) -> None:
-    """Store samples as Parquet, images as PNG inside it, whole or not at all."""
-    columns: dict[str, list[Any]] = {
-        "id": [sample.id for sample in samples],
-        "prompt": [sample.prompt for sample in samples],
-        "image": [sample.image and {"bytes": _png(sample.image), "path": None} for sample in samples],
-        "answer": [sample.answer for sample in samples],
-    }
+@contextmanager
+def sample_writer(path: Path) -> Iterator[Store]:
+    """What stores samples as Parquet one after another, images as PNG inside it; whole or not at all."""
+    waiting: list[dict[str, Any]] = []
+    schema = FEATURES.arrow_schema
+
+    def store(prepared: Prepared) -> None:
+        waiting.append(_stored(prepared))
+        if len(waiting) == ROWS_AT_ONCE:
+            write()
+
+    def write() -> None:
+        writer.write_table(pyarrow.Table.from_pylist(waiting, schema=schema))
+        waiting.clear()
+
     with atomic_path(path) as temporary:
-        # Columns and not rows: there may be none held out, and no row has no columns.
-        Dataset.from_dict(columns, features=FEATURES).to_parquet(str(temporary))
+        with pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
+            yield store
+            write()
+
+
+def write_samples(path: Path, samples: Iterable[Prepared]) -> None:
+    """Store samples as `sample_writer` does."""
+    with sample_writer(path) as store:
+        for prepared in samples:
+            store(prepared)
+
+
+def _stored(prepared: Prepared) -> dict[str, Any]:
+    sample, span = prepared.sample, prepared.answer_span
+    return {
+        "id": sample.id,
+        "prompt": sample.prompt,
+        "image": sample.image and {"bytes": _png(sample.image), "path": None},
+        "answer": sample.answer,
+        "messages": json.dumps(messages(sample, sample.answer, parted=True)) if sample.turns else None,
+        "input_ids": prepared.input_ids,
+        "answer_span": span and [span.start, span.stop],
+    }
 
 
 def _png(image: Image.Image) -> bytes:
@@ -389,15 +380,28 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def read_samples(path: Path) -> list[Sample]:
-    """The samples of a Parquet file that `write_samples` wrote.
+def read_samples(path: Path) -> list[Prepared]:
+    """The samples of a Parquet file that `sample_writer` wrote.
 
     Raises:
         InputError: the file is missing or damaged.
     """
     if not path.exists():
         raise InputError(f"{path}: no such calibration set; run the calibration rule again")
-    return [_sample_of(row) for row in _read_parquet(path)]
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            return [_prepared(row, path) for row in file.read().to_pylist()]
+    except (OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path}: not a calibration set ({error}); run the calibration rule again") from None
+
+
+def _prepared(row: dict[str, Any], path: Path) -> Prepared:
+    image = row["image"] and open_picture(row["image"]["bytes"], f"{path}: the image of {row['id']}").image
+    turns: tuple[Turn, ...] = ()
+    if row["messages"]:
+        turns = conversation(json.loads(row["messages"]), row["image"], f"{path}: {row['id']}")[2]
+    sample = Sample(row["id"], row["prompt"], image, row["answer"], turns)
+    return Prepared(sample, tuple(row["input_ids"]), range(*row["answer_span"]) if row["answer_span"] else None)
 
 
 def load_batches(path: Path, manifest: dict[str, Any], processor: Processor) -> list[Batch]:
@@ -409,15 +413,14 @@ def load_batches(path: Path, manifest: dict[str, Any], processor: Processor) -> 
     return batches_of(load_samples(path, manifest, processor, "calibration"), manifest, processor)
 
 
-def load_samples(path: Path, manifest: dict[str, Any], processor: Processor, split: str) -> list[Sample]:
-    """The samples of a stored split, `calibration` or `heldout`.
+def load_samples(path: Path, manifest: dict[str, Any], processor: Processor, split: str) -> list[Prepared]:
+    """The samples of a stored split, `calibration` or `heldout`, with the token ids of their extraction.
 
     Raises:
         InputError: they are not those that the manifest describes.
     """
-    limits = Limits(**manifest["limits"])
     samples = read_samples(path)
-    if [_describe(sample, processor, limits) for sample in samples] != manifest["samples"][split]:
+    if [_describe(sample, processor) for sample in samples] != manifest["samples"][split]:
         raise InputError(f"{path}: not the samples of its manifest; run the calibration rule again")
     return samples
 
@@ -430,15 +433,15 @@ def load_heldout(
     Raises:
         InputError: they are not those that the manifest describes.
     """
-    limits, size = Limits(**manifest["limits"]), manifest["batch_size"]
+    size = manifest["batch_size"]
     samples = load_samples(path, manifest, processor, "heldout")[: count * size]
-    spans = [answer_span(sample, processor, limits) for sample in samples]
+    spans = [sample.answer_span for sample in samples]
     answers = [spans[start : start + size] for start in range(0, len(spans), size)]
     return batches_of(samples, manifest, processor), answers
 
 
-def batches_of(samples: Sequence[Sample], manifest: dict[str, Any], processor: Processor) -> list[Batch]:
+def batches_of(samples: Sequence[Prepared], manifest: dict[str, Any], processor: Processor) -> list[Batch]:
     """Samples in batches of the manifest's size; an incomplete last batch is left out."""
-    limits, size = Limits(**manifest["limits"]), manifest["batch_size"]
-    encoded = [encode(sample, processor, limits) for sample in samples]
+    size = manifest["batch_size"]
+    encoded = [tensors(sample, processor) for sample in samples]
     return [collate(encoded[start : start + size]) for start in range(0, len(encoded) - size + 1, size)]

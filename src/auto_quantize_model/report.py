@@ -133,6 +133,12 @@ def of_the_run(stand_in: str | None, calibration: dict[str, Any], not_exercised:
         found.append(f"This is a stand-in for a published model: {stand_in}.")
     if calibration["text_only"] and calibration["image_backend"]:
         found.append("The vision tower was not exercised: no calibration sample has an image.")
+    answers = calibration["answers"]["heldout"]
+    if answers["located"] < answers["given"]:
+        found.append(
+            f"Answers were located in {answers['located']} of {answers['given']} held-out samples; accuracy is measured"
+            " on these alone. The chat template changes the other answers, or their tokens hold other text too."
+        )
     if not_exercised:
         ops = words.counted(not_exercised, "op")
         found.append(

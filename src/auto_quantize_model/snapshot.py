@@ -40,7 +40,8 @@ STAND_IN = "stand_in.json"  # a snapshot that holds this file has the shape of a
 class Processor:
     """What turns a sample into tensors: the snapshot's tokenizer, its image processor and what resizes for it.
 
-    All but the tokenizer are None where the model takes no images.
+    What belongs to images is None where the model takes none. `vocabulary` is the number of rows of the embedding,
+    `positions` the number of tokens that the model has positions for; None where the config does not say.
     """
 
     tokenizer: Any
@@ -48,6 +49,8 @@ class Processor:
     image_token: str | None = None
     image_token_id: int | None = None
     image_backend: str | None = None
+    vocabulary: int | None = None
+    positions: int | None = None
 
 
 class FxSafePatchEmbed(torch.nn.Module):
@@ -262,8 +265,8 @@ def load_processor(directory: Path, backend: str | None = None) -> Processor:
             calibration set names the one that it was checked with.
 
     Raises:
-        InputError: the tokenizer, the image processor config or the chat template is missing, or the backend is not
-            installed.
+        InputError: the tokenizer or the image processor config is missing, the image processor is that of another
+            model, or the backend is not installed.
     """
     config = read_json(directory / "config.json")
     takes_images = config["architectures"][0] in PATCH_EMBEDS
@@ -275,6 +278,7 @@ def load_processor(directory: Path, backend: str | None = None) -> Processor:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        text = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
         if takes_images:
             image_processor = AutoImageProcessor.from_pretrained(directory, local_files_only=True, backend=backend)
     except (OSError, ValueError) as error:
@@ -284,12 +288,31 @@ def load_processor(directory: Path, backend: str | None = None) -> Processor:
     # The processor's own template comes first: the tokenizer's may be that of a text model, without images.
     if (directory / "chat_template.json").exists():
         tokenizer.chat_template = read_json(directory / "chat_template.json").get("chat_template")
-    if tokenizer.chat_template is None:
-        raise InputError(
-            f"{directory}: no chat template (chat_template.jinja, chat_template.json, or in tokenizer_config.json);"
-            " complete the snapshot, or use the instruction-tuned model"
-        )
+    sizes: dict[str, Any] = {"vocabulary": getattr(text, "vocab_size", None), "positions": _positions(text)}
     if not takes_images:
-        return Processor(tokenizer)
+        return Processor(tokenizer, **sizes)
+    _require_patches(directory, image_processor, config.get("vision_config", {}))
     image_token = str(tokenizer.convert_ids_to_tokens(config["image_token_id"]))
-    return Processor(tokenizer, image_processor, image_token, config["image_token_id"], backend)
+    return Processor(tokenizer, image_processor, image_token, config["image_token_id"], backend, **sizes)
+
+
+def _positions(text: Any) -> int | None:
+    """The number of positions of a text config; some families write -1 where there is no limit."""
+    positions = getattr(text, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def _require_patches(directory: Path, image_processor: Any, vision: dict[str, Any]) -> None:
+    """Refuse an image processor that cuts images otherwise than the model's vision tower takes them."""
+    names = {
+        "patch_size": "patch_size",
+        "temporal_patch_size": "temporal_patch_size",
+        "merge_size": "spatial_merge_size",
+    }
+    for ours, theirs in names.items():
+        cut = getattr(image_processor, ours, None)
+        if cut is None or cut != vision.get(theirs, cut):
+            raise InputError(
+                f"{directory}: {ours} of the image processor is {cut}, and config.json asks for {vision.get(theirs)};"
+                " complete the snapshot with its own preprocessor_config.json"
+            )

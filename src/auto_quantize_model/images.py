@@ -1,0 +1,167 @@
+"""A stranger's image file as RGB pixels: any format that Pillow decodes, or an error that names the file.
+
+In: a path, or the bytes of a file. Out: an upright RGB image with white behind transparent pixels, as vLLM,
+qwen-vl-utils and transformers show it to a model.
+"""
+
+import io
+import os
+import stat
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, TiffTags
+
+from auto_quantize_model.files import InputError
+
+# Pillow opens these formats but does not decode them: EPS starts Ghostscript, the others need a library of their own.
+NOT_DECODED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+# The later frames of these formats are no later moments: an MPO keeps other views or a gain map, a PSD its layers.
+ONE_PICTURE = {"MPO", "PSD"}
+WITH_ALPHA = {"RGBA": None, "LA": None, "PA": None, "RGBa": "RGBA", "La": "LA"}  # the last two are premultiplied
+GREY_16 = {"I;16", "I;16B", "I;16L", "I;16N"}
+# The formats whose 16-bit grey goes from 0 for black to 65535 for white; FITS and MCIDAS hold measured values.
+GREY_16_FORMATS = {"PNG", "TIFF", "JPEG2000"}
+TIFF_TAGS = {name: tag for tag, name in TiffTags.TAGS.items() if isinstance(name, str)}
+# What Pillow raises on a damaged file, as its documentation says and as flipped bytes in files of each format showed.
+PILLOW_ERRORS = (
+    OSError,  # also UnidentifiedImageError
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    SyntaxError,
+    MemoryError,
+    RuntimeError,  # also NotImplementedError and RecursionError
+    BufferError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+Image.init()
+FORMATS = sorted(set(Image.OPEN) - NOT_DECODED)
+# Pillow opens an MPO by its reader of JPEG.
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in {*FORMATS, "MPO"}}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An upright RGB image, and whether its file has later frames or pages, which are left out."""
+
+    image: Image.Image
+    more_frames: bool
+
+
+def open_picture(source: Path | bytes, where: str) -> Picture:
+    """Decode an image file.
+
+    Args:
+        source: the file's path, or its bytes.
+        where: names the image in errors.
+
+    Raises:
+        InputError: the file is missing, no regular file, damaged, too large, or its pixels have no known range.
+    """
+    if isinstance(source, Path):
+        _require_regular(source, where)
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns from the header, before any pixel is decoded; a warning would not keep the memory free.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as opened:
+                upright = _upright(_rgb(opened, where), opened)
+                return Picture(upright, opened.format not in ONE_PICTURE and getattr(opened, "is_animated", False))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(
+            f"{where} has too many pixels ({error}); save a smaller copy, as the model gets a reduced image anyway"
+        ) from None
+    except PILLOW_ERRORS as error:
+        text = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise InputError(f"{where} cannot be read ({text}); replace it or remove the sample") from None
+
+
+def _require_regular(path: Path, where: str) -> None:
+    """Refuse what is no regular file before it is opened: opening a FIFO waits for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise InputError(f"{where} does not exist; correct the path or remove the sample") from None
+    except (OSError, ValueError) as error:  # a loop of links, no permission, a name too long, a NUL in the name
+        raise InputError(f"{where} cannot be read ({error}); correct the path or remove the sample") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{where} is no regular file; give the path of an image file")
+
+
+def _rgb(opened: Image.Image, where: str) -> Image.Image:
+    """The pixels as RGB, transparent ones over white.
+
+    Raises:
+        InputError: the pixels are 32-bit numbers, whose black and white are unknown.
+    """
+    rawmode = _rawmode(opened)
+    opened.load()
+    grey_16 = opened.mode in GREY_16 and opened.format in GREY_16_FORMATS
+    if opened.mode in {"I", "F", *GREY_16} and not grey_16:
+        kind = {"I": "32-bit integers", "F": "32-bit floats"}.get(opened.mode, "16-bit integers")
+        raise InputError(
+            f"{where} has pixels of {kind} (mode {opened.mode}), whose black and white are unknown; save it as an 8-bit"
+            " image"
+        )
+    if grey_16:
+        return Image.fromarray(_grey_8(opened)).convert("RGB")
+    transparent = opened.info.get("transparency")
+    if opened.mode not in WITH_ALPHA and transparent is None:
+        return opened.convert("RGB")
+    if rawmode == "RGB;16B" and transparent is not None:
+        raise InputError(
+            f"{where} names a transparent colour of 16 bits, and Pillow keeps 8; save it with an alpha channel instead"
+        )
+    if (
+        rawmode in ("L;2", "L;4") and transparent is not None
+    ):  # Pillow spreads the grey levels over 0 to 255, but not the transparent one
+        opened.info["transparency"] = transparent * (85 if rawmode == "L;2" else 17)
+    straight = opened.convert(WITH_ALPHA.get(opened.mode) or opened.mode)
+    straight = straight.convert("RGBA")
+    white = Image.new("RGBA", straight.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, straight).convert("RGB")
+
+
+def _rawmode(opened: Image.Image) -> str:
+    """How the file stores its pixels, such as `L;4`; Pillow forgets it once they are loaded."""
+    tile = getattr(opened, "tile", None)
+    arguments = tile[0].args if tile else None
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+
+
+def _grey_8(opened: Image.Image) -> np.ndarray:
+    """16-bit grey as uint8 (height, width): the high byte, as Pillow itself reads 16-bit colour."""
+    tags = getattr(opened, "tag_v2", {})
+    bits = tags.get(TIFF_TAGS["BitsPerSample"], (16,))[0]
+    values = np.asarray(opened)
+    grey = (values >> (bits - 8)).astype(np.uint8)
+    if tags.get(TIFF_TAGS["PhotometricInterpretation"]) == 0:  # white is zero
+        grey = 255 - grey
+    transparent = opened.info.get("transparency")
+    return grey if transparent is None else np.where(values == transparent, np.uint8(255), grey)
+
+
+def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
+    """The image turned as EXIF says: a phone stores a photo as its sensor lay.
+
+    The orientation alone is handed on. `exif_transpose` writes the other tags again, and fails where one is malformed.
+    """
+    orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation == 1:
+        return image
+    image.info.clear()
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    return ImageOps.exif_transpose(image)
