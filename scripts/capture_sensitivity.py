@@ -31,7 +31,6 @@ def main() -> int:
     parser.add_argument("--config-digest", help="digest of the config that asks for it, to be recorded")
     parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
     args = parser.parse_args()
-    cli.end_with_parent()
     return cli.run(lambda: capture(args), args.log)
 
 

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from auto_quantize_model import cli, standin
+from auto_quantize_model.folders import require_own_folder
 
 
 def main() -> int:
@@ -23,6 +24,8 @@ def main() -> int:
 
 
 def make_standin(args: argparse.Namespace) -> None:
+    for folder in filter(None, (args.snapshot, args.photos)):
+        require_own_folder(folder, standin.OWN_FOLDER)
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer = None if args.small_tokenizer else Path(temporary)
         if tokenizer:

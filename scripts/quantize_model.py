@@ -9,9 +9,12 @@ from auto_quantize_model.calibration import load_batches, load_heldout
 from auto_quantize_model.device import WORKING_BYTES, require_free
 from auto_quantize_model.documents import read_documents, require_listed, write_document
 from auto_quantize_model.files import InputError, read_json
+from auto_quantize_model.folders import atomic_folder, require_own_folder
 from auto_quantize_model.metrics import Reference
 from auto_quantize_model.quantize import compared, load_quantized, logits, measure_error, quantize, release
 from auto_quantize_model.snapshot import count_parameters, load_model, load_processor, verify_manifest
+
+OWN_FOLDER = "name another folder, or move what is yours out of it"
 
 
 def main() -> int:
@@ -30,11 +33,12 @@ def main() -> int:
     parser.add_argument("--config-digest", help="digest of the config that asks for it, to be recorded")
     parser.add_argument("--log", type=Path, help="file for everything but progress and errors")
     args = parser.parse_args()
-    cli.end_with_parent()
     return cli.run(lambda: quantize_model(args), args.log)
 
 
 def quantize_model(args: argparse.Namespace) -> None:
+    beside = [args.record.name] if args.record.absolute().parent == args.directory.absolute() else []
+    require_own_folder(args.directory, OWN_FOLDER, beside)
     paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest, "plan": args.plan}
     paths |= {"tradeoff": args.tradeoff, "profiles": args.profiles, "exports": args.exports / "index.json"}
     made_from = read_documents(paths)
@@ -60,7 +64,8 @@ def quantize_model(args: argparse.Namespace) -> None:
     with incs_surroundings(tradeoff["threads"]):
         model = load_model(directory)
         references = [Reference(logits(model, batch), batch.get("mm_token_type_ids")) for batch in heldout]
-        quantize(model, batches, op_name_dict, args.directory)
+        with atomic_folder(args.directory, OWN_FOLDER, beside) as folder:
+            quantize(model, batches, op_name_dict, folder)
         del model  # before the next one is loaded
         release()
         quantized = load_quantized(args.directory, load_model(directory))

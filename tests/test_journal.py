@@ -112,7 +112,10 @@ def test_a_process_ends_with_its_parent():
         "print(os.getpid(), flush=True)\n"
         "time.sleep(60)\n"
     )
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    parent = (
+        "import os, subprocess, sys\n"
+        f"subprocess.run([sys.executable, '-c', {child!r}], env=os.environ | {{'PIPELINE_PID': str(os.getpid())}})"
+    )
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     pid = int(process.stdout.readline())

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import sys
+import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,9 +19,11 @@ import psutil
 from tqdm import tqdm
 
 from auto_quantize_model.escape import one_line, printable, redacted
-from auto_quantize_model.files import InputError
+from auto_quantize_model.files import InputError, explained, named_errors
 
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACE_SECONDS = 10  # after which work that was asked to end is ended
 _terminal: dict[str, TextIO] = {}
 
 
@@ -73,56 +77,114 @@ def json_value(text: str) -> Any:
 
 
 def end_with_parent() -> None:
-    """Have the kernel end this process when the one that started it ends, so that no orphan goes on writing.
+    """Have the kernel end a job of the workflow when the workflow ends, so that no orphan goes on writing.
 
-    Linux alone has that signal; elsewhere the journal's lock still keeps a second writer out. The workflow says who it
-    is in the environment: it may have ended while this process was still importing.
+    The workflow says who it is in the environment: it may have ended while this process was still importing. A script
+    that a person started is no job, and lives as long as any program. Linux alone has that signal; elsewhere the
+    journal's lock still keeps a second writer out.
     """
-    if sys.platform != "linux":
+    workflow = os.environ.get("PIPELINE_PID", "")
+    if sys.platform != "linux" or not workflow.isdecimal():
         return
-    workflow = int(os.environ.get("PIPELINE_PID", os.getppid()))
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
-        ended = psutil.Process(workflow).status() == psutil.STATUS_ZOMBIE
+        ended = psutil.Process(int(workflow)).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         ended = True
     if ended:
-        raise SystemExit("error: the process that started this one has ended")
+        raise InputError("the Snakemake that started this job has ended; run Snakemake again")
+
+
+class Stopped(BaseException):
+    """A signal asks this process to end; no Exception, so that nobody takes it for a failure that can be mended."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Turn the signals that end a process into `Stopped`, so that temporary files go and the terminal is told.
+
+    A signal that the parent had ignored, as nohup does, stays ignored. Work that does not end in time, in a library
+    that swallows every exception or waits for its threads, is ended by the kernel.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        for other in STOPPING:
+            signal.signal(other, signal.SIG_IGN)
+        signal.alarm(GRACE_SECONDS)
+        raise Stopped(number)
+
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is stop:
+                signal.signal(number, handler)
 
 
 def run(work: Callable[[], None], log: Path | None) -> int:
-    """Run `work` and return the exit code: 0, 2 for an input that the user can mend, 1 for anything else.
+    """Run `work` and return the exit code.
+
+    0: done. 2: an input or a disk that the user can mend. 128 and the signal's number: stopped. 1: anything else. A
+    job of the workflow ends with the workflow.
 
     Args:
         work: the script's job.
         log: where standard output and error go meanwhile, those of C libraries too; None leaves them on the terminal.
     """
-    if log is None:
-        with _streams_redacted():
-            return _guarded(work, None)
-    with _chatter_into(log), _streams_redacted():
-        return _guarded(work, log)
+    with contextlib.ExitStack() as chatter, _streams_redacted():
+
+        def logged() -> None:
+            end_with_parent()
+            if log is not None:
+                chatter.enter_context(_chatter_into(log))
+            work()
+
+        return _guarded(logged, log)
 
 
 def _guarded(work: Callable[[], None], log: Path | None) -> int:
     try:
-        work()
+        with _stopped_by_signals():
+            work()
+    except Stopped as stopped:
+        _report(f"stopped by {signal.Signals(stopped.number).name}; run again to resume", log)
+        return 128 + stopped.number
     except InputError as error:
-        _report_error(str(error), log)
+        _report(f"error: {error}", log)
         return 2
+    except BrokenPipeError:  # who read the output has ended, as `head` does; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     except Exception as error:  # the outermost frame: whatever it is, it is logged whole and named in one line
-        print(printable(traceback.format_exc()), end="", file=sys.stderr)
+        # Outputs name themselves; what else is written are the log and libraries' temporary files.
+        if message := explained(error, Path(tempfile.gettempdir()) if log is None else log):
+            _report(f"error: {message}", log)
+            return 2
+        with contextlib.suppress(OSError):
+            print(printable(traceback.format_exc()), end="", file=sys.stderr)
         where = f"; the whole story is in {log}" if log else ""
-        _report_error(f"{type(error).__name__}: {error}{where}", log)
+        _report(f"error: {type(error).__name__}: {error}{where}", log)
         return 1
     return 0
 
 
-def _report_error(message: str, log: Path | None) -> None:
+def _report(message: str, log: Path | None) -> None:
+    """Print one line on the terminal, and into the log where there is one; either may be full or gone."""
     message = one_line(redacted(message))
-    if log:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    print(f"error: {message}", file=_terminal.get("err", sys.stderr), flush=True)
+    for stream in [_terminal.get("err", sys.stderr), *[sys.stderr] * ("err" in _terminal)]:
+        with contextlib.suppress(OSError):
+            print(message, file=stream, flush=True)
 
 
 @contextlib.contextmanager
@@ -142,21 +204,29 @@ def _streams_redacted() -> Iterator[None]:
 @contextlib.contextmanager
 def _chatter_into(log: Path) -> Iterator[None]:
     """Point file descriptors 1 and 2 at `log`; keep the terminal for `say` and `progress`."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+    with named_errors(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if log.is_file() and log.suffix != ".log":
+            raise InputError(f"{log}: --log would empty this file, and its name does not end in .log; name another one")
+        file = open(log, "w", encoding="utf-8")  # noqa: SIM115  closed below
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    with open(log, "w", encoding="utf-8") as file, open(saved[0], "w") as out, open(saved[1], "w") as err:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        _terminal.update(out=out, err=err)
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            # C's own buffer too, or its chatter would come out on the terminal at exit.
-            ctypes.CDLL(None).fflush(None)
-            _terminal.clear()
-            os.dup2(saved[0], 1)
-            os.dup2(saved[1], 2)
+    terminal = open(saved[0], "w"), open(saved[1], "w")  # noqa: SIM115  closed below
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    file.close()
+    _terminal.update(out=terminal[0], err=terminal[1])
+    try:
+        yield
+    finally:
+        # C's own buffer too, or its chatter would come out on the terminal at exit. The log's disk may be full.
+        for flush in (sys.stdout.flush, sys.stderr.flush, lambda: ctypes.CDLL(None).fflush(None)):
+            with contextlib.suppress(OSError):
+                flush()
+        _terminal.clear()
+        os.dup2(saved[0], 1)
+        os.dup2(saved[1], 2)
+        for stream in terminal:
+            with contextlib.suppress(OSError):  # a reader that has ended
+                stream.close()

@@ -6,7 +6,6 @@ it. A name that would match anything but the module that it stands for is refuse
 
 import glob
 import re
-import shutil
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from auto_quantize_model import words
 from auto_quantize_model.documents import Document, write_document
 from auto_quantize_model.escape import code, one_line, prose
 from auto_quantize_model.files import InputError, canonical_json, digest_of, write_text
+from auto_quantize_model.folders import atomic_folder
 
 Modules = dict[str, type[torch.nn.Module]]
 FP32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
@@ -294,7 +294,7 @@ def export(
     """Write every profile for every tool, DIRECTORY/PROFILE/FILE, and DIRECTORY/index.json, which lists them.
 
     Args:
-        directory: written anew; what it held is gone.
+        directory: written anew; exports that were written there before are replaced, and nothing else.
         profiles: as `profiles.build_profiles` returns it.
         plan: what the profiles are of.
         capture: of the plan; says which ops never ran.
@@ -308,7 +308,8 @@ def export(
         {model, plan_digest, profiles: {profile: {tool: ...}}, missed}; files are named from the directory's parent.
 
     Raises:
-        InputError: as `export_profile` says; nothing is written then.
+        InputError: as `export_profile` says, or something else than exports lies at `directory`; nothing is written
+            then.
     """
     left_out = [op["op_name"] for op in plan["excluded"]]
     idle = [op["op_name"] for op in plan["ops"] if not any(capture["executions"][op["op_name"]])]
@@ -321,9 +322,9 @@ def export(
         for tool in index[name].values():
             tool["files"] = [f"{directory.name}/{name}/{file}" for file in tool["files"]]
     document = {"model": plan["model"], "plan_digest": digest_of(plan), "profiles": index, "missed": profiles["missed"]}
-    shutil.rmtree(directory, ignore_errors=True)
-    for file, text in texts.items():
-        write_text(directory / file, text)
-    written = [directory / file for file in texts]
-    write_document(directory / "index.json", "exports", document, made_from, files=written)
+    with atomic_folder(directory, "name another folder, or move what is yours out of it") as folder:
+        for file, text in texts.items():
+            write_text(folder / file, text)
+        written = [folder / file for file in texts]
+        write_document(folder / "index.json", "exports", document, made_from, files=written)
     return document

@@ -1,11 +1,17 @@
 """Files in and out: hashes, atomic writes, canonical JSON, config blocks, and the error that is the user's to mend."""
 
+import contextlib
 import difflib
+import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
-import tempfile
+import pwd
+import re
+import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -13,7 +19,25 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+from safetensors import SafetensorError
+
 Spec = TypeVar("Spec")
+MARKER = ".auto-quantize-model.json"  # in a folder that `folders` wrote: the names of its files and their sha256
+NEXT_STEPS = {
+    errno.ENOSPC: "its disk is full; free some space, and run again",
+    errno.EDQUOT: "your quota on its disk is used up; free some space, and run again",
+    errno.EROFS: "its file system is read-only; name a place that can be written",
+    errno.ENOENT: "no such file or folder; correct the path, or make it",
+    errno.ENOTDIR: "a part of this path is a file, and no folder; correct the path",
+    errno.EISDIR: "a folder, where a file is needed; name a file",
+    errno.ENAMETOOLONG: "the name is too long for its file system; choose a shorter one",
+    errno.ELOOP: "its links lead round in a circle; correct the links",
+    errno.EBUSY: "in use, or the root of a mounted disk; name another path, such as a folder in it",
+    errno.EFBIG: "too large for its file system; name a place on another disk",
+    errno.EIO: "the disk reports an input/output error; check the disk, and run again",
+    errno.ESTALE: "the file server changed it meanwhile; run again",
+    errno.EMFILE: "too many files are open; raise the limit (ulimit -n), and run again",
+}
 
 
 class InputError(Exception):
@@ -45,22 +69,156 @@ def digest_of(document: Any) -> str:
     return sha256_bytes(json.dumps(document, sort_keys=True, allow_nan=False).encode())
 
 
+def explained(error: BaseException, path: Path | str | None = None) -> str | None:
+    """One line that names the file and the next step, for an error that a disk or its owner causes; else None.
+
+    Args:
+        error: an OSError, or the error of a library that hides one, as those of safetensors and torch.save do.
+        path: the file that is named where the error names none.
+    """
+    number = error.errno if isinstance(error, OSError) else _hidden_errno(error)
+    named = getattr(error, "filename", None) or path
+    if number is None or named is None or isinstance(named, int):
+        return None
+    place = Path(os.fsdecode(named))
+    if number in (errno.EACCES, errno.EPERM):
+        return f"{place}: permission denied; {_who_may_help(place)}, or name another path"
+    return f"{place}: {NEXT_STEPS[number]}" if number in NEXT_STEPS else None
+
+
+def _hidden_errno(error: BaseException) -> int | None:
+    """The system's error number that a library gives as text alone."""
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, tokenizers
+        return int(found[1])
+    # torch.save says where its writing stopped, and not why.
+    return errno.ENOSPC if "inline_container.cc" in str(error) and "unexpected pos" in str(error) else None
+
+
+def _who_may_help(path: Path) -> str:
+    """Whose right it is to open or to write `path`, as an advice: the owner of what exists of it."""
+    for place in (path, *path.absolute().parents):
+        with contextlib.suppress(OSError):
+            owner = place.lstat().st_uid
+            if owner == os.geteuid():
+                return f"allow it (chmod u+rwX {place})"
+            with contextlib.suppress(KeyError):
+                return f"ask {pwd.getpwuid(owner).pw_name}, who owns {place}"
+            return f"ask user {owner}, who owns {place}"
+    return "ask its owner"
+
+
+@contextmanager
+def named_errors(path: Path, hidden: Path | None = None) -> Iterator[None]:
+    """Turn an error of the disk into an InputError that names `path`, or the file that the error itself names.
+
+    Args:
+        path: the file or folder that is written or read.
+        hidden: a temporary path that stands for `path` and that no user knows.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        told = getattr(error, "filename", None)
+        if isinstance(error, OSError) and isinstance(told, (str, Path)) and hidden:
+            inner = Path(told).absolute()
+            if inner.is_relative_to(hidden.absolute()):
+                error.filename = str(path / inner.relative_to(hidden.absolute()))
+        message = explained(error, path)
+        if message is None:
+            raise
+        raise InputError(message) from None
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; move it into place on success, remove it on any exception."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    temporary = Path(name)
+    """Yield a temporary path beside `path`; move it into place on success, remove it on any exception.
+
+    What a killed process left of this very output is removed first. The file's mode follows the umask. A link at
+    `path` is replaced, and what it leads to stays as it is.
+
+    Raises:
+        InputError: `path` is a folder or a device, or it cannot be written.
+    """
+    with named_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        require_file(path)
+        clear_leftovers(path)
+        temporary, lock = claimed(path)
     try:
-        yield temporary
-        # mkstemp makes the file private to its owner; a result is as readable as any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
+        with named_errors(path, temporary):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def require_file(path: Path) -> None:
+    """Refuse an output path at which something else than a file lies: a folder, a device, a pipe.
+
+    Raises:
+        InputError: as said.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: a folder, where a file is to be written; name a file")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: no ordinary file, so it is not replaced; name another path")
+
+
+def temporary_name(path: Path) -> Path:
+    """A new name beside `path` that says whose it is and of which output; its length does not grow with `path`."""
+    return path.with_name(f".auto-quantize-{_short_digest(path)}-{secrets.token_hex(4)}")
+
+
+def clear_leftovers(path: Path) -> None:
+    """Remove what killed processes left of the output `path`; what a live process holds the lock of stays.
+
+    Where a file system has no locks, as some network file systems have none, nothing is removed.
+    """
+    leftover = re.compile(rf"\.auto-quantize-{_short_digest(path)}-[0-9a-f]{{8}}")
+    with contextlib.suppress(PermissionError):  # a folder may be writable and its names unreadable
+        _clear(path.parent, leftover)
+
+
+def _clear(folder: Path, leftover: re.Pattern[str]) -> None:
+    for found in list(folder.iterdir()):
+        if leftover.fullmatch(found.name) and not found.is_symlink():
+            with contextlib.suppress(OSError):  # another process was faster, or it belongs to another user
+                _remove_unless_held(found)
+
+
+def _remove_unless_held(leftover: Path) -> None:
+    if not leftover.is_dir():
+        held = os.open(leftover, os.O_RDWR)
+    elif (leftover / MARKER).exists():
+        held = os.open(leftover / MARKER, os.O_RDWR)
+    else:
+        leftover.rmdir()  # killed before it held anything; a folder that is not empty stays
+        return
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    finally:
+        os.close(held)
+
+
+def claimed(path: Path, folder: bool = False) -> tuple[Path, int]:
+    """A new temporary file or folder beside `path`, and the open file whose lock says that its writer lives."""
+    while True:
+        temporary = temporary_name(path)
+        if folder:
+            temporary.mkdir()
+        with contextlib.suppress(FileNotFoundError):  # another process took the empty folder for a leftover
+            lock = os.open(temporary / MARKER if folder else temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            with contextlib.suppress(OSError):  # a file system without locks: nobody clears there
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.fstat(lock).st_nlink:
+                return temporary, lock
+            os.close(lock)  # another process took it for a leftover, between its making and its lock
+
+
+def _short_digest(path: Path) -> str:
+    return sha256_bytes(os.fsencode(path.name))[:12]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -134,7 +134,7 @@ def check_against_hub(directory: Path, sha256: dict[str, str]) -> None:
     """Compare the files of a cached snapshot with the hub's own hashes, by which the cache names them.
 
     A file is a link to a blob that is named by its sha256 (large files) or by git's sha1 of it. One that differs is
-    removed from the cache, so that the next run fetches it again.
+    removed from the cache, so that the next run fetches it again. A link that leads out of the cache is left alone.
 
     Args:
         directory: as `fetch_snapshot` returned it.
@@ -143,10 +143,13 @@ def check_against_hub(directory: Path, sha256: dict[str, str]) -> None:
     Raises:
         InputError: naming the file.
     """
+    blobs = (directory.resolve().parents[1] / "blobs").resolve()
     for name, found in sha256.items():
         path = directory / name
         if not path.is_symlink():
             continue  # a cache without links, as some file systems force: nothing names the hash
+        if path.resolve().parent != blobs:
+            continue  # no link of the hub's
         expected = Path(os.readlink(path)).name
         if len(expected) == 40:
             found = _git_sha1(path)
@@ -172,8 +175,18 @@ def link_snapshot(snapshot: Path, path: Path) -> None:
     Raises:
         InputError: something else than such a link lies at `path`.
     """
-    if path.exists() and not path.is_symlink():
-        raise InputError(f"model.path: {path} exists and is no link to the hub's cache; move it away")
+    if path.is_symlink():
+        # A cache that moved or was emptied leaves a link that leads nowhere, so its shape decides.
+        if not re.search(r"/models--[^/]+/snapshots/[0-9a-f]{40}/?$", os.readlink(path)):
+            raise InputError(
+                f"model.path: {path} is a link to {os.readlink(path)}, which is not in the hub's cache; set"
+                " model.source: local to take what it leads to, or name another model.path"
+            )
+    elif path.exists():
+        raise InputError(
+            f"model.path: {path} exists and is no link to the hub's cache; set model.source: local to take it as it is,"
+            " name another model.path, or move it away"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     path.symlink_to(snapshot.resolve(), target_is_directory=True)

