@@ -10,6 +10,7 @@ READY := $(VENV)/.installed
 VERSION_CHECK := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 ARCHIVE ?= tmp/auto-quantize-model.tar.gz
 PROFILE ?= recommended
+SCRATCH := tmp/bench tmp/check_exports tmp/auto-quantize-model.tar.gz
 
 # The first of these that starts and is 3.11; a version manager's shim may be there and start nothing.
 find_python = for python in $(or $(PYTHON),python3.11 python3 python); do \
@@ -27,7 +28,10 @@ setup: $(READY) ## install everything into .venv from envs/requirements.lock
 
 $(READY): envs/requirements.lock pyproject.toml
 	@$(find_python); \
-	if ! $(BIN)/python -c '$(VERSION_CHECK)' 2>/dev/null; then "$$python" -m venv --clear $(VENV); fi
+	if ! $(BIN)/python -c '$(VERSION_CHECK)' 2>/dev/null; then \
+		if [ -e $(VENV) ] && [ ! -e $(VENV)/.made-by-make ] && [ ! -e $(READY) ]; then \
+		echo "error: $(VENV) is there and holds no Python 3.11; move it away, and make makes its own" >&2; exit 2; fi; \
+		mkdir -p $(VENV); touch $(VENV)/.made-by-make; "$$python" -m venv --clear $(VENV); touch $(VENV)/.made-by-make; fi
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r envs/requirements.lock
 	@# setuptools is in the lock, so nothing unpinned has to be fetched to build the package itself.
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
@@ -68,9 +72,12 @@ dag: $(READY) ## draw the rule graph into docs/rulegraph.svg and README.md
 	$(BIN)/python scripts/draw_rule_graph.py --svg docs/rulegraph.svg --readme README.md
 
 archive: $(READY) ## pack the workflow with its inputs into ARCHIVE (the results have a rule of their own)
-	@mkdir -p $(dir $(ARCHIVE))
-	@rm -f $(ARCHIVE)
-	$(BIN)/snakemake --archive $(ARCHIVE)
+	@mkdir -p "$(dir $(ARCHIVE))"
+	@# Snakemake does not replace an archive; what is no archive of this workflow is not removed for it.
+	@if [ -e "$(ARCHIVE)" ] && ! tar -tzf "$(ARCHIVE)" 2>/dev/null | grep 'workflow/Snakefile$$' >/dev/null; then \
+		echo "error: $(ARCHIVE) is no archive of this workflow; move it away, or name another ARCHIVE=" >&2; exit 2; fi
+	@rm -f "$(ARCHIVE)"
+	$(BIN)/snakemake --archive "$(ARCHIVE)"
 
 # A build's local label (+cpu) is this machine's; the lock names the release, and each machine finds its own build.
 lock: ## write envs/requirements.lock anew from envs/requirements.in
@@ -85,6 +92,10 @@ lock: ## write envs/requirements.lock anew from envs/requirements.in
 		> "$$tools/requirements.lock"; \
 	mv "$$tools/requirements.lock" requirements.lock
 
+# Below results/ only what Snakemake has records of goes, and below tmp/ only what is named here: the rest is the user's.
 clean: ## remove what can be built again: results, Snakemake's records, caches (not .venv, not models)
-	rm -rf results/* .snakemake tmp .pytest_cache .mypy_cache .ruff_cache
-	@git checkout --quiet -- results 2>/dev/null || true
+	@if [ ! -d .snakemake ]; then echo "no run is recorded in .snakemake, so results/ stays as it is"; \
+	elif [ ! -x $(BIN)/python ]; then echo "error: only $(VENV) can tell what the workflow wrote: make setup" >&2; exit 2; \
+	else $(BIN)/python scripts/clean_results.py; fi
+	rm -rf .snakemake $(SCRATCH) .pytest_cache .mypy_cache .ruff_cache
+	@if [ -d tmp ]; then rmdir --ignore-fail-on-non-empty tmp; fi

@@ -35,6 +35,7 @@ def kind_and_path(text: str) -> tuple[str, Path]:
 
 
 def archive(args: argparse.Namespace) -> None:
+    cli.require_outputs(args, archive=".tar", checksums=".json")
     for document in read_documents(dict(args.documents)):
         for path in files_of(document):
             require_listed(document, path)

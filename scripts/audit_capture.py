@@ -26,6 +26,7 @@ def main() -> int:
 
 
 def audit(args: argparse.Namespace) -> None:
+    cli.require_outputs(args, audit=".json")
     paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest}
     made_from = read_documents(paths | {"plan": args.plan, "capture": args.capture})
     manifest, calibration, plan, capture = made_from

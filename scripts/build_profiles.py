@@ -23,6 +23,7 @@ def main() -> int:
 
 
 def profiles(args: argparse.Namespace) -> None:
+    cli.require_outputs(args, profiles=".json")
     tradeoff = read_document(args.tradeoff, "tradeoff")
     found = build_profiles(tradeoff, from_block(Target, args.target, "profiles"))
     write_document(args.profiles, "profiles", found, [tradeoff], args.config_digest)

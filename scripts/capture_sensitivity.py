@@ -35,6 +35,7 @@ def main() -> int:
 
 
 def capture(args: argparse.Namespace) -> None:
+    cli.require_outputs(args, capture=".json", run_record=".json")
     paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest, "plan": args.plan}
     made_from = read_documents(paths)
     manifest, calibration, plan = made_from

@@ -54,6 +54,7 @@ def main() -> int:
 
 def comparison(args: argparse.Namespace) -> bool:
     """Write and print the comparison; whether the reports differ."""
+    cli.require_outputs(args, markdown=".md", json=".json")
     limits = Limits(args.top, args.tau, args.top_changes, args.sqnr_drop)
     found = compare(read_report(args.first), read_report(args.second), limits)
     markdown = to_markdown(found)

@@ -24,6 +24,7 @@ def main() -> int:
 
 
 def extract_calibration(args: argparse.Namespace) -> None:
+    cli.require_outputs(args, calibration_set=".parquet", heldout_set=".parquet", calibration_manifest=".json")
     model_manifest = read_document(args.manifest, "model_manifest")
     processor = load_processor(verify_manifest(model_manifest))
     spec = from_block(CalibrationSpec, args.spec, "calibration")

@@ -28,6 +28,7 @@ def main() -> int:
 
 
 def get_model(args: argparse.Namespace) -> None:
+    cli.require_outputs(args, manifest=".json")
     details: dict[str, Any] = {}
     if args.source == "digits":
         from auto_quantize_model.digits import TrainingSpec, train_snapshot

@@ -41,6 +41,7 @@ def main() -> int:
 
 
 def tradeoff(args: argparse.Namespace) -> None:
+    cli.require_outputs(args, tradeoff=".json")
     paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest}
     made_from = read_documents(paths | {"plan": args.plan, "capture": args.capture})
     manifest, calibration, plan, capture = made_from

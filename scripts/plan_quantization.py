@@ -25,6 +25,7 @@ def main() -> int:
 
 
 def plan_quantization(args: argparse.Namespace) -> None:
+    cli.require_outputs(args, plan=".json")
     paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest}
     made_from = read_documents(paths)
     manifest, calibration = made_from

@@ -20,6 +20,7 @@ def main() -> int:
 
 
 def publish(args: argparse.Namespace) -> None:
+    cli.require_outputs(args, into_markdown=".md", into_json=".json")
     require_listed(read_document(args.json, "report"), args.markdown)
     for source, target in ((args.markdown, args.into_markdown), (args.json, args.into_json)):
         write_text(target, source.read_text(encoding="utf-8"))

@@ -37,6 +37,7 @@ def main() -> int:
 
 
 def quantize_model(args: argparse.Namespace) -> None:
+    cli.require_outputs(args, record=".json")
     beside = [args.record.name] if args.record.absolute().parent == args.directory.absolute() else []
     require_own_folder(args.directory, OWN_FOLDER, beside)
     paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest, "plan": args.plan}

@@ -24,6 +24,7 @@ def main() -> int:
 
 
 def page(args: argparse.Namespace) -> None:
+    cli.require_outputs(args, html=".html")
     report, *exports = read_documents({"report": args.report} | ({"exports": args.exports} if args.exports else {}))
     for path in (args.markdown, *args.tables):
         if path:

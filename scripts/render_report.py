@@ -30,6 +30,8 @@ def main() -> int:
 
 
 def render_report(args: argparse.Namespace) -> None:
+    listed = {f"{name}_table": ".csv" for name in ("ranking", "tradeoff", "profiles")}
+    cli.require_outputs(args, markdown=".md", json=".json", **listed)
     parts = ("plan", "capture", "audit", "tradeoff", "profiles")
     paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest}
     made_from = read_documents(paths | {part: getattr(args, part) for part in parts})

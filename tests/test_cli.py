@@ -1,13 +1,18 @@
 """What scripts show: chatter in the log, words on the terminal, errors in one line with their exit code."""
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from auto_quantize_model import cli
+from auto_quantize_model.cli import require_outputs
+from auto_quantize_model.files import InputError
 
 PREAMBLE = """
 import ctypes, logging, os, sys
@@ -163,3 +168,187 @@ def test_a_bar_of_the_hubs_shows_names_of_files_as_plain_text(capsys: pytest.Cap
     with cli.TerminalBar(total=1, desc="\x1b[31mmodel\n.safetensors"):
         pass
     assert capsys.readouterr().err.startswith("\r\\x1b[31mmodel .safetensors:   0%|          | 0/1")
+
+
+STOPPABLE = """
+import signal, time
+from auto_quantize_model.files import atomic_path
+def work():
+    with atomic_path(Path("out.json")) as temporary:
+        temporary.write_text("half")
+        os.write(2 if log is None else cli._terminal["err"].fileno(), b"at work\\n")
+        while True:
+            try: time.sleep(60)
+            except Exception: pass
+"""
+
+
+def start(body: str, directory: Path, *arguments: str, **settings: str) -> subprocess.Popen[str]:
+    """A script that has begun its work, which it says."""
+    code = f"{PREAMBLE}\n{body}\nraise SystemExit(cli.run(work, log))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        cwd=directory,
+        env=os.environ | settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509  no threads
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "at work\n"
+    return process
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("arguments", [[], ["logs/work.log"]])
+def test_a_signal_ends_a_script_in_one_line_and_leaves_no_half_output(
+    tmp_path: Path, name: str, arguments: list[str]
+) -> None:
+    process = start(STOPPABLE, tmp_path, *arguments)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate()
+    line = f"stopped by {name}; run again to resume\n"
+    assert (process.returncode, out, err) == (128 + getattr(signal, name), "", line)
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {Path(path).name for path in arguments}
+    assert all((tmp_path / path).read_text() == line for path in arguments)
+
+
+def test_work_that_swallows_the_signal_is_ended_by_the_kernel(tmp_path: Path) -> None:
+    body = """
+import time
+cli.GRACE_SECONDS = 1
+def work():
+    said = b"at work\\n"
+    while True:
+        try:
+            os.write(2, said)
+            said = b""
+            time.sleep(60)
+        except BaseException: pass
+"""
+    process = start(body, tmp_path)
+    process.terminate()
+    process.communicate()
+    assert process.returncode == -signal.SIGALRM
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
+    process = start("import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + STOPPABLE, tmp_path)
+    process.send_signal(signal.SIGHUP)
+    process.terminate()
+    assert process.communicate()[1] == "stopped by SIGTERM; run again to resume\n"
+
+
+PARENT = """
+import os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=os.environ | eval(sys.argv[2]))
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the parent-death signal is Linux's")
+@pytest.mark.parametrize("job", [True, False])
+def test_a_job_ends_with_its_workflow_and_a_script_started_by_hand_goes_on(tmp_path: Path, job: bool) -> None:
+    body = """
+import time
+def work():
+    Path("begun").touch()
+    for _ in range(100): time.sleep(0.1)
+"""
+    code = f"{PREAMBLE}\nlog = Path('work.log')\n{body}\nraise SystemExit(cli.run(work, log))"
+    settings = "{'PIPELINE_PID': str(os.getpid())}" if job else "{}"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, code, settings],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PIPELINE_PID"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    if job:
+        while Path(f"/proc/{child}/stat").exists() and " Z " not in Path(f"/proc/{child}/stat").read_text():
+            time.sleep(0.05)
+        assert (tmp_path / "work.log").read_text() == "stopped by SIGTERM; run again to resume\n"
+    else:
+        time.sleep(0.5)
+        assert " Z " not in Path(f"/proc/{child}/stat").read_text()
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_job_whose_workflow_ended_before_it_began_does_nothing(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    os.environ["PIPELINE_PID"] = str(ended.pid)
+    try:
+        job = run_script("def work(): print('worked')", tmp_path / "work.log")
+    finally:
+        del os.environ["PIPELINE_PID"]
+    assert (job.returncode, job.stdout) == (2, "")
+    assert job.stderr == "error: the Snakemake that started this job has ended; run Snakemake again\n"
+
+
+@pytest.mark.parametrize("log", ["file/work.log", "notes.txt", "folder", "n" * 256 + ".log"])
+def test_a_log_that_cannot_be_opened_is_one_line(tmp_path: Path, log: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    ended = run_script("def work(): pass", tmp_path / log)
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1 and str(tmp_path / log) in ended.stderr
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_an_input_of_another_user_is_one_line(tmp_path: Path) -> None:
+    body = 'def work(): raise PermissionError(13, "Permission denied", "theirs.json")'
+    ended = run_script(body, tmp_path / "work.log")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: theirs.json: permission denied; ")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("body", ["def work(): print('x' * 100_000)", "def work(): raise KeyError('weight')"])
+def test_a_log_on_a_full_disk_costs_no_traceback(body: str) -> None:
+    ended = run_script(body, "/dev/full")
+    assert ended.returncode in (1, 2)
+    assert len(ended.stderr.splitlines()) == 1 and "/dev/full" in ended.stderr
+
+
+def test_a_reader_that_has_ended_is_no_error() -> None:
+    code = (
+        f"{PREAMBLE}\ndef work():\n    for n in range(100_000): cli.say('word')\nraise SystemExit(cli.run(work, log))"
+    )
+    command = f'{sys.executable} -c "$CODE" | head -n 1; echo ${{PIPESTATUS[0]}}'
+    ended = subprocess.run(
+        ["bash", "-c", command], env=os.environ | {"CODE": code}, capture_output=True, text=True, check=True
+    )
+    assert (ended.stdout, ended.stderr) == ("word\n141\n", "")
+
+
+def test_an_output_is_refused_before_work_where_it_would_destroy_something(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "plan.json"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "link.json").symlink_to("plan.json")
+    for name, said in (
+        ("model.safetensors", r"--run-record: .*model\.safetensors does not end in \.json"),
+        ("plan.json", r"--run-record: .*plan\.json is an input"),
+        ("link.json", r"--run-record: .*link\.json is an input"),
+        ("folder.json", "a folder"),
+        ("plan.json/out.json", "a part of this path is a file"),
+    ):
+        args = argparse.Namespace(plan=tmp_path / "plan.json", run_record=tmp_path / name, log=None)
+        with pytest.raises(InputError, match=said):
+            require_outputs(args, run_record=".json")
+    args = argparse.Namespace(files=[tmp_path / "plan.json"], checksums=tmp_path / "new" / "out.json", markdown=None)
+    require_outputs(args, checksums=".json", markdown=".md")
+    args.checksums = tmp_path / "plan.json"
+    with pytest.raises(InputError, match="is an input"):
+        require_outputs(args, checksums=".json")

@@ -19,7 +19,7 @@ import psutil
 from tqdm import tqdm
 
 from auto_quantize_model.escape import one_line, printable, redacted
-from auto_quantize_model.files import InputError, explained, named_errors
+from auto_quantize_model.files import InputError, explained, named_errors, require_file, require_writable
 
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -130,6 +130,31 @@ def _stopped_by_signals() -> Iterator[None]:
         for number, handler in before.items():
             if signal.getsignal(number) is stop:
                 signal.signal(number, handler)
+
+
+def require_outputs(args: argparse.Namespace, **suffixes: str) -> None:
+    """Refuse, before long work, an output that would destroy a file of another kind or could not be written.
+
+    Args:
+        args: of the script; each path that is no output counts as an input.
+        suffixes: for each output, by its name in `args`, how its name ends; an output that is None is left out.
+
+    Raises:
+        InputError: another suffix, a folder or device, an input of the same step, or a place that cannot be written.
+    """
+    given = [value for name, value in vars(args).items() if name not in {*suffixes, "log"}]
+    inputs = [path for value in given for path in (value if isinstance(value, list) else [value])]
+    for name, suffix in suffixes.items():
+        path, option = getattr(args, name), f"--{name.replace('_', '-')}"
+        if path is None:
+            continue
+        if path.suffix != suffix:
+            raise InputError(f"{option}: {path} does not end in {suffix}; name a file that does")
+        with named_errors(path):
+            require_file(path)
+            require_writable(path.absolute().parent)
+            if path.exists() and any(isinstance(i, Path) and i.exists() and i.samefile(path) for i in inputs):
+                raise InputError(f"{option}: {path} is an input of this step; name another file")
 
 
 def run(work: Callable[[], None], log: Path | None) -> int:

@@ -29,6 +29,7 @@ NEXT_STEPS = {
     errno.EROFS: "its file system is read-only; name a place that can be written",
     errno.ENOENT: "no such file or folder; correct the path, or make it",
     errno.ENOTDIR: "a part of this path is a file, and no folder; correct the path",
+    errno.EEXIST: "a file, where a folder is needed; move the file away, or name another path",
     errno.EISDIR: "a folder, where a file is needed; name a file",
     errno.ENAMETOOLONG: "the name is too long for its file system; choose a shorter one",
     errno.ELOOP: "its links lead round in a circle; correct the links",
@@ -163,6 +164,21 @@ def require_file(path: Path) -> None:
         raise InputError(f"{path}: a folder, where a file is to be written; name a file")
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: no ordinary file, so it is not replaced; name another path")
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse a folder in which no file can be made, or which cannot be made itself.
+
+    Raises:
+        InputError: naming what exists of it.
+    """
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    with named_errors(there):
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "", str(folder))
+        if not os.access(there, os.W_OK | os.X_OK):
+            read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+            raise OSError(errno.EROFS if read_only else errno.EACCES, "", str(there))
 
 
 def temporary_name(path: Path) -> Path:

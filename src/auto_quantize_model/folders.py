@@ -74,7 +74,7 @@ def require_own_folder(path: Path, advice: str, beside: Collection[str] = ()) ->
         if Path.cwd().is_relative_to(path.resolve()):
             raise InputError(f"{path}: the current folder lies in it, so it is not replaced; {advice}")
         written = _files_of_marker(path)
-        for inner in _files_in(path):
+        for inner in files_in(path):
             name = inner.relative_to(path).as_posix()
             if name in {MARKER, SNAKEMAKES, *beside}:
                 continue
@@ -83,7 +83,7 @@ def require_own_folder(path: Path, advice: str, beside: Collection[str] = ()) ->
                 raise InputError(f"{path}: the folder is not replaced, because {name} in it {what}; {advice}")
 
 
-def _files_in(folder: Path) -> Iterator[Path]:
+def files_in(folder: Path) -> Iterator[Path]:
     """All that is no folder, at any depth, links among them; an unreadable folder is an error and not skipped."""
 
     def fail(error: OSError) -> None:
@@ -105,12 +105,12 @@ def _files_of_marker(folder: Path) -> dict[str, str]:
 
 def _finish_folder(folder: Path, marker: int) -> None:
     """Give each file the mode that a plain open() gives, and list the files in the marker, open as `marker`."""
-    files = sorted(inner for inner in _files_in(folder) if inner != folder / MARKER)
+    files = sorted(inner for inner in files_in(folder) if inner != folder / MARKER)
     for file in files:
         file.chmod(stat.S_IMODE(os.fstat(marker).st_mode))
     listed = {file.relative_to(folder).as_posix(): sha256_file(file) for file in files}
-    with open(marker, "w", encoding="utf-8", closefd=False) as file:
-        file.write(canonical_json({"written_by": "auto-quantize-model", "files": listed}))
+    with open(marker, "w", encoding="utf-8", closefd=False) as opened:
+        opened.write(canonical_json({"written_by": "auto-quantize-model", "files": listed}))
 
 
 def _swap_folders(new: Path, path: Path) -> None:
