@@ -301,7 +301,7 @@ def test_a_log_that_cannot_be_opened_is_one_line(tmp_path: Path, log: str) -> No
     (tmp_path / "notes.txt").write_text("mine")
     ended = run_script("def work(): pass", tmp_path / log)
     assert ended.returncode == 2
-    assert len(ended.stderr.splitlines()) == 1 and str(tmp_path / log) in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1 and str(tmp_path / log.split("/")[0]) in ended.stderr
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

@@ -361,3 +361,53 @@ def test_a_signal_is_not_mistaken_for_a_failure(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "model", ""):
         os.kill(os.getpid(), signal.SIGINT)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_photos_and_exports_never_mix_with_what_is_the_users(tmp_path: Path) -> None:
+    """Each writer of a folder goes by the one rule."""
+    from auto_quantize_model.exports import export
+    from auto_quantize_model.standin import SHAPES, build, write_photos
+
+    foreign(tmp_path / "mine")
+    profiles, plan = {"profiles": {}, "missed": None}, {"model": "m", "excluded": [], "ops": []}
+    for write in (
+        write_photos,
+        lambda path: build(SHAPES["tiny"], path),
+        lambda path: export(path, profiles, plan, {"executions": {}}, {}, [], 1, tmp_path),
+    ):
+        with pytest.raises(InputError, match=r"config\.json in it was not written by this tool"):
+            write(tmp_path / "mine")
+    assert everything(tmp_path) == {"mine/config.json": "mine"}
+
+
+def test_the_hubs_link_replaces_no_link_of_the_users(tmp_path: Path) -> None:
+    from auto_quantize_model.hub import link_snapshot
+
+    cache = tmp_path / "models--a--b" / "snapshots"
+    first, second = cache / ("1" * 40), cache / ("2" * 40)
+    for snapshot in (first, second):
+        snapshot.mkdir(parents=True)
+    foreign(tmp_path / "mine")
+    (tmp_path / "link").symlink_to(tmp_path / "mine", target_is_directory=True)
+    for name in ("mine", "link"):
+        with pytest.raises(InputError, match=r"model\.path: .*model\.source: local"):
+            link_snapshot(first, tmp_path / name)
+    assert (tmp_path / "link" / "config.json").read_text() == "mine"
+    link_snapshot(first, tmp_path / "model")
+    link_snapshot(second, tmp_path / "model")
+    assert (tmp_path / "model").resolve() == second
+
+
+def test_a_damaged_file_is_removed_from_the_hubs_cache_alone(tmp_path: Path) -> None:
+    from auto_quantize_model.hub import check_against_hub
+
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / ("1" * 40), tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for folder, name in ((tmp_path, "mine"), (blobs, "weights")):
+        (folder / ("0" * 64)).write_text(name)
+        (snapshot / name).symlink_to(folder / ("0" * 64))
+    check_against_hub(snapshot, {"mine": "1" * 64})
+    with pytest.raises(InputError, match="removed from the cache"):
+        check_against_hub(snapshot, {"weights": "1" * 64})
+    assert (snapshot / "mine").read_text() == "mine" and not list(blobs.iterdir())

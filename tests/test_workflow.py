@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -472,6 +473,62 @@ def test_no_capture_outlives_a_killed_snakemake(finished: tuple[Path, str], tmp_
     running.wait()
     assert captures
     assert wait_for(lambda: not captures_in(directory), 60)
+
+
+INTERRUPTED = f"""
+import os
+os.environ.update(PIPELINE_PID=str(os.getpid()), PYTHONPATH="{ROOT}/src")
+include: "{ROOT}/workflow/rules/signals.smk"
+onstart:
+    stop_jobs_on_signals()
+rule all:
+    input: "b.json"
+rule a:
+    output: "a.json"
+    log: "a.log"
+    shell: "exec {sys.executable} a.py"
+rule b:
+    input: "a.json"
+    output: "b.json"
+    shell: "cp {{input}} {{output}}"
+"""
+LONG_JOB = """
+import time
+from pathlib import Path
+from auto_quantize_model import cli
+from auto_quantize_model.files import atomic_path
+def work():
+    with atomic_path(Path("a.json")) as temporary:
+        temporary.write_text("{}")
+        if not Path("begun").exists():
+            Path("begun").touch()
+            time.sleep(600)
+raise SystemExit(cli.run(work, Path("a.log")))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_to_snakemake_alone_ends_its_jobs_and_the_next_run_needs_no_unlock(tmp_path: Path, name: str) -> None:
+    (tmp_path / "Snakefile").write_text(INTERRUPTED)
+    (tmp_path / "a.py").write_text(LONG_JOB)
+    running = subprocess.Popen(
+        [sys.executable, "-m", "snakemake", "--cores", "1"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # A run in the background of a script has SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert wait_for((tmp_path / "begun").exists, 60)
+    running.send_signal(getattr(signal, name))
+    assert running.wait(60) == 1
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"Snakefile", "a.py", "begun", "a.log", ".snakemake"}
+    assert (tmp_path / "a.log").read_text() == "stopped by SIGTERM; run again to resume\n"
+    ended = snakemake(tmp_path, "--cores", "1")
+    assert ended.returncode == 0, ended.stdout
+    assert (tmp_path / "b.json").read_text() == "{}"
 
 
 def wait_for(condition: Callable[[], Any], seconds: float) -> Any:

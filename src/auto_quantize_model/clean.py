@@ -41,9 +41,9 @@ def clean_results(root: Path) -> list[Path]:
         for file in [file for file in files_in(results) if file.parent.name == folder and file.suffix == suffix]:
             if file.stem in rules:
                 file.unlink()
-    for folder in sorted(results.rglob("*"), reverse=True):
+    for place in sorted(results.rglob("*"), reverse=True):
         with contextlib.suppress(OSError):  # a file, a link, or not empty
-            folder.rmdir()
+            place.rmdir()
     return [file for file in files_in(results) if file != results / "README.md"]
 
 
