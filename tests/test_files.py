@@ -8,8 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,7 +108,7 @@ def a_damaged_marker(path: Path) -> None:
         lambda path: path.write_text("a file"),
     ],
 )
-def test_what_is_the_users_stays_as_it_is(tmp_path: Path, lay) -> None:
+def test_what_is_the_users_stays_as_it_is(tmp_path: Path, lay: Callable[[Path], None]) -> None:
     lay(tmp_path / "out")
     before = everything(tmp_path)
     with pytest.raises(InputError, match=f"out.*{ADVICE}"), atomic_folder(tmp_path / "out", ADVICE):
@@ -369,7 +370,8 @@ def test_photos_and_exports_never_mix_with_what_is_the_users(tmp_path: Path) -> 
     from auto_quantize_model.standin import SHAPES, build, write_photos
 
     foreign(tmp_path / "mine")
-    profiles, plan = {"profiles": {}, "missed": None}, {"model": "m", "excluded": [], "ops": []}
+    profiles: dict[str, Any] = {"profiles": {}, "missed": None}
+    plan: dict[str, Any] = {"model": "m", "excluded": [], "ops": []}
     for write in (
         write_photos,
         lambda path: build(SHAPES["tiny"], path),

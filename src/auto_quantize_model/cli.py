@@ -96,7 +96,7 @@ def end_with_parent() -> None:
 
 
 class Stopped(BaseException):
-    """A signal asks this process to end; no Exception, so that nobody takes it for a failure that can be mended."""
+    """A signal asks this process to end. As no Exception, it passes through every `except Exception`."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -107,8 +107,8 @@ class Stopped(BaseException):
 def _stopped_by_signals() -> Iterator[None]:
     """Turn the signals that end a process into `Stopped`, so that temporary files go and the terminal is told.
 
-    A signal that the parent had ignored, as nohup does, stays ignored. Work that does not end in time, in a library
-    that swallows every exception or waits for its threads, is ended by the kernel.
+    A signal that is ignored, as nohup ignores SIGHUP, stays ignored. A library may swallow the exception or wait for
+    its threads: the kernel ends such work after GRACE_SECONDS.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

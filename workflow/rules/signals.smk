@@ -1,4 +1,4 @@
-"""A signal to Snakemake ends its jobs too: left alone, it lets a capture of hours run to its end, or runs no `finally`."""
+"""A signal to Snakemake ends its jobs too. By itself Snakemake waits for them on SIGTERM, and SIGHUP leaves its lock."""
 
 import signal
 import sys
@@ -18,11 +18,10 @@ def unlock_on_signals():
 
 
 def stop_jobs_on_signals():
-    """From the first job on, have a signal start no more jobs and end those that run: each keeps what it has.
+    """From the first job on, have a signal end all running jobs and start no more.
 
-    Snakemake then takes them for failed: it removes what is half written, gives up its lock, and ends with 1. What a
-    job's own signal handling is worth stands in `cli`. A signal that is ignored, as by nohup, stays ignored; a second
-    Ctrl-C does what it always did.
+    Each job keeps its journal (see `cli`). Snakemake takes the jobs for failed, gives up its lock and ends with 1. A
+    signal that nohup ignores stays ignored. A second Ctrl-C interrupts Snakemake itself, as it always did.
     """
     start_no_more = signal.getsignal(signal.SIGTERM)  # Snakemake's own
 
