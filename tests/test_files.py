@@ -275,6 +275,18 @@ def test_another_users_file_is_told_by_its_owner(tmp_path: Path, monkeypatch: py
     assert told and str(tmp_path / "theirs") in told and ", who owns " in told
 
 
+@pytest.mark.parametrize("write", [lambda path: write_text(path, ""), write_folder])
+def test_a_folder_without_the_right_to_write_names_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write
+) -> None:
+    def refuse(path: Path, *others: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(InputError, match=rf"^{tmp_path}/out: permission denied; .*, or name another path$"):
+        write(tmp_path / "out")
+
+
 def test_a_component_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"file: a file, where a folder is needed"):

@@ -220,11 +220,21 @@ def _remove_unless_held(leftover: Path) -> None:
 
 def claimed(path: Path, folder: bool = False) -> tuple[Path, int]:
     """A new temporary file or folder beside `path`, and the open file whose lock says that its writer lives."""
+    try:
+        return _claimed(path, folder)
+    except OSError as error:
+        error.filename = os.fspath(path)  # no user knows the temporary name
+        raise
+
+
+def _claimed(path: Path, folder: bool) -> tuple[Path, int]:
+    # Another process may take the empty folder for a leftover, before the marker lies in it.
+    vanished = [FileNotFoundError] if folder else []
     while True:
         temporary = temporary_name(path)
         if folder:
             temporary.mkdir()
-        with contextlib.suppress(FileNotFoundError):  # another process took the empty folder for a leftover
+        with contextlib.suppress(*vanished):
             lock = os.open(temporary / MARKER if folder else temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             with contextlib.suppress(OSError):  # a file system without locks: nobody clears there
                 fcntl.flock(lock, fcntl.LOCK_EX)
