@@ -89,6 +89,7 @@ def make_qwen2_vl() -> None:
     profiles = {"profiles": {"two": {"keep": 2, "kept": kept, "sqnr_db": None}}, "missed": ""}
     idle = "model.visual.merger.mlp.0"
     plan = {"model": "qwen2_vl", "excluded": [], "ops": [{"op_name": idle}]}
+    plan |= {"reduce_range": False, "inc_check": {"status": "reproduces_fp32"}}
     modules = {name: type(module) for name, module in model.named_modules()}
     capture = {"executions": {idle: [0]}}
     export(exports, profiles, plan, capture, modules, set(model.state_dict()), 1, Path("workflow/templates/exports"))

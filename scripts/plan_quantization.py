@@ -3,12 +3,15 @@
 import argparse
 from pathlib import Path
 
-from auto_quantize_model import cli
+import torch
+
+from auto_quantize_model import cli, words
 from auto_quantize_model.calibration import load_batches
+from auto_quantize_model.device import require_memory
 from auto_quantize_model.documents import read_documents, write_document
 from auto_quantize_model.files import digest_of, from_block
 from auto_quantize_model.plan import SensitivitySpec, build_plan, identify
-from auto_quantize_model.snapshot import load_model, load_processor, verify_manifest
+from auto_quantize_model.snapshot import count_parameters, load_model, load_processor, verify_manifest
 
 
 def main() -> int:
@@ -31,11 +34,16 @@ def plan_quantization(args: argparse.Namespace) -> None:
     manifest, calibration = made_from
     spec = from_block(SensitivitySpec, args.spec, "sensitivity")
     directory = verify_manifest(manifest)
+    # INC's conversion with every op in INT8 takes what a replay on the CPU takes.
+    require_memory(count_parameters(directory), torch.device("cpu"))
     processor = load_processor(directory, calibration["image_backend"])
     batches = load_batches(args.calibration_set, calibration, processor)
     plan = identify(build_plan(load_model(directory), batches, spec), manifest, calibration, digest_of(args.spec))
     write_document(args.plan, "plan", plan, made_from, args.config_digest)
     cli.say(f"plan: {len(plan['ops'])} ops to measure at {plan['measured_op']}, {len(plan['excluded'])} excluded")
+    cli.say(f"plan: {words.activations(plan)}")
+    if plan["inc_check"]["status"] == "cannot":
+        cli.say(f"plan: {words.without_inc(plan['inc_check'])}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from auto_quantize_model.device import WORKING_BYTES, require_free
 from auto_quantize_model.documents import read_documents, require_listed, write_document
 from auto_quantize_model.files import InputError, read_json
 from auto_quantize_model.folders import atomic_folder, require_own_folder
+from auto_quantize_model.inc_engine import require_inc
 from auto_quantize_model.metrics import Reference
 from auto_quantize_model.quantize import compared, load_quantized, logits, measure_error, quantize, release
 from auto_quantize_model.snapshot import count_parameters, load_model, load_processor, verify_manifest
@@ -43,7 +44,8 @@ def quantize_model(args: argparse.Namespace) -> None:
     paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest, "plan": args.plan}
     paths |= {"tradeoff": args.tradeoff, "profiles": args.profiles, "exports": args.exports / "index.json"}
     made_from = read_documents(paths)
-    manifest, calibration, _, tradeoff, profiles, exports = made_from
+    manifest, calibration, plan, tradeoff, profiles, exports = made_from
+    require_inc(plan)
     if args.profile not in profiles["profiles"]:
         there = ", ".join(profiles["profiles"]) or "none"
         why = f" ({profiles['missed']})" if args.profile == "recommended" else ""
@@ -62,7 +64,7 @@ def quantize_model(args: argparse.Namespace) -> None:
     processor = load_processor(directory, calibration["image_backend"])
     batches = load_batches(args.calibration_set, calibration, processor)
     heldout, answers = load_heldout(args.heldout_set, calibration, processor, tradeoff["batches"])
-    with incs_surroundings(tradeoff["threads"]):
+    with incs_surroundings(tradeoff["threads"], plan["reduce_range"]):
         model = load_model(directory)
         references = [Reference(logits(model, batch), batch.get("mm_token_type_ids")) for batch in heldout]
         with atomic_folder(args.directory, OWN_FOLDER, beside) as folder:

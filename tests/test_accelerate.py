@@ -4,6 +4,7 @@ import copy
 import logging
 from contextlib import nullcontext
 
+import neural_compressor.adaptor.pytorch as nc_pytorch
 import neural_compressor.adaptor.torch_utils.util as nc_util
 import pytest
 import torch
@@ -170,3 +171,14 @@ def test_everything_is_restored_after_an_exception():
     with pytest.raises(RuntimeError), accelerated_mse_v2():
         raise RuntimeError
     assert before == {name: getattr(nc_util, name) for name in HELPERS.values()}
+
+
+def test_reduce_range_is_that_of_the_argument_and_put_back():
+    before = nc_pytorch.REDUCE_RANGE
+    for wanted in (True, False):
+        with pytest.raises(RuntimeError), accelerated_mse_v2(reduce_range=wanted):
+            assert nc_pytorch.REDUCE_RANGE is wanted
+            raise RuntimeError
+    with accelerated_mse_v2():
+        assert nc_pytorch.REDUCE_RANGE is before
+    assert nc_pytorch.REDUCE_RANGE is before

@@ -38,8 +38,19 @@ def test_a_true_capture_is_bit_identical_in_every_map(model, batches, plan, capt
     result = audit_capture(model, batches, plan, capture, 3, lambda done, total: calls.append((done, total)))
     assert result["status"] == "bit_identical"
     assert (len(result["ops"]), result["compared"]) == (3, 9)
-    assert calls[-1] == (9, 9)
+    assert calls == [(done, 9) for done in range(10)]
     assert result == audit_capture(model, batches, plan, capture, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduced", [True, False])
+def test_a_capture_is_bit_identical_with_7_and_with_8_bits_of_activation(model, batches, tmp_path, reduced):
+    """Whatever INC itself would choose on this CPU."""
+    spec = SensitivitySpec("replay", 1, ("isolated", "fallback"), reduce_range=reduced)
+    planned = identify(build_plan(model, batches, spec), *IDENTITY)
+    with Journal(tmp_path / "journal", {}) as journal:
+        captured, _ = capture_sensitivity(model, batches, planned, journal)
+    assert audit_capture(model, batches, planned, captured, 2)["status"] == "bit_identical"
 
 
 @pytest.mark.slow

@@ -270,6 +270,22 @@ def test_a_fall_of_the_sqnr_of_all_int8_differs(sqnr_db: float | None, differs: 
     assert "With every op in INT8: 20.00 dB, then " in to_markdown(found)
 
 
+def test_runs_with_7_and_8_bits_of_activation_are_warned_of_and_do_not_differ_by_that_alone() -> None:
+    first, second = report(), report()
+    assert compared(first, second)["warnings"] == []
+    first["measurement"]["reduce_range"], second["measurement"]["reduce_range"] = True, False
+    found = compared(first, second)
+    assert found["changed"] == [{"what": "reduce_range", "first": "True", "second": "False"}]
+    (warning,) = found["warnings"]
+    assert warning.startswith(
+        "The first run quantizes activations to 7 bits and the second to 8, so their scores differ"
+    )
+    assert not found["differs"]
+    markdown = to_markdown(found)
+    assert f"> **Warning:** {warning}\n\nKendall's tau" in markdown
+    assert "| reduce_range | True | False |" in markdown
+
+
 def test_what_the_recommended_profile_keeps_anew_is_named() -> None:
     reports = report(), report()
     assert "cannot be compared" in to_markdown(compared(*reports))

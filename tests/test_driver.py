@@ -34,9 +34,11 @@ def photos(tmp_path: Path) -> Path:
 def test_the_driver_writes_the_report_and_publishes_it(tiny_snapshot, photos, tmp_path):
     common = ["--model", str(tiny_snapshot), "--calibration", str(photos), "--num-samples", "1"]
     keep = ["--maps", "isolated", "--keep-name", r"model\.visual\.blocks.*", r"model\.language_model\.layers.*"]
-    ended = drive(tmp_path, *common, *keep, "--publish")
+    ended = drive(tmp_path, *common, *keep, "--reduce-range", "true", "--publish")
     assert ended.returncode == 0, ended.stderr
     report = json.loads((tmp_path / "tmp/qwen2_5_vl_3b_inc/op_sensitivity_mse_v2_cpu.json").read_text())
+    assert (report["measurement"]["reduce_range"], report["measurement"]["reduce_range_by"]) == (True, "config")
+    assert f"{report['audit']['compared']} values by INC" in ended.stdout
     schema = json.loads((ROOT / "workflow" / "schemas" / "op_sensitivity.schema.json").read_text())
     jsonschema.validate(report, schema)
     assert {op["status"] for op in report["ops"]} == {"measured"}

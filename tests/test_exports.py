@@ -25,6 +25,7 @@ PATCHES = "model.visual.patch_embed.proj"
 Q_PROJ, K_PROJ, V_PROJ = (f"model.language_model.layers.0.self_attn.{name}_proj" for name in "qkv")
 UP_PROJ, GATE_PROJ = (f"model.visual.blocks.0.mlp.{name}_proj" for name in ("up", "gate"))
 KEPT = ["lm_head", PATCHES, Q_PROJ, UP_PROJ]
+BY_INC = {"reduce_range": True, "inc_check": {"status": "reproduces_fp32"}}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def export_kept(
         "excluded": [{"op_name": name} for name in excluded],
     }
     capture = {"executions": executions}
-    return export(directory, profiles, plan, capture, modules, published, 2, TEMPLATES)
+    return export(directory, profiles, plan | BY_INC, capture, modules, published, 2, TEMPLATES)
 
 
 def linears(modules: dict[str, Any]) -> list[str]:
@@ -84,7 +85,8 @@ def test_inc_matches_its_own_names_whole(written: Any, modules: Any) -> None:
     names = [name + wrapper for name in modules for wrapper in ("", ".module")]
     matched = {name for name in names for pattern in op_name_dict if re.fullmatch(pattern, name)}
     assert matched == {name + wrapper for name in KEPT for wrapper in ("", ".module")}
-    assert imported(written[0] / "inc_quantize.py").OP_NAME_DICT == op_name_dict
+    script = imported(written[0] / "inc_quantize.py")
+    assert (script.OP_NAME_DICT, script.REDUCE_RANGE) == (op_name_dict, True)
 
 
 def in_vllm(name: str) -> str:
@@ -274,7 +276,7 @@ def test_a_strangers_name_is_a_literal_in_every_file_and_no_code(tmp_path: Path)
     modules: dict[str, type[torch.nn.Module]] = dict.fromkeys([*kept, "model.x10"], torch.nn.Linear)
     modules["model.conv"] = torch.nn.Conv3d
     profile = {"keep": 2, "kept": [*kept, "model.conv"], "sqnr_db": 31.0, "worse": {}}
-    plan = {"model": HOSTILE, "ops": [{"op_name": name} for name in (*kept, "model.x10")], "excluded": []}
+    plan = {"model": HOSTILE, "ops": [{"op_name": name} for name in (*kept, "model.x10")], "excluded": []} | BY_INC
     capture = {"executions": {kept[0]: [1], kept[1]: [1], "model.x10": [0]}}
     profiles = {"profiles": {"recommended": profile}, "missed": ""}
     export(tmp_path / "exports", profiles, plan, capture, modules, [], 2, TEMPLATES)
@@ -303,10 +305,23 @@ def test_a_strangers_name_is_a_literal_in_every_file_and_no_code(tmp_path: Path)
 
 def test_a_profile_that_is_worse_than_all_int8_says_so_in_its_files(tmp_path: Path, modules: Any) -> None:
     profile = {"keep": 1, "kept": [Q_PROJ], "sqnr_db": None, "top1_agreement": 0.5, "worse": {"top1_agreement": 0.75}}
-    plan = {"model": "tiny", "ops": [{"op_name": Q_PROJ}], "excluded": []}
+    plan = {"model": "tiny", "ops": [{"op_name": Q_PROJ}], "excluded": []} | BY_INC
     profiles = {"profiles": {"minimal": profile}, "missed": ""}
     export(tmp_path / "exports", profiles, plan, {"executions": {Q_PROJ: [1]}}, modules, [], 2, TEMPLATES)
     for file in ("README.md", "inc_quantize.py", "llm_compressor_recipe.yaml"):
         text = (tmp_path / "exports" / "minimal" / file).read_text()
         assert "Profile minimal of tiny: 1 op in FP32, no error on held-out samples" in text
         assert "minimal does worse than all-INT8 in top-1 (0.5, all-INT8 0.75)." in text
+
+
+def test_files_for_inc_say_so_where_inc_cannot_convert_the_model(tmp_path: Path, modules: Any) -> None:
+    profile = {"keep": 1, "kept": ["lm_head"], "sqnr_db": 31.0, "worse": {}}
+    profiles = {"profiles": {"one": profile}, "missed": ""}
+    plan = {"model": "tiny", "ops": [], "excluded": [], "reduce_range": False}
+    plan |= {"inc_check": {"status": "cannot", "reason": "its model differs"}}
+    index = export(tmp_path / "exports", profiles, plan, {"executions": {}}, modules, [], 2, TEMPLATES)
+    assert index["profiles"]["one"]["inc"]["notes"][0] == (
+        "Do not use: INC 2.6 cannot convert this model (its model differs)."
+    )
+    assert "Do not use: INC 2.6" in (tmp_path / "exports" / "one" / "inc_quantize.py").read_text()
+    assert "Do not use" not in " ".join(index["profiles"]["one"]["nncf"]["notes"])

@@ -4,15 +4,18 @@ import json
 import subprocess
 import sys
 
+import neural_compressor.adaptor.pytorch as nc_pytorch
 import pytest
 import torch
 
 from auto_quantize_model.capture import capture_sensitivity, require_finite
 from auto_quantize_model.digits import LIMITS
 from auto_quantize_model.files import InputError, digest_of
+from auto_quantize_model.inc_engine import require_same_plan
 from auto_quantize_model.journal import Journal
 from auto_quantize_model.plan import SensitivitySpec, build_plan, identify, matching
 from auto_quantize_model.samples import Sample, collate, encode
+from auto_quantize_model.sites import build_observer
 from auto_quantize_model.snapshot import load_model
 
 pytestmark = pytest.mark.slow
@@ -54,6 +57,29 @@ def test_the_plan_holds_every_op_and_measures_at_the_output(model, batches):
     }
     assert {op["pattern"] for op in plan["ops"]} == {"Linear", "Conv3d", "Embedding"}
     assert json.loads(json.dumps(plan)) == plan
+
+
+@pytest.mark.parametrize(("reduced", "quant_max"), [(True, 127), (False, 255)])
+def test_reduce_range_reaches_the_observers_of_activations_alone(model, batches, reduced, quant_max):
+    before = nc_pytorch.REDUCE_RANGE
+    plan = build_plan(model, batches, spec(reduce_range=reduced))
+    assert (plan["reduce_range"], plan["reduce_range_by"]) == (reduced, "config")
+    assert nc_pytorch.REDUCE_RANGE == before
+    for op in plan["ops"]:
+        if op["op_type"] != "Embedding":
+            assert build_observer(op["activation"]["observer"]).quant_max == quant_max
+            assert build_observer(op["weight"]["observer"]).quant_max == 127
+    assert plan["inc_check"] == {"status": "reproduces_fp32"}
+
+
+def test_the_choice_is_incs_own_where_the_config_makes_none(model, batches, monkeypatch):
+    for choice in (True, False):
+        monkeypatch.setattr(nc_pytorch, "REDUCE_RANGE", choice)
+        plan = build_plan(model, batches, spec())
+        assert (plan["reduce_range"], plan["reduce_range_by"]) == (choice, "inc")
+    # The plan keeps what it was made with on a CPU where INC would choose otherwise.
+    monkeypatch.setattr(nc_pytorch, "REDUCE_RANGE", True)
+    require_same_plan(model, batches, plan)
 
 
 @pytest.mark.parametrize("entry", [{"op_name_dict": {KEPT: "fp32"}}, {"op_type_dict": {"Conv3d": "fp32"}}])

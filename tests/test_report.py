@@ -56,6 +56,9 @@ def parts(**changes):
         "model": "tiny",
         "calibration": "set",
         "config_digest": "3" * 64,
+        "reduce_range": True,
+        "reduce_range_by": "inc",
+        "inc_check": {"status": "reproduces_fp32"},
         "maps": ["isolated", "fallback", "requantize"],
         "measured_op": "lm_head",
         "ops": ops,
@@ -90,7 +93,7 @@ def parts(**changes):
         "second_pass": [{}, {}],
     }
     capture.update(changes)
-    return manifest, calibration, plan, capture, audit | {"rank_agreement": {}}, UNMEASURED, PROFILES
+    return manifest, calibration, plan, capture, audit | {"by": "inc", "rank_agreement": {}}, UNMEASURED, PROFILES
 
 
 def test_the_primary_table_runs_from_least_to_most_sensitive_with_ties_in_plan_order():
@@ -162,6 +165,30 @@ def test_where_both_engines_measured_the_metrics_of_the_replay_are_shown_and_the
     table = markdown.split("## Isolated map")[1].split("\n## ")[0]
     first, second = (line for line in table.splitlines() if line[:3] in ("| 1", "| 2"))
     assert first.count("–") == 4 and "0.25" in second
+
+
+@pytest.mark.parametrize(
+    ("reduced", "by", "sentence"),
+    [
+        (True, "inc", "to 7 bits of 8: Intel Neural Compressor's choice on a CPU without VNNI."),
+        (False, "inc", "to all 8 bits: Intel Neural Compressor's choice on a CPU with VNNI."),
+        (True, "config", "to 7 bits of 8: set by sensitivity.reduce_range."),
+    ],
+)
+def test_the_head_says_how_many_bits_activations_have_and_who_chose_them(reduced, by, sentence):
+    report = build_report(*parts(plan={"reduce_range": reduced, "reduce_range_by": by}))
+    markdown, _ = render(report, TEMPLATES)
+    assert f"Activations are quantized {sentence}\n" in markdown.split("## What to keep")[0]
+    assert report["measurement"]["reduce_range"] is reduced
+
+
+def test_a_model_that_inc_cannot_measure_is_the_first_warning():
+    cannot = {"status": "cannot", "reason": "with no op in INT8, INC's model differs"}
+    *others, audit, tradeoff, profiles = parts(plan={"inc_check": cannot})
+    markdown, _ = render(build_report(*others, audit | {"by": "torch"}, tradeoff, profiles), TEMPLATES)
+    head = markdown.split("## What to keep")[0]
+    assert "> **Warning:** Intel Neural Compressor cannot measure this model: with no op in INT8, INC's model" in head
+    assert "measured again by torch's own quantized modules in the FP32 model: every one is the same" in head
 
 
 @pytest.mark.parametrize(

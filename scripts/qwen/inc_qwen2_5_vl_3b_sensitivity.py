@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from auto_quantize_model import cli, words
-from auto_quantize_model.audit import audit_capture
+from auto_quantize_model.audit import announce, audit_capture
 from auto_quantize_model.calibration import CalibrationSpec, batches_of, extract, remarks
 from auto_quantize_model.capture import capture_sensitivity, describe_batches, fingerprint
 from auto_quantize_model.device import choose_device, explained_out_of_memory, require_memory
@@ -30,6 +30,7 @@ from auto_quantize_model.snapshot import build_manifest, count_parameters, load_
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = Path("context/summaries/inc-kb")
 REPORT = "op_sensitivity_mse_v2"
+REDUCE_RANGE = {"auto": None, "true": True, "false": False}
 
 
 def main() -> int:
@@ -54,6 +55,12 @@ def main() -> int:
     parser.add_argument("--audit-ops", type=int, default=6, help="ops that INC measures again")
     parser.add_argument("--keep-type", nargs="*", default=[], metavar="TYPE", help="op types kept in FP32")
     parser.add_argument("--keep-name", nargs="*", default=[], metavar="REGEX", help="ops kept in FP32, by whole name")
+    parser.add_argument(
+        "--reduce-range",
+        choices=list(REDUCE_RANGE),
+        default="auto",
+        help="quantize activations to 7 bits of 8; auto: INC's own choice for this CPU",
+    )
     parser.add_argument("--output", type=Path, default=Path("tmp/qwen2_5_vl_3b_inc"), help="folder of the run")
     parser.add_argument("--publish", action="store_true", help=f"copy the report to {PUBLISHED} as well")
     args = parser.parse_args()
@@ -86,11 +93,13 @@ def measure(args: argparse.Namespace) -> None:
         "op_type_dict": dict.fromkeys(args.keep_type, "fp32"),
         "op_name_dict": dict.fromkeys(args.keep_name, "fp32"),
     }
-    spec = SensitivitySpec(args.engine, args.confidence_batches, args.maps, **keep)
+    reduce_range = REDUCE_RANGE[args.reduce_range]
+    spec = SensitivitySpec(args.engine, args.confidence_batches, args.maps, **keep, reduce_range=reduce_range)
     plan = identify(build_plan(model, batches, spec), manifest, calibration, digest_of(vars(spec)))
     captured, record = capture(args.output / f"capture_{device.type}.json.journal", model.to(device), batches, plan)
     captured = describe_batches(captured, calibration)
-    with cli.progress_bar("audit by INC") as on_progress:
+    cli.say(announce(plan, captured, args.audit_ops))
+    with cli.progress_bar("audit") as on_progress:
         audit = audit_capture(model.to("cpu"), batches, plan, captured, args.audit_ops, on_progress)
     unmeasured = {"status": "not_measured", "reason": "this script draws no held-out samples"}
     report = build_report(

@@ -20,6 +20,7 @@ from neural_compressor.adaptor.pytorch import _cfg_to_qconfig
 from auto_quantize_model.inc_pytorch_mse_patching import (
     HELPERS,
     OpKey,
+    activations_reduced,
     describe_observers,
     fused_patterns,
     module_name,
@@ -31,14 +32,19 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def accelerated_mse_v2() -> Iterator[None]:
+def accelerated_mse_v2(reduce_range: bool | None = None) -> Iterator[None]:
     """Let INC's `mse_v2` score ops by replay for the duration; restored on success and on any exception.
 
     A call with an op that no site reproduces exactly (a fused pattern, a dynamic configuration) goes to INC's own
-    helper unchanged, with a warning that names the op.
+    helper unchanged, with a warning that names the op. A model that INC converts wrongly (`plan.check_inc`) gets the
+    replay's scores, which are not INC's.
+
+    Args:
+        reduce_range: whether INC quantizes activations to 7 bits of 8, in its scores and in the model that it makes;
+            None leaves INC's own choice for this CPU.
     """
     helpers = {name: functools.partial(_by_replay, helper, getattr(nc_util, name)) for helper, name in HELPERS.items()}
-    with replaced_names(**helpers):
+    with activations_reduced(reduce_range), replaced_names(**helpers):
         yield
 
 

@@ -23,6 +23,7 @@ IDENTITY = {
     "device": ("measurement", "device"),
     "instruction set": ("measurement", "instruction_set"),
     "INT8 kernel": ("measurement", "int8_kernel"),
+    "reduce_range": ("measurement", "reduce_range"),
 }
 
 
@@ -70,8 +71,9 @@ def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> di
         limits: beyond what they differ.
 
     Returns:
-        {differs, reasons, changed, sqnr_db, recommended, common, only_first, only_second, tau, noise_tau, top, entered,
-        left, new_in_top, gone_from_top, moved}. `reasons` are sentences, empty where the reports agree. `changed` is
+        {differs, reasons, warnings, changed, sqnr_db, recommended, common, only_first, only_second, tau, noise_tau,
+        top, entered, left, new_in_top, gone_from_top, moved}. `reasons` are sentences, empty where the reports agree.
+        `warnings` are sentences about runs that cannot be compared number by number; they decide nothing. `changed` is
         what differs of model, calibration set, engine and versions; `sqnr_db` that of all-INT8 in each report;
         `recommended` the ops that the recommended profile keeps anew and no longer, null where one report has none;
         `noise_tau` the lower of both reports' own agreement between batches, null where both have one batch. `moved`
@@ -93,6 +95,7 @@ def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> di
     moved = [_move(name, one[name], other[name]) for name in one if one[name].place != other[name].place]
     noise = [report["trust"]["rank_tau"] for report in (first, second) if report["trust"]["rank_tau"] is not None]
     found = {
+        "warnings": _of_measurement(first, second),
         "changed": _changed(first, second),
         "sqnr_db": [report["all_int8"]["sqnr_db"] for report in (first, second)],
         "recommended": _recommended(first, second),
@@ -150,6 +153,17 @@ def _move(name: str, first: Standing, second: Standing) -> dict[str, Any]:
         "second_range": second.range,
         "beyond_noise": beyond,
     }
+
+
+def _of_measurement(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Whether the two runs measured in the same arithmetic; the spread between batches does not cover another one."""
+    bits = [7 if report["measurement"]["reduce_range"] else 8 for report in (first, second)]
+    if bits[0] == bits[1]:
+        return []
+    return [
+        f"The first run quantizes activations to {bits[0]} bits and the second to {bits[1]}, so their scores differ by"
+        " arithmetic. Set the same sensitivity.reduce_range in both configs to compare the models."
+    ]
 
 
 def _of_ranking(found: dict[str, Any], limits: Limits) -> list[str]:
@@ -235,6 +249,7 @@ def to_markdown(comparison: dict[str, Any], shown: int = 20) -> str:
         "",
         *(f"- {reason}" for reason in comparison["reasons"]),
         *([""] if comparison["reasons"] else []),
+        *(line for warning in comparison["warnings"] for line in (f"> **Warning:** {warning}", "")),
         f"Kendall's tau is {cell(comparison['tau'])} over {comparison['common']} common ops; batches of one run"
         + (" were not compared." if comparison["noise_tau"] is None else f" agree by {cell(comparison['noise_tau'])}."),
         "",

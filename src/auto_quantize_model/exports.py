@@ -58,7 +58,8 @@ class Tool:
 class Context:
     """What every file of an export may name.
 
-    `idle` are the plan's ops that ran on no scored batch; `embeds_patches` says whether the model has a vision tower.
+    `idle` are the plan's ops that ran on no scored batch; `embeds_patches` says whether the model has a vision tower;
+    `reduce_range` and `inc_check` are the plan's.
     """
 
     model: str
@@ -67,6 +68,8 @@ class Context:
     idle: Sequence[str]
     calibration_samples: int
     embeds_patches: bool
+    reduce_range: bool
+    inc_check: dict[str, str]
     templates: Path
 
 
@@ -102,12 +105,19 @@ def export_profile(
         dropped = [op for op in kept if op not in covered]
         added = additions(covered, tool, modules, context.idle)
         told = {op: common_name(op, modules, published) for op in (*covered, *added)}
-        said = notes(dropped, added, tool)
+        said = [*(without_inc(context) if name == "inc" else []), *notes(dropped, added, tool)]
         written = tool.files(told, heading(said, context), context)
         texts |= written
         tools[name] = {"title": tool.title, "files": sorted(written), "kept": list(told)}
         tools[name] |= {"dropped": dropped, "added": added, "notes": said}
     return texts | {"README.md": overview(tools, context)}, tools
+
+
+def without_inc(context: Context) -> list[str]:
+    """The warning of INC's files where INC cannot convert the model."""
+    if context.inc_check["status"] != "cannot":
+        return []
+    return [f"Do not use: INC 2.6 cannot convert this model ({context.inc_check['reason']})."]
 
 
 def additions(covered: Sequence[str], tool: Tool, modules: Modules, idle: Iterable[str]) -> dict[str, str]:
@@ -242,6 +252,7 @@ def python_file(name: str, kept: dict[str, str], header: str, context: Context) 
         header=header.replace("\\", "\\\\").replace('"', '\\"'),
         calibration_samples=context.calibration_samples,
         embeds_patches=context.embeds_patches,
+        reduce_range=context.reduce_range,
         patterns=regular_expressions(kept.values()),
         idle=regular_expressions(kept[op] for op in context.idle if op in kept),
     )
@@ -316,7 +327,17 @@ def export(
     texts: dict[str, str] = {}
     index: dict[str, Any] = {}
     for name, profile in profiles["profiles"].items():
-        context = Context(plan["model"], name, profile, idle, calibration_samples, CONV in modules.values(), templates)
+        context = Context(
+            plan["model"],
+            name,
+            profile,
+            idle,
+            calibration_samples,
+            CONV in modules.values(),
+            plan["reduce_range"],
+            plan["inc_check"],
+            templates,
+        )
         files, index[name] = export_profile(profile["kept"], left_out, modules, published, context)
         texts |= {f"{name}/{file}": text for file, text in files.items()}
         for tool in index[name].values():

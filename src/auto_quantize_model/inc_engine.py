@@ -8,10 +8,10 @@ import torch
 from auto_quantize_model.calibration import CalibrationLoader
 from auto_quantize_model.capture import Progress, note_batch, require_finite
 from auto_quantize_model.files import InputError
-from auto_quantize_model.inc_pytorch_mse_patching import run_single_mse_v2_sensitivity_pass
+from auto_quantize_model.inc_pytorch_mse_patching import activations_reduced, run_single_mse_v2_sensitivity_pass
 from auto_quantize_model.journal import Journal
 from auto_quantize_model.metrics import Reference
-from auto_quantize_model.plan import SensitivitySpec, build_plan, ops_to_keep, quant_config
+from auto_quantize_model.plan import SensitivitySpec, ops_to_keep, plan_ops, quant_config
 from auto_quantize_model.replay import Batch
 
 
@@ -52,7 +52,8 @@ def measure_by_inc(
             if all(f"{index}/{label}/{name}" in journal.records for name in ran):
                 done += len(names) if label != "all_int8" else 1
                 continue
-            scores, second_pass = inc_scores(model, conf, batch, plan["measured_op"], label, names, count)
+            with activations_reduced(plan["reduce_range"]):
+                scores, second_pass = inc_scores(model, conf, batch, plan["measured_op"], label, names, count)
             for inc_name, value in scores.items():
                 name = "" if label == "all_int8" else modules[inc_name]
                 if name in ran:
@@ -88,18 +89,34 @@ def require_same_plan(model: torch.nn.Module, batches: Sequence[Batch], plan: di
     Raises:
         InputError: the ops, what is excluded, or the measured op differ from those of the plan.
     """
-    fresh = build_plan(model, batches, spec_of(plan))
+    with activations_reduced(plan["reduce_range"]):
+        fresh = plan_ops(model, batches, spec_of(plan))
     for key in ("ops", "excluded", "measured_op"):
-        if fresh[key] != plan[key]:
+        if getattr(fresh, key) != plan[key]:
             raise InputError(
                 f"the plan's {key} are not what INC plans for this model now; make the plan again"
                 " (snakemake --cores 1 --forcerun plan_quantization)"
             )
 
 
+def require_inc(plan: dict[str, Any]) -> None:
+    """Refuse to have INC quantize a model that it cannot convert.
+
+    Raises:
+        InputError: with the reason.
+    """
+    if plan["inc_check"]["status"] == "cannot":
+        raise InputError(
+            f"INC cannot quantize this model: {plan['inc_check']['reason']}; apply the profile with another tool, its"
+            " files lie in the folder of exports"
+        )
+
+
 def spec_of(plan: dict[str, Any]) -> SensitivitySpec:
     """The sensitivity block that a plan was made from."""
-    return SensitivitySpec(plan["engine"], plan["confidence_batches"], plan["maps"], **plan["keep"])
+    return SensitivitySpec(
+        plan["engine"], plan["confidence_batches"], plan["maps"], **plan["keep"], reduce_range=plan["reduce_range"]
+    )
 
 
 def run_in_fp32(

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import neural_compressor.adaptor.pytorch as nc_pytorch
 import neural_compressor.adaptor.torch_utils.util as nc_util
 import torch
 from neural_compressor.adaptor.pytorch import PyTorch_FXAdaptor, _cfg_to_qconfig, _cfgs_to_fx_cfgs
@@ -170,6 +171,24 @@ def _capturing(
 
 
 @contextmanager
+def activations_reduced(wanted: bool | None) -> Iterator[bool]:
+    """Have INC quantize activations to 7 bits of 8 (True) or to all 8 (False) for the duration; None keeps its choice.
+
+    INC 2.6 reads `REDUCE_RANGE` of its PyTorch adaptor wherever it makes an observer. It sets the name once: True on a
+    CPU without VNNI, whose 8-bit products can saturate. `PostTrainingQuantConfig.reduce_range` reaches ONNX alone.
+
+    Yields:
+        Which of the two is in force.
+    """
+    saved = nc_pytorch.REDUCE_RANGE
+    nc_pytorch.REDUCE_RANGE = saved if wanted is None else wanted
+    try:
+        yield nc_pytorch.REDUCE_RANGE
+    finally:
+        nc_pytorch.REDUCE_RANGE = saved
+
+
+@contextmanager
 def temporary_workspace() -> Iterator[None]:
     """Let INC write its `nc_workspace` into a temporary directory that is removed afterwards."""
     saved = options.workspace
@@ -289,8 +308,8 @@ def run_single_mse_v2_sensitivity_pass(
         measured_op: module name of the op at whose output the error is measured; the model's output op.
         maps: which maps to capture: `fallback` (the op FP32, all others INT8), `requantize` (ops quantized one after
             another and never reset), `isolated` (only this op INT8), `requantize_at` (the values of `requantize`, each
-            on its own: this op and all before it INT8), and `all_int8` (one score, under the last op that the plan
-            quantizes: the error with every planned op INT8).
+            on its own: this op and all before it INT8), and two of one score, under the last op that the plan
+            quantizes: `no_op` (the error of INC's conversion with no op INT8) and `all_int8` (with every planned op).
         only: module names of the ops to score; None scores all that the plan quantizes.
         on_op: called with the map and INC's name of the op before it is scored.
 
@@ -298,8 +317,31 @@ def run_single_mse_v2_sensitivity_pass(
         By map: the scores INC computed (sum of squared errors), in its order.
     """
     strategy, tune_cfg = build_strategy(model, conf, calib_dataloader)
-    modules = {name: module_name(model, name) for name, _ in tune_cfg["op"]}
-    tune_cfg = with_measured_op_last(tune_cfg, next((name for name in modules if modules[name] == measured_op), ""))
+    names = [name for name, _ in tune_cfg["op"] if module_name(model, name) == measured_op]
+    tune_cfg = with_measured_op_last(tune_cfg, next(iter(names), ""))
+    return run_planned_pass(strategy, tune_cfg, calib_dataloader, maps=maps, only=only, on_op=on_op)
+
+
+def run_planned_pass(
+    strategy: MSE_V2TuneStrategy,
+    tune_cfg: dict[str, Any],
+    calib_dataloader: Any,
+    *,
+    maps: Collection[str],
+    only: Collection[str] | None = None,
+    on_op: Callable[[str, str], None] | None = None,
+) -> dict[str, HelperCall]:
+    """The same pass by a strategy that there is already, as `build_strategy` returns it.
+
+    Args:
+        strategy: of the model.
+        tune_cfg: its configuration, with the measured op last.
+        calib_dataloader: as in `run_single_mse_v2_sensitivity_pass`, and so are the others.
+        maps: which maps to capture.
+        only: module names of the ops to score; None scores all that the plan quantizes.
+        on_op: called with the map and INC's name of the op before it is scored.
+    """
+    modules = {name: module_name(strategy.model.model, name) for name, _ in tune_cfg["op"]}
     # An op kept in FP32 stands in tune_cfg as well; "requantizing" it would score a change that is none.
     in_order = [name for (name, _), cfg in tune_cfg["op"].items() if cfg["weight"]["dtype"] != "fp32"]
     wanted = [name for name in in_order if only is None or modules[name] in only]
@@ -307,7 +349,8 @@ def run_single_mse_v2_sensitivity_pass(
     def score(label: str, cfg: dict[str, Any], ops: Collection[str], fallback: bool) -> HelperCall:
         notify = None if on_op is None else lambda name: on_op(label, name)
         with capture_mse_v2_sensitivity(ops, notify) as capture:
-            nc_util.op_cfg_mapping.update(qconfigs)
+            # Without a qconfig INC converts an op to what it is already.
+            nc_util.op_cfg_mapping.update(dict.fromkeys(qconfigs) if label == "no_op" else qconfigs)
             strategy.adaptor.calculate_op_sensitivity(
                 strategy.model, calib_dataloader, copy.deepcopy(cfg), None, 1, fallback=fallback
             )
@@ -330,6 +373,8 @@ def run_single_mse_v2_sensitivity_pass(
         results["isolated"] = HelperCall("isolated")
         for name in wanted:
             results["isolated"].scores.update(score("isolated", fp32_cfg, [name], fallback=False).scores)
+    if "no_op" in maps:
+        results["no_op"] = score("no_op", fp32_cfg, in_order[-1:], fallback=False)
     if "all_int8" in maps:
         results["all_int8"] = at("all_int8", in_order[-1])
     if "requantize_at" in maps:

@@ -7,25 +7,29 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from neural_compressor.adaptor.pytorch import _cfg_to_qconfig
 from neural_compressor.config import AccuracyCriterion, PostTrainingQuantConfig, TuningCriterion
+from neural_compressor.strategy.mse_v2 import MSE_V2TuneStrategy
 
 from auto_quantize_model.calibration import Batch, CalibrationLoader
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc_pytorch_mse_patching import (
+    activations_reduced,
     build_strategy,
     describe_observers,
     fused_patterns,
     module_name,
+    run_planned_pass,
     with_measured_op_last,
 )
-from auto_quantize_model.replay import require_replayable
+from auto_quantize_model.replay import refusals, require_replayable
 
 PACKAGES = ("neural-compressor", "torch", "transformers")
 FP32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
@@ -35,6 +39,19 @@ pattern, *names = json.load(sys.stdin)
 print(json.dumps([name for name in names if re.fullmatch(pattern, name)]))
 """
 OBSERVER_KEYS = ("dtype", "scheme", "granularity", "algorithm")
+# What INC and FX raise at a model that they cannot convert. Memory and files are another matter.
+INC_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    SyntaxError,  # FX writes Python and compiles it
+    TypeError,
+    ValueError,
+)
+CHECKED_STATES = {"no_op": "no op", "all_int8": "every op"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +60,7 @@ class SensitivitySpec:
 
     `engine` is `replay`, `inc`, or `auto`: replay, and INC for what replay does not cover. `op_type_dict` and
     `op_name_dict` name what stays in FP32: an op type, or a regular expression that a module's whole name must match.
+    `reduce_range` says whether activations take 7 bits of 8; None is INC's own choice for this CPU.
     """
 
     engine: str = "replay"
@@ -50,6 +68,7 @@ class SensitivitySpec:
     maps: Sequence[str] = ("isolated", "fallback", "requantize")
     op_type_dict: dict[str, str] = field(default_factory=dict)
     op_name_dict: dict[str, str] = field(default_factory=dict)
+    reduce_range: bool | None = None
 
 
 def versions() -> dict[str, str]:
@@ -73,7 +92,7 @@ def quant_config(confidence_batches: int, kept: Iterable[str] = ()) -> PostTrain
 
 
 def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: SensitivitySpec) -> dict[str, Any]:
-    """Have INC plan the quantization of `model`.
+    """Have INC plan the quantization of `model`, and check that INC can measure it.
 
     Args:
         model: FP32, eval mode, on the CPU.
@@ -81,13 +100,50 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: Sensitivi
         spec: the config's sensitivity block.
 
     Returns:
-        {engine, confidence_batches, maps, keep, measured_op, ops, excluded, versions}: `ops` in INC's order, each with
-        `op_name` (the module's name), `inc_name` (INC's name of it), `op_type`, `pattern` (its class once INC has fused
-        what it fuses), `activation` and `weight` (dtype, scheme, granularity, algorithm, and the observer).
+        {engine, confidence_batches, maps, keep, reduce_range, reduce_range_by, measured_op, ops, excluded, inc_check,
+        versions}: `ops` in INC's order, each with `op_name` (the module's name), `inc_name` (INC's name of it),
+        `op_type`, `pattern` (its class once INC has fused what it fuses), `activation` and `weight` (dtype, scheme,
+        granularity, algorithm, and the observer). `reduce_range` is the value in force, `reduce_range_by` who chose it
+        (`inc` or `config`), and `inc_check` what `check_inc` returns.
+
+    Raises:
+        InputError: as `plan_ops` says, or an engine that cannot measure this model.
+    """
+    with activations_reduced(spec.reduce_range) as reduced:
+        planned = plan_ops(model, batches, spec)
+        inc_check = check_inc(planned, batches[: spec.confidence_batches])
+    require_measurable(model, planned.ops, spec.engine, inc_check)
+    return {
+        "engine": spec.engine,
+        "confidence_batches": spec.confidence_batches,
+        "maps": list(spec.maps),
+        "keep": {"op_type_dict": dict(spec.op_type_dict), "op_name_dict": dict(spec.op_name_dict)},
+        "reduce_range": reduced,
+        "reduce_range_by": "inc" if spec.reduce_range is None else "config",
+        "measured_op": planned.measured_op,
+        "ops": planned.ops,
+        "excluded": planned.excluded,
+        "inc_check": inc_check,
+        "versions": versions(),
+    }
+
+
+class Planned(NamedTuple):
+    """INC's plan: as the plan's document says it, and INC's own strategy and configuration, the measured op last."""
+
+    measured_op: str
+    ops: list[dict[str, Any]]
+    excluded: list[dict[str, str]]
+    strategy: MSE_V2TuneStrategy
+    tune_cfg: dict[str, Any]
+
+
+def plan_ops(model: torch.nn.Module, batches: Sequence[Batch], spec: SensitivitySpec) -> Planned:
+    """INC's plan of `model`, which says nothing yet about whether INC can carry it out.
 
     Raises:
         InputError: too few batches, a keep entry that matches no op, non-finite output, an output op that INC cannot
-            measure, nothing left to quantize, or an op that the replay engine does not cover.
+            measure, nothing left to quantize, or a model that INC cannot plan.
     """
     if len(batches) < spec.confidence_batches:
         raise InputError(
@@ -96,7 +152,10 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: Sensitivi
         )
     measured_op = find_output_op(model, batches[0])
     kept = ops_to_keep(model, batches, spec)
-    strategy, tune_cfg = build_strategy(model, quant_config(spec.confidence_batches, kept), CalibrationLoader(batches))
+    with planning_by_inc():
+        conf = quant_config(spec.confidence_batches, kept)
+        strategy, tune_cfg = build_strategy(model, conf, CalibrationLoader(batches))
+        patterns = fused_patterns(strategy.adaptor, model, tune_cfg)
     inc_names = {module_name(model, name): name for name, _ in tune_cfg["op"]}
     if measured_op not in inc_names:
         raise InputError(
@@ -104,21 +163,116 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: Sensitivi
             " would measure elsewhere, so this model cannot be measured"
         )
     tune_cfg = with_measured_op_last(tune_cfg, inc_names[measured_op])
-    ops, excluded = describe_ops(model, tune_cfg, kept, fused_patterns(strategy.adaptor, model, tune_cfg))
+    ops, excluded = describe_ops(model, tune_cfg, kept, patterns)
     if not ops:
         raise InputError("sensitivity.op_type_dict and op_name_dict keep every op in FP32: nothing is left to measure")
-    if spec.engine == "replay":
-        require_replayable(model, ops)
-    return {
-        "engine": spec.engine,
-        "confidence_batches": spec.confidence_batches,
-        "maps": list(spec.maps),
-        "keep": {"op_type_dict": dict(spec.op_type_dict), "op_name_dict": dict(spec.op_name_dict)},
-        "measured_op": measured_op,
-        "ops": ops,
-        "excluded": excluded,
-        "versions": versions(),
-    }
+    return Planned(measured_op, ops, excluded, strategy, tune_cfg)
+
+
+@contextmanager
+def planning_by_inc() -> Iterator[None]:
+    """Name what INC raises while it plans.
+
+    Raises:
+        InputError: in place of INC's error.
+    """
+    try:
+        yield
+    except INC_ERRORS as error:
+        raise InputError(
+            f"INC cannot plan this model: it raised {described(error)}; no engine can measure a model without INC's"
+            " plan, so choose another model.path"
+        ) from error
+
+
+def described(error: Exception) -> str:
+    """An error of INC's in one line: its class and the first line of its message.
+
+    Raises:
+        Exception: `error` itself where memory ran out, which says nothing about INC.
+    """
+    if "DefaultCPUAllocator" in str(error):
+        raise error
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__} ({' '.join(first[:200].split())})" if first else type(error).__name__
+
+
+def check_inc(planned: Planned, batches: Sequence[Batch]) -> dict[str, str]:
+    """Whether INC can measure the model of a plan.
+
+    Of the batches to score, the first of each set of inputs is tried: a batch without images runs no vision tower.
+
+    Returns:
+        {"status": "reproduces_fp32"}, or {"status": "cannot", "reason": ...}.
+    """
+    first_of_kind: dict[frozenset[str], int] = {}
+    for index, batch in enumerate(batches):
+        first_of_kind.setdefault(frozenset(batch), index)
+    for index in first_of_kind.values():
+        if problem := incs_problem(planned, batches[index]):
+            return {"status": "cannot", "reason": f"{problem} on batch {index}"}
+    return {"status": "reproduces_fp32"}
+
+
+def incs_problem(planned: Planned, batch: Batch) -> str:
+    """What is wrong with INC's conversion of a model, by INC's unmodified helpers; empty where it is right.
+
+    With no op quantized it has to give the FP32 output, bit for bit: FX drops an in-place operation whose result nobody
+    reads, such as `scatter_`, and INC then measures another model. With every op quantized it has to run.
+    """
+    reached = ["no_op"]
+    try:
+        calls = run_planned_pass(
+            planned.strategy,
+            planned.tune_cfg,
+            CalibrationLoader([batch]),
+            maps=list(CHECKED_STATES),
+            on_op=lambda label, name: reached.append(label),
+        )
+    except INC_ERRORS as error:
+        return f"with {CHECKED_STATES[reached[-1]]} in INT8, INC's model ends with {described(error)}"
+    (difference,) = calls["no_op"].scores.values()
+    if difference == 0:
+        return ""
+    return (
+        f"with no op in INT8, INC's model differs from the FP32 model by a sum of squared errors of {difference:.2g} at"
+        f" {planned.measured_op}"
+    )
+
+
+def require_measurable(
+    model: torch.nn.Module, ops: Sequence[dict[str, Any]], engine: str, inc_check: dict[str, str]
+) -> None:
+    """Refuse an engine that cannot measure this model, and name one that can.
+
+    Raises:
+        InputError: INC is asked for and cannot, or the replay does not cover every op and has to.
+    """
+    if inc_check["status"] != "cannot":
+        if engine == "replay":
+            require_replayable(model, ops)
+        return
+    problem = f"INC cannot measure this model: {inc_check['reason']}"
+    if refused := refusals(model, ops):
+        name, reason = next(iter(refused.items()))
+        engine_too = " and set sensitivity.engine to replay" if engine == "inc" else ""
+        raise InputError(
+            f"{problem}. The replay does not cover {len(refused)} of {len(ops)} ops, first {name}: {reason}; keep them"
+            f" in FP32 with {keep_entry(ops, refused)}{engine_too}"
+        )
+    if engine == "inc":
+        raise InputError(
+            f"{problem}; set sensitivity.engine to replay, which torch's own quantized modules audit in INC's place"
+        )
+
+
+def keep_entry(ops: Sequence[dict[str, Any]], names: Iterable[str]) -> str:
+    """The config's entry that keeps the named ops in FP32: by type where they are all of their types, else by name."""
+    names = set(names)
+    types = {op["op_type"] for op in ops if op["op_name"] in names}
+    if all(op["op_name"] in names for op in ops if op["op_type"] in types):
+        return f"sensitivity.op_type_dict {{{', '.join(f'{kind}: fp32' for kind in sorted(types))}}}"
+    return "sensitivity.op_name_dict"
 
 
 def identify(
@@ -169,7 +323,8 @@ def ops_to_keep(model: torch.nn.Module, batches: Sequence[Batch], spec: Sensitiv
     """
     if not spec.op_type_dict and not spec.op_name_dict:
         return {}
-    _, tune_cfg = build_strategy(model, quant_config(spec.confidence_batches), CalibrationLoader(batches))
+    with planning_by_inc():
+        _, tune_cfg = build_strategy(model, quant_config(spec.confidence_batches), CalibrationLoader(batches))
     ops = [(inc_name, module_name(model, inc_name), op_type) for inc_name, op_type in tune_cfg["op"]]
     kept: dict[str, str] = {}
     for op_type_wanted in spec.op_type_dict:

@@ -67,11 +67,12 @@ def build_report(
             "samples": {split: len(samples) for split, samples in calibration["samples"].items()},
         },
         "measurement": {key: capture[key] for key in MEASUREMENT_KEYS}
-        | {"measured_op": plan["measured_op"], "config_digest": plan["config_digest"]},
+        | {key: plan[key] for key in ("measured_op", "config_digest", "reduce_range", "reduce_range_by", "inc_check")},
         "audit": audit,
         "versions": capture["versions"],
         "warnings": [
             *of_the_run(manifest["stand_in"], calibration, len(plan["ops"]) - len(exercised)),
+            *([words.without_inc(plan["inc_check"])] if plan["inc_check"]["status"] == "cannot" else []),
             *(of_fallback(all_int8, capture["maps"]["fallback"]) if "fallback" in maps else []),
             *of_heldout(all_int8, tradeoff),
         ],

@@ -362,16 +362,39 @@ def between(trust: dict[str, Any], ops: int) -> list[tuple[str, str]]:
     return [*found, ("Ties", ties if trust["ties"] else "None, every op has a value of its own.")]
 
 
+def activations(plan: dict[str, Any]) -> str:
+    """How many bits activations have and who chose them, in a sentence; `plan` is one or a report's `measurement`."""
+    bits = "7 bits of 8" if plan["reduce_range"] else "all 8 bits"
+    by_inc = f"Intel Neural Compressor's choice on a CPU {'without' if plan['reduce_range'] else 'with'} VNNI"
+    chosen = by_inc if plan["reduce_range_by"] == "inc" else "set by sensitivity.reduce_range"
+    return f"Activations are quantized to {bits}: {chosen}."
+
+
+def without_inc(inc_check: dict[str, str]) -> str:
+    """Why Intel Neural Compressor could not measure the model, and what stands for it."""
+    return (
+        f"Intel Neural Compressor cannot measure this model: {inc_check['reason']}. All scores are the replay's, and"
+        " the audit compares them with torch's own quantized modules."
+    )
+
+
+AUDITORS = {
+    "inc": "Intel Neural Compressor's unmodified helpers",
+    "torch": "torch's own quantized modules in the FP32 model",
+}
+
+
 def audited(audit: dict[str, Any]) -> str:
-    """What was measured again, in a sentence."""
-    ops, batch = counted(len(audit["ops"]), "op"), audit["batch"]
+    """What was measured again, and by whom, in sentences."""
+    ops, batch, auditor = counted(len(audit["ops"]), "op"), audit["batch"], AUDITORS[audit["by"]]
+    why = " Intel Neural Compressor cannot measure this model." if audit["by"] == "torch" else ""
     if audit["status"] != "not_needed" and not audit["ops"]:
         return f"Nothing was measured again: no op ran on batch {batch}."
     if audit["status"] == "bit_identical":
         values = f"{counted(audit['compared'], 'value')} ({ops}, maps {', '.join(audit['maps'])}, batch {batch})"
         return (
-            f"{values} {'was' if audit['compared'] == 1 else 'were'} measured again by Intel Neural Compressor's"
-            " unmodified helpers: every one is the same, bit for bit."
+            f"{values} {'was' if audit['compared'] == 1 else 'were'} measured again by {auditor}: every one is the"
+            f" same, bit for bit.{why}"
         )
     if audit["status"] == "sites_bit_identical":
         agreement = ", ".join(
@@ -379,6 +402,6 @@ def audited(audit: dict[str, Any]) -> str:
         )
         return (
             f"The INT8 outputs of {ops} are the same on this device and on the CPU, bit for bit. Rank correlation"
-            f" with Intel Neural Compressor on the CPU over these ops (batch {batch}): {agreement or 'not computed'}."
+            f" with {auditor} on the CPU over these ops (batch {batch}): {agreement or 'not computed'}.{why}"
         )
     return "Not needed, Intel Neural Compressor itself measured every op."

@@ -20,7 +20,7 @@ from auto_quantize_model.documents import why_stale
 from auto_quantize_model.files import InputError, digest_of, sha256_file
 
 # The keys of the sensitivity block that the plan depends on; the others are read where they are used.
-PLAN_KEYS = ("engine", "confidence_batches", "maps", "op_type_dict", "op_name_dict")
+PLAN_KEYS = ("engine", "confidence_batches", "maps", "reduce_range", "op_type_dict", "op_name_dict")
 
 # The packages that scores depend on, and those that draw.
 MEASURING = ("neural-compressor", "torch", "transformers", "numpy")
