@@ -446,6 +446,8 @@ def test_a_killed_capture_goes_on_and_ends_in_the_same_bytes(finished: tuple[Pat
         ("--run-record", tmp_path / "run.json"),
     ):
         command += [option, str(path)]
+    head = json.loads((results / "capture_cpu.json").read_text())["document"]
+    command += ["--config-digest", head["made_from"]["config"]]
     # One thread, as Snakemake gave the run that it is compared with.
     environment = os.environ | {"PYTHONPATH": str(directory / "src"), "OMP_NUM_THREADS": "1"}
     killed = subprocess.Popen(command, cwd=directory, env=environment, stderr=subprocess.DEVNULL)
