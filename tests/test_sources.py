@@ -228,6 +228,8 @@ def test_paths_may_be_absolute_or_begin_at_home(folder: Path, monkeypatch: pytes
     path = lines(folder / "inner", *({"prompt": "x", "image": image} for image in (str(folder / "a.png"), "~/a.png")))
     assert [sample.image.size for sample in read(path) if sample.image] == [(60, 30)] * 2
     assert len(read(Path("~/inner/set.jsonl"))) == 2
+    with pytest.raises(InputError, match="calibration.path: ~nobody-of-that-name/a.jsonl: .*write the path out"):
+        read(Path("~nobody-of-that-name/a.jsonl"))
 
 
 def test_a_source_that_is_no_regular_file_is_refused(tmp_path: Path) -> None:

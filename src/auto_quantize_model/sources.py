@@ -125,7 +125,10 @@ def read_local(path: Path, prompt: str) -> Source:
     Raises:
         InputError: there is no such source, or it is of no known kind, empty or malformed.
     """
-    path = path.expanduser()
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:
+        raise InputError(f"calibration.path: {path}: {error}; write the path out") from None
     kinds = "a .jsonl, .json or .parquet file or a folder of images"
     if path.is_dir():
         source = _read_folder(path, prompt)

@@ -195,16 +195,16 @@ def calibration_sources():
     path = Path(config["calibration"]["path"])
     if path.is_dir():
         return sorted(str(file) for file in path.rglob("*") if file.is_file())
-    return [str(path), *(jsonl_images(path) if path.suffix == ".jsonl" else [])]
+    return [str(path), *(named_files(path) if path.suffix in (".jsonl", ".json") else [])]
 
 
-def jsonl_images(path):
-    """The files that a JSONL names and that are there; what is wrong with the others, the rule's script says.
+def named_files(path):
+    """The files that a JSONL or JSON list names and that are there; the rule's script says what is wrong with the others.
 
-    Every text of a row may be such a name, because the shapes of a JSONL put their images in different places.
+    Every text of a row may be such a name, because the shapes of a row put their images in different places.
     """
     images = set()
-    for line in path.read_bytes().split(b"\n"):
+    for line in path.read_bytes().split(b"\n") if path.suffix == ".jsonl" else [path.read_bytes()]:
         try:
             images |= {path.parent / text for text in texts_of(json.loads(line))}
         except (ValueError, RecursionError):
