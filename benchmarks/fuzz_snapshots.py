@@ -2,8 +2,9 @@
 
 Each case is a copy of a snapshot with one change, drawn from a seed: a value of a JSON file replaced, removed or given
 twice, bytes of a header flipped, a file cut, emptied, renamed or replaced by a pipe, a directory or a link to itself.
-A case counts as refused (InputError), accepted and runs (the model loads and gives finite logits), accepted wrongly
-(one of these fails afterwards), traceback (another error) or hang. The last three must be 0.
+A case counts as refused (InputError of `get_model`), refused by the plan (InputError once the model runs on a sample),
+accepted and runs (finite logits), accepted wrongly (another error then), traceback (another error of `get_model`) or
+hang. The last three must be 0.
 
     python benchmarks/fuzz_snapshots.py --number 500 --seed 0
 """
@@ -30,10 +31,13 @@ import transformers
 from auto_quantize_model import standin
 from auto_quantize_model.digits import LIMITS, build_snapshot, build_tokenizer, digit_samples
 from auto_quantize_model.files import InputError
+from auto_quantize_model.plan import find_output_op
 from auto_quantize_model.samples import Sample, encode
 from auto_quantize_model.snapshot import build_manifest, load_model, load_processor
 
-REFUSED, RUNS, WRONG, TRACEBACK, HANG = "refused", "accepted and runs", "accepted wrongly", "traceback", "hang"
+REFUSED, LATER, RUNS = "refused", "refused by the plan", "accepted and runs"
+WRONG, TRACEBACK, HANG = "accepted wrongly", "traceback", "hang"
+KINDS = (REFUSED, LATER, RUNS, WRONG, TRACEBACK, HANG)
 VALUES: list[Any] = [None, True, False, -1, 0, 1, 3, 10**7, 10**12, 10**18, 2**64, 1.5, 1e308, "", "text", "64"]
 VALUES += ["../x", "a\nb", "\ud800", [], ["a"], [1, "a"], {}, {"a": 1}]
 MEMORY = 32 << 30  # bytes of address space for a case; a bomb ends in MemoryError and not in the kernel's killer
@@ -161,13 +165,12 @@ def answer(directory: Path) -> tuple[str, str]:
         processor = load_processor(directory)
         model = load_model(directory)
         sample = digit_samples([0])[0] if processor.image_token else Sample("text", "Which digit is this?")
-        with torch.no_grad():
-            logits = model(**encode(sample, processor, LIMITS)).logits
+        find_output_op(model, encode(sample, processor, LIMITS))
     except InputError as error:
-        return RUNS, f"refused later: {error}"
+        return LATER, str(error)
     except Exception:
         return WRONG, traceback.format_exc()
-    return RUNS, "" if logits.isfinite().all() else "logits that are not finite, which the plan refuses"
+    return RUNS, ""
 
 
 def in_child(directory: Path, sender: Connection) -> None:
@@ -221,8 +224,6 @@ def main() -> int:
     print(f"{args.number} cases of seed {args.seed}: " + ", ".join(f"{kind} {counts[kind]}" for kind in KINDS))
     return int(any(counts[kind] for kind in (WRONG, TRACEBACK, HANG)))
 
-
-KINDS = (REFUSED, RUNS, WRONG, TRACEBACK, HANG)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from auto_quantize_model import cli
+from auto_quantize_model import cli, coverage
 from auto_quantize_model.calibration import load_batches
 from auto_quantize_model.documents import read_documents, write_document
 from auto_quantize_model.files import digest_of, from_block
@@ -36,6 +36,9 @@ def plan_quantization(args: argparse.Namespace) -> None:
     plan = identify(build_plan(load_model(directory), batches, spec), manifest, calibration, digest_of(args.spec))
     write_document(args.plan, "plan", plan, made_from, args.config_digest)
     cli.say(f"plan: {len(plan['ops'])} ops to measure at {plan['measured_op']}, {len(plan['excluded'])} excluded")
+    cli.say(f"plan: {coverage.headline(len(plan['ops']), plan['coverage'])}")
+    for warning in coverage.warnings(plan["coverage"]):
+        cli.say(f"warning: {warning}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from auto_quantize_model import words
+from auto_quantize_model import coverage, words
 from auto_quantize_model.documents import Document, write_document
 from auto_quantize_model.escape import code, one_line, prose
 from auto_quantize_model.files import InputError, canonical_json, digest_of, write_text
@@ -58,7 +58,8 @@ class Tool:
 class Context:
     """What every file of an export may name.
 
-    `idle` are the plan's ops that ran on no scored batch; `embeds_patches` says whether the model has a vision tower.
+    `idle` are the plan's ops that ran on no scored batch; `embeds_patches` says whether the model has a vision tower;
+    `coverage` is the plan's.
     """
 
     model: str
@@ -67,6 +68,7 @@ class Context:
     idle: Sequence[str]
     calibration_samples: int
     embeds_patches: bool
+    coverage: dict[str, Any]
     templates: Path
 
 
@@ -102,7 +104,7 @@ def export_profile(
         dropped = [op for op in kept if op not in covered]
         added = additions(covered, tool, modules, context.idle)
         told = {op: common_name(op, modules, published) for op in (*covered, *added)}
-        said = notes(dropped, added, tool)
+        said = [*coverage.remark(context.coverage), *notes(dropped, added, tool)]
         written = tool.files(told, heading(said, context), context)
         texts |= written
         tools[name] = {"title": tool.title, "files": sorted(written), "kept": list(told)}
@@ -316,7 +318,16 @@ def export(
     texts: dict[str, str] = {}
     index: dict[str, Any] = {}
     for name, profile in profiles["profiles"].items():
-        context = Context(plan["model"], name, profile, idle, calibration_samples, CONV in modules.values(), templates)
+        context = Context(
+            plan["model"],
+            name,
+            profile,
+            idle,
+            calibration_samples,
+            CONV in modules.values(),
+            plan["coverage"],
+            templates,
+        )
         files, index[name] = export_profile(profile["kept"], left_out, modules, published, context)
         texts |= {f"{name}/{file}": text for file, text in files.items()}
         for tool in index[name].values():

@@ -17,6 +17,7 @@ from neural_compressor.adaptor.pytorch import _cfg_to_qconfig
 from neural_compressor.config import AccuracyCriterion, PostTrainingQuantConfig, TuningCriterion
 
 from auto_quantize_model.calibration import Batch, CalibrationLoader
+from auto_quantize_model.coverage import cover
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc_pytorch_mse_patching import (
     build_strategy,
@@ -26,6 +27,8 @@ from auto_quantize_model.inc_pytorch_mse_patching import (
     with_measured_op_last,
 )
 from auto_quantize_model.replay import require_replayable
+from auto_quantize_model.snapshot import explained
+from auto_quantize_model.weights import require_meaningful
 
 PACKAGES = ("neural-compressor", "torch", "transformers")
 FP32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
@@ -81,9 +84,10 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: Sensitivi
         spec: the config's sensitivity block.
 
     Returns:
-        {engine, confidence_batches, maps, keep, measured_op, ops, excluded, versions}: `ops` in INC's order, each with
-        `op_name` (the module's name), `inc_name` (INC's name of it), `op_type`, `pattern` (its class once INC has fused
-        what it fuses), `activation` and `weight` (dtype, scheme, granularity, algorithm, and the observer).
+        {engine, confidence_batches, maps, keep, measured_op, ops, excluded, coverage, versions}: `ops` in INC's order,
+        each with `op_name` (the module's name), `inc_name` (INC's name of it), `op_type`, `pattern` (its class once INC
+        has fused what it fuses), `activation` and `weight` (dtype, scheme, granularity, algorithm, and the observer);
+        `coverage` as `coverage.cover` returns it.
 
     Raises:
         InputError: too few batches, a keep entry that matches no op, non-finite output, an output op that INC cannot
@@ -117,6 +121,7 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: Sensitivi
         "measured_op": measured_op,
         "ops": ops,
         "excluded": excluded,
+        "coverage": cover(model, [op["op_name"] for op in ops], [module_name(model, inc_name) for inc_name in kept]),
         "versions": versions(),
     }
 
@@ -139,8 +144,10 @@ def find_output_op(model: torch.nn.Module, batch: Batch) -> str:
     """The name of the leaf module whose output tensor is the logits that the model returns; empty if there is none.
 
     Raises:
-        InputError: the FP32 logits of the first calibration batch are not all finite.
+        InputError: a weight is not finite, the model cannot run on the first calibration batch, or its FP32 logits
+            there are not finite, or one value for the whole vocabulary.
     """
+    require_meaningful(model)
     outputs: dict[str, torch.Tensor] = {}
 
     def remember(name: str) -> Any:
@@ -149,7 +156,7 @@ def find_output_op(model: torch.nn.Module, batch: Batch) -> str:
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
     handles = [module.register_forward_hook(remember(name)) for name, module in leaves]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), explained("the first calibration batch", "the FP32 model cannot run on it"):
             logits = model(**batch).logits
     finally:
         for handle in handles:
@@ -157,6 +164,11 @@ def find_output_op(model: torch.nn.Module, batch: Batch) -> str:
     if not logits.isfinite().all():
         raise InputError(
             "the FP32 model's output on the first calibration batch has values that are not finite; check the weights"
+        )
+    if (logits == logits[..., :1]).all():
+        raise InputError(
+            "the FP32 model's logits on the first calibration batch are the same for the whole vocabulary, so there is"
+            " nothing to measure; check the weights"
         )
     return next((name for name, output in reversed(outputs.items()) if output is logits), "")
 

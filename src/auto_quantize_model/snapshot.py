@@ -7,6 +7,7 @@ Out: a manifest (sha256 per file), an FP32 model in eval mode, and the model's o
 import math
 import os
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -264,7 +265,7 @@ def check_contents(directory: Path) -> None:
         read_object(directory / GENERATION_CONFIG)
         with explained(directory / GENERATION_CONFIG):
             GenerationConfig.from_pretrained(directory, local_files_only=True)
-    load_preprocessors(directory, takes_images, None)
+    load_processor(directory)
 
 
 def stand_in(directory: Path) -> str | None:
@@ -282,19 +283,16 @@ def stand_in(directory: Path) -> str | None:
 
 
 @contextmanager
-def explained(place: Path) -> Iterator[None]:
-    """Turn the errors of transformers over what stands at `place` into an InputError that names it."""
+def explained(place: object, problem: str = "refused by transformers") -> Iterator[None]:
+    """Turn the errors of transformers over what stands at `place` into an InputError that names place and problem."""
     try:
         yield
     except Exception as error:
         # The tokenizers library raises plain `Exception`; any other class must be one of those above.
         if type(error) is not Exception and not isinstance(error, REFUSALS):
             raise
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        raise InputError(
-            f"{place}: transformers refuses it ({type(error).__name__}: {first_line}); mend it, or download the"
-            " snapshot again"
-        ) from error
+        message = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+        raise InputError(f"{place}: {problem} ({message}); mend it, or download the snapshot again") from error
 
 
 def build_manifest(directory: Path, name: str, source: str, details: dict[str, Any]) -> dict[str, Any]:
@@ -416,8 +414,8 @@ def load_processor(directory: Path, backend: str | None = None) -> Processor:
             calibration set names the one that it was checked with.
 
     Raises:
-        InputError: the tokenizer or the image processor config is missing, the image processor is that of another
-            model, or the backend is not installed.
+        InputError: the tokenizer or the image processor config is missing or refused by transformers, the image
+            processor is that of another model, or the backend is not installed.
     """
     config = read_object(directory / "config.json")
     takes_images = config["architectures"][0] in PATCH_EMBEDS
