@@ -260,7 +260,8 @@ def check_contents(directory: Path) -> None:
             f"{directory}: the weights of a tower for images or sound ({listed(towers)}), which the architecture"
             f" {config['architectures'][0]} does not have; use the text model, or mend config.json"
         )
-    require_filled(directory, tensors, empty_model(directory))
+    with explained(directory / "config.json"):
+        require_filled(directory, tensors, empty_model(directory))
     if (directory / GENERATION_CONFIG).exists():
         read_object(directory / GENERATION_CONFIG)
         with explained(directory / GENERATION_CONFIG):

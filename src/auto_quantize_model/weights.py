@@ -119,6 +119,8 @@ def weight_files(directory: Path) -> list[Path]:
             raise InputError(
                 f"{directory}: {WEIGHTS_INDEX} names {', '.join(missing[:3])}, not there; download the snapshot again"
             )
+        if not isinstance(read_object(index).get("metadata"), dict):
+            raise InputError(f"{index}: no object under 'metadata', which transformers reads; add \"metadata\": {{}}")
         if single.exists() and names != [WEIGHTS]:
             raise InputError(
                 f"{directory}: holds {WEIGHTS} and {WEIGHTS_INDEX}, which names other files; transformers would load"
