@@ -371,6 +371,14 @@ def test_two_names_of_one_weight(snapshot):
         build_manifest(snapshot, "tiny", "local", {})
 
 
+@pytest.mark.parametrize("changes", [{"image_std": "text"}, {"image_std": [0, 0, 0]}, {"image_mean": [1, "a", 2]}])
+def test_an_image_processor_that_makes_no_pixels(snapshot, changes):
+    path = snapshot / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(InputError, match=r"preprocessor_config\.json: refused by transformers"):
+        build_manifest(snapshot, "tiny", "local", {})
+
+
 @pytest.mark.parametrize("template", [3, [], {"a": "b"}])
 def test_a_chat_template_that_is_no_text(snapshot, template):
     (snapshot / "chat_template.json").write_text(json.dumps({"chat_template": template}))
@@ -399,7 +407,7 @@ def test_weights_that_mean_nothing(tiny_snapshot, batches):
     model.lm_head.weight.zero_()
     with pytest.raises(InputError, match="logits .* are the same for the whole vocabulary"):
         find_output_op(model, batches[0])
-    model.visual.merger.mlp[0].weight[0, 0] = torch.inf
+    model.model.visual.merger.mlp[0].weight[0, 0] = torch.inf
     with pytest.raises(InputError, match=r"weights that are not finite: model\.visual\.merger\.mlp\.0\.weight"):
         find_output_op(model, batches[0])
     for parameter in model.parameters():

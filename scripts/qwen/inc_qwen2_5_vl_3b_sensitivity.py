@@ -34,7 +34,7 @@ REPORT = "op_sensitivity_mse_v2"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="snapshot directory")
+    parser.add_argument("--model", type=cli.user_path, required=True, help="snapshot directory")
     parser.add_argument("--name", default="qwen2_5_vl_3b", help="the model's name in the report and in published files")
     parser.add_argument(
         "--calibration",
@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--audit-ops", type=int, default=6, help="ops that INC measures again")
     parser.add_argument("--keep-type", nargs="*", default=[], metavar="TYPE", help="op types kept in FP32")
     parser.add_argument("--keep-name", nargs="*", default=[], metavar="REGEX", help="ops kept in FP32, by whole name")
-    parser.add_argument("--output", type=Path, default=Path("tmp/qwen2_5_vl_3b_inc"), help="folder of the run")
+    parser.add_argument("--output", type=cli.user_path, default=Path("tmp/qwen2_5_vl_3b_inc"), help="folder of the run")
     parser.add_argument("--publish", action="store_true", help=f"copy the report to {PUBLISHED} as well")
     args = parser.parse_args()
     return cli.run(lambda: measure(args), args.output / "run.log")

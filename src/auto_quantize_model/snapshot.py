@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -67,6 +68,7 @@ COUNTS = re.compile(r"(layers?|depth|blocks|experts|labels|stages)$")
 QUANTIZED_BY = {"quantization_config", "compression_config", "quantization"}
 ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
+TRIAL_SIDE = 64  # pixels of a black image, by which an image processor is tried
 PREPROCESSOR_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -266,7 +268,14 @@ def check_contents(directory: Path) -> None:
         read_object(directory / GENERATION_CONFIG)
         with explained(directory / GENERATION_CONFIG):
             GenerationConfig.from_pretrained(directory, local_files_only=True)
-    load_processor(directory)
+    processor = load_processor(directory)
+    if takes_images:
+        size = {"shortest_edge": TRIAL_SIDE**2, "longest_edge": TRIAL_SIDE**2}
+        with explained(directory / "preprocessor_config.json"):
+            trial = [Image.new("RGB", (TRIAL_SIDE, TRIAL_SIDE))]
+            pixels = processor.image_processor(images=trial, size=size, return_tensors="pt")["pixel_values"]
+            if not pixels.isfinite().all():
+                raise ValueError("pixels that are not finite")
 
 
 def stand_in(directory: Path) -> str | None:
