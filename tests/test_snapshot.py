@@ -246,6 +246,13 @@ def test_weights_in_one_file_and_under_an_index(snapshot):
         check_snapshot(snapshot)
 
 
+def test_shards_of_a_distributed_checkpoint_which_transformers_would_load_instead(snapshot):
+    name = "shard-00001-model-00001-of-00001.safetensors"
+    shutil.copy(snapshot / "model.safetensors", snapshot / name)
+    with pytest.raises(InputError, match="holds shards of a distributed checkpoint"):
+        check_snapshot(snapshot)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "notes.txt"])
 def test_what_is_no_file(snapshot, name):
     path = snapshot / name
@@ -275,7 +282,10 @@ def test_what_is_no_file(snapshot, name):
         ({"quantization_config": {}}, "quantization_config says .* already quantized"),
         ({"quantization": {"bits": 4}}, "quantization says .* already quantized"),
         ({"vision_config": {"quantization_config": {"bits": 4}}}, "quantization_config says .* already quantized"),
-        ({"transformers_weights": "other.safetensors"}, "transformers_weights names other weight files"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights makes transformers load other"),
+        ({"attn_implementation": "kernels-community/attention"}, "attn_implementation makes transformers load other"),
+        ({"text_config": {"_attn_implementation": {"": "x/y"}}}, "_attn_implementation makes transformers load other"),
+        ({"fusion_config": {"a": 1}}, "fusion_config makes transformers load other"),
         ({"return_dict": False}, "return_dict is not true"),
         ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers is 1000000000, and the weight files hold"),
         ({"num_labels": 10**9}, "num_labels is 1000000000"),

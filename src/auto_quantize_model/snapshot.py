@@ -66,6 +66,10 @@ TOWER = re.compile(r"(^|\.)(visual|vision|image|video|audio|speech)\w*\.")
 COUNTS = re.compile(r"(layers?|depth|blocks|experts|labels|stages)$")
 # Keys by which transformers, compressed-tensors and MLX say that the weights are quantized.
 QUANTIZED_BY = {"quantization_config", "compression_config", "quantization"}
+# Keys by which transformers takes other weight files, other modules, or kernels from the hub.
+LOADED_BY = {"transformers_weights", "fusion_config"} | {
+    f"{prefix}{part}_implementation" for prefix in ("", "_") for part in ("attn", "experts")
+}
 ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
 TRIAL_SIDE = 64  # pixels of a black image, by which an image processor is tried
@@ -163,8 +167,8 @@ def check_snapshot(directory: Path) -> dict[str, Any]:
             raise InputError(
                 f"{path}: {key} says that the weights are already quantized; use the snapshot before its quantization"
             )
-    if config.get("transformers_weights") is not None:
-        raise InputError(f"{path}: transformers_weights names other weight files; remove the key, or rename the files")
+        if key in LOADED_BY and value not in (None, "eager", "sdpa"):
+            raise InputError(f"{path}: {key} makes transformers load other files or other code; remove the key")
     if config.get("return_dict", True) is not True:
         raise InputError(f"{path}: return_dict is not true, so the model would not name its logits; remove the key")
     check_architecture(config, path)

@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model,
     rename_source_key,
 )
+from transformers.distributed.checkpoint import is_sharded_checkpoint
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
@@ -109,9 +110,15 @@ def weight_files(directory: Path) -> list[Path]:
     is refused, because another tool may take the other.
 
     Raises:
-        InputError: no weights, pickle files, an index that is malformed or names a file that is not there, or both.
+        InputError: no weights, pickle files, shards of a distributed checkpoint, an index that is malformed or names a
+            file that is not there, or an index beside model.safetensors.
     """
     single, index = directory / WEIGHTS, directory / WEIGHTS_INDEX
+    if is_sharded_checkpoint(directory):
+        raise InputError(
+            f"{directory}: holds shards of a distributed checkpoint (shard-...-model-....safetensors), which"
+            f" transformers would load instead of {WEIGHTS}; remove them, or save the model with model.save_pretrained"
+        )
     if index.exists() or index.is_symlink():
         names = sorted(set(read_index(index).values()))
         missing = [name for name in names if not (directory / name).exists()]
