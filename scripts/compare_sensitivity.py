@@ -26,8 +26,8 @@ UNEXPECTED = 3
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("first", type=Path, help="a JSON report")
-    parser.add_argument("second", type=Path, help="the JSON report to compare it with")
+    parser.add_argument("first", type=cli.user_path, help="a JSON report")
+    parser.add_argument("second", type=cli.user_path, help="the JSON report to compare it with")
     parser.add_argument("--top", type=int, default=10, help="size of the sets of most sensitive ops, from 1 (10)")
     parser.add_argument(
         "--tau",

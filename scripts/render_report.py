@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from auto_quantize_model import cli, words
+from auto_quantize_model import cli, coverage, words
 from auto_quantize_model.documents import read_documents, write_document
 from auto_quantize_model.files import write_text
 from auto_quantize_model.report import build_report, render, tables, top_table
@@ -42,6 +42,7 @@ def render_report(args: argparse.Namespace) -> None:
     for path, text in texts.items():
         write_text(path, text)
     write_document(args.json, "report", json.loads(document), made_from, files=texts)
+    cli.say(coverage.headline(len(report["ops"]), report["coverage"]))
     for warning in report["warnings"]:
         cli.say(f"warning: {warning}")
     for sentence in words.breaks(report):

@@ -352,3 +352,9 @@ def test_an_output_is_refused_before_work_where_it_would_destroy_something(tmp_p
     args.checksums = tmp_path / "plan.json"
     with pytest.raises(InputError, match="is an input"):
         require_outputs(args, checksums=".json")
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cli.user_path("~/models/x") == Path("/home/someone/models/x")
+    assert cli.user_path("models/~x") == Path("models/~x")

@@ -49,6 +49,7 @@ def export_kept(
         "model": "tiny",
         "ops": [{"op_name": name} for name in executions],
         "excluded": [{"op_name": name} for name in excluded],
+        "coverage": {"weights_total": 8, "weights_planned": 8, "weights_kept": 0, "share": 1.0, "left_out": []},
     }
     capture = {"executions": executions}
     return export(directory, profiles, plan | BY_INC, capture, modules, published, 2, TEMPLATES)

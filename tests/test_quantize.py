@@ -123,7 +123,8 @@ def test_the_exported_script_quantizes_a_model_as_transformers_loads_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)  # INC leaves an nc_workspace where it runs
-    plan = {"model": "tiny", "ops": [], "excluded": []} | MEASURED
+    held = {"weights_total": 8, "weights_planned": 8, "weights_kept": 0, "share": 1.0, "left_out": []}
+    plan = {"model": "tiny", "ops": [], "excluded": [], "coverage": held} | MEASURED
     named = {"profiles": {"recommended": profiles["minimal"]}, "missed": ""}
     modules = module_types(tiny_snapshot)
     export(tmp_path / "exports", named, plan, {"executions": {}}, modules, [], len(batches), TEMPLATES)

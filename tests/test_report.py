@@ -52,9 +52,12 @@ def parts(**changes):
         {"op_name": name, "inc_name": name, "op_type": "Linear", "activation": observers, "weight": observers}
         for name in NAMES
     ]
+    left_out = [{"pattern": "norm|x", "class": "RMSNorm", "count": 1, "weights": 9, "bytes": 36}]
+    weights = {"weights_total": 1000, "weights_planned": 991, "weights_kept": 0, "share": 0.991}
     plan = {
         "model": "tiny",
         "calibration": "set",
+        "coverage": weights | {"left_out": left_out},
         "config_digest": "3" * 64,
         "reduce_range": True,
         "reduce_range_by": "inc",

@@ -35,7 +35,7 @@ REDUCE_RANGE = {"auto": None, "true": True, "false": False}
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="snapshot directory")
+    parser.add_argument("--model", type=cli.user_path, required=True, help="snapshot directory")
     parser.add_argument("--name", default="qwen2_5_vl_3b", help="the model's name in the report and in published files")
     parser.add_argument(
         "--calibration",
@@ -61,7 +61,7 @@ def main() -> int:
         default="auto",
         help="quantize activations to 7 bits of 8; auto: INC's own choice for this CPU",
     )
-    parser.add_argument("--output", type=Path, default=Path("tmp/qwen2_5_vl_3b_inc"), help="folder of the run")
+    parser.add_argument("--output", type=cli.user_path, default=Path("tmp/qwen2_5_vl_3b_inc"), help="folder of the run")
     parser.add_argument("--publish", action="store_true", help=f"copy the report to {PUBLISHED} as well")
     args = parser.parse_args()
     return cli.run(lambda: measure(args), args.output / "run.log")

@@ -39,6 +39,11 @@ def progress(steps: Sequence[Any], what: str) -> tqdm:
     return tqdm(steps, desc=what, file=stream, mininterval=0.5 if stream.isatty() else 15, dynamic_ncols=True)
 
 
+def user_path(text: str) -> Path:
+    """A path as a person gives it: `~` is the home folder, also where no shell has seen it."""
+    return Path(os.path.expanduser(text))
+
+
 class TerminalBar(tqdm):
     """A bar for libraries that make their own from a class: on the terminal too, while chatter goes to a log."""
 

@@ -17,7 +17,7 @@ import torch
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from auto_quantize_model import words
+from auto_quantize_model import coverage, words
 from auto_quantize_model.documents import Document, write_document
 from auto_quantize_model.escape import code, one_line, prose
 from auto_quantize_model.files import InputError, canonical_json, digest_of, write_text
@@ -59,7 +59,7 @@ class Context:
     """What every file of an export may name.
 
     `idle` are the plan's ops that ran on no scored batch; `embeds_patches` says whether the model has a vision tower;
-    `reduce_range` and `inc_check` are the plan's.
+    `reduce_range`, `inc_check` and `coverage` are the plan's.
     """
 
     model: str
@@ -70,6 +70,7 @@ class Context:
     embeds_patches: bool
     reduce_range: bool
     inc_check: dict[str, str]
+    coverage: dict[str, Any]
     templates: Path
 
 
@@ -105,7 +106,8 @@ def export_profile(
         dropped = [op for op in kept if op not in covered]
         added = additions(covered, tool, modules, context.idle)
         told = {op: common_name(op, modules, published) for op in (*covered, *added)}
-        said = [*(without_inc(context) if name == "inc" else []), *notes(dropped, added, tool)]
+        unfit = without_inc(context) if name == "inc" else []
+        said = [*unfit, *coverage.remark(context.coverage), *notes(dropped, added, tool)]
         written = tool.files(told, heading(said, context), context)
         texts |= written
         tools[name] = {"title": tool.title, "files": sorted(written), "kept": list(told)}
@@ -336,6 +338,7 @@ def export(
             CONV in modules.values(),
             plan["reduce_range"],
             plan["inc_check"],
+            plan["coverage"],
             templates,
         )
         files, index[name] = export_profile(profile["kept"], left_out, modules, published, context)

@@ -17,7 +17,7 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from auto_quantize_model import words
+from auto_quantize_model import coverage, words
 from auto_quantize_model.escape import printable_document
 from auto_quantize_model.figures import CURVES, figures
 
@@ -59,6 +59,7 @@ def render_page(report: dict[str, Any], links: dict[str, Any], templates: Path) 
         shown=SHOWN,
         curves={key: title for key, (title, *_) in CURVES.items() if key in {"random", *drawn_curves(report)}},
         words=words,
+        coverage=coverage,
         bundle=bundle(),
     )
 

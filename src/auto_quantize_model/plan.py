@@ -19,6 +19,7 @@ from neural_compressor.config import AccuracyCriterion, PostTrainingQuantConfig,
 from neural_compressor.strategy.mse_v2 import MSE_V2TuneStrategy
 
 from auto_quantize_model.calibration import Batch, CalibrationLoader
+from auto_quantize_model.coverage import cover
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc_pytorch_mse_patching import (
     activations_reduced,
@@ -30,6 +31,8 @@ from auto_quantize_model.inc_pytorch_mse_patching import (
     with_measured_op_last,
 )
 from auto_quantize_model.replay import refusals, require_replayable
+from auto_quantize_model.snapshot import explained
+from auto_quantize_model.weights import require_meaningful
 
 PACKAGES = ("neural-compressor", "torch", "transformers")
 FP32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
@@ -100,11 +103,11 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: Sensitivi
         spec: the config's sensitivity block.
 
     Returns:
-        {engine, confidence_batches, maps, keep, reduce_range, reduce_range_by, measured_op, ops, excluded, inc_check,
-        versions}: `ops` in INC's order, each with `op_name` (the module's name), `inc_name` (INC's name of it),
+        {engine, confidence_batches, maps, keep, reduce_range, reduce_range_by, measured_op, ops, excluded, coverage,
+        inc_check, versions}: `ops` in INC's order, each with `op_name` (the module's name), `inc_name` (INC's name),
         `op_type`, `pattern` (its class once INC has fused what it fuses), `activation` and `weight` (dtype, scheme,
         granularity, algorithm, and the observer). `reduce_range` is the value in force, `reduce_range_by` who chose it
-        (`inc` or `config`), and `inc_check` what `check_inc` returns.
+        (`inc` or `config`), `coverage` what `coverage.cover` returns, and `inc_check` what `check_inc` returns.
 
     Raises:
         InputError: as `plan_ops` says, or an engine that cannot measure this model.
@@ -123,17 +126,22 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: Sensitivi
         "measured_op": planned.measured_op,
         "ops": planned.ops,
         "excluded": planned.excluded,
+        "coverage": cover(model, [op["op_name"] for op in planned.ops], planned.kept),
         "inc_check": inc_check,
         "versions": versions(),
     }
 
 
 class Planned(NamedTuple):
-    """INC's plan: as the plan's document says it, and INC's own strategy and configuration, the measured op last."""
+    """INC's plan: as the plan's document says it, and INC's own strategy and configuration, the measured op last.
+
+    `kept` are the modules that the config keeps in FP32; they stand in `excluded` too.
+    """
 
     measured_op: str
     ops: list[dict[str, Any]]
     excluded: list[dict[str, str]]
+    kept: list[str]
     strategy: MSE_V2TuneStrategy
     tune_cfg: dict[str, Any]
 
@@ -166,7 +174,8 @@ def plan_ops(model: torch.nn.Module, batches: Sequence[Batch], spec: Sensitivity
     ops, excluded = describe_ops(model, tune_cfg, kept, patterns)
     if not ops:
         raise InputError("sensitivity.op_type_dict and op_name_dict keep every op in FP32: nothing is left to measure")
-    return Planned(measured_op, ops, excluded, strategy, tune_cfg)
+    kept_modules = [module_name(model, inc_name) for inc_name in kept]
+    return Planned(measured_op, ops, excluded, kept_modules, strategy, tune_cfg)
 
 
 @contextmanager
@@ -293,8 +302,10 @@ def find_output_op(model: torch.nn.Module, batch: Batch) -> str:
     """The name of the leaf module whose output tensor is the logits that the model returns; empty if there is none.
 
     Raises:
-        InputError: the FP32 logits of the first calibration batch are not all finite.
+        InputError: a weight is not finite, the model cannot run on the first calibration batch, or its FP32 logits
+            there are not finite, or one value for the whole vocabulary.
     """
+    require_meaningful(model)
     outputs: dict[str, torch.Tensor] = {}
 
     def remember(name: str) -> Any:
@@ -303,7 +314,7 @@ def find_output_op(model: torch.nn.Module, batch: Batch) -> str:
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
     handles = [module.register_forward_hook(remember(name)) for name, module in leaves]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), explained("the first calibration batch", "the FP32 model cannot run on it"):
             logits = model(**batch).logits
     finally:
         for handle in handles:
@@ -311,6 +322,11 @@ def find_output_op(model: torch.nn.Module, batch: Batch) -> str:
     if not logits.isfinite().all():
         raise InputError(
             "the FP32 model's output on the first calibration batch has values that are not finite; check the weights"
+        )
+    if (logits == logits[..., :1]).all():
+        raise InputError(
+            "the FP32 model's logits on the first calibration batch are the same for the whole vocabulary, so there is"
+            " nothing to measure; check the weights"
         )
     return next((name for name, output in reversed(outputs.items()) if output is logits), "")
 

@@ -12,7 +12,7 @@ import jsonschema
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from auto_quantize_model import escape, words
+from auto_quantize_model import coverage, escape, words
 from auto_quantize_model.files import InputError, canonical_json, digest_of, read_json
 from auto_quantize_model.ranking import ranked, score
 from auto_quantize_model.trust import assess, by_batch, rank_taus
@@ -70,7 +70,9 @@ def build_report(
         | {key: plan[key] for key in ("measured_op", "config_digest", "reduce_range", "reduce_range_by", "inc_check")},
         "audit": audit,
         "versions": capture["versions"],
+        "coverage": plan["coverage"],
         "warnings": [
+            *coverage.warnings(plan["coverage"]),
             *of_the_run(manifest["stand_in"], calibration, len(plan["ops"]) - len(exercised)),
             *([words.without_inc(plan["inc_check"])] if plan["inc_check"]["status"] == "cannot" else []),
             *(of_fallback(all_int8, capture["maps"]["fallback"]) if "fallback" in maps else []),
@@ -205,7 +207,7 @@ def render(report: dict[str, Any], templates: Path) -> tuple[str, str]:
     environments["md"].filters["decibels"] = lambda value: "no error" if value is None else words.number(value)
     environments["json"].filters["canonical_json"] = canonical_json
     markdown, document = (
-        environment.get_template(f"op_sensitivity.{kind}.j2").render(report=report, words=words)
+        environment.get_template(f"op_sensitivity.{kind}.j2").render(report=report, words=words, coverage=coverage)
         for kind, environment in environments.items()
     )
     return markdown, document

@@ -25,7 +25,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from auto_quantize_model.digits import build_tokenizer
 from auto_quantize_model.files import InputError
 from auto_quantize_model.folders import atomic_folder
-from auto_quantize_model.snapshot import STAND_IN, WEIGHTS_INDEX
+from auto_quantize_model.snapshot import STAND_IN
+from auto_quantize_model.weights import WEIGHTS_INDEX
 
 SHARD_BYTES = 2 << 30
 # config.json of Qwen/Qwen2.5-VL-3B-Instruct at 66285546d2b821cf421d4f5eb2576359d3770cd3: the older, flat form.

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from auto_quantize_model import coverage
+
 Report = dict[str, Any]
 # With fewer right answers of FP32, one that changes is a fifth of them or more: the accuracy says nothing.
 FEW_RIGHT = 5
@@ -90,7 +92,10 @@ def has_images(report: Report) -> bool:
 
 
 def decision(report: Report) -> tuple[str, str]:
-    """What to keep, in one sentence, and why that. It reads the report's `profiles` and `tradeoff` alone."""
+    """What to keep, in one sentence, and why that. It reads the report's `profiles`, `tradeoff` and `coverage` alone.
+
+    Where `coverage` is not there, the sentences speak of the planned ops and not of the model.
+    """
     best = report["profiles"]["profiles"].get("recommended")
     if best is None:
         missed = report["profiles"]["missed"]
@@ -100,8 +105,8 @@ def decision(report: Report) -> tuple[str, str]:
     only_bytes = set(target) == {"max_weight_bytes"}
     if not best["keep"]:
         if only_bytes:
-            return "Keep nothing: no measured keep-list within the budget has less error than INT8 as it is.", ""
-        return "Keep nothing: INT8 reaches the target as it is.", ""
+            return f"{nothing(report)}: no measured keep-list within the budget has less error than INT8 as it is.", ""
+        return f"{nothing(report)}: INT8 reaches the target as it is.", ""
     why = (
         "It has the least error of the measured keep-lists within the budget"
         if only_bytes
@@ -110,6 +115,18 @@ def decision(report: Report) -> tuple[str, str]:
     parts = (f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in target.items())
     why += f" ({', '.join(parts)}), {ORDERS[best['order']]}."
     return f"Keep {best['keep']} of {report['tradeoff']['ops']} ops in FP32.", why
+
+
+def nothing(report: Report) -> str:
+    """That no op is kept: of the model only where the planned ops are most of it."""
+    if "coverage" in report and not coverage.is_partial(report["coverage"]):
+        return "Keep nothing"
+    return f"Keep none of the {report['tradeoff']['ops']} planned ops"
+
+
+def int8_of(report: Report) -> str:
+    """What was quantized: INT8 alone means the model, but for a small part."""
+    return "INT8 of the planned ops" if coverage.is_partial(report["coverage"]) else "INT8"
 
 
 def instead(report: Report) -> list[str]:
@@ -199,7 +216,7 @@ def costs(report: Report) -> list[str]:
     known = {state["state"]: state for state in states(report)}
     int8, best, fp32 = (known.get(name) for name in ("every op in INT8", "recommended", "every op in FP32"))
     if int8 is None:
-        return without_tradeoff(report["all_int8"])
+        return without_tradeoff(report)
     found = []
     if best:
         size = f"The recommended profile has {megabytes(best['weight_bytes'])} of weights: "
@@ -210,12 +227,15 @@ def costs(report: Report) -> list[str]:
     return found + accuracy(report, int8, best, fp32)
 
 
-def without_tradeoff(all_int8: dict[str, Any]) -> list[str]:
+def without_tradeoff(report: Report) -> list[str]:
     """What INT8 costs on the calibration batches, where no held-out samples were measured."""
+    all_int8 = report["all_int8"]
     found = ["What keeping ops costs and buys was not measured; of INT8 itself, the calibration batches say this."]
     top1 = all_int8["top1_agreement"]
     if top1 == 1:
-        found.append("INT8 costs nothing measurable in top-1 there: no position's most likely token changes.")
+        found.append(
+            f"{int8_of(report)} costs nothing measurable in top-1 there: no position's most likely token changes."
+        )
     elif top1 is not None:
         found.append(f"The most likely token is that of FP32 at {percent(top1)} of the positions.")
     return [*found, f"With every op in INT8 the output has {sqnr(all_int8['sqnr_db'])}."]
@@ -229,7 +249,9 @@ def accuracy(
     if fp32 and int8["accuracy"] is not None and fp32["accuracy"] is not None:
         found.append(of_answers(report, int8, best, fp32))
     if int8["top1_agreement"] == 1:
-        found.append("INT8 costs nothing measurable in top-1 here: no position's most likely token changes.")
+        found.append(
+            f"{int8_of(report)} costs nothing measurable in top-1 here: no position's most likely token changes."
+        )
     else:
         kept = f", with the recommended profile at {percent(best['top1_agreement'])}" if best else ""
         found.append(
@@ -258,7 +280,7 @@ def of_answers(report: Report, int8: dict[str, Any], best: dict[str, Any] | None
         return f"{right}, {than}: the answers do not show what INT8 does to the output."
     gain = " The trade-off therefore shows SQNR, in which there is something to gain."
     left = "" if int8["sqnr_db"] is None else gain
-    return f"INT8 costs nothing measurable in accuracy here: {right}, {than}.{left}"
+    return f"{int8_of(report)} costs nothing measurable in accuracy here: {right}, {than}.{left}"
 
 
 def certainty(report: Report) -> list[tuple[str, str]]:
