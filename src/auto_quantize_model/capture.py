@@ -16,7 +16,7 @@ from auto_quantize_model.device import instruction_set, usage
 from auto_quantize_model.files import InputError, digest_of, sha256_file
 from auto_quantize_model.journal import Journal
 from auto_quantize_model.metrics import Reference
-from auto_quantize_model.replay import Batch, Replay, refusals, states
+from auto_quantize_model.replay import Batch, OtherOrder, Replay, refusals, states
 from auto_quantize_model.sites import cpu_kernel
 
 # What only shows or uses scores: an edit there leaves a journal good. A module that is not named here does not.
@@ -60,7 +60,10 @@ def capture_sensitivity(
     by_replay, by_inc = share_of_engines(model, plan)
     record: dict[str, Any] = {"resumed_scores": journal.found}
     if by_replay:
-        record |= _measure_by_replay(model, batches, plan, by_replay, journal, on_progress)
+        try:
+            record |= _measure_by_replay(model, batches, plan, by_replay, journal, on_progress)
+        except OtherOrder as error:
+            raise InputError(f"{error}; {without_replay(plan)}") from None
     if by_inc:
         # Here and not above: machines that only replay need no INC.
         from auto_quantize_model.inc_engine import measure_by_inc
@@ -114,6 +117,13 @@ def _measure_by_replay(
             seconds.append(round(time.monotonic() - started, 3))
             cached = max(cached, replay.cached_bytes)
     return {"seconds_per_batch": seconds, "cached_bytes": cached}
+
+
+def without_replay(plan: dict[str, Any]) -> str:
+    """What a user can do about a model that the replay cannot measure."""
+    if plan["inc_check"]["status"] == "reproduces_fp32":
+        return "set sensitivity.engine to inc"
+    return "INC cannot measure this model either, so choose another model.path"
 
 
 def note_batch(journal: Journal, index: int, totals: dict[str, float], executions: dict[str, int]) -> None:

@@ -54,6 +54,13 @@ def block_of(model: torch.nn.Module, op_name: str) -> str:
     return op_name
 
 
+class OtherOrder(InputError):
+    """A model ran its blocks in another order than in the calibration, so kept outputs would be wrong."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} where the calibration ran otherwise: the model chooses its blocks by its values")
+
+
 class Replay:
     """A model under replay; a context manager, so that the model is as before afterwards.
 
@@ -187,7 +194,7 @@ class Replay:
         """The output at the measured op with exactly the ops of `int8` in INT8; float32, as the op gives it.
 
         Raises:
-            InputError: the blocks ran in another order than in the calibration, so kept outputs would be wrong.
+            OtherOrder: the blocks ran in another order than in the calibration, so kept outputs would be wrong.
         """
         return self._forward(frozenset(int8) & self.calibrated & frozenset(self.order))
 
@@ -202,7 +209,7 @@ class Replay:
         finally:
             self._switch(frozenset(), running=False)
         if self.visits != len(self.sequence):
-            raise InputError(self._disorder(f"{self.visits} blocks ran"))
+            raise OtherOrder(f"{self.visits} blocks ran")
         self.state = int8
         return self.measured
 
@@ -228,7 +235,7 @@ class Replay:
             self.sequence.append(block)
             before = {name: site.executions for name, site in self.sites.items() if self.blocks[name] == block}
         elif index >= len(self.sequence) or self.sequence[index] != block:
-            raise InputError(self._disorder(f"{block} ran"))
+            raise OtherOrder(f"{block} ran")
         if index < min(self.valid, len(self.outputs)):
             return _copied(self.outputs[index])
         output = forward(*args, **kwargs)
@@ -252,11 +259,6 @@ class Replay:
     def _measure(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
         if self.running:
             self.measured = output
-
-    def _disorder(self, what: str) -> str:
-        return (
-            f"{what} where the calibration ran otherwise: the model decides by its values; use sensitivity.engine: inc"
-        )
 
 
 def _copied(output: Any) -> Any:
