@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from test_report import NAMES, UNMEASURED, parts, record
 
+from auto_quantize_model.capture import arithmetic
 from auto_quantize_model.figures import figures, save
 from auto_quantize_model.profiles import Target, build_profiles
 from auto_quantize_model.report import build_report
@@ -38,7 +39,7 @@ def tradeoff(curve=None, **changes):
         step |= {f"{key}_std": 1.0 for key in list(step) if key != "keep"}
         step["sqnr_db_std"] = None if step["sqnr_db"] is None else 1.0
     orders = ("ranking", "inverse", "weight_bytes", *(f"random_{seed}" for seed in range(5)))
-    found = {"status": "measured", "device": "cpu", "threads": 1, "ops": curve[-1]["keep"], "answers": 10}
+    found = {"status": "measured", "device": "cpu", **arithmetic(), "ops": curve[-1]["keep"], "answers": 10}
     found |= {"calibration_batches": 4, "batches": 2}
     found |= {"curves": {name: copy.deepcopy(curve) for name in orders}, "random": chance}
     found |= {"gains_db": {"random": 1.5, "inverse": 2.5, "weight_bytes": -0.5}, "greedy_gain_db": None}
