@@ -11,6 +11,7 @@ from test_report import NAMES, TEMPLATES, parts
 from auto_quantize_model import coverage, words
 from auto_quantize_model.coverage import cover
 from auto_quantize_model.digits import build_config, build_tokenizer
+from auto_quantize_model.escape import code, prose
 from auto_quantize_model.exports import export
 from auto_quantize_model.plan import SensitivitySpec, build_plan
 from auto_quantize_model.report import build_report, render
@@ -139,7 +140,7 @@ def test_the_first_warning_and_the_head_of_the_report_name_what_is_left_out(part
     assert (
         warnings < markdown.index(f"**{len(NAMES)} ops hold {share} of the weights.**") < markdown.index("own `mse_v2`")
     )
-    assert "| `model.layers.*.mlp.experts.gate_up_proj` | MixtralExperts | 2 | 32768 | 131 kB |" in markdown
+    assert f"| {code('model.layers.*.mlp.experts.gate_up_proj')} | MixtralExperts | 2 | 32768 | 131 kB |" in markdown
 
 
 def test_no_sentence_speaks_of_the_model_as_quantized_where_much_is_left_out(partial: dict[str, Any]) -> None:
@@ -160,9 +161,10 @@ def test_every_export_names_what_is_left_alone(partial: dict[str, Any], tmp_path
     modules = {name: type(module) for name, module in mixtral().named_modules()}
     profile = {"keep": 1, "kept": ["lm_head"], "sqnr_db": 31.0}
     plan = {"model": "tiny", "ops": [{"op_name": "lm_head"}], "excluded": [], "coverage": partial}
+    plan |= {"reduce_range": True, "inc_check": {"status": "reproduces_fp32"}}
     profiles = {"profiles": {"recommended": profile}, "missed": ""}
     templates = TEMPLATES / "exports"
     index = export(tmp_path / "e", profiles, plan, {"executions": {"lm_head": [1]}}, modules, [], 2, templates)
     for tool in index["profiles"]["recommended"].values():
         assert any("Left alone" in note and "experts.down_proj (MixtralExperts" in note for note in tool["notes"])
-    assert "model.layers.*.mlp.experts.gate_up_proj" in (tmp_path / "e/recommended/README.md").read_text()
+    assert prose("model.layers.*.mlp.experts.gate_up_proj") in (tmp_path / "e/recommended/README.md").read_text()

@@ -26,6 +26,7 @@ Q_PROJ, K_PROJ, V_PROJ = (f"model.language_model.layers.0.self_attn.{name}_proj"
 UP_PROJ, GATE_PROJ = (f"model.visual.blocks.0.mlp.{name}_proj" for name in ("up", "gate"))
 KEPT = ["lm_head", PATCHES, Q_PROJ, UP_PROJ]
 BY_INC = {"reduce_range": True, "inc_check": {"status": "reproduces_fp32"}}
+HELD: dict[str, Any] = {"weights_total": 8, "weights_planned": 8, "weights_kept": 0, "share": 1.0, "left_out": []}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def export_kept(
         "model": "tiny",
         "ops": [{"op_name": name} for name in executions],
         "excluded": [{"op_name": name} for name in excluded],
-        "coverage": {"weights_total": 8, "weights_planned": 8, "weights_kept": 0, "share": 1.0, "left_out": []},
+        "coverage": HELD,
     }
     capture = {"executions": executions}
     return export(directory, profiles, plan | BY_INC, capture, modules, published, 2, TEMPLATES)
@@ -277,7 +278,12 @@ def test_a_strangers_name_is_a_literal_in_every_file_and_no_code(tmp_path: Path)
     modules: dict[str, type[torch.nn.Module]] = dict.fromkeys([*kept, "model.x10"], torch.nn.Linear)
     modules["model.conv"] = torch.nn.Conv3d
     profile = {"keep": 2, "kept": [*kept, "model.conv"], "sqnr_db": 31.0, "worse": {}}
-    plan = {"model": HOSTILE, "ops": [{"op_name": name} for name in (*kept, "model.x10")], "excluded": []} | BY_INC
+    plan = {
+        "model": HOSTILE,
+        "ops": [{"op_name": name} for name in (*kept, "model.x10")],
+        "excluded": [],
+        "coverage": HELD,
+    } | BY_INC
     capture = {"executions": {kept[0]: [1], kept[1]: [1], "model.x10": [0]}}
     profiles = {"profiles": {"recommended": profile}, "missed": ""}
     export(tmp_path / "exports", profiles, plan, capture, modules, [], 2, TEMPLATES)
@@ -306,7 +312,7 @@ def test_a_strangers_name_is_a_literal_in_every_file_and_no_code(tmp_path: Path)
 
 def test_a_profile_that_is_worse_than_all_int8_says_so_in_its_files(tmp_path: Path, modules: Any) -> None:
     profile = {"keep": 1, "kept": [Q_PROJ], "sqnr_db": None, "top1_agreement": 0.5, "worse": {"top1_agreement": 0.75}}
-    plan = {"model": "tiny", "ops": [{"op_name": Q_PROJ}], "excluded": []} | BY_INC
+    plan = {"model": "tiny", "ops": [{"op_name": Q_PROJ}], "excluded": [], "coverage": HELD} | BY_INC
     profiles = {"profiles": {"minimal": profile}, "missed": ""}
     export(tmp_path / "exports", profiles, plan, {"executions": {Q_PROJ: [1]}}, modules, [], 2, TEMPLATES)
     for file in ("README.md", "inc_quantize.py", "llm_compressor_recipe.yaml"):
