@@ -324,7 +324,7 @@ def test_a_profile_that_is_worse_than_all_int8_says_so_in_its_files(tmp_path: Pa
 def test_files_for_inc_say_so_where_inc_cannot_convert_the_model(tmp_path: Path, modules: Any) -> None:
     profile = {"keep": 1, "kept": ["lm_head"], "sqnr_db": 31.0, "worse": {}}
     profiles = {"profiles": {"one": profile}, "missed": ""}
-    plan = {"model": "tiny", "ops": [], "excluded": [], "reduce_range": False}
+    plan = {"model": "tiny", "ops": [], "excluded": [], "coverage": HELD, "reduce_range": False}
     plan |= {"inc_check": {"status": "cannot", "reason": "its model differs"}}
     index = export(tmp_path / "exports", profiles, plan, {"executions": {}}, modules, [], 2, TEMPLATES)
     assert index["profiles"]["one"]["inc"]["notes"][0] == (

@@ -383,7 +383,7 @@ def test_photos_and_exports_never_mix_with_what_is_the_users(tmp_path: Path) -> 
 
     foreign(tmp_path / "mine")
     profiles: dict[str, Any] = {"profiles": {}, "missed": None}
-    plan: dict[str, Any] = {"model": "m", "excluded": [], "ops": []}
+    plan: dict[str, Any] = {"model": "m", "excluded": [], "ops": [], "coverage": {"left_out": []}}
     for write in (
         write_photos,
         lambda path: build(SHAPES["tiny"], path),
