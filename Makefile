@@ -10,7 +10,7 @@ READY := $(VENV)/.installed
 VERSION_CHECK := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 ARCHIVE ?= tmp/auto-quantize-model.tar.gz
 PROFILE ?= recommended
-SCRATCH := tmp/bench tmp/check_exports tmp/auto-quantize-model.tar.gz
+SCRATCH := tmp/bench tmp/check_exports tmp/faults tmp/auto-quantize-model.tar.gz
 
 # The first of these that starts and is 3.11; a version manager's shim may be there and start nothing.
 find_python = for python in $(or $(PYTHON),python3.11 python3 python); do \
@@ -18,7 +18,7 @@ find_python = for python in $(or $(PYTHON),python3.11 python3 python); do \
 	if [ -z "$$python" ]; then \
 	echo "error: no Python 3.11 found; install it, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 2; fi
 
-.PHONY: help setup run test lint quantize bench bench-3b bench-gpu check-exports standin-3b dag archive lock clean
+.PHONY: help setup run test lint quantize bench bench-3b bench-gpu bench-faults check-exports standin-3b dag archive lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -61,6 +61,11 @@ bench-3b: $(READY) ## measure the full Qwen2.5-VL-3B shape on the CPU (an hour, 
 
 bench-gpu: $(READY) ## measure the full Qwen2.5-VL-3B shape on a GPU, all maps
 	$(BIN)/python benchmarks/real_shape.py --device cuda --maps isolated fallback requantize
+
+bench-faults: $(READY) ## kill the pipeline and damage its inputs: configs, snapshots, files between steps (an hour)
+	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python benchmarks/fuzz_configs.py
+	$(BIN)/python benchmarks/fuzz_snapshots.py
 
 check-exports: run ## load every export in its own tool (installs five of them into tmp/, 6 GB)
 	$(BIN)/python benchmarks/check_exports.py

@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py [kills] [intermediates] [--kills 26] [--cases 150] [--seed 0]
 
-Both parts work on a clone of the last commit in tmp/faults, with a small model that the pipeline trains itself.
+Both parts work on a clone of the last commit in tmp/faults, with a Qwen2.5-VL of one layer in each tower.
 `kills`: the workflow is started and killed in every rule in turn, until it ends by itself. Then every result is
 compared with the result of an undisturbed run. `intermediates`: a file between two steps is damaged, and a script that
 reads the file is run by the workflow's own command.
@@ -24,18 +24,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
 from damages import DAMAGES, Damage
 
 from auto_quantize_model import cli
+from auto_quantize_model.digits import build_snapshot
 from auto_quantize_model.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("tmp/faults")
-CONFIG = {
-    "model": {"training": {"epochs": 1, "min_accuracy": 0.0}},
+CONFIG: dict[str, Any] = {
+    "model": {"name": "tiny", "source": "local", "path": "resources/models/tiny"},
     "calibration": {"num_samples": 4, "num_heldout": 4},
     "sensitivity": {"confidence_batches": 1, "audit_ops": 2},
     "tradeoff": {"heldout_batches": 1, "greedy_candidates": 2, "greedy_ops": 2},
@@ -46,7 +48,7 @@ ENDING = 30  # seconds that processes may outlive a kill
 # What differs from run to run by its nature: times, hosts, and the records of Snakemake.
 VOLATILE = re.compile(r"(^|/)(logs|benchmarks|\.snakemake)/|\.run\.json$|\.journal$|/\.[^/]*$")
 # A file that this project writes before it has its name.
-LEFTOVER = re.compile(r"^\.(training|.+\.[A-Za-z0-9_]{8}(\..*)?$)")
+LEFTOVER = re.compile(r"\.auto-quantize-[0-9a-f]+-[0-9a-f]{8}$")
 
 
 @dataclass
@@ -84,10 +86,11 @@ def faults(args: argparse.Namespace) -> None:
 
 
 def cloned(folder: Path) -> Path:
-    """A clone of the last commit with the campaign's config."""
+    """A clone of the last commit with the campaign's config and model."""
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(folder)], check=True)
     (folder / "config" / "faults.yaml").write_text(yaml.safe_dump(CONFIG))
+    build_snapshot(folder / CONFIG["model"]["path"], depth=1, hidden=32, seed=0)
     return folder.resolve()
 
 
@@ -108,9 +111,7 @@ def undisturbed(checkout: Path) -> tuple[dict[str, str], dict[str, str], dict[st
     if process.wait(LIMIT):
         raise SystemExit(f"error: the undisturbed run failed; see {log}")
     commands = {
-        shlex.split(line)[2]: line.strip().removeprefix("exec ")
-        for line in log.read_text().splitlines()
-        if line.strip().startswith("exec python scripts/")
+        match[1]: match[0] for match in re.finditer(r"python scripts/(\w+)\.py .*", log.read_text(), re.MULTILINE)
     }
     seconds = {}
     for table in checkout.glob("results/**/benchmarks/*.tsv"):
@@ -130,7 +131,7 @@ def digests(checkout: Path) -> dict[str, str]:
 
 def emptied(checkout: Path) -> None:
     """Remove what the workflow wrote, so that the next run does everything."""
-    for name in ("results", "context", ".snakemake", "resources/models"):
+    for name in ("results", "context", ".snakemake"):
         shutil.rmtree(checkout / name, ignore_errors=True)
     subprocess.run(["git", "checkout", "--quiet", "--", "."], cwd=checkout, check=True)
 
