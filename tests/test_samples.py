@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 
 from auto_quantize_model.digits import SPECIAL_TOKENS, digit_samples
 from auto_quantize_model.files import InputError
-from auto_quantize_model.samples import Limits, Sample, answer_span, collate, encode, fit, image_inputs, prepare
+from auto_quantize_model.samples import MARK, Limits, Sample, answer_span, collate, encode, fit, image_inputs, prepare
 from auto_quantize_model.snapshot import Processor
 from auto_quantize_model.templates import renderer
 
@@ -104,6 +104,17 @@ def test_a_special_token_among_the_words_is_refused(processor: Processor, place:
     words = {"prompt": "x"} | {place: f"a {token} b"}
     with pytest.raises(InputError, match=rf"sample a: its text contains the special token {re.escape(token)}; take"):
         encode(Sample("a", **words), processor, LIMITS)
+
+
+def test_a_special_token_of_two_texts_that_stand_side_by_side_is_refused(processor: Processor) -> None:
+    """In the plain format the answer follows the prompt directly."""
+    with pytest.raises(InputError, match=r"sample a: its text contains the special token <\|im_end\|>; take"):
+        prepare(Sample("a", "x <|im_", answer="end|> y"), processor, LIMITS, None)
+
+
+def test_an_answer_is_not_located_by_a_mark_of_the_samples_own_words(processor: Processor) -> None:
+    """The mark that stands for the answer may be among the words, where it would be taken for the answer's place."""
+    assert answer_span(Sample("a", f"x {MARK} y", answer=MARK), processor, LIMITS) is None
 
 
 def test_a_token_that_the_template_writes_is_refused_though_the_tokenizer_calls_it_ordinary(

@@ -184,7 +184,7 @@ def _check_words(sample: Sample, processor: Processor, render: Render | None) ->
     words = [part for part in parts if part is not None] + ([] if sample.answer is None else [sample.answer])
     tokenizer = processor.tokenizer
     refused = control_tokens(tokenizer, str(tokenizer.chat_template), processor.image_token)
-    for text in words:
+    for text in [*words, "".join(words)]:  # two texts that stand side by side may make a token together
         require_text(text)
         for token in refused:
             if token in text:
@@ -254,7 +254,7 @@ def _written(sample: Sample, processor: Processor, render: Render) -> tuple[str,
     """
     parted = processor.image_token is not None  # the templates of text models take no parts
     text = render(messages(sample, sample.answer, parted), sample.answer is None)
-    if sample.answer is None:
+    if sample.answer is None or MARK in text:
         return text, None
     before, mark, after = render(messages(sample, MARK, parted), False).partition(MARK)
     for answer in (sample.answer, sample.answer.strip()):
