@@ -70,3 +70,9 @@ def test_after_an_error_the_next_sample_is_rendered(tokenizer: Any) -> None:
         with pytest.raises(InputError, match="ZeroDivisionError"):
             render(MESSAGES, False)
         assert render(MESSAGES[:1], False) == "-6"
+
+
+def test_half_of_a_character_that_a_template_writes_is_named(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ '\\ud800' }}"
+    with limited_renderer(tokenizer) as render, pytest.raises(InputError, match="the chat template fails .*surrogates"):
+        render(MESSAGES, False)
