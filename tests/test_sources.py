@@ -93,6 +93,15 @@ PART = {"type": "text", "text": "What?"}
             [("user", ("What?", None)), ("assistant", ("A cat.",)), ("user", ("Sure?",)), "Yes.", True],
         ),
         (
+            {"image": "a.png", "prompt": "<image>\nWhat?", "answer": "A cat."},
+            [("user", (None, "What?")), "A cat.", True],
+        ),
+        (
+            {"image": "a.png", "prompt": "What is <image> here?"},
+            [("user", ("What is ", None, " here?")), None, True],
+        ),
+        ({"prompt": "a <image> b"}, [("user", ("a <image> b",)), None, False]),
+        (
             {"conversations": [{"from": "user", "value": "a <image> b"}]},
             [("user", ("a <image> b",)), None, False],
         ),
@@ -133,6 +142,8 @@ def test_a_conversation_in_a_parquet_is_read_as_a_list_or_as_json(folder: Path) 
         ({"prompt": "x", "image": "data:image/png;base64,AAAA"}, "image data:image/png;base64,AAAA is no path"),
         ({"prompt": "x", "image": "file:///a.png"}, "is no path"),
         ({"prompt": "x", "image": ""}, "'image' is no path"),
+        ({"prompt": "x", "image": "\ud800.png"}, r"image '\\ud800\.png' holds half of a character"),
+        ({"prompt": "<image><image>x", "image": "a.png"}, "several images in one sample are not supported yet"),
         ({"messages": []}, "no list of messages"),
         ({"messages": "x"}, "no list of messages"),
         ({"messages": ["x"]}, "message 1: no JSON object"),

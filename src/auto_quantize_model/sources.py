@@ -241,10 +241,7 @@ def _row(where: str, value: Any, path: Path, number: int) -> Row:
         advice = f"; rename {key!r} to {RENAMED[key]!r}" if key in RENAMED and not talk else f"; {SHAPE}"
         raise InputError(f"{where}: unknown key {key!r}{advice}")
     image = _one_image(value, where)
-    if not talk:
-        check_words(value, where)
-        return Row(sample_id, where, value["prompt"], value.get("answer"), (), image_path(image, folder, where))
-    prompt, answer, turns, image = conversation(value[talk[0]], image, where)
+    prompt, answer, turns, image = conversation(value[talk[0]], image, where) if talk else asked(value, image, where)
     return Row(sample_id, where, prompt, answer, turns, image_path(image, folder, where))
 
 
@@ -273,6 +270,10 @@ def image_path(image: Any, folder: Path, where: str) -> Path | bytes | None:
         return None
     if not isinstance(image, str) or not image:
         raise InputError(f"{where}: 'image' is no path; give one relative to {shown(folder)}, or leave it out")
+    try:
+        os.fsencode(image)
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: image {image!a} holds half of a character; write its path whole") from None
     if "://" in image or image.startswith("data:"):
         raise InputError(
             f"{where}: image {image[:60]} is no path; save the image as a file and give a path relative to"
@@ -292,6 +293,21 @@ def check_words(row: dict[str, Any], where: str) -> None:
         raise InputError(f"{where}: no text under 'prompt'; {SHAPE}")
     if answer is not None and not isinstance(answer, str):
         raise InputError(f"{where}: 'answer' is no text; put it in quotes or leave it out")
+
+
+def asked(row: dict[str, Any], image: Any, where: str) -> tuple[str, str | None, tuple[Turn, ...], Any]:
+    """A row's prompt and answer, with its image, as `conversation` returns them.
+
+    Raises:
+        InputError: the words are refused by `check_words`, or the prompt has a place for a second image.
+    """
+    check_words(row, where)
+    prompt, answer = row["prompt"], row.get("answer")
+    if image is None or PLACEHOLDER not in prompt:
+        return prompt, answer, (), image
+    said = [{"role": "user", "content": prompt}]
+    said += [] if answer is None else [{"role": "assistant", "content": answer}]
+    return conversation(said, image, where)
 
 
 def conversation(messages: Any, image: Any, where: str) -> tuple[str, str | None, tuple[Turn, ...], Any]:
@@ -446,9 +462,9 @@ def _parquet_row(row: dict[str, Any], path: Path, number: int, has_image: bool) 
         messages = _parsed(messages.encode(), where)
 
     def finish(image: Any) -> Row:
-        if messages is None:
-            return Row(sample_id, where, row["prompt"], row.get("answer"), (), image_path(image, path.parent, where))
-        prompt, answer, turns, reference = conversation(messages, image, where)
+        prompt, answer, turns, reference = (
+            asked(row, image, where) if messages is None else conversation(messages, image, where)
+        )
         return Row(sample_id, where, prompt, answer, turns, image_path(reference, path.parent, where))
 
     if not has_image:
@@ -532,8 +548,7 @@ def _hub_row(
     where = f"{repo_id}, {split}, row {name}"
     if not columns["prompt"]:
         ours["prompt"] = prompt
-    check_words(ours, where)
-    image = ours["image"]
+    asked_prompt, answer, turns, image = asked(ours, ours["image"], where)
     if image is not None and not image.get("bytes"):
         raise InputError(f"{where}: the image column holds no bytes; choose a column of images")
-    return Row(f"{split}:{name}", where, ours["prompt"], ours["answer"], (), image and image["bytes"])
+    return Row(f"{split}:{name}", where, asked_prompt, answer, turns, image and image["bytes"])
