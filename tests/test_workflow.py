@@ -199,9 +199,9 @@ def test_every_shipped_config_plans_every_rule(checkout: Path, names: list[str])
 
 
 def test_the_images_that_a_jsonl_names_are_inputs(checkout: Path) -> None:
-    """An image whose name Snakemake would read as a wildcard counts by its content."""
+    """An image whose name Snakemake would read as a wildcard or a variable counts by its content."""
     (checkout / "set").mkdir()
-    for name in ("there.png", "nested.png", "a {b}.png"):
+    for name in ("there.png", "nested.png", "a {b}.png", "a <b>.png"):
         (checkout / "set" / name).touch()
     rows = [
         '{"image": "there.png"}',
@@ -210,7 +210,12 @@ def test_the_images_that_a_jsonl_names_are_inputs(checkout: Path) -> None:
         '{"image": 3}',
         '{"image": "%s"}' % ("x" * 999),
     ]
-    rows += ['{"image": "a {b}.png"}', '{"messages": [{"content": [{"image": "nested.png"}]}]}', "[" * 100_000]
+    rows += [
+        '{"image": "a <b>.png"}',
+        '{"image": "a {b}.png"}',
+        '{"messages": [{"content": [{"image": "nested.png"}]}]}',
+        "[" * 100_000,
+    ]
     (checkout / "set" / "set.jsonl").write_text("\n".join(rows))
     config = checkout / "config" / "config.yaml"
     with changed(config, config.read_text()):
@@ -219,7 +224,8 @@ def test_the_images_that_a_jsonl_names_are_inputs(checkout: Path) -> None:
         assert ended.returncode == 0, ended.stdout
         names = common(checkout, "calibration_files(None), unsayable_files(None)")
     assert names[0] == ["set/set.jsonl", "set/nested.png", "set/there.png"]
-    assert names[1] == [["set/a {b}.png", hashlib.sha256(b"").hexdigest()]]
+    unsaid = hashlib.sha256(b"").hexdigest()
+    assert names[1] == [["set/a <b>.png", unsaid], ["set/a {b}.png", unsaid]]
 
 
 def test_library_imports_are_followed_into_functions_and_through_modules(checkout: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from snakemake.io import contains_wildcard
 from snakemake.logging import logger
+from snakemake.pathvars import PATHVAR_REGEX
 
 from auto_quantize_model.archive import why_outdated
 from auto_quantize_model.config import require_sources
@@ -229,8 +230,8 @@ def is_there(path):
 
 
 def is_sayable(path):
-    """Whether Snakemake can take a path as an input: it reads `{word}` as a wildcard, and no escape is there."""
-    return not contains_wildcard(path) and path.isprintable()
+    """Whether Snakemake can take a path as an input: `{word}` and `<word>` mean other things to it, without escape."""
+    return not contains_wildcard(path) and not PATHVAR_REGEX.search(path) and path.isprintable()
 
 
 def calibration_files(wildcards):
