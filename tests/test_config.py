@@ -11,7 +11,7 @@ import pytest
 import yaml
 from snakemake.cli import parse_config
 
-from auto_quantize_model.config import read_config, require_sources
+from auto_quantize_model.config import read_config, require_endpoint, require_sources
 from auto_quantize_model.files import InputError, from_block
 from auto_quantize_model.profiles import Target
 
@@ -320,3 +320,15 @@ def test_targets_stand_before_options_that_would_swallow_them() -> None:
                 if word.startswith("-"):
                     break
                 assert re.fullmatch(pattern, word), f"{name}: snakemake {' '.join(words)}"
+
+
+@pytest.mark.parametrize("url", ["http://user:pass/word@host", "http://host:port", "http://[::1"])
+def test_an_endpoint_that_is_no_url_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(InputError, match=r"^HF_ENDPOINT: no valid URL; write http://host:port") as refused:
+        require_endpoint(url)
+    assert "pass" not in str(refused.value).replace("password", "")
+
+
+@pytest.mark.parametrize("url", ["", "https://huggingface.co", "http://user:pass%2Fword@host:80/mirror"])
+def test_an_endpoint_that_is_a_url_is_taken(url: str) -> None:
+    require_endpoint(url)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 from jsonschema import Draft202012Validator
@@ -426,6 +427,20 @@ def require_sources(config: Mapping[str, Any], model_manifest: Path) -> None:
         found.append(f"config: calibration.path: {why}; give a JSONL, a Parquet file or an image folder")
     if found:
         raise InputError("\n".join(found))
+
+
+def require_endpoint(url: str) -> None:
+    """Refuse a value of HF_ENDPOINT that breaks huggingface_hub as soon as any script imports that library.
+
+    Raises:
+        InputError: the URL has no valid host or port. The URL itself is not named, because it may hold a password.
+    """
+    try:
+        urlsplit(url).port  # noqa: B018  parsed when read
+    except ValueError:
+        raise InputError(
+            "HF_ENDPOINT: no valid URL; write http://host:port, and in a password %2F for / and %40 for @"
+        ) from None
 
 
 def unreadable(path: str, *, folder: bool = False) -> str:

@@ -4,6 +4,7 @@ import ast
 import filecmp
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -16,7 +17,7 @@ from snakemake.logging import logger
 from snakemake.pathvars import PATHVAR_REGEX
 
 from auto_quantize_model.archive import why_outdated
-from auto_quantize_model.config import require_sources
+from auto_quantize_model.config import require_endpoint, require_sources
 from auto_quantize_model.documents import why_stale
 from auto_quantize_model.files import InputError, digest_of, sha256_file
 
@@ -73,6 +74,7 @@ REPORT = f"{RUN}/op_sensitivity_mse_v2_{DEVICE}"
 
 
 try:
+    require_endpoint(os.environ.get("HF_ENDPOINT", ""))
     require_sources(config, Path(f"results/{MODEL}/model_manifest.json"))
 except InputError as error:
     sys.exit(str(error))
