@@ -168,3 +168,9 @@ def test_every_export_names_what_is_left_alone(partial: dict[str, Any], tmp_path
     for tool in index["profiles"]["recommended"].values():
         assert any("Left alone" in note and "experts.down_proj (MixtralExperts" in note for note in tool["notes"])
     assert prose("model.layers.*.mlp.experts.gate_up_proj") in (tmp_path / "e/recommended/README.md").read_text()
+
+
+@pytest.mark.parametrize(("groups", "said"), [(7, "and 1 smaller group"), (8, "and 2 smaller groups")])
+def test_groups_beyond_those_named_are_counted(groups: int, said: str) -> None:
+    one = {"pattern": "a", "class": "Linear", "count": 1, "weights": 1, "bytes": 4}
+    assert coverage.left_out({"left_out": [one] * groups}).endswith(said)

@@ -95,7 +95,8 @@ def left_out(coverage: dict[str, Any], most: int = 6) -> str:
         for group in groups[:most]
     ]
     more = len(groups) - most
-    return ", ".join(named) + (f" and {more} smaller groups" if more > 0 else "")
+    smaller = "1 smaller group" if more == 1 else f"{more} smaller groups"
+    return ", ".join(named) + (f" and {smaller}" if more > 0 else "")
 
 
 def in_bytes(value: int) -> str:
