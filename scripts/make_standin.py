@@ -25,7 +25,7 @@ def main() -> int:
 
 def make_standin(args: argparse.Namespace) -> None:
     for folder in filter(None, (args.snapshot, args.photos)):
-        require_own_folder(folder, standin.OWN_FOLDER)
+        require_own_folder(folder)
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer = None if args.small_tokenizer else Path(temporary)
         if tokenizer:

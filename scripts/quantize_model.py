@@ -15,8 +15,6 @@ from auto_quantize_model.metrics import Reference
 from auto_quantize_model.quantize import compared, load_quantized, logits, measure_error, quantize, release
 from auto_quantize_model.snapshot import count_parameters, load_model, load_processor, verify_manifest
 
-OWN_FOLDER = "name another folder, or move what is yours out of it"
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -40,7 +38,7 @@ def main() -> int:
 def quantize_model(args: argparse.Namespace) -> None:
     cli.require_outputs(args, record=".json")
     beside = [args.record.name] if args.record.absolute().parent == args.directory.absolute() else []
-    require_own_folder(args.directory, OWN_FOLDER, beside)
+    require_own_folder(args.directory, beside=beside)
     paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest, "plan": args.plan}
     paths |= {"tradeoff": args.tradeoff, "profiles": args.profiles, "exports": args.exports / "index.json"}
     made_from = read_documents(paths)
@@ -67,7 +65,7 @@ def quantize_model(args: argparse.Namespace) -> None:
     with incs_surroundings(tradeoff["threads"], plan["reduce_range"]):
         model = load_model(directory)
         references = [Reference(logits(model, batch), batch.get("mm_token_type_ids")) for batch in heldout]
-        with atomic_folder(args.directory, OWN_FOLDER, beside) as folder:
+        with atomic_folder(args.directory, beside=beside) as folder:
             quantize(model, batches, op_name_dict, folder)
         del model  # before the next one is loaded
         release()

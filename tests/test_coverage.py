@@ -150,7 +150,7 @@ def test_no_sentence_speaks_of_the_model_as_quantized_where_much_is_left_out(par
     report |= {"profiles": {"profiles": {"recommended": nothing}, "target": {"min_sqnr_db": 1.0}, "missed": ""}}
     report["tradeoff"] = report["tradeoff"] | {"ops": 4}
     headline, _ = words.decision(report)
-    assert headline == "Keep none of the 4 planned ops: INT8 reaches the target as it is."
+    assert headline == "Keep no op of the 4 planned ones: INT8 reaches the target as it is."
     said = " ".join(words.costs(report))
     assert "INT8 of the planned ops costs nothing measurable in top-1" in said and " INT8 costs nothing" not in said
     whole = build_report(*parts())

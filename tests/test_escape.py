@@ -139,3 +139,11 @@ def test_secrets_of_the_environment_are_hidden_in_every_form(monkeypatch):
     assert redacted("opaque+token opaque%2Btoken b3BhcXVlK3Rva2Vu") == "*** *** ***"
     assert redacted("no port: 'ret-word' in me:sec/ret-word@proxy") == "no port: '***' in ***@proxy"
     assert redacted("an opaque tokenizer") == "an opaque tokenizer"
+
+
+def test_settings_whose_names_only_look_secret_hide_no_words(monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "true")
+    monkeypatch.setenv("HF_TOKEN_PATH", "/home/me/token")
+    text = "deterministic: false, tf32: true; /home/me/token cannot be read"
+    assert redacted(text) == text

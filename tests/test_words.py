@@ -102,9 +102,9 @@ def rendered(report):
 @pytest.mark.parametrize(
     ("int8", "fp32", "answers", "sentence"),
     [
-        (0.0, 0.0, 64, "FP32 itself gives none of 64 held-out answers right, and INT8 none: too few"),
-        (0.03125, 0.0, 64, "FP32 itself gives none of 64 held-out answers right, and INT8 2: too few"),
-        (0.0, 0.0625, 64, "FP32 itself gives only 4 of 64 held-out answers right, and INT8 none: too few"),
+        (0.0, 0.0, 64, "FP32 itself gives 0 of 64 held-out answers right, and INT8 0: too few"),
+        (0.03125, 0.0, 64, "FP32 itself gives 0 of 64 held-out answers right, and INT8 2: too few"),
+        (0.0, 0.0625, 64, "FP32 itself gives only 4 of 64 held-out answers right, and INT8 0: too few"),
         (1.0, 1.0, 1, "FP32 itself gives only 1 of 1 held-out answer right, and INT8 1: too few"),
         (0.5, 0.5, 64, "INT8 costs nothing measurable in accuracy here: 50.00 % of 64"),
         (0.5, 0.5, 64, "as many as in FP32. The trade-off therefore shows SQNR"),

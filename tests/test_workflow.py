@@ -666,6 +666,21 @@ def test_a_deleted_file_that_a_user_is_told_of_is_made_again(
 
 
 @pytest.mark.slow
+def test_a_users_file_among_the_exports_outlives_a_run_that_would_replace_them(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Neither the script nor Snakemake removes it: Snakemake empties a folder that is an output."""
+    directory = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+    exports = directory / "results/tiny/digits/exports_cpu"
+    (exports / "mine.txt").write_text("mine")
+    (exports / "minimal" / "inc_quantize.py").unlink()
+    ended = snakemake(directory, "export_profiles", "--cores", "1", "--resources", "gpu=1")
+    assert ended.returncode != 0
+    assert "the folder is not replaced, because mine.txt in it was not written by this tool" in ended.stdout
+    assert (exports / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.slow
 def test_a_copy_or_an_archive_of_other_results_is_made_again(finished: tuple[Path, str]) -> None:
     """As where an archive is unpacked over the results of another run: by their times nothing would be stale."""
     summary = finished[0] / "context/summaries/inc-kb/tiny_mse_sensitivity.json"

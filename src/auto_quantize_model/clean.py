@@ -34,7 +34,7 @@ def clean_results(root: Path) -> list[Path]:
                 clear_leftovers(path)
     for marker in [file for file in files_in(results) if file.name == MARKER]:
         with contextlib.suppress(InputError):  # a file of the user's lies among them: all of the folder stays
-            require_own_folder(marker.parent, "")
+            require_own_folder(marker.parent)
             shutil.rmtree(marker.parent)
     rules = [name for file in (root / "workflow" / "rules").glob("*.smk") for name in RULE.findall(file.read_text())]
     for folder, suffix in (("logs", ".log"), ("benchmarks", ".tsv")):

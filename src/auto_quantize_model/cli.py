@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import ctypes
-import json
 import os
 import signal
 import sys
@@ -19,7 +18,7 @@ import psutil
 from tqdm import tqdm
 
 from auto_quantize_model.escape import one_line, printable, redacted
-from auto_quantize_model.files import InputError, explained, named_errors, require_file, require_writable
+from auto_quantize_model.files import InputError, explained, named_errors, parse_json, require_file, require_writable
 
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -71,13 +70,9 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def json_value(text: str) -> Any:
     """A value of a script's command line as JSON: a `type` of argparse, which prints the message in one line."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON number")
-
     try:
-        return json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise argparse.ArgumentTypeError(f'not valid JSON ({error}); write {{"key": value}}') from None
 
 

@@ -345,7 +345,7 @@ def listed(words: Sequence[str]) -> str:
 
 
 def mistyped(value: Any, kinds: Sequence[str]) -> str:
-    """What is wrong with a value of none of the types `kinds`, as a clause."""
+    """A clause that says why a value has another type than those of `kinds`."""
     if value is None:
         return "null"
     if isinstance(value, str) and "object" in kinds and value.startswith("{"):

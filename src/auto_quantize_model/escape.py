@@ -1,7 +1,7 @@
 """Text of strangers made safe for the place where it is shown: terminal, log, Markdown, spreadsheet.
 
 In: any text, such as a sample's id, a model's name, or a library's error. Out: text that is shown as it is and does
-nothing more. JSON needs none of this: it holds the raw data.
+nothing more. JSON is left as it is: it holds the raw data.
 """
 
 import base64
@@ -18,14 +18,16 @@ HIDDEN = "***"
 CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]"
 )
-USER_IN_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#\"'<>]*@")
+# Without the scheme: to look for one takes time that grows with the square of a long word.
+USER_IN_URL = re.compile(r"(://)[^\s/?#\"'<>]*@")
 SIGNED = re.compile(
     r"([?&][\w-]*(?:signature|token|credential|password|secret|policy|sig)=)[^&\s\"'<>]+", re.IGNORECASE
 )
 HEADER = re.compile(r"(authorization\W{1,8}(?:b[\"'])?(?:(?:basic|bearer|token)\s+)?)[\w.~+/=-]+", re.IGNORECASE)
 BEARER = re.compile(r"(\bbearer\s+)[\w.~+/=-]{16,}", re.IGNORECASE)
 HUB_TOKEN = re.compile(r"()\bhf_\w{8,}")
-SECRET_NAME = re.compile("TOKEN|PASSWORD|SECRET|API_?KEY", re.IGNORECASE)
+# Not those of TOKENIZERS_PARALLELISM, HF_TOKEN_PATH and HF_HUB_DISABLE_IMPLICIT_TOKEN: ordinary words and a path.
+SECRET_NAME = re.compile("(?<!IMPLICIT_)TOKEN(?!IZ|_PATH)|PASSWORD|SECRET|API_?KEY", re.IGNORECASE)
 SHORTEST_SECRET = 4  # characters; what is shorter would hide parts of ordinary text
 
 # What can begin Markdown: markup, tables, HTML, mathematics, links that GitHub makes by itself.

@@ -307,7 +307,7 @@ def export(
     """Write every profile for every tool, DIRECTORY/PROFILE/FILE, and DIRECTORY/index.json, which lists them.
 
     Args:
-        directory: written anew; exports that were written there before are replaced, and nothing else.
+        directory: the folder to write; exports that were written there before are replaced, and nothing else.
         profiles: as `profiles.build_profiles` returns it.
         plan: what the profiles are of.
         capture: of the plan; says which ops never ran.
@@ -346,7 +346,7 @@ def export(
         for tool in index[name].values():
             tool["files"] = [f"{directory.name}/{name}/{file}" for file in tool["files"]]
     document = {"model": plan["model"], "plan_digest": digest_of(plan), "profiles": index, "missed": profiles["missed"]}
-    with atomic_folder(directory, "name another folder, or move what is yours out of it") as folder:
+    with atomic_folder(directory) as folder:
         for file, text in texts.items():
             write_text(folder / file, text)
         written = [folder / file for file in texts]

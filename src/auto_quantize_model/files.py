@@ -12,6 +12,7 @@ import pwd
 import re
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -258,11 +259,12 @@ def write_json(path: Path, document: Any) -> None:
     write_text(path, canonical_json(document))
 
 
-def read_json(path: Path) -> Any:
-    """The JSON document at `path`.
+def parse_json(text: str) -> Any:
+    """The JSON value that `text` is.
 
     Raises:
-        InputError: there is no such file, or it is not JSON; NaN, infinity and numbers too large for float64 are none.
+        ValueError: it is not JSON, holds NaN, infinity or a number too large for float64, names a key of an object
+            twice, or has too many levels.
     """
 
     def refuse(constant: str) -> NoReturn:
@@ -271,14 +273,38 @@ def read_json(path: Path) -> Any:
     def finite(digits: str) -> float:
         return value if math.isfinite(value := float(digits)) else refuse(digits)
 
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"the key {twice!r} stands in it twice")
+        return found
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse, parse_float=finite)
+        return json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: Path) -> Any:
+    """The JSON document at `path`.
+
+    Raises:
+        InputError: there is no such file, or `parse_json` refuses its text.
+    """
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise InputError(f"{path}: a directory, where a JSON file is asked for") from None
-    except (ValueError, RecursionError) as error:  # the latter of brackets in brackets, thousands deep
+    except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}); restore the file") from None
+
+
+def named_path(text: str, folder: Path) -> Path:
+    """The path that a file in `folder` gives as `text`: relative to `folder`, and `~/` is the home folder."""
+    return folder / (os.path.expanduser(text) if text.startswith("~/") else text)
 
 
 def no_such_key(key: str, known: Iterable[str]) -> str:

@@ -23,11 +23,12 @@ from auto_quantize_model.files import (
     temporary_name,
 )
 
-SNAKEMAKES = ".snakemake_timestamp"  # Snakemake puts it into a folder that is an output
+MOVE_AWAY = "name another folder, or move what is yours out of it"
+SNAKEMAKES = ".snakemake_timestamp"  # Snakemake puts it into a folder that is an output, as the exports once were
 
 
 @contextmanager
-def atomic_folder(path: Path, advice: str, beside: Collection[str] = ()) -> Iterator[Path]:
+def atomic_folder(path: Path, advice: str = MOVE_AWAY, beside: Collection[str] = ()) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; move it into place on success, remove it on any exception.
 
     Only an empty folder, or one that this function wrote and nobody changed since, is replaced: `MARKER` in it lists
@@ -57,7 +58,7 @@ def atomic_folder(path: Path, advice: str, beside: Collection[str] = ()) -> Iter
         os.close(lock)
 
 
-def require_own_folder(path: Path, advice: str, beside: Collection[str] = ()) -> None:
+def require_own_folder(path: Path, advice: str = MOVE_AWAY, beside: Collection[str] = ()) -> None:
     """Refuse a folder that `atomic_folder` may not replace; to be called before long work too.
 
     Raises:

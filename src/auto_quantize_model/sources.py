@@ -5,7 +5,6 @@ In: a place. Out: its rows, every one checked, each opened (its image decoded) o
 
 import codecs
 import functools
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetsError
 
 from auto_quantize_model import hub
-from auto_quantize_model.files import InputError
+from auto_quantize_model.files import InputError, named_path, parse_json
 from auto_quantize_model.images import SUFFIXES, open_picture
 from auto_quantize_model.samples import Sample, Turn
 from auto_quantize_model.templates import TemplateStopped
@@ -210,8 +209,8 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parsed(data: bytes, where: str) -> Any:
     try:
-        return json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # of the JSON or of the UTF-8
+        return parse_json(data.decode("utf-8"))
+    except ValueError as error:  # of the JSON or of the UTF-8
         raise InputError(f"{where}: not valid JSON ({error}); mend or remove the line") from None
 
 
@@ -279,7 +278,7 @@ def image_path(image: Any, folder: Path, where: str) -> Path | bytes | None:
             f"{where}: image {image[:60]} is no path; save the image as a file and give a path relative to"
             f" {shown(folder)}"
         )
-    return folder / (Path(image).expanduser() if image.startswith("~/") else image)
+    return named_path(image, folder)
 
 
 def check_words(row: dict[str, Any], where: str) -> None:

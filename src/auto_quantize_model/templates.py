@@ -20,7 +20,7 @@ from auto_quantize_model.files import InputError
 SECONDS = 5  # of processor time, for one conversation; a published template takes milliseconds
 MEMORY = 2**29  # bytes, beyond what the process has when it starts
 CHARACTERS = 2**22
-# What a template can raise: beside the errors of Jinja, those of the arithmetic and the methods that it uses.
+# What a template can raise: the errors of Jinja, and those of the arithmetic and the methods that it uses.
 TEMPLATE_ERRORS = (
     TemplateError,
     TypeError,

@@ -4,7 +4,6 @@ In: a snapshot directory, by the headers of its files alone, and the model that 
 memory for weights (on torch's meta device). Out: names, types and shapes; or an InputError that names what is wrong.
 """
 
-import json
 import stat
 from collections import defaultdict
 from collections.abc import Iterable
@@ -26,7 +25,7 @@ from transformers.distributed.checkpoint import is_sharded_checkpoint
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from auto_quantize_model.files import InputError
+from auto_quantize_model.files import InputError, parse_json
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -73,7 +72,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         return parse_object(path.read_bytes())
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); write it anew or restore it") from None
+        raise InputError(f"{path}: not valid JSON ({error}); restore the file") from None
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
@@ -83,21 +82,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
         ValueError: it is no such thing, or a key stands in it twice; two readers may then see different values.
     """
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise ValueError(f"the key {key!r} stands in it twice")
-            found[key] = value
-        return found
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON number")
-
-    try:
-        document = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    document = parse_json(data.decode("utf-8"))
     if not isinstance(document, dict):
         raise ValueError(f"a {type(document).__name__}, where an object is expected")
     return document
@@ -111,7 +96,7 @@ def weight_files(directory: Path) -> list[Path]:
 
     Raises:
         InputError: no weights, pickle files, shards of a distributed checkpoint, an index that is malformed or names a
-            file that is not there, or an index beside model.safetensors.
+            file that is not there, or an index next to model.safetensors.
     """
     single, index = directory / WEIGHTS, directory / WEIGHTS_INDEX
     if is_sharded_checkpoint(directory):

@@ -121,7 +121,7 @@ def nothing(report: Report) -> str:
     """That no op is kept: of the model only where the planned ops are most of it."""
     if "coverage" in report and not coverage.is_partial(report["coverage"]):
         return "Keep nothing"
-    return f"Keep none of the {report['tradeoff']['ops']} planned ops"
+    return f"Keep no op of the {report['tradeoff']['ops']} planned ones"
 
 
 def int8_of(report: Report) -> str:
@@ -267,8 +267,8 @@ def of_answers(report: Report, int8: dict[str, Any], best: dict[str, Any] | None
     if not enough_right(report, fp32):
         by_fp32, by_int8 = (round(state["accuracy"] * answers) for state in (fp32, int8))
         return (
-            f"FP32 itself gives {f'only {by_fp32}' if by_fp32 else 'none'} of {counted(answers, 'held-out answer')}"
-            f" right, and INT8 {by_int8 or 'none'}: too few for the accuracy to say anything of INT8."
+            f"FP32 itself gives {f'only {by_fp32}' if by_fp32 else 0} of {counted(answers, 'held-out answer')}"
+            f" right, and INT8 {by_int8}: too few for the accuracy to say anything of INT8."
         )
     right = f"{percent(int8['accuracy'])} of {answers} held-out answers are right with every op in INT8"
     if int8["accuracy"] < fp32["accuracy"]:

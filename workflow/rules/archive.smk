@@ -17,7 +17,7 @@ rule archive_results:
         audit=rules.audit_capture.output.audit,
         tradeoff=rules.measure_tradeoff.output.tradeoff,
         profiles=rules.build_profiles.output.profiles,
-        exports=rules.export_profiles.output.directory,
+        exports=rules.export_profiles.output.index,
         report=rules.render_report.output.json,
         texts=[
             rules.render_report.output.markdown,
@@ -36,6 +36,7 @@ rule archive_results:
         f"{RUN}/benchmarks/archive_results.tsv"
     params:
         code=code_digest("scripts/archive_results.py"),
+        files=files_to_pack,
     shell:
         "exec python scripts/archive_results.py"
         " --archive {output.archive:q}"
@@ -43,5 +44,5 @@ rule archive_results:
         " --log {log:q}"
         " --documents model_manifest={input.manifest:q} calibration_manifest={input.calibration_manifest:q}"
         " plan={input.plan:q} capture={input.capture:q} audit={input.audit:q} tradeoff={input.tradeoff:q}"
-        " profiles={input.profiles:q} exports={input.exports:q}/index.json report={input.report:q}"
-        " -- {input:q}"
+        " profiles={input.profiles:q} exports={input.exports:q} report={input.report:q}"
+        " -- {params.files:q}"

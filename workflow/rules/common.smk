@@ -1,4 +1,4 @@
-"""Names of a run, and the functions that tell Snakemake what a job depends on beside its inputs."""
+"""Names of a run, and the functions that tell Snakemake what a job depends on apart from its inputs."""
 
 import ast
 import filecmp
@@ -19,7 +19,7 @@ from snakemake.pathvars import PATHVAR_REGEX
 from auto_quantize_model.archive import why_outdated
 from auto_quantize_model.config import require_endpoint, require_sources
 from auto_quantize_model.documents import why_stale
-from auto_quantize_model.files import InputError, digest_of, sha256_file
+from auto_quantize_model.files import InputError, digest_of, named_path, sha256_file
 
 # The keys of the sensitivity block that the plan depends on; the others are read where they are used.
 PLAN_KEYS = ("engine", "confidence_batches", "maps", "reduce_range", "op_type_dict", "op_name_dict")
@@ -103,6 +103,16 @@ def folder_of_output(wildcards, output):
     return str(Path(output[0]).parent)
 
 
+def folder_of_exports(wildcards, input):
+    """The folder of the exports, whose index is the rule's input."""
+    return str(Path(input.exports).parent)
+
+
+def files_to_pack(wildcards, input):
+    """What an archive packs: the rule's inputs, and with the exports' index all of its folder."""
+    return [folder_of_exports(wildcards, input) if path == input.exports else path for path in input]
+
+
 def hub_flags(name):
     """Repository and revision of a block whose source is the hub, as its script takes them."""
     if config[name]["source"] != "hub":
@@ -122,7 +132,7 @@ def replay_flags():
 
 # The keys of the model block that matter, by source.
 MODEL_KEYS = {"digits": ("training",), "local": (), "hub": ("repo_id", "revision")}
-# What each rule's document depends on of the config, beside what reaches it by way of other documents.
+# What each rule's document depends on of the config, apart from what reaches it by way of other documents.
 ASKED = {
     "get_model": {
         key: config["model"][key] for key in ("name", "source", "path", *MODEL_KEYS[config["model"]["source"]])
@@ -164,8 +174,7 @@ def made_again_where_stale(rule):
 
 def why_document_stale(rule, made):
     """Why the documents of a rule have to be made again, in words, or nothing."""
-    there = [Path(output) for output in made.output if Path(output).exists()]
-    documents = [path / "index.json" if path.is_dir() else path for path in there]
+    documents = [Path(output) for output in made.output if Path(output).exists()]
     digest = config_digest(rule) if rule in ASKED else None
     return next(filter(None, (why_stale(document, digest) for document in documents)), "")
 
@@ -209,7 +218,7 @@ def named_files(path):
     images = set()
     for line in path.read_bytes().split(b"\n") if path.suffix == ".jsonl" else [path.read_bytes()]:
         try:
-            images |= {path.parent / text for text in texts_of(json.loads(line))}
+            images |= {named_path(text, path.parent) for text in texts_of(json.loads(line))}
         except (ValueError, RecursionError):
             continue
     return sorted(str(image) for image in images - {path} if is_there(image))

@@ -12,7 +12,7 @@ rule quantize_model:
         plan=rules.plan_quantization.output.plan,
         tradeoff=rules.measure_tradeoff.output.tradeoff,
         profiles=rules.build_profiles.output.profiles,
-        exports=rules.export_profiles.output.directory,
+        exports=rules.export_profiles.output.index,
     output:
         model=f"{QUANTIZED}/best_model.pt",
         record=f"{QUANTIZED}/quantized.json",
@@ -26,6 +26,7 @@ rule quantize_model:
         versions=versions_of(*MEASURING),
         profile=config["quantize"]["profile"],
         directory=folder_of_output,
+        exports=folder_of_exports,
         config_digest=config_digest("quantize_model"),
     shell:
         "exec python scripts/quantize_model.py"
@@ -36,7 +37,7 @@ rule quantize_model:
         " --plan {input.plan:q}"
         " --tradeoff {input.tradeoff:q}"
         " --profiles {input.profiles:q}"
-        " --exports {input.exports:q}"
+        " --exports {params.exports:q}"
         " --profile {params.profile:q}"
         " --directory {params.directory:q}"
         " --record {output.record:q}"

@@ -38,7 +38,8 @@ rule export_profiles:
         capture=rules.capture_sensitivity.output.capture,
         profiles=rules.build_profiles.output.profiles,
     output:
-        directory=directory(f"{RUN}/exports_{DEVICE}"),
+        # A file, as Snakemake empties an output that is a folder before a job and after one that failed.
+        index=f"{RUN}/exports_{DEVICE}/index.json",
     log:
         f"{RUN}/logs/export_profiles.log",
     benchmark:
@@ -46,6 +47,7 @@ rule export_profiles:
     params:
         code=code_digest("scripts/export_profiles.py", "workflow/templates/exports"),
         templates="workflow/templates/exports",
+        directory=folder_of_output,
     shell:
         "exec python scripts/export_profiles.py"
         " --manifest {input.manifest:q}"
@@ -54,7 +56,7 @@ rule export_profiles:
         " --capture {input.capture:q}"
         " --profiles {input.profiles:q}"
         " --templates {params.templates:q}"
-        " --directory {output.directory:q}"
+        " --directory {params.directory:q}"
         " --log {log:q}"
 
 
@@ -175,7 +177,7 @@ rule render_page:
             rules.render_report.output.profiles,
         ],
         figures=rules.draw_figures.output,
-        exports=rules.export_profiles.output.directory,
+        exports=rules.export_profiles.output.index,
     output:
         html=report(f"{REPORT}.html", caption="../report/page.rst", category="Report"),
     log:
@@ -192,7 +194,7 @@ rule render_page:
         " --markdown {input.markdown:q}"
         " --tables {input.tables:q}"
         " --files {input.figures:q}"
-        " --exports {input.exports:q}/index.json"
+        " --exports {input.exports:q}"
         " --templates {params.templates:q}"
         " --html {output.html:q}"
         " --log {log:q}"
