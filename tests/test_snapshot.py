@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -500,3 +501,9 @@ def test_every_class_with_a_tower_is_refused_and_no_other():
     towers = {kind for kind, _ in MORE_THAN_TEXT}
     towers |= {"gemma4_unified", "moss_transcribe_diarize", "musicgen", "musicgen_melody", "qwen3_5_moe", "qwen4_exp"}
     assert refused == towers
+
+
+def test_a_config_may_hold_infinity_as_transformers_writes_it(snapshot: Path) -> None:
+    config = json.loads((snapshot / "config.json").read_text())
+    (snapshot / "config.json").write_text(json.dumps(config | {"time_step_limit": [0.0, math.inf]}))
+    assert check_snapshot(snapshot)["time_step_limit"] == [0.0, math.inf]

@@ -259,12 +259,16 @@ def write_json(path: Path, document: Any) -> None:
     write_text(path, canonical_json(document))
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, constants: bool = False) -> Any:
     """The JSON value that `text` is.
 
+    Args:
+        text: the document.
+        constants: take `NaN` and `Infinity`, which Python's own writer makes and transformers' configs hold.
+
     Raises:
-        ValueError: it is not JSON, holds NaN, infinity or a number too large for float64, names a key of an object
-            twice, or has too many levels.
+        ValueError: it is not JSON, holds a constant that is not asked for or a number too large for float64, names a
+            key of an object twice, or has too many levels.
     """
 
     def refuse(constant: str) -> NoReturn:
@@ -280,8 +284,9 @@ def parse_json(text: str) -> Any:
             raise ValueError(f"the key {twice!r} stands in it twice")
         return found
 
+    constant = float if constants else refuse
     try:
-        return json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+        return json.loads(text, parse_constant=constant, parse_float=finite, object_pairs_hook=unique)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -76,13 +76,12 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """The JSON object in `data`, UTF-8.
+    """The JSON object in `data`, UTF-8; a config of transformers may hold `Infinity`.
 
     Raises:
         ValueError: it is no such thing, or a key stands in it twice; two readers may then see different values.
     """
-
-    document = parse_json(data.decode("utf-8"))
+    document = parse_json(data.decode("utf-8"), constants=True)
     if not isinstance(document, dict):
         raise ValueError(f"a {type(document).__name__}, where an object is expected")
     return document
