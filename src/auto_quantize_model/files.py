@@ -259,20 +259,23 @@ def write_json(path: Path, document: Any) -> None:
     write_text(path, canonical_json(document))
 
 
-def parse_json(text: str, constants: bool = False) -> Any:
+def parse_json(text: str, infinity: bool = False) -> Any:
     """The JSON value that `text` is.
 
     Args:
         text: the document.
-        constants: take `NaN` and `Infinity`, which Python's own writer makes and transformers' configs hold.
+        infinity: take `Infinity`, which is no JSON, and which transformers writes into configs.
 
     Raises:
-        ValueError: it is not JSON, holds a constant that is not asked for or a number too large for float64, names a
-            key of an object twice, or has too many levels.
+        ValueError: it is not JSON, holds NaN, infinity or a number too large for float64, names a key of an object
+            twice, or has too many levels.
     """
 
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no JSON number")
+    def constant(name: str) -> float:
+        return float(name) if infinity and name != "NaN" else refuse(name)
+
+    def refuse(number: str) -> NoReturn:
+        raise ValueError(f"{number} is no JSON number")
 
     def finite(digits: str) -> float:
         return value if math.isfinite(value := float(digits)) else refuse(digits)
@@ -284,7 +287,6 @@ def parse_json(text: str, constants: bool = False) -> Any:
             raise ValueError(f"the key {twice!r} stands in it twice")
         return found
 
-    constant = float if constants else refuse
     try:
         return json.loads(text, parse_constant=constant, parse_float=finite, object_pairs_hook=unique)
     except RecursionError:

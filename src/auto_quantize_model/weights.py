@@ -81,7 +81,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
     Raises:
         ValueError: it is no such thing, or a key stands in it twice; two readers may then see different values.
     """
-    document = parse_json(data.decode("utf-8"), constants=True)
+    document = parse_json(data.decode("utf-8"), infinity=True)
     if not isinstance(document, dict):
         raise ValueError(f"a {type(document).__name__}, where an object is expected")
     return document
