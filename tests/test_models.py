@@ -98,7 +98,7 @@ def test_every_op_of_a_family_is_planned_executed_and_bit_identical(
 def test_a_text_model_takes_no_images(tmp_path: Path) -> None:
     processor = load_processor(write_snapshot("Qwen2ForCausalLM", tmp_path / "snapshot"))
     assert set(encode(Sample("words", "Which?"), processor, LIMITS)) == {"input_ids", "attention_mask"}
-    with pytest.raises(InputError, match="sample photo has an image, and the model takes none"):
+    with pytest.raises(InputError, match="sample photo: the sample has an image, and the model takes none"):
         encode(Sample("photo", "Which?", Image.new("RGB", (56, 56))), processor, LIMITS)
 
 
