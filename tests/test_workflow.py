@@ -515,9 +515,9 @@ raise SystemExit(cli.run(work, Path("a.log")))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_signal_to_snakemake_alone_ends_its_jobs_and_the_next_run_needs_no_unlock(tmp_path: Path, name: str) -> None:
+@pytest.fixture
+def long_job(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Snakemake with a job that does not end by itself."""
     (tmp_path / "Snakefile").write_text(INTERRUPTED)
     (tmp_path / "a.py").write_text(LONG_JOB)
     running = subprocess.Popen(
@@ -529,11 +529,33 @@ def test_a_signal_to_snakemake_alone_ends_its_jobs_and_the_next_run_needs_no_unl
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert wait_for((tmp_path / "begun").exists, 60)
-    running.send_signal(getattr(signal, name))
-    assert running.wait(60) == 1
+    yield running
+    running.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_to_snakemake_alone_ends_its_jobs_and_the_next_run_needs_no_unlock(
+    long_job: subprocess.Popen[bytes], tmp_path: Path, name: str
+) -> None:
+    long_job.send_signal(getattr(signal, name))
+    assert long_job.wait(60) == 1
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"Snakefile", "a.py", "begun", "a.log", ".snakemake"}
     assert (tmp_path / "a.log").read_text() == "stopped by SIGTERM; run again to resume\n"
+    ended = snakemake(tmp_path, "--cores", "1")
+    assert ended.returncode == 0, ended.stdout
+    assert (tmp_path / "b.json").read_text() == "{}"
+
+
+@pytest.mark.slow
+def test_the_lock_of_a_living_snakemake_holds_and_that_of_a_killed_one_needs_no_unlock(
+    long_job: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    refused = snakemake(tmp_path, "--cores", "1")
+    assert refused.returncode == 1 and "LockException" in refused.stdout
+    long_job.kill()
+    long_job.wait()
     ended = snakemake(tmp_path, "--cores", "1")
     assert ended.returncode == 0, ended.stdout
     assert (tmp_path / "b.json").read_text() == "{}"

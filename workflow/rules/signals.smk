@@ -1,13 +1,37 @@
-"""A signal to Snakemake ends its jobs too. By itself Snakemake waits for them on SIGTERM, and SIGHUP leaves its lock."""
+"""How Snakemake ends: a signal ends its jobs too, and the lock of a killed Snakemake does not stop the next run.
 
+By itself Snakemake waits for its jobs on SIGTERM, SIGHUP leaves its lock, and after kill -9 it asks for --unlock.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def remove_lock_of_the_killed():
+    """Remove Snakemake's lock where no Snakemake of this workflow lives, as `--unlock` does.
+
+    Each of them holds a shared flock on one file until its process ends, and the kernel takes the flock back however it
+    ends. So who gets the flock alone knows that nobody else lives. Where a file system has no flock, the lock stays.
+    """
+    with contextlib.suppress(OSError):
+        Path(".snakemake").mkdir(exist_ok=True)
+        # The file stays open, and locked, until the process ends.
+        alive = os.open(".snakemake/auto-quantize-alive", os.O_CREAT | os.O_RDWR)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(".snakemake/locks", ignore_errors=True)
+        fcntl.flock(alive, fcntl.LOCK_SH)
 
 
 def unlock_on_signals():
@@ -49,5 +73,6 @@ def end_jobs(start_no_more):
         time.sleep(0.2)
 
 
+remove_lock_of_the_killed()
 if threading.current_thread() is threading.main_thread():
     unlock_on_signals()
