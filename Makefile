@@ -85,7 +85,7 @@ archive: $(READY) ## pack the workflow with its inputs into ARCHIVE (the results
 	$(BIN)/snakemake --archive "$(ARCHIVE)"
 
 # A build's local label (+cpu) is this machine's; the lock names the release, and each machine finds its own build.
-lock: ## write envs/requirements.lock anew from envs/requirements.in
+lock: ## write envs/requirements.lock from envs/requirements.in
 	@$(find_python); \
 	tools=$$(mktemp -d); trap 'rm -rf "$$tools"' EXIT; \
 	"$$python" -m venv "$$tools"; \

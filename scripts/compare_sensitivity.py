@@ -71,14 +71,14 @@ def read_report(path: Path) -> dict:
     version = report.get("schema_version") if isinstance(report, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(
-            f"{path}: no sensitivity report of schema version {SCHEMA_VERSION} (found {version}); render it anew"
+            f"{path}: no sensitivity report of schema version {SCHEMA_VERSION} (found {version}); render it again"
         )
     if HEAD in report:  # one that was made by hand, or by another version, has no head
         report = read_document(path, "report")
     try:
         jsonschema.validate(report, read_json(SCHEMA))
     except jsonschema.ValidationError as error:
-        raise InputError(f"{path}: no whole report, {error.json_path}: {error.message[:200]}; render it anew") from None
+        raise InputError(f"{path}: no whole report, {error.json_path}: {error.message[:200]}; render it again") from None
     return report
 
 

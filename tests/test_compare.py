@@ -291,7 +291,7 @@ def test_what_the_recommended_profile_keeps_anew_is_named() -> None:
     assert "cannot be compared" in to_markdown(compared(*reports))
     for one, kept in zip(reports, (["a", "b"], ["b", "c"]), strict=True):
         one["profiles"]["profiles"]["recommended"] = {"kept": kept}
-    assert "keeps anew: `c`; no longer: `a`." in to_markdown(compared(*reports))
+    assert "now keeps: `c`; no longer: `a`." in to_markdown(compared(*reports))
     assert "keeps the same ops" in to_markdown(compared(reports[0], reports[0]))
 
 

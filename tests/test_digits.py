@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 def test_one_epoch_makes_a_snapshot_with_its_split_in_the_record(tmp_path):
     details = train_snapshot(tmp_path / "reader", split_seed=0, seed=0, epochs=1, min_accuracy=0.0)
-    # Whoever may read the folder may read the weights, and the folder may be trained anew.
+    # Whoever may read the folder may read the weights, and the folder may be trained again.
     modes = {path.stat().st_mode for path in (tmp_path / "reader").rglob("*") if path.is_file()}
     (tmp_path / "any").touch()
     assert modes == {(tmp_path / "any").stat().st_mode}

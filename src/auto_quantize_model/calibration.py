@@ -67,7 +67,7 @@ Store = Callable[[Prepared], None]
 
 @dataclass(frozen=True)
 class CalibrationSpec:
-    """The `calibration` block of the config; `prompt` is asked of each image that brings none of its own.
+    """The `calibration` block of the config; `prompt` is asked of each image without a prompt of its own.
 
     `format` says how a sample becomes text: `chat` by the model's chat template, `plain` without one.
 

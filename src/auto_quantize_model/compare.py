@@ -75,7 +75,7 @@ def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> di
         top, entered, left, new_in_top, gone_from_top, moved}. `reasons` are sentences, empty where the reports agree.
         `warnings` are sentences about runs that cannot be compared number by number; they decide nothing. `changed` is
         what differs of model, calibration set, engine and versions; `sqnr_db` that of all-INT8 in each report;
-        `recommended` the ops that the recommended profile keeps anew and no longer, null where one report has none;
+        `recommended` the ops that the recommended profile keeps now and no longer, null where one report has no such profile;
         `noise_tau` the lower of both reports' own agreement between batches, null where both have one batch. `moved`
         are the ops whose place among the common ones changed, farthest first: {op_name, first, second, first_range,
         second_range, beyond_noise} as `_move` says. `entered` and `left` are those of them that crossed the end of the
@@ -218,7 +218,7 @@ def _decibels(value: float) -> str:
 
 
 def _recommended(first: dict[str, Any], second: dict[str, Any]) -> dict[str, list[str]] | None:
-    """What the recommended profile keeps anew, and what no longer."""
+    """What the recommended profile keeps now and did not keep before, and what it no longer keeps."""
     kept = [report["profiles"]["profiles"].get("recommended", {}).get("kept") for report in (first, second)]
     if None in kept:
         return None
@@ -286,7 +286,7 @@ def _recommended_line(recommended: dict[str, list[str]] | None, shown: int) -> s
     if not any(recommended.values()):
         return "The recommended profile keeps the same ops."
     added, removed = (_listed(recommended[change], shown) for change in ("added", "removed"))
-    return f"The recommended profile keeps anew: {added}; no longer: {removed}."
+    return f"The recommended profile now keeps: {added}; no longer: {removed}."
 
 
 def _top_lines(comparison: dict[str, Any], shown: int) -> list[str]:
@@ -311,7 +311,7 @@ def _move_lines(comparison: dict[str, Any], shown: int) -> list[str]:
     legend = (
         "Places are counted among the common ops, from 1 at the most sensitive. In brackets: the places that the op"
         " would take with its `mse_value` one standard deviation between batches higher or lower. A move is beyond the"
-        " noise where the two reports have none of these places in common."
+        " noise where the two reports share no such place."
     )
     return [
         "## Moves",

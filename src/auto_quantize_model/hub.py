@@ -158,7 +158,7 @@ def check_against_hub(directory: Path, sha256: dict[str, str]) -> None:
             path.unlink()
             raise InputError(
                 f"{name}: its hash is {found[:12]}..., the hub names {expected[:12]}...; it was removed from the cache:"
-                " run again to fetch it anew"
+                " run again to fetch it once more"
             )
 
 

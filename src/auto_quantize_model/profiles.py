@@ -10,7 +10,7 @@ from typing import Any
 
 from auto_quantize_model.files import InputError
 
-# The share of ops that a profile may keep; one op at the least.
+# The share of ops that a profile may keep; at least one op.
 SHARES = {"minimal": 0.01, "moderate": 0.05, "aggressive": 0.15, "max": 0.4}
 # The curves whose order has a reason; the ranking turned round and random orders are there to be compared with.
 ORDERS = ("ranking", "greedy", "weight_bytes")

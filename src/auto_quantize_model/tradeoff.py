@@ -125,7 +125,7 @@ def measure_tradeoff(
             kept_by["greedy"] = greedy_order(
                 replay, reference, ranking, greedy, journal, lambda done: on_progress(done, first)
             )
-        # Orders meet, at no op and at all of them at the least: a state is measured once.
+        # Orders share states, those with no op and with all ops among them: each state is measured once.
         states = {
             frozenset(names[:size]): f"{order}/{size}"
             for order, names in kept_by.items()
