@@ -259,6 +259,9 @@ def test_a_local_source_that_is_not_there_is_named_before_any_job(tmp_path: Path
     # Once the manifest is there, weights that stayed elsewhere make nothing stale.
     (tmp_path / "manifest.json").touch()
     require_sources(config, tmp_path / "manifest.json")
+    # The same holds for samples that a set was drawn from.
+    (tmp_path / "c").rmdir()
+    require_sources(config, tmp_path / "manifest.json", calibration_made=True)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def samples_digest(source: Path) -> str:
 
 
 def _content(path: Path) -> str | None:
-    """The sha256 of a file; None for what is no regular file, as a FIFO that is opened waits for ever, or unreadable."""
+    """The sha256 of a file; None where it is unreadable, or no regular file: a FIFO that is opened waits for ever."""
     try:
         return sha256_file(path) if os.path.isfile(path) else None
     except OSError:  # no permission, or gone meanwhile
