@@ -415,7 +415,7 @@ def require_sources(config: Mapping[str, Any], model_manifest: Path, calibration
     Args:
         config: as `read_config` returns it.
         model_manifest: where the model's manifest lies; once it is there, the model itself is read by later steps only.
-        calibration_made: whether the calibration set of this config is there; no later step reads its source.
+        calibration_made: whether the calibration set of this config is there, so that its source may be gone.
 
     Raises:
         InputError: a line for each that is missing.
@@ -424,7 +424,8 @@ def require_sources(config: Mapping[str, Any], model_manifest: Path, calibration
     model, calibration = config["model"], config["calibration"]
     if model["source"] == "local" and not model_manifest.exists() and (why := unreadable(model["path"], folder=True)):
         found.append(f"config: model.path: {why}; give a Hugging Face snapshot directory")
-    if calibration["source"] == "local" and not calibration_made and (why := unreadable(calibration["path"])):
+    needed = calibration["source"] == "local" and not (calibration_made and not os.path.exists(calibration["path"]))
+    if needed and (why := unreadable(calibration["path"])):
         found.append(f"config: calibration.path: {why}; give a JSONL, a Parquet file or an image folder")
     if found:
         raise InputError("\n".join(found))
