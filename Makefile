@@ -76,7 +76,7 @@ standin-3b: $(READY) ## write a stand-in of Qwen2.5-VL-3B and photographs for co
 dag: $(READY) ## draw the rule graph into docs/rulegraph.svg and README.md
 	$(BIN)/python scripts/draw_rule_graph.py --svg docs/rulegraph.svg --readme README.md
 
-archive: $(READY) ## pack the workflow with its inputs into ARCHIVE (the results have a rule of their own)
+archive: $(READY) ## pack the workflow into ARCHIVE, without local samples and models (the results have a rule of their own)
 	@mkdir -p "$(dir $(ARCHIVE))"
 	@# Snakemake does not replace an archive; what is no archive of this workflow is not removed for it.
 	@if [ -e "$(ARCHIVE)" ] && ! tar -tzf "$(ARCHIVE)" 2>/dev/null | grep 'workflow/Snakefile$$' >/dev/null; then \

@@ -73,6 +73,17 @@ def test_an_archive_of_other_files_is_told_from_one_of_those_that_lie_here(proje
     assert why_outdated(Path("one.json")) == ""
 
 
+def test_an_archive_of_the_same_name_that_lacks_a_file_of_this_run_is_told(project: Path) -> None:
+    """Model a-b with set c, and model a with set b-c."""
+    for run in ("results/a-b/c", "results/a/b-c"):
+        Path(run).mkdir(parents=True)
+        Path(run, "plan.json").write_text("{}\n")
+    archive_results(Path("a-b-c.tar"), Path("a-b-c.json"), [Path("results/a-b/c")])
+    assert why_outdated(Path("a-b-c.json"), [Path("results/a-b/c/plan.json")]) == ""
+    lacking = why_outdated(Path("a-b-c.json"), [Path("results/a/b-c/plan.json")])
+    assert lacking == "a-b-c.json does not list results/a/b-c/plan.json"
+
+
 @pytest.mark.parametrize(
     ("files", "complaint"),
     [

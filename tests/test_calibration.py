@@ -33,6 +33,7 @@ from auto_quantize_model.calibration import (
 )
 from auto_quantize_model.digits import digit_samples, digits_split
 from auto_quantize_model.files import InputError, from_block
+from auto_quantize_model.local_sources import samples_digest
 from auto_quantize_model.samples import prepare
 from auto_quantize_model.templates import renderer
 
@@ -487,6 +488,7 @@ def test_what_a_folder_skips_and_animations_are_told(processor, tmp_path):
     samples, _, manifest = extract(spec, processor, UNTRAINED)
     assert samples[0].sample.image.getpixel((0, 0)) == (255, 0, 0)
     assert manifest["details"] == {"skipped": {".heic": 1}, "first_frame_only": [str(tmp_path / "a.gif")]}
+    assert manifest["source_digest"] == samples_digest(tmp_path)
     assert remarks(manifest) == [
         f"{tmp_path} holds files that are no images, which were skipped: 1 .heic",
         f"1 images are animations or have several pages; the first frame alone is used: {tmp_path / 'a.gif'}",

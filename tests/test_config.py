@@ -1,6 +1,7 @@
 """A config is answered in one line: what its keys take, what is refused, and what each message says."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -259,6 +260,12 @@ def test_a_local_source_that_is_not_there_is_named_before_any_job(tmp_path: Path
     # Once the manifest is there, weights that stayed elsewhere make nothing stale.
     (tmp_path / "manifest.json").touch()
     require_sources(config, tmp_path / "manifest.json")
+    # The same holds for samples that a set was drawn from.
+    (tmp_path / "c").rmdir()
+    require_sources(config, tmp_path / "manifest.json", calibration_made=True)
+    os.mkfifo(tmp_path / "c")
+    with pytest.raises(InputError, match=r"\Aconfig: calibration.path: .*/c is neither a file nor a folder; .*\Z"):
+        require_sources(config, tmp_path / "manifest.json", calibration_made=True)
 
 
 @pytest.mark.parametrize(

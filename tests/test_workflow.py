@@ -52,7 +52,13 @@ FROM_CAPTURE = FROM_AUDIT | FROM_TRADEOFF | {"capture_sensitivity"}
 FROM_PLAN = FROM_CAPTURE | {"plan_quantization"}
 TINY = {
     "model": {"name": "tiny", "source": "local", "path": "resources/models/tiny"},
-    "calibration": {"num_samples": 2, "num_heldout": 1, "batch_size": 1},
+    "calibration": {
+        "source": "local",
+        "path": "resources/digits {set}/digits.jsonl",
+        "num_samples": 2,
+        "num_heldout": 1,
+        "batch_size": 1,
+    },
     "sensitivity": {"confidence_batches": 1, "audit_ops": 2},
     "tradeoff": {"heldout_batches": 1},
 }
@@ -97,6 +103,19 @@ def write_config(directory: Path, changes: dict[str, Any]) -> None:
     (directory / "config" / "config.yaml").write_text(yaml.safe_dump(config))
 
 
+def write_samples(file: Path) -> None:
+    """Write five digits as images, and the JSONL that names them."""
+    from auto_quantize_model.digits import digit_samples
+
+    file.parent.mkdir(parents=True)
+    rows = []
+    for number, sample in enumerate(digit_samples(range(5))):
+        rows.append({"image": f"{number} {{a}} <b>.png", "prompt": sample.prompt, "answer": sample.answer})
+        assert sample.image is not None
+        sample.image.save(file.parent / rows[-1]["image"])
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @contextmanager
 def changed(path: Path, text: str) -> Iterator[None]:
     """Replace a file's text for a while."""
@@ -121,6 +140,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
     directory = copy_checkout(tmp_path_factory.mktemp("finished"))
     build_snapshot(directory / "resources" / "models" / "tiny", depth=1, hidden=32, seed=0)
+    write_samples(directory / TINY["calibration"]["path"])
     write_config(directory, TINY)
     ended = snakemake(directory, "--cores", "1", "--resources", "gpu=1")
     assert ended.returncode == 0, ended.stdout
@@ -196,36 +216,6 @@ def test_every_shipped_config_plans_every_rule(checkout: Path, names: list[str])
     (checkout / "resources" / "models" / "qwen2_5_vl_3b_standin").mkdir(parents=True, exist_ok=True)
     files = [f"config/{name}.yaml" for name in names]
     assert planned(checkout, "--configfile", *files) == EVERYTHING
-
-
-def test_the_images_that_a_jsonl_names_are_inputs(checkout: Path) -> None:
-    """An image whose name Snakemake would read as a wildcard or a variable counts by its content."""
-    (checkout / "set").mkdir()
-    for name in ("there.png", "nested.png", "a {b}.png", "a <b>.png"):
-        (checkout / "set" / name).touch()
-    rows = [
-        '{"image": "there.png"}',
-        "broken",
-        '{"image": "gone.png"}',
-        '{"image": 3}',
-        '{"image": "%s"}' % ("x" * 999),
-    ]
-    rows += [
-        '{"image": "a <b>.png"}',
-        '{"image": "a {b}.png"}',
-        '{"messages": [{"content": [{"image": "nested.png"}]}]}',
-        "[" * 100_000,
-    ]
-    (checkout / "set" / "set.jsonl").write_text("\n".join(rows))
-    config = checkout / "config" / "config.yaml"
-    with changed(config, config.read_text()):
-        write_config(checkout, {"calibration": {"source": "local", "path": "set/set.jsonl"}})
-        ended = snakemake(checkout, "--dry-run", "--quiet", "rules")
-        assert ended.returncode == 0, ended.stdout
-        names = common(checkout, "calibration_files(None), unsayable_files(None)")
-    assert names[0] == ["set/set.jsonl", "set/nested.png", "set/there.png"]
-    unsaid = hashlib.sha256(b"").hexdigest()
-    assert names[1] == [["set/a <b>.png", unsaid], ["set/a {b}.png", unsaid]]
 
 
 def test_library_imports_are_followed_into_functions_and_through_modules(checkout: Path) -> None:
@@ -586,8 +576,9 @@ def captures_in(directory: Path) -> list[str]:
 @pytest.mark.slow
 def test_a_touched_file_and_a_reordered_config_rerun_nothing(finished: tuple[Path, str]) -> None:
     directory, _ = finished
-    for path in [*(directory / "src").rglob("*.py"), *(directory / "scripts").rglob("*.py")]:
-        path.touch()
+    for folder in ("src", "scripts", "resources"):
+        for path in (directory / folder).rglob("*"):
+            path.touch()
     config = directory / "config" / "config.yaml"
     reordered = yaml.safe_dump(dict(reversed(yaml.safe_load(config.read_text()).items())), sort_keys=False)
     with changed(config, reordered):
@@ -599,7 +590,7 @@ def test_a_fresh_clone_with_restored_results_reruns_nothing(finished: tuple[Path
     directory, _ = finished
     clone = copy_checkout(tmp_path / "clone")
     write_config(clone, TINY)
-    for name in ("results", "context", ".snakemake"):
+    for name in ("results", "context", "resources", ".snakemake"):
         # Without the times, as a download or an unpacked archive of results might come.
         shutil.copytree(directory / name, clone / name, copy_function=shutil.copyfile, dirs_exist_ok=True)
     assert planned(clone) == set()
@@ -607,9 +598,10 @@ def test_a_fresh_clone_with_restored_results_reruns_nothing(finished: tuple[Path
 
 @pytest.fixture(scope="module")
 def restored(finished: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh clone with the archive of the results unpacked in it, and no records of Snakemake's."""
+    """A fresh clone with the archive of the results unpacked in it, the samples, and no records of Snakemake's."""
     clone = copy_checkout(tmp_path_factory.mktemp("restored"))
     write_config(clone, TINY)
+    write_samples(clone / TINY["calibration"]["path"])
     with tarfile.open(finished[0] / "results/archives/tiny-digits.tar") as tar:
         tar.extractall(clone, filter="data")
     return clone
@@ -618,6 +610,36 @@ def restored(finished: tuple[Path, str], tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.slow
 def test_an_unpacked_archive_reruns_no_measurement(restored: Path) -> None:
     assert planned(restored) == {"publish_summary", "archive_results"}
+
+
+@pytest.mark.slow
+def test_with_an_unpacked_archive_other_samples_are_drawn_again_and_missing_ones_are_not_asked_for(
+    restored: Path,
+) -> None:
+    samples = restored / TINY["calibration"]["path"]
+    image = samples.with_name("4 {a} <b>.png")
+    with away(image):
+        shutil.copy(samples.with_name("0 {a} <b>.png"), image)
+        assert planned(restored) == EVERYTHING - {"get_model"}
+    with changed(samples, samples.read_text() + "\n"):
+        assert planned(restored) == EVERYTHING - {"get_model"}
+    with away(samples):
+        assert planned(restored) == {"publish_summary", "archive_results"}
+        ended = snakemake(restored, "--dry-run", "--config", "calibration={seed: 1}")
+        line = f"config: calibration.path: {TINY['calibration']['path']} does not exist; give a JSONL,"
+        assert ended.returncode == 1 and ended.stdout.splitlines()[-1].startswith(line), ended.stdout
+
+
+@pytest.mark.slow
+def test_another_file_of_a_local_source_reruns_the_rule_that_reads_it_and_what_follows(
+    finished: tuple[Path, str],
+) -> None:
+    samples = finished[0] / TINY["calibration"]["path"]
+    with away(samples.with_name("4 {a} <b>.png")):
+        assert planned(finished[0]) == EVERYTHING - {"get_model"}
+    tokenizer = finished[0] / "resources/models/tiny/tokenizer_config.json"
+    with changed(tokenizer, tokenizer.read_text() + "\n"):
+        assert planned(finished[0]) == EVERYTHING
 
 
 @pytest.mark.slow
@@ -712,6 +734,9 @@ def test_a_copy_or_an_archive_of_other_results_is_made_again(finished: tuple[Pat
     table = finished[0] / "results/tiny/digits/tables_cpu/ranking.csv"
     digest = hashlib.sha256(table.read_bytes()).hexdigest()
     with changed(checksums, checksums.read_text().replace(digest, "0" * 64)):
+        assert planned(finished[0]) == {"archive_results"}
+    # Model a-b with set c, and model a with set b-c, have archives of one name.
+    with changed(checksums, checksums.read_text().replace("results/tiny/digits/", "results/other/set/")):
         assert planned(finished[0]) == {"archive_results"}
 
 

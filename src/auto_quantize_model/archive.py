@@ -52,16 +52,21 @@ def archive_results(archive: Path, checksums: Path, files: Iterable[Path]) -> di
     return document
 
 
-def why_outdated(checksums: Path) -> str:
-    """Which file an archive holds otherwise than it lies below the current directory, in words; empty if there is none.
+def why_outdated(checksums: Path, files: Iterable[Path] = ()) -> str:
+    """Which file an archive lacks, or holds otherwise than it lies here, in words; empty if there is none.
 
     Args:
         checksums: as `archive_results` writes them; without them there is nothing to compare.
+        files: files that have to be in it, below the current directory and relative to it. Model `a-b` with set `c` and
+            model `a` with set `b-c` have one name, so an archive of that name may be of the other pair.
     """
     try:
         entries = {entry["name"]: entry["sha256"] for entry in read_json(checksums)["files"]}
     except (InputError, TypeError, KeyError):
         return ""
+    for path in files:
+        if path.as_posix() not in entries:
+            return f"{checksums} does not list {path}"
     for name, digest in entries.items():
         if Path(name).is_file() and sha256_file(Path(name)) != digest:
             return f"{checksums} is of another {name}"

@@ -24,6 +24,7 @@ from PIL import Image
 
 from auto_quantize_model.files import InputError, atomic_path, digest_of, sha256_bytes
 from auto_quantize_model.images import open_picture
+from auto_quantize_model.local_sources import samples_digest
 from auto_quantize_model.samples import (
     Limits,
     Prepared,
@@ -169,7 +170,7 @@ def extract_into(
         progress: wraps the range of samples while they are fetched from the hub.
 
     Returns:
-        The manifest: ids, sha256, token counts, limits, seed, and what the source skipped.
+        The manifest: ids, sha256, token counts, limits, seed, what the source skipped, and the digest of a local one.
 
     Raises:
         InputError: the source is empty, malformed, has fewer samples than asked, one held out is the same as one to
@@ -180,6 +181,8 @@ def extract_into(
             f"{model_manifest.get('path', 'the model')}: no chat template (chat_template.jinja, chat_template.json, or"
             " in tokenizer_config.json); complete the snapshot, or set calibration.format to plain"
         )
+    # Before anything is read: what changes meanwhile makes the set stale.
+    source_digest = samples_digest(Path(spec.path)) if spec.source == "local" and spec.path else None
     pools, source = _open_source(spec, model_manifest, progress)
     split_of = _draw(spec, pools)
     entries: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
@@ -216,6 +219,7 @@ def extract_into(
         "calibration": spec.name,
         "source": spec.source,
         "path": spec.path,
+        "source_digest": source_digest,
         "seed": spec.seed,
         **content,
         "image_backend": processor.image_backend,

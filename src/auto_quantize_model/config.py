@@ -409,12 +409,13 @@ def contradictions(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"more than {MAX_BYTES} bytes of values; shorten calibration.prompt or sensitivity.op_name_dict"
 
 
-def require_sources(config: Mapping[str, Any], model_manifest: Path) -> None:
+def require_sources(config: Mapping[str, Any], model_manifest: Path, calibration_made: bool = False) -> None:
     """Refuse a local model or calibration set that is not there.
 
     Args:
         config: as `read_config` returns it.
         model_manifest: where the model's manifest lies; once it is there, the model itself is read by later steps only.
+        calibration_made: whether the calibration set of this config is there, so that its source may be gone.
 
     Raises:
         InputError: a line for each that is missing.
@@ -423,7 +424,8 @@ def require_sources(config: Mapping[str, Any], model_manifest: Path) -> None:
     model, calibration = config["model"], config["calibration"]
     if model["source"] == "local" and not model_manifest.exists() and (why := unreadable(model["path"], folder=True)):
         found.append(f"config: model.path: {why}; give a Hugging Face snapshot directory")
-    if calibration["source"] == "local" and (why := unreadable(calibration["path"])):
+    needed = calibration["source"] == "local" and not (calibration_made and not os.path.exists(calibration["path"]))
+    if needed and (why := unreadable(calibration["path"])):
         found.append(f"config: calibration.path: {why}; give a JSONL, a Parquet file or an image folder")
     if found:
         raise InputError("\n".join(found))

@@ -314,6 +314,16 @@ def named_path(text: str, folder: Path) -> Path:
     return folder / (os.path.expanduser(text) if text.startswith("~/") else text)
 
 
+def shown(path: Path) -> str:
+    """A path as text that can be printed, also where its name is no UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def visible(folder: Path) -> list[Path]:
+    """The entries below a folder at any depth, in order; those with a hidden name are left out."""
+    return [path for path in sorted(folder.rglob("*")) if not path.name.startswith(".")]
+
+
 def no_such_key(key: str, known: Iterable[str]) -> str:
     """What to say of a key that is not one of those `known`: the nearest of them, or all of them."""
     near = difflib.get_close_matches(key, known := list(known), 1)

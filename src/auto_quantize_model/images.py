@@ -10,13 +10,14 @@ import stat
 import struct
 import warnings
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffTags
 
-from auto_quantize_model.files import InputError
+from auto_quantize_model.files import InputError, shown
 
 # Pillow opens these formats but does not decode them: EPS starts Ghostscript, the others need a library of their own.
 NOT_DECODED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -59,6 +60,33 @@ class Picture:
 
     image: Image.Image
     more_frames: bool
+
+
+def images_in(folder: Path) -> tuple[list[Path], dict[str, int]]:
+    """The image files of a folder and of those in it, by name, and how many entries of each other sort are skipped.
+
+    Raises:
+        InputError: a folder in it cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{folder}: a folder in it cannot be read ({error}); give it to this user, or move it away")
+
+    images, skipped = [], Counter[str]()
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        hidden = [name for name in folders if name.startswith(".")]
+        linked = [name for name in folders if name not in hidden and Path(place, name).is_symlink()]
+        skipped += Counter({"hidden folders": len(hidden), "links to folders": len(linked)})
+        folders[:] = [name for name in folders if name not in hidden]
+        for name in names:
+            file = Path(place, name)
+            if name.startswith("."):
+                skipped["hidden"] += 1
+            elif file.suffix.lower() in SUFFIXES:
+                images.append(file)
+            else:
+                skipped[shown(Path(file.suffix.lower())) if file.suffix else "without a suffix"] += 1
+    return sorted(images), dict(sorted(skipped.items()))
 
 
 def open_picture(source: Path | bytes, where: str) -> Picture:

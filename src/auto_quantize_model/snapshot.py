@@ -38,7 +38,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionPatchEmb
 from transformers.utils import is_torchvision_available
 
 from auto_quantize_model.device import require_memory
-from auto_quantize_model.files import InputError, digest_of, sha256_file
+from auto_quantize_model.files import InputError, digest_of, sha256_file, visible
 from auto_quantize_model.weights import (
     listed,
     read_headers,
@@ -188,7 +188,7 @@ def snapshot_files(directory: Path) -> list[Path]:
     Raises:
         InputError: naming an entry that is neither a file nor a directory, or that cannot be read.
     """
-    entries = [path for path in sorted(directory.rglob("*")) if not path.name.startswith(".")]
+    entries = visible(directory)
     for path in entries:
         if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
             raise InputError(f"{path}: this directory cannot be read; give yourself the right to, or remove it")

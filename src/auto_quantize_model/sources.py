@@ -6,7 +6,6 @@ In: a place. Out: its rows, every one checked, each opened (its image decoded) o
 import codecs
 import functools
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,8 @@ from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetsError
 
 from auto_quantize_model import hub
-from auto_quantize_model.files import InputError, named_path, parse_json
-from auto_quantize_model.images import SUFFIXES, open_picture
+from auto_quantize_model.files import InputError, named_path, parse_json, shown
+from auto_quantize_model.images import images_in, open_picture
 from auto_quantize_model.samples import Sample, Turn
 from auto_quantize_model.templates import TemplateStopped
 
@@ -109,11 +108,6 @@ def every(work: Callable[[Item], Result], items: Iterable[Item], place: str) -> 
     return results
 
 
-def shown(path: Path) -> str:
-    """A path as text that can be printed, also where its name is no UTF-8."""
-    return os.fsencode(path).decode(errors="backslashreplace")
-
-
 def read_local(path: Path, prompt: str) -> Source:
     """The rows of a local source.
 
@@ -172,29 +166,11 @@ def _numbered(path: Path, number: int) -> str:
 
 def _read_folder(folder: Path, prompt: str) -> Source:
     """The images of a folder and of those in it, by name; all that is no image is counted."""
-
-    def refuse(error: OSError) -> None:
-        raise InputError(f"{folder}: a folder in it cannot be read ({error}); give it to this user, or move it away")
-
-    images, skipped = [], Counter[str]()
-    for place, folders, names in os.walk(folder, onerror=refuse):
-        hidden = [name for name in folders if name.startswith(".")]
-        linked = [name for name in folders if name not in hidden and Path(place, name).is_symlink()]
-        skipped += Counter({"hidden folders": len(hidden), "links to folders": len(linked)})
-        folders[:] = [name for name in folders if name not in hidden]
-        for name in names:
-            file = Path(place, name)
-            if name.startswith("."):
-                skipped["hidden"] += 1
-            elif file.suffix.lower() in SUFFIXES:
-                images.append(file)
-            else:
-                skipped[shown(Path(file.suffix.lower())) if file.suffix else "without a suffix"] += 1
+    images, skipped = images_in(folder)
     rows = [
-        Row(_numbered(folder, number), shown(file), prompt, image=file)
-        for number, file in enumerate(sorted(images), start=1)
+        Row(_numbered(folder, number), shown(file), prompt, image=file) for number, file in enumerate(images, start=1)
     ]
-    details = {"skipped": dict(sorted(skipped.items()))} if skipped else {}
+    details = {"skipped": skipped} if skipped else {}
     source = _listed(rows)
     return Source(source.count, source.read, details)
 

@@ -6,7 +6,6 @@ rule extract_calibration:
     """
     input:
         stale=made_again_where_stale("extract_calibration"),
-        files=calibration_files,
         manifest=rules.get_model.output.manifest,
     output:
         calibration=f"{RUN}/calibration/calibration.parquet",
@@ -20,7 +19,6 @@ rule extract_calibration:
         code=code_digest("scripts/extract_calibration.py"),
         spec=block("calibration"),
         config_digest=config_digest("extract_calibration"),
-        unsayable=unsayable_files,
     shell:
         "exec python scripts/extract_calibration.py"
         " --manifest {input.manifest:q}"

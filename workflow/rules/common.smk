@@ -8,18 +8,16 @@ import os
 import shlex
 import shutil
 import sys
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from snakemake.io import contains_wildcard
 from snakemake.logging import logger
-from snakemake.pathvars import PATHVAR_REGEX
 
 from auto_quantize_model.archive import why_outdated
 from auto_quantize_model.config import require_endpoint, require_sources
 from auto_quantize_model.documents import why_stale
-from auto_quantize_model.files import InputError, digest_of, named_path, sha256_file
+from auto_quantize_model.files import InputError, digest_of
+from auto_quantize_model.local_sources import why_other_samples, why_other_snapshot
 
 # The keys of the sensitivity block that the plan depends on; the others are read where they are used.
 PLAN_KEYS = ("engine", "confidence_batches", "maps", "reduce_range", "op_type_dict", "op_name_dict")
@@ -71,13 +69,6 @@ TABLES = f"{RUN}/tables_{DEVICE}"
 FIGURE_NAMES = ("heat_map", "ranked_ops", "tradeoff", "modalities")
 QUANTIZED = f"{RUN}/quantized_{DEVICE}/{config['quantize']['profile']}"
 REPORT = f"{RUN}/op_sensitivity_mse_v2_{DEVICE}"
-
-
-try:
-    require_endpoint(os.environ.get("HF_ENDPOINT", ""))
-    require_sources(config, Path(f"results/{MODEL}/model_manifest.json"))
-except InputError as error:
-    sys.exit(str(error))
 
 
 def verbatim(text):
@@ -152,21 +143,36 @@ def config_digest(rule):
     return digest_of(ASKED[rule])
 
 
+def is_made(rule, document):
+    """Whether a rule's document is there, and made by this config."""
+    return Path(document).exists() and not why_stale(Path(document), config_digest(rule))
+
+
+try:
+    require_endpoint(os.environ.get("HF_ENDPOINT", ""))
+    require_sources(
+        config,
+        Path(f"results/{MODEL}/model_manifest.json"),
+        is_made("extract_calibration", f"{RUN}/calibration_manifest.json"),
+    )
+except InputError as error:
+    sys.exit(str(error))
+
+
 def made_again_where_stale(rule):
     """No input, but a look at what the rule made, while Snakemake asks for the rule's inputs.
 
-    What another config made, or lacks files, or is a copy of something else, is put on Snakemake's list of files to make
-    again. Times cannot tell, as all files of an unpacked archive have the same one; and Snakemake's own records, which
-    know the parameters of a job, are in no archive.
+    What was made by another config or from other local files, lacks files, or is a copy of something else, is put on
+    Snakemake's list of files to make again. Times cannot tell, as all files of an unpacked archive have the same one;
+    and Snakemake's own records, which know the parameters of a job, are in no archive.
     """
 
     def look(wildcards):
         made = getattr(rules, rule)
-        if (why := WHY_STALE.get(rule, why_document_stale)(rule, made)) and workflow.dag.forcefiles.isdisjoint(
-            made.output
-        ):
+        forced = workflow.dag.forcefiles
+        if forced.isdisjoint(made.output) and (why := WHY_STALE.get(rule, why_document_stale)(rule, made)):
             logger.info(f"{why}: {rule} runs again.")
-            workflow.dag.forcefiles.update(made.output)
+            forced.update(made.output)
         return []
 
     return look
@@ -179,6 +185,22 @@ def why_document_stale(rule, made):
     return next(filter(None, (why_stale(document, digest) for document in documents)), "")
 
 
+def why_model_stale(rule, made):
+    """As `why_document_stale`, or which file of a local snapshot is another than the manifest lists."""
+    why = why_document_stale(rule, made)
+    if why or config["model"]["source"] != "local":
+        return why
+    return why_other_snapshot(Path(made.output.manifest), Path(config["model"]["path"]))
+
+
+def why_samples_stale(rule, made):
+    """As `why_document_stale`, or that the files of a local calibration source are others than those drawn from."""
+    why = why_document_stale(rule, made)
+    if why or config["calibration"]["source"] != "local":
+        return why
+    return why_other_samples(Path(made.output.manifest), Path(config["calibration"]["path"]))
+
+
 def why_copy_stale(rule, made):
     """Which copy of a published report is one of another report."""
     pairs = [(made.input.json, made.output.json), (made.input.markdown, made.output.markdown)]
@@ -189,70 +211,16 @@ def why_copy_stale(rule, made):
 
 
 def why_archive_stale(rule, made):
-    """What an archive of results holds otherwise than it lies here."""
-    return why_outdated(Path(made.output.checksums))
+    """What an archive of results lacks, or holds otherwise than it lies here."""
+    return why_outdated(Path(made.output.checksums), [Path(path) for path in made.input if not callable(path)])
 
 
 WHY_STALE = {
+    "get_model": why_model_stale,
+    "extract_calibration": why_samples_stale,
     "publish_summary": why_copy_stale,
     "archive_results": why_archive_stale,
 }
-
-
-@cache
-def calibration_sources():
-    """The files of a local calibration source, with the images that a JSONL names; the digits come with a package."""
-    if config["calibration"]["source"] != "local":
-        return []
-    path = Path(config["calibration"]["path"])
-    if path.is_dir():
-        return sorted(str(file) for file in path.rglob("*") if file.is_file())
-    return [str(path), *(named_files(path) if path.suffix in (".jsonl", ".json") else [])]
-
-
-def named_files(path):
-    """The files that a JSONL or JSON list names and that are there; the rule's script says what is wrong with the others.
-
-    Every text of a row may be such a name, because the shapes of a row put their images in different places.
-    """
-    images = set()
-    for line in path.read_bytes().split(b"\n") if path.suffix == ".jsonl" else [path.read_bytes()]:
-        try:
-            images |= {named_path(text, path.parent) for text in texts_of(json.loads(line))}
-        except (ValueError, RecursionError):
-            continue
-    return sorted(str(image) for image in images - {path} if is_there(image))
-
-
-def texts_of(value):
-    """All texts in a JSON value that a path could be."""
-    if isinstance(value, str):
-        return {value} if value.strip() and len(value) < 4096 else set()
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-    return set().union(*map(texts_of, inner))
-
-
-def is_there(path):
-    """Whether there is a file at `path`, which may be any text."""
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long, a folder that is closed
-        return False
-
-
-def is_sayable(path):
-    """Whether Snakemake can take a path as an input: `{word}` and `<word>` mean other things to it, without escape."""
-    return not contains_wildcard(path) and not PATHVAR_REGEX.search(path) and path.isprintable()
-
-
-def calibration_files(wildcards):
-    """The files of the calibration source as inputs, but for those whose names Snakemake cannot say."""
-    return [path for path in calibration_sources() if is_sayable(path)]
-
-
-def unsayable_files(wildcards):
-    """The other files of the calibration source by content, so that a change of one makes the set stale all the same."""
-    return [[path, sha256_file(Path(path))] for path in calibration_sources() if not is_sayable(path)]
 
 
 def code_digest(script, *extra):
