@@ -78,7 +78,7 @@ def read_report(path: Path) -> dict:
     try:
         jsonschema.validate(report, read_json(SCHEMA))
     except jsonschema.ValidationError as error:
-        raise InputError(f"{path}: no whole report, {error.json_path}: {error.message[:200]}; render it again") from None
+        raise InputError(f"{path}: no whole report, {error.json_path}: {error.message[:200]}; render it") from None
     return report
 
 

@@ -75,7 +75,7 @@ def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> di
         top, entered, left, new_in_top, gone_from_top, moved}. `reasons` are sentences, empty where the reports agree.
         `warnings` are sentences about runs that cannot be compared number by number; they decide nothing. `changed` is
         what differs of model, calibration set, engine and versions; `sqnr_db` that of all-INT8 in each report;
-        `recommended` the ops that the recommended profile keeps now and no longer, null where one report has no such profile;
+        `recommended` the ops that the recommended profile keeps now and no longer, null where one report lacks it;
         `noise_tau` the lower of both reports' own agreement between batches, null where both have one batch. `moved`
         are the ops whose place among the common ones changed, farthest first: {op_name, first, second, first_range,
         second_range, beyond_noise} as `_move` says. `entered` and `left` are those of them that crossed the end of the
