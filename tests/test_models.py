@@ -86,7 +86,8 @@ def test_every_op_of_a_family_is_planned_executed_and_bit_identical(
     image = Image.radial_gradient("L").convert("RGB") if "VL" in architecture else None
     sample = Sample("gradient", "Which digit is this?", image, "3")
     batch = collate([encode(sample, load_processor(directory), LIMITS)])
-    plan = build_plan(model, [batch], SensitivitySpec("replay", 1, ("isolated", "fallback")))
+    # In the fallback map a wrong bit of any op reaches every value; INC takes a second for each value.
+    plan = build_plan(model, [batch], SensitivitySpec("replay", 1, ("fallback",)))
     plan |= dict.fromkeys(("model", "calibration"), "tiny")
     with Journal(tmp_path / "journal", {}) as journal:
         capture, _ = capture_sensitivity(model, [batch], plan, journal)

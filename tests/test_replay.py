@@ -87,7 +87,7 @@ def test_with_auto_inc_measures_what_no_site_covers_and_the_values_are_the_same(
 
 
 @pytest.mark.slow
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_ran_before_a_state_gives_the_same_bits(model, batches, plan, data):
     """Kept outputs never change a result: any sequence of states equals runs that keep nothing."""
