@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 from unittest import mock
 
@@ -18,7 +19,15 @@ import psutil
 from tqdm import tqdm
 
 from auto_quantize_model.escape import one_line, printable, redacted
-from auto_quantize_model.files import InputError, explained, named_errors, parse_json, require_file, require_writable
+from auto_quantize_model.files import (
+    InputError,
+    explained,
+    named_errors,
+    parse_json,
+    require_endpoint,
+    require_file,
+    require_writable,
+)
 
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -210,6 +219,22 @@ def _report(message: str, log: Path | None) -> None:
     for stream in [_terminal.get("err", sys.stderr), *[sys.stderr] * ("err" in _terminal)]:
         with contextlib.suppress(OSError):
             print(message, file=stream, flush=True)
+
+
+def _report_early_end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Report in one line what ends a script before `run`, while its libraries are imported; that takes seconds."""
+    if issubclass(kind, KeyboardInterrupt):
+        _report("stopped by SIGINT; run again", None)
+        return
+    try:
+        require_endpoint(os.environ.get("HF_ENDPOINT"))  # huggingface_hub breaks on some values when it is imported
+    except InputError as told:
+        _report(f"error: {told}", None)
+        raise SystemExit(2) from None
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _report_early_end  # scripts import this module first
 
 
 @contextlib.contextmanager
