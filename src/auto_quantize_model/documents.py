@@ -1,7 +1,8 @@
 """Documents: the JSON files that one step hands to the next, each with a head that says where it came from.
 
-The head stands under the key `document`: the kind, the version of the format, the digests of all that the document was made from, the sha256 of
-the files that belong to it, and the digest of everything else in the document. All other keys are the body.
+The head stands under the key `document`: the kind, the version of the format, the digests of all that the document was
+made from, the sha256 of the files that belong to it, and the digest of everything else in the document. All other keys
+are the body.
 
 In: a body and the documents that it was made from. Out: a file; and, read back, a body that is seen to be whole and of
 the same run as the other documents of the step.
@@ -154,9 +155,11 @@ def read_document(path: Path, kind: str | None = None) -> Document:
 
 def _is_head(head: Any) -> bool:
     """Whether a value is a head of any version; the first ones had no version."""
+    if isinstance(head, dict):
+        head = {"version": 0, **head}
     return (
         isinstance(head, dict)
-        and set((head := {"version": 0, **head})) == set(HEAD_KEYS)
+        and set(head) == set(HEAD_KEYS)
         and all(isinstance(head[key], expected) for key, expected in HEAD_KEYS.items())
         and head["kind"] in RULES
     )
