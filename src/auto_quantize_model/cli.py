@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -159,11 +159,25 @@ def require_outputs(args: argparse.Namespace, **suffixes: str) -> None:
             continue
         if path.suffix != suffix:
             raise InputError(f"{option}: {path} does not end in {suffix}; name a file that does")
-        with named_errors(path):
-            require_file(path)
-            require_writable(path.absolute().parent)
-            if path.exists() and any(isinstance(i, Path) and i.exists() and i.samefile(path) for i in inputs):
-                raise InputError(f"{option}: {path} is an input of this step; name another file")
+        require_place(path, [value for value in inputs if isinstance(value, Path)], f"{option}: ")
+
+
+def require_place(path: Path, inputs: Iterable[Path], option: str = "") -> None:
+    """Refuse, before long work, a path at which an output cannot or must not be written.
+
+    Args:
+        path: of the output.
+        inputs: what the step reads.
+        option: stands before the message where an option names the path.
+
+    Raises:
+        InputError: a folder or device, one of the inputs, or a place that cannot be written.
+    """
+    with named_errors(path):
+        require_file(path)
+        require_writable(path.absolute().parent)
+        if path.exists() and any(given.exists() and given.samefile(path) for given in inputs):
+            raise InputError(f"{option}{path} is an input of this step; name another file")
 
 
 def run(work: Callable[[], None], log: Path | None) -> int:
