@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from auto_quantize_model import cli, words
-from auto_quantize_model.documents import read_document, write_document
+from auto_quantize_model import cli, coverage, words
+from auto_quantize_model.documents import read_documents, write_document
 from auto_quantize_model.files import from_block
 from auto_quantize_model.profiles import Target, build_profiles
 
@@ -14,6 +14,7 @@ SHOWN = 12  # names on the terminal; the file and the report have them all
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tradeoff", type=Path, required=True, help="the measured trade-off")
+    parser.add_argument("--plan", type=Path, help="its plan, for the share of the weights; without it none is said")
     parser.add_argument("--target", type=cli.json_value, required=True, help="the config's profiles block as JSON")
     parser.add_argument("--profiles", type=Path, required=True, help="the profiles to write (JSON)")
     parser.add_argument("--config-digest", help="digest of the config that asks for it, to be recorded")
@@ -24,10 +25,16 @@ def main() -> int:
 
 def profiles(args: argparse.Namespace) -> None:
     cli.require_outputs(args, profiles=".json")
-    tradeoff = read_document(args.tradeoff, "tradeoff")
+    made_from = read_documents({"tradeoff": args.tradeoff} | ({"plan": args.plan} if args.plan else {}))
+    tradeoff, *plans = made_from
     found = build_profiles(tradeoff, from_block(Target, args.target, "profiles"))
-    write_document(args.profiles, "profiles", found, [tradeoff], args.config_digest)
+    write_document(args.profiles, "profiles", found, made_from, args.config_digest)
     known = {"profiles": found, "tradeoff": tradeoff}
+    for plan in plans:
+        known["coverage"] = plan["coverage"]
+        cli.say(f"profiles: {coverage.headline(len(plan['ops']), plan['coverage'])}")
+        for warning in coverage.warnings(plan["coverage"]):
+            cli.say(f"warning: {warning}")
     cli.say(f"recommended: {' '.join(filter(None, words.decision(known)))}")
     kept = found["profiles"].get("recommended", found["knee"] or {}).get("kept", [])
     if kept:

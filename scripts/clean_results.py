@@ -1,4 +1,7 @@
-"""Remove what the workflow wrote below results/, and name what stays: files that it did not write."""
+"""Remove the results that Snakemake has records of, and name what stays below results/.
+
+Results of an unpacked archive have no records here, so they stay.
+"""
 
 import argparse
 from pathlib import Path
@@ -20,7 +23,7 @@ def clean(args: argparse.Namespace) -> None:
     left = clean_results(args.root)
     if left:
         shown = [str(path) for path in left[:SHOWN]] + [f"and {len(left) - SHOWN} more"] * (len(left) > SHOWN)
-        cli.say(f"results/ keeps what this checkout's workflow did not write: {', '.join(shown)}")
+        cli.say(f"results/ keeps what Snakemake has no records of: {', '.join(shown)}")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,14 @@ def main() -> int:
 
 
 def draw_figures(args: argparse.Namespace) -> None:
-    for name, figure in figures(read_document(args.report, "report")).items():
-        for suffix in (".svg", ".png"):
-            save(figure, args.directory / f"{name}{suffix}")
+    drawn = figures(read_document(args.report, "report"))
+    files = {
+        args.directory / f"{name}{suffix}": figure for name, figure in drawn.items() for suffix in (".svg", ".png")
+    }
+    for path in files:
+        cli.require_place(path, [args.report])
+    for path, figure in files.items():
+        save(figure, path)
     cli.say(f"The pictures: {args.directory}")
 
 

@@ -27,6 +27,7 @@ def main() -> int:
 
 
 def draw(args: argparse.Namespace) -> None:
+    cli.require_outputs(args, svg=".svg", readme=".md")
     edges = rule_edges()
     page = insert_block(args.readme, mermaid(edges))
     lines = [f'  "{source}" -> "{target}";' for source, target in edges]

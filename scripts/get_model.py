@@ -37,6 +37,8 @@ def get_model(args: argparse.Namespace) -> None:
         details = train_snapshot(args.path, **training, progress=lambda epochs: cli.progress(epochs, "training epochs"))
         cli.say(f"{args.name}: held-out accuracy {details['training']['heldout_accuracy']:.1%}")
     elif args.source == "hub":
+        if args.repo_id is None or args.revision is None:
+            raise InputError("--source hub: which repository and commit is not said; add --repo-id and --revision")
         from auto_quantize_model import hub
 
         snapshot = hub.fetch_snapshot(args.repo_id, args.revision, cli.TerminalBar)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from auto_quantize_model import cli
+from auto_quantize_model import cli, words
 from auto_quantize_model.documents import files_of, read_documents, require_listed
 from auto_quantize_model.files import write_text
 from auto_quantize_model.page import relative, render_page
@@ -33,7 +33,8 @@ def page(args: argparse.Namespace) -> None:
         for path in files_of(index):
             require_listed(index, path)
     files = {"report (JSON)": args.report, "report (Markdown)": args.markdown}
-    files |= {path.name: path for path in (*args.tables, *args.files)}
+    pictures = [path for path in args.files if path.stem != "modalities" or words.has_images(report)]
+    files |= {path.name: path for path in (*args.tables, *pictures)}
     links = {
         "files": {label: relative(path, args.html) for label, path in files.items() if path},
         "exports": exports[0]["profiles"] if exports else {},

@@ -358,3 +358,25 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     assert cli.user_path("~/models/x") == Path("/home/someone/models/x")
     assert cli.user_path("models/~x") == Path("models/~x")
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("raise KeyboardInterrupt", -signal.SIGINT, "stopped by SIGINT; run again\n"),
+        ("import huggingface_hub", 2, "error: HF_ENDPOINT: no valid URL; write http://host:port, and"),
+    ],
+)
+def test_what_ends_a_script_while_it_imports_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, body: str, code: int, said: str
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://user:pass-word@host:99999")
+    ended = run_script(body)
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert ended.stderr.startswith(said) and ended.stderr.count("\n") == 1 and "pass-word" not in ended.stderr
+
+
+def test_another_error_while_a_script_imports_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    ended = run_script("raise ValueError('a bug')")
+    assert ended.returncode == 1 and ended.stderr.startswith("Traceback") and "ValueError: a bug" in ended.stderr

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from snakemake.cli import parse_config
 
-from auto_quantize_model.config import read_config, require_endpoint, require_sources
-from auto_quantize_model.files import InputError, from_block
+from auto_quantize_model.config import read_config, require_sources
+from auto_quantize_model.files import InputError, from_block, require_endpoint
 from auto_quantize_model.profiles import Target
 
 ROOT = Path(__file__).parents[1]
@@ -329,13 +329,45 @@ def test_targets_stand_before_options_that_would_swallow_them() -> None:
                 assert re.fullmatch(pattern, word), f"{name}: snakemake {' '.join(words)}"
 
 
-@pytest.mark.parametrize("url", ["http://user:pass/word@host", "http://host:port", "http://[::1"])
+NO_URLS = ["http://user:pass/word@host", "http://host:port", "http://host:99999", "http://[::1", "", "foo", "host:80"]
+NO_URLS += ["ftp://user:pass@host", "http://user:pass@", "https:/host", "http://ho st", "http://us\x01er:pass@host"]
+NO_URLS += ["http://host?token=pass", "http://host#pass", "http://host\\pass", "http://host\n"]
+
+
+@pytest.mark.parametrize("url", NO_URLS)
 def test_an_endpoint_that_is_no_url_is_refused_without_its_password(url: str) -> None:
     with pytest.raises(InputError, match=r"^HF_ENDPOINT: no valid URL; write http://host:port") as refused:
         require_endpoint(url)
     assert "pass" not in str(refused.value).replace("password", "")
 
 
-@pytest.mark.parametrize("url", ["", "https://huggingface.co", "http://user:pass%2Fword@host:80/mirror"])
-def test_an_endpoint_that_is_a_url_is_taken(url: str) -> None:
+@pytest.mark.parametrize("url", [None, "https://huggingface.co", "http://user:pass%2Fword@host:80/mirror"])
+def test_an_endpoint_that_is_a_url_is_taken(url: str | None) -> None:
     require_endpoint(url)
+
+
+REPOSITORY = "is no repository of the hub; write owner/name, without an address"
+
+
+@pytest.mark.parametrize(
+    "repo_id", ["https://user:pass-word@hub/a/b", "a/b/c", "/a", "a/", "a b", "a--b/c", "a/..", "a.git"]
+)
+@pytest.mark.parametrize("block", ["model", "calibration"])
+def test_a_repository_is_no_address_and_its_password_is_not_shown(tmp_path: Path, block: str, repo_id: str) -> None:
+    with pytest.raises(InputError) as refused:
+        read(tmp_path, yaml.safe_dump({block: {"repo_id": repo_id}}))
+    shown = repr(repo_id).replace("user:pass-word", "***")
+    assert str(refused.value) == f"config: {block}.repo_id: {shown} {REPOSITORY}"
+
+
+@pytest.mark.parametrize("repo_id", ["gpt2", "Qwen/Qwen2.5-VL-3B-Instruct", "a_b/c.d-e", "HuggingFaceTB/SmolLM2-135M"])
+def test_a_repository_is_owner_and_name_or_a_name(tmp_path: Path, repo_id: str) -> None:
+    assert read(tmp_path, yaml.safe_dump({"model": {"repo_id": repo_id}}))["model"]["repo_id"] == repo_id
+
+
+def test_no_password_of_a_config_is_shown_also_where_the_value_is_cut(tmp_path: Path) -> None:
+    address = f"https://user:{'pass-word-' * 20}@hub/a"
+    for config in ({"sensitivity": {"engine": address}}, {"model": {"training": [address]}}):
+        with pytest.raises(InputError) as refused:
+            read(tmp_path, yaml.safe_dump(config))
+        assert "://***@" in str(refused.value) and "pass-word" not in str(refused.value)

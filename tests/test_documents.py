@@ -23,7 +23,7 @@ from auto_quantize_model.documents import (
     why_stale,
     write_document,
 )
-from auto_quantize_model.files import InputError
+from auto_quantize_model.files import InputError, digest_of
 
 ROOT = Path(__file__).parents[1]
 # Where each kind lies, and the kinds that its step reads.
@@ -245,6 +245,22 @@ def test_a_document_comes_back_as_it_was_written_and_says_what_it_was_made_from(
     require_listed(found, model.path)
     with pytest.raises(InputError, match=f"{plan.path}: no file of {plan.path}"):
         require_listed(found, plan.path)
+
+
+@pytest.mark.parametrize(("version", "named"), [(None, 0), (2, 2)])
+def test_a_document_of_another_version_is_refused_and_stale(tmp_path: Path, version: int | None, named: int) -> None:
+    """Its digest is right; without the version a reader would miss a key in the middle of its work."""
+    body = {"value": 1}
+    head = {"kind": "plan", "made_from": {}, "files": {}} | ({} if version is None else {"version": version})
+    digest = digest_of({**body, HEAD: head})
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({HEAD: {**head, "digest": digest}, **body}))
+    message = (
+        f"plan.json: written by another version of this code \\(format {named}, and this one reads 1\\); make it again"
+    )
+    with pytest.raises(InputError, match=message):
+        read_document(path, "plan")
+    assert why_stale(path, None) == f"{path} was written by another version of this code"
 
 
 def test_layout_and_order_of_keys_are_no_damage(tmp_path: Path) -> None:

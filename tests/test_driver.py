@@ -1,5 +1,6 @@
 """The driver runs without Snakemake on any snapshot and calibration set, and a bad one ends it early."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import jsonschema
 import pytest
 
 from auto_quantize_model.digits import digit_samples
+from auto_quantize_model.files import InputError
 
 ROOT = Path(__file__).parents[1]
 DRIVER = ROOT / "scripts" / "qwen" / "inc_qwen2_5_vl_3b_sensitivity.py"
@@ -48,6 +50,24 @@ def test_the_driver_writes_the_report_and_publishes_it(tiny_snapshot, photos, tm
     assert "The most sensitive ops of qwen2_5_vl_3b" in ended.stdout
     assert "INFO" not in ended.stdout
     assert not (tmp_path / "nc_workspace").exists()
+
+
+def test_an_output_of_the_driver_is_refused_before_work(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("driver", DRIVER)
+    driver = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(driver)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plan.json").write_text("[]")
+    command = ["driver", "--model", "nowhere", "--output", "run", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [*command, "--calibration", "run/plan.json"])
+    with pytest.raises(InputError, match=r"^run/plan\.json is an input of this step; name another file"):
+        driver.measure(driver.arguments())
+    published = tmp_path / f"{PUBLISHED}.md"
+    published.mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", [*command, "--calibration", "photos", "--publish"])
+    with pytest.raises(InputError, match=r"mse_sensitivity\.md: a folder, where a file is to be written; name a file"):
+        driver.measure(driver.arguments())
 
 
 def test_a_bad_calibration_set_ends_the_driver_before_any_output(tiny_snapshot, photos, tmp_path):

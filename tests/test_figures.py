@@ -1,16 +1,21 @@
 """Every picture is drawn from any report, says why where nothing was measured, and takes op names as plain data."""
 
+import argparse
 import copy
+import importlib.util
 import itertools
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 from test_report import NAMES, UNMEASURED, parts, record
 
 from auto_quantize_model.capture import arithmetic
+from auto_quantize_model.documents import write_document
 from auto_quantize_model.figures import figures, save
+from auto_quantize_model.files import InputError
 from auto_quantize_model.profiles import Target, build_profiles
 from auto_quantize_model.report import build_report
 from auto_quantize_model.tradeoff import keep_sizes
@@ -242,3 +247,14 @@ def test_a_failed_drawing_and_another_suffix_leave_nothing_behind(tmp_path):
     with pytest.raises(ValueError, match="as .svg or .png"):
         save(figures(report_of())["heat_map"], tmp_path / "map.pdf")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_is_not_drawn_where_a_folder_lies(tmp_path):
+    write_document(tmp_path / "report.json", "report", report_of())
+    (tmp_path / "tradeoff.png").mkdir()
+    spec = importlib.util.spec_from_file_location("draw", Path(__file__).parents[1] / "scripts" / "draw_figures.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    with pytest.raises(InputError, match=r"tradeoff\.png: a folder, where a file is to be written; name a file"):
+        script.draw_figures(argparse.Namespace(report=tmp_path / "report.json", directory=tmp_path))
+    assert not list(tmp_path.glob("*.svg"))

@@ -93,8 +93,8 @@ def test_the_page_shows_control_characters_and_has_no_empty_columns_of_images():
     report = without_images()
     report["calibration"]["name"] = "set\x1b[2J\u202e"
     page = rendered(report)
-    assert "set\\x1b[2J\\u202e" in page.said() and "with no image tokens among 48." in page.said()
-    assert "image tokens</th>" not in render_page(report, BARE, TEMPLATES)
+    assert "set\\x1b[2J\\u202e" in page.said() and ", with 48 tokens." in page.said()
+    assert "image tokens" not in page.said()
 
 
 def test_a_remark_a_broken_model_and_the_knee_stand_on_the_page():
@@ -146,7 +146,6 @@ def test_that_int8_costs_nothing_measurable_is_said_in_words():
         (lambda: report_of(tradeoff()), "The config's profiles block sets no target."),
         (lambda: report_of(plan={"maps": ["fallback"]}), "The isolated map was not measured, so there is none."),
         (from_inc, "were not measured"),
-        (without_images, "No batch has image tokens"),
         (no_error_at_all, "every mse_value is 0"),
         (lambda: report_of(stand_in="made up"), "Warning: This is a stand-in for a published model: made up."),
     ],

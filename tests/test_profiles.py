@@ -1,9 +1,13 @@
 """A profile is a measured keep-list; the recommended one is the smallest that reaches the target, or there is none."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from auto_quantize_model.documents import write_document
 from auto_quantize_model.files import InputError
 from auto_quantize_model.profiles import Target, build_profiles
 
@@ -160,3 +164,19 @@ def test_a_missed_target_has_the_nearest_list_and_what_it_lacks_and_a_reached_on
     assert (found["nearest"], found["short"]) == (None, {})
     found = build_profiles(tradeoff(accuracy=False), Target(min_sqnr_db=45.0, max_accuracy_drop=0.1))
     assert (found["nearest"], found["short"]) == (None, {})
+
+
+def test_the_terminal_says_the_share_of_the_weights_and_never_keep_nothing_of_a_part(tmp_path: Path) -> None:
+    group = {"pattern": "experts", "class": "Experts", "count": 1, "weights": 50, "bytes": 200}
+    share = {"weights_total": 100, "weights_planned": 50, "weights_kept": 0, "share": 0.5, "left_out": [group]}
+    plan = write_document(tmp_path / "plan.json", "plan", {"ops": [{}] * 20, "coverage": share})
+    write_document(tmp_path / "tradeoff.json", "tradeoff", tradeoff(), [plan])
+    command = [sys.executable, str(Path(__file__).parents[1] / "scripts" / "build_profiles.py")]
+    command += ["--plan", "plan.json", "--tradeoff", "tradeoff.json", "--profiles", "profiles.json"]
+    command += ["--target", '{"min_sqnr_db": 5.0, "max_accuracy_drop": null, "max_weight_bytes": null}']
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    share_said, warning, recommended = ended.stdout.splitlines()
+    assert share_said == "profiles: 20 ops hold 50.0 % of the weights"
+    assert warning.startswith("warning: The planned ops hold only 50.0 % of the model's weights")
+    expected = "recommended: Keep no op of the 20 planned ones: INT8 reaches the target as it is."
+    assert recommended == expected

@@ -56,6 +56,29 @@ def test_remote_code(snapshot):
         check_snapshot(snapshot)
 
 
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("tokenizer_config.json", None),
+        ("preprocessor_config.json", None),
+        ("processor_config.json", "image_processor"),
+        ("generation_config.json", None),
+        ("config.json", "vision_config"),
+    ],
+)
+def test_remote_code_of_another_file_or_in_a_block(snapshot, name, block):
+    path = snapshot / name
+    document = json.loads(path.read_text()) if path.exists() else {}
+    where = document.setdefault(block, {}) if block else document
+    where["auto_map"] = {"AutoTokenizer": ["tokenization.Tokenizer", None]}
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=rf"{name}: auto_map names code of the repository, .* is never run"):
+        check_snapshot(snapshot)
+    where["auto_map"] = None
+    path.write_text(json.dumps(document))
+    check_snapshot(snapshot)
+
+
 def test_unsupported_architecture(snapshot):
     edit_config(snapshot, architectures=["BertModel"])
     with pytest.raises(InputError, match="BertModel is not supported; supported: Qwen2_5_VL"):
@@ -372,6 +395,24 @@ def test_a_weight_of_another_shape_and_one_that_is_missing(snapshot):
     edit_weights(snapshot, lm_head__weight=None)
     with pytest.raises(InputError, match=r"missing keys: the files lack lm_head\.weight;"):
         build_manifest(snapshot, "tiny", "local", {})
+
+
+def test_tied_weights_are_stored_once_or_twice_with_the_same_values(tmp_path):
+    """transformers does not tie two stored weights that differ, whatever config.json says."""
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    assert "lm_head.weight" not in weights
+    save_file(weights | {"lm_head.weight": head}, tmp_path / "model.safetensors", {"format": "pt"})
+    require_filled(tmp_path, read_headers(tmp_path), empty_model(tmp_path))
+    model = load_model(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    head[-1, -1] += 1
+    save_file(weights | {"lm_head.weight": head}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"lm_head\.weight and model\.embed_tokens\.weight differ, and config\.json"):
+        require_filled(tmp_path, read_headers(tmp_path), empty_model(tmp_path))
 
 
 def test_two_names_of_one_weight(snapshot):

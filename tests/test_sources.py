@@ -134,7 +134,16 @@ def test_a_conversation_in_a_parquet_is_read_as_a_list_or_as_json(folder: Path) 
     [
         ({"question": "x"}, "unknown key 'question'; rename 'question' to 'prompt'"),
         ({"text": "x"}, "unknown key 'text'; rename 'text' to 'prompt'"),
-        ({"instruction": "x", "output": "y"}, "rename 'instruction' to 'prompt'"),
+        (
+            {"instruction": "x", "output": "y"},
+            "unknown keys 'instruction', 'output'; rename 'instruction' to 'prompt', rename 'output' to 'answer'",
+        ),
+        (
+            {"instruction": "x", "input": "", "output": "y", "source": "z"},
+            "write 'input' and 'instruction' as one text under 'prompt', rename 'output' to 'answer', remove 'source'",
+        ),
+        ({"prompt": "x", "input": "y"}, "write 'prompt' and 'input' as one text under 'prompt'"),
+        ({"prompt": "x", "file_name": "y", "path": "z"}, "keep one of 'file_name' and 'path' under 'image'"),
         ({"prompt": "x", "response": "y"}, "rename 'response' to 'answer'"),
         ({"prompt": "x", "file_name": "y"}, "rename 'file_name' to 'image'"),
         ({"prompt": "x", "images": ["a.png", "a.png"]}, "several images in one sample are not supported yet"),
@@ -171,6 +180,16 @@ def test_another_shape_is_refused_with_what_to_do(folder: Path, row: dict[str, A
 def test_a_json_file_has_to_be_a_list(folder: Path) -> None:
     (folder / "set.json").write_text('{"prompt": "x"}')
     with pytest.raises(InputError, match=r"set\.json: no JSON list; give a list of samples, or a \.jsonl"):
+        read(folder / "set.json")
+
+
+def test_a_key_that_a_row_has_twice_is_named_with_its_line(folder: Path) -> None:
+    row = '{"prompt": "x", "answer": "y", "answer": "z"}'
+    (folder / "set.jsonl").write_text(f'{{"prompt": "x"}}\n{row}\n')
+    with pytest.raises(InputError, match=r"set\.jsonl, line 2: .*the key 'answer' stands in it twice"):
+        read(folder / "set.jsonl")
+    (folder / "set.json").write_text(f"[{row}]")
+    with pytest.raises(InputError, match=r"set\.json: .*the key 'answer' stands in it twice"):
         read(folder / "set.json")
 
 

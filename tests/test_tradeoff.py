@@ -10,14 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from auto_quantize_model.digits import LIMITS, digit_samples
+from auto_quantize_model.files import InputError
 from auto_quantize_model.journal import Journal
+from auto_quantize_model.metrics import Reference
 from auto_quantize_model.plan import SensitivitySpec, build_plan
 from auto_quantize_model.replay import Replay
 from auto_quantize_model.samples import Sample, answer_span, encode
 from auto_quantize_model.snapshot import load_model
 from auto_quantize_model.tradeoff import (
     Greedy,
+    _measure,
     gain,
+    greedy_order,
     keep_sizes,
     losses,
     measure_tradeoff,
@@ -126,6 +130,45 @@ def test_the_worst_batch_stands_beside_the_sum_of_all() -> None:
     assert point["sqnr_db_lowest"] == pytest.approx(10) and point["relative_error"] == 5 / 140
     records[1]["mse_value"] = records[0]["mse_value"] = 0.0
     assert summary(records, [100.0, 40.0], 0)["sqnr_db_lowest"] is None
+
+
+class Overflowing:
+    """Stands for a replay whose FP32 output is ones, or another value, and whose INT8 output is infinite."""
+
+    def __init__(self, value: float = 1.0) -> None:
+        self.output = torch.full((1, 2, 3), value)
+
+    def take_up(self, batch: Any) -> torch.Tensor:
+        return self.output
+
+    def run(self, ops: Any) -> torch.Tensor:
+        return self.output + math.inf
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (1.0, "held-out batch 0, list ranking/4: mse_value of the model with a, b, c and 1 more in FP32 is inf; keep"),
+        (0.0, "held-out batch 0: the sum of squares of the FP32 output is 0.0, so no error can be compared with it"),
+        (math.nan, "held-out batch 0: the sum of squares of the FP32 output is nan, so no error can be compared"),
+    ],
+)
+def test_a_value_that_is_no_number_is_named_with_its_list(tmp_path: Path, value: float, message: str) -> None:
+    replay: Any = Overflowing(value)
+    with Journal(tmp_path / "journal", {}) as journal, pytest.raises(InputError, match=f"^{message}"):
+        _measure(replay, [{}], [[None]], frozenset("abcdef"), {frozenset("abcd"): "ranking/4"}, journal, print)
+
+
+def test_the_greedy_refinement_names_a_value_that_is_no_number(tmp_path: Path) -> None:
+    replay: Any = Overflowing()
+    reference = Reference(replay.output, None)
+    with (
+        Journal(tmp_path / "journal", {}) as journal,
+        pytest.raises(
+            InputError, match="^greedy refinement: mse_value of the model with a in FP32 is inf; keep the ops"
+        ),
+    ):
+        greedy_order(replay, reference, ["a", "b"], Greedy(2, 1), journal, print)
 
 
 def test_an_interrupted_measurement_goes_on_and_gives_the_same(

@@ -34,6 +34,11 @@ REDUCE_RANGE = {"auto": None, "true": True, "false": False}
 
 
 def main() -> int:
+    args = arguments()
+    return cli.run(lambda: measure(args), args.output / "run.log")
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", type=cli.user_path, required=True, help="snapshot directory")
     parser.add_argument("--name", default="qwen2_5_vl_3b", help="the model's name in the report and in published files")
@@ -63,12 +68,19 @@ def main() -> int:
     )
     parser.add_argument("--output", type=cli.user_path, default=Path("tmp/qwen2_5_vl_3b_inc"), help="folder of the run")
     parser.add_argument("--publish", action="store_true", help=f"copy the report to {PUBLISHED} as well")
-    args = parser.parse_args()
-    return cli.run(lambda: measure(args), args.output / "run.log")
+    return parser.parse_args()
 
 
 def measure(args: argparse.Namespace) -> None:
     device = choose_device(args.device if args.engine == "replay" else "cpu")
+    name = f"{REPORT}_{device.type}"
+    targets = [args.output / name] + [PUBLISHED / f"{args.name}_mse_sensitivity"] * args.publish
+    documents = {kind: args.output / f"{kind}.json" for kind in ("model_manifest", "calibration_manifest", "plan")}
+    documents |= {kind: args.output / f"{kind}_{device.type}.json" for kind in ("capture", "audit")}
+    texts = [target.with_name(f"{target.name}{suffix}") for target in targets for suffix in (".md", ".json")]
+    run_record = args.output / f"{name}.run.json"
+    for path in (*documents.values(), *texts, run_record):
+        cli.require_place(path, [cli.user_path(args.calibration)])
     manifest = build_manifest(args.model, args.name, "local", {})
     require_memory(count_parameters(args.model), device)
     processor = load_processor(args.model)
@@ -96,7 +108,8 @@ def measure(args: argparse.Namespace) -> None:
     reduce_range = REDUCE_RANGE[args.reduce_range]
     spec = SensitivitySpec(args.engine, args.confidence_batches, args.maps, **keep, reduce_range=reduce_range)
     plan = identify(build_plan(model, batches, spec), manifest, calibration, digest_of(vars(spec)))
-    captured, record = capture(args.output / f"capture_{device.type}.json.journal", model.to(device), batches, plan)
+    journal = documents["capture"].with_name(f"{documents['capture'].name}.journal")
+    captured, record = capture(journal, model.to(device), batches, plan)
     captured = describe_batches(captured, calibration)
     cli.say(announce(plan, captured, args.audit_ops))
     with cli.progress_bar("audit") as on_progress:
@@ -106,15 +119,12 @@ def measure(args: argparse.Namespace) -> None:
         manifest, calibration, plan, captured, audit, unmeasured, build_profiles(unmeasured, Target())
     )
     markdown, document = render(report, ROOT / "workflow" / "templates")
-    name = f"{REPORT}_{device.type}"
-    write_json(args.output / f"{name}.run.json", record)
+    write_json(run_record, record)
     parts = {"model_manifest": manifest, "calibration_manifest": calibration, "plan": plan}
     parts |= {"capture": captured, "audit": audit}
     made_from: list[Document] = []
     for kind, part in parts.items():
-        stem = f"{kind}_{device.type}" if kind in ("capture", "audit") else kind
-        made_from.append(write_document(args.output / f"{stem}.json", kind, part, made_from))
-    targets = [args.output / name] + [PUBLISHED / f"{args.name}_mse_sensitivity"] * args.publish
+        made_from.append(write_document(documents[kind], kind, part, made_from))
     for target in targets:
         write_text(target.with_name(f"{target.name}.md"), markdown)
     listed = [args.output / f"{name}.md"]

@@ -4,7 +4,6 @@ In: the model, the plan and the calibration batches. Out: the capture (determini
 host: volatile). Replay needs torch alone; INC is imported where the engine is `inc`, or `auto` needs it.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from auto_quantize_model import metrics
 from auto_quantize_model.device import instruction_set, usage
 from auto_quantize_model.files import InputError, digest_of, sha256_file
 from auto_quantize_model.journal import Journal
@@ -138,13 +138,8 @@ def require_finite(record: dict[str, float], index: int, label: str, name: str) 
     Raises:
         InputError: naming op, map and batch.
     """
-    for metric, value in record.items():
-        if not math.isfinite(value):
-            raise InputError(
-                f"batch {index}, map {label}: {metric} of {name or 'all ops'} is {value}; keep that op in FP32 with"
-                " sensitivity.op_name_dict, or check the weights"
-            )
-    return record
+    advice = "keep that op in FP32 with sensitivity.op_name_dict, or check the weights"
+    return metrics.require_finite(record, f"batch {index}, map {label}", name or "all ops", advice)
 
 
 def _assemble(plan: dict[str, Any], records: dict[str, Any], device: torch.device) -> dict[str, Any]:

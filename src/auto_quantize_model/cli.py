@@ -9,8 +9,9 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 from unittest import mock
 
@@ -18,7 +19,15 @@ import psutil
 from tqdm import tqdm
 
 from auto_quantize_model.escape import one_line, printable, redacted
-from auto_quantize_model.files import InputError, explained, named_errors, parse_json, require_file, require_writable
+from auto_quantize_model.files import (
+    InputError,
+    explained,
+    named_errors,
+    parse_json,
+    require_endpoint,
+    require_file,
+    require_writable,
+)
 
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -150,11 +159,25 @@ def require_outputs(args: argparse.Namespace, **suffixes: str) -> None:
             continue
         if path.suffix != suffix:
             raise InputError(f"{option}: {path} does not end in {suffix}; name a file that does")
-        with named_errors(path):
-            require_file(path)
-            require_writable(path.absolute().parent)
-            if path.exists() and any(isinstance(i, Path) and i.exists() and i.samefile(path) for i in inputs):
-                raise InputError(f"{option}: {path} is an input of this step; name another file")
+        require_place(path, [value for value in inputs if isinstance(value, Path)], f"{option}: ")
+
+
+def require_place(path: Path, inputs: Iterable[Path], option: str = "") -> None:
+    """Refuse, before long work, a path at which an output cannot or must not be written.
+
+    Args:
+        path: of the output.
+        inputs: what the step reads.
+        option: stands before the message where an option names the path.
+
+    Raises:
+        InputError: a folder or device, one of the inputs, or a place that cannot be written.
+    """
+    with named_errors(path):
+        require_file(path)
+        require_writable(path.absolute().parent)
+        if path.exists() and any(given.exists() and given.samefile(path) for given in inputs):
+            raise InputError(f"{option}{path} is an input of this step; name another file")
 
 
 def run(work: Callable[[], None], log: Path | None) -> int:
@@ -210,6 +233,22 @@ def _report(message: str, log: Path | None) -> None:
     for stream in [_terminal.get("err", sys.stderr), *[sys.stderr] * ("err" in _terminal)]:
         with contextlib.suppress(OSError):
             print(message, file=stream, flush=True)
+
+
+def _report_early_end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Report in one line what ends a script before `run`, while its libraries are imported; that takes seconds."""
+    if issubclass(kind, KeyboardInterrupt):
+        _report("stopped by SIGINT; run again", None)
+        return
+    try:
+        require_endpoint(os.environ.get("HF_ENDPOINT"))  # huggingface_hub breaks on some values when it is imported
+    except InputError as told:
+        _report(f"error: {told}", None)
+        raise SystemExit(2) from None
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _report_early_end  # scripts import this module first
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Documents: the JSON files that one step hands to the next, each with a head that says where it came from.
 
-The head stands under the key `document`: the kind, the digests of all that the document was made from, the sha256 of
-the files that belong to it, and the digest of everything else in the document. All other keys are the body.
+The head stands under the key `document`: the kind, the version of the format, the digests of all that the document was
+made from, the sha256 of the files that belong to it, and the digest of everything else in the document. All other keys
+are the body.
 
 In: a body and the documents that it was made from. Out: a file; and, read back, a body that is seen to be whole and of
 the same run as the other documents of the step.
@@ -18,7 +19,9 @@ from auto_quantize_model.files import InputError, canonical_json, digest_of, rea
 
 HEAD = "document"
 CONFIG = "config"  # in `made_from`: the digest of the config's part that the step reads
-HEAD_KEYS = {"kind": str, "made_from": dict, "files": dict, "digest": str}
+# Of what a body holds, whatever its kind; raise it when readers need a key that older documents lack.
+VERSION = 1
+HEAD_KEYS = {"kind": str, "version": int, "made_from": dict, "files": dict, "digest": str}
 # Each kind with the rule that makes it, in the order of the workflow.
 RULES = {
     "model_manifest": "get_model",
@@ -32,6 +35,10 @@ RULES = {
     "report": "render_report",
     "quantized": "quantize_model",
 }
+
+
+class OtherVersion(InputError):
+    """A document was written by a version of this code that gives documents other keys."""
 
 
 class Document(dict[str, Any]):
@@ -51,12 +58,15 @@ class Document(dict[str, Any]):
     ) -> None:
         super().__init__(body)
         self.path, self.kind, self.made_from, self.files = path, kind, made_from, files
-        self.digest = digest_of({**body, HEAD: {"kind": kind, "made_from": made_from, "files": files}})
+        self.digest = digest_of({**body, HEAD: self._head()})
 
     def text(self) -> str:
         """The document as JSON text, its head first."""
-        head = {"kind": self.kind, "made_from": self.made_from, "files": self.files, "digest": self.digest}
-        return canonical_json({HEAD: head, **self})
+        return canonical_json({HEAD: {**self._head(), "digest": self.digest}, **self})
+
+    def _head(self) -> dict[str, Any]:
+        """The head without the digest."""
+        return {"kind": self.kind, "version": VERSION, "made_from": self.made_from, "files": self.files}
 
 
 def make_again(kind: str) -> str:
@@ -110,6 +120,7 @@ def read_document(path: Path, kind: str | None = None) -> Document:
     Raises:
         InputError: there is no such file, or it is no JSON, no document, of another kind, or was changed since it was
             written. The message names the file and the rule that makes it.
+        OtherVersion: another version of this code wrote it.
     """
     again = make_again(kind) if kind else "make it again with the rule that writes it"
     wanted = named(kind) if kind else "document"
@@ -128,6 +139,11 @@ def read_document(path: Path, kind: str | None = None) -> Document:
         raise InputError(
             f"{path}: a {named(head['kind'])}, where the {wanted} is asked for; name the right file, or {again}"
         )
+    if head.get("version") != VERSION:
+        raise OtherVersion(
+            f"{path}: written by another version of this code (format {head.get('version', 0)}, and this one reads"
+            f" {VERSION}); {make_again(head['kind'])}"
+        )
     body = {key: value for key, value in found.items() if key != HEAD}
     document = Document(path, body, head["kind"], head["made_from"], head["files"])
     if document.digest != head["digest"]:
@@ -138,6 +154,9 @@ def read_document(path: Path, kind: str | None = None) -> Document:
 
 
 def _is_head(head: Any) -> bool:
+    """Whether a value is a head of any version; the first ones had no version."""
+    if isinstance(head, dict):
+        head = {"version": 0, **head}
     return (
         isinstance(head, dict)
         and set(head) == set(HEAD_KEYS)
@@ -217,6 +236,8 @@ def why_stale(path: Path, config: str | None) -> str:
         return f"{path} is gone"
     try:
         document = read_document(path)
+    except OtherVersion:
+        return f"{path} was written by another version of this code"
     except InputError:
         return ""
     if config != document.made_from.get(CONFIG):

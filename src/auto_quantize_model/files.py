@@ -19,6 +19,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 from safetensors import SafetensorError
 
@@ -322,6 +323,29 @@ def shown(path: Path) -> str:
 def visible(folder: Path) -> list[Path]:
     """The entries below a folder at any depth, in order; those with a hidden name are left out."""
     return [path for path in sorted(folder.rglob("*")) if not path.name.startswith(".")]
+
+
+def require_endpoint(url: str | None) -> None:
+    """Refuse a value of HF_ENDPOINT that no hub can have; some of them break huggingface_hub as soon as it is imported.
+
+    Args:
+        url: the value, None where the variable is not set.
+
+    Raises:
+        InputError: no http or https, no host, no valid port, a query, white space or control characters. The URL itself
+            is not named, because it may hold a password.
+    """
+    if url is None:
+        return
+    try:
+        parts = urlsplit(url)
+        ok = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0  # parsed when read
+    except ValueError:
+        ok = False
+    if not ok or any(letter in r"?#\\" or letter.isspace() or not letter.isprintable() for letter in url):
+        raise InputError(
+            "HF_ENDPOINT: no valid URL; write http://host:port, and in a password %2F for / and %40 for @, or unset it"
+        )
 
 
 def no_such_key(key: str, known: Iterable[str]) -> str:

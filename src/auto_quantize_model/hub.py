@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
 )
 
 from auto_quantize_model.escape import redacted
-from auto_quantize_model.files import InputError
+from auto_quantize_model.files import InputError, require_endpoint
 
 Result = TypeVar("Result")
 # What a snapshot is read from; pickled weights and code are left at the hub.
@@ -202,8 +202,9 @@ def explained(kind: str, repo_id: str, revision: str) -> Iterator[None]:
         revision: its commit.
 
     Raises:
-        InputError: in their place.
+        InputError: in their place, or because HF_ENDPOINT is no URL of a hub.
     """
+    require_endpoint(os.environ.get("HF_ENDPOINT"))
     place, endpoint = redacted(f"{kind} {repo_id} at {revision[:12]}"), redacted(constants.ENDPOINT)
     again = "run again: what has arrived is kept" if kind == "model" else "run again"
     try:

@@ -3,7 +3,11 @@
 In: the FP32 output at the measured op once, and another output. Out: one JSON-able record per output.
 """
 
+import math
+
 import torch
+
+from auto_quantize_model.files import InputError
 
 ROWS_AT_ONCE = 4  # positions whose distributions are held in float64 at a time: few stay in the CPU's cache
 
@@ -56,6 +60,24 @@ class Reference:
             "image": float(per_position[self.image].sum()),
             "text": float(per_position[~self.image].sum()),
         }
+
+
+def require_finite(record: dict[str, float], place: str, state: str, advice: str) -> dict[str, float]:
+    """The record of a state, if each of its numbers is one.
+
+    Args:
+        record: as `Reference.compare` or `Reference.totals` returns it.
+        place: the batch and what else says where.
+        state: what was in INT8 or in FP32.
+        advice: the next step.
+
+    Raises:
+        InputError: naming all of these, and the number.
+    """
+    for metric, value in record.items():
+        if not math.isfinite(value):
+            raise InputError(f"{place}: {metric} of {state} is {value}; {advice}")
+    return record
 
 
 def kl_divergence(reference: torch.Tensor, output: torch.Tensor) -> float:

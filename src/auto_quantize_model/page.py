@@ -45,6 +45,8 @@ def render_page(report: dict[str, Any], links: dict[str, Any], templates: Path) 
     environment.filters |= {"csp_hash": csp_hash, "href": href, "breakable": breakable}
     report, links = printable_document(report), printable_document(links)
     drawn = figures(report)
+    if not words.has_images(report):
+        del drawn["modalities"]
     specs = {name: figure.chart.to_dict() for name, figure in drawn.items()}
     for spec in specs.values():
         del spec["title"]  # the page has a heading of its own

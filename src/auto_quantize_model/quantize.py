@@ -20,9 +20,9 @@ from auto_quantize_model.calibration import CalibrationLoader
 from auto_quantize_model.device import instruction_set
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc_pytorch_mse_patching import copies_sharing_parameters, temporary_workspace
-from auto_quantize_model.metrics import Reference
+from auto_quantize_model.metrics import Reference, require_finite
 from auto_quantize_model.replay import Batch
-from auto_quantize_model.tradeoff import right_answers, summary
+from auto_quantize_model.tradeoff import right_answers, sum_of_squares, summary
 
 WEIGHTS = "best_model.pt"  # INC's name of what it saves
 
@@ -107,10 +107,12 @@ def measure_error(
     records = []
     for index, (reference, batch) in enumerate(zip(references, heldout, strict=True)):
         output = logits(quantized, batch)
-        records.append(reference.compare(output) | {"right": right_answers(output, batch, answers[index])})
+        advice = "choose a profile that keeps more ops in FP32, or check the weights"
+        record = require_finite(reference.compare(output), f"held-out batch {index}", "INC's quantized model", advice)
+        records.append(record | {"right": right_answers(output, batch, answers[index])})
         on_batch(index + 1, len(heldout))
     asked = sum(span is not None for spans in answers for span in spans)
-    return summary(records, [reference.totals()["all"] for reference in references], asked)
+    return summary(records, [sum_of_squares(reference, index) for index, reference in enumerate(references)], asked)
 
 
 def logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:

@@ -152,11 +152,7 @@ def check_snapshot(directory: Path) -> dict[str, Any]:
     snapshot_files(directory)
     path = directory / "config.json"
     config = read_object(path)
-    if "auto_map" in config:
-        raise InputError(
-            f"{path}: the model needs trust_remote_code (auto_map), and code from a snapshot is never"
-            " run; use a model that transformers implements itself"
-        )
+    refuse_code(directory)
     if (directory / ADAPTER_CONFIG).exists():
         raise InputError(
             f"{directory}: holds an adapter ({ADAPTER_CONFIG}); merge it into its model (peft: merge_and_unload) and"
@@ -180,6 +176,22 @@ def check_snapshot(directory: Path) -> dict[str, Any]:
                 " download the snapshot again"
             )
     return config
+
+
+def refuse_code(directory: Path) -> None:
+    """Refuse a snapshot that names classes of its own repository: transformers would run them, or silently take others.
+
+    Raises:
+        InputError: naming the file with the key `auto_map`.
+    """
+    for path in map(directory.joinpath, ("config.json", GENERATION_CONFIG, *PREPROCESSOR_FILES)):
+        named = [value for key, value in items(read_object(path)) if key == "auto_map"] if path.exists() else []
+        if any(named):
+            raise InputError(
+                f"{path}: auto_map names code of the repository, which needs trust_remote_code; code of a snapshot is"
+                " never run. Use a model that transformers implements itself, or remove the key where transformers has"
+                " the same class"
+            )
 
 
 def snapshot_files(directory: Path) -> list[Path]:

@@ -212,12 +212,36 @@ def _row(where: str, value: Any, path: Path, number: int) -> Row:
     talk = [key for key in ("messages", "conversations") if key in value]
     allowed = {"id", "image", "images", *(talk[:1] or ["prompt", "answer"])}
     if unknown := sorted(set(value) - allowed):
-        key = unknown[0]
-        advice = f"; rename {key!r} to {RENAMED[key]!r}" if key in RENAMED and not talk else f"; {SHAPE}"
-        raise InputError(f"{where}: unknown key {key!r}{advice}")
+        advice = [] if talk else renamings(unknown, value)
+        advice += [f"remove {name!r}" for name in unknown if advice and name not in RENAMED]
+        names = ", ".join(map(repr, unknown if advice else unknown[:1]))
+        raise InputError(f"{where}: unknown key{'s' * (', ' in names)} {names}; {', '.join(advice) or SHAPE}")
     image = _one_image(value, where)
     prompt, answer, turns, image = conversation(value[talk[0]], image, where) if talk else asked(value, image, where)
     return Row(sample_id, where, prompt, answer, turns, image_path(image, folder, where))
+
+
+def renamings(unknown: Sequence[str], there: Iterable[str]) -> list[str]:
+    """What to do with keys or columns of common names, so that we can read them; those of other names are left out.
+
+    Args:
+        unknown: names that are not ours.
+        there: all names of the row or table; one of ours that is there already is not given twice.
+    """
+    by_ours: dict[str, list[str]] = {}
+    for name in unknown:
+        if name in RENAMED:
+            by_ours.setdefault(RENAMED[name], [RENAMED[name]] if RENAMED[name] in there else []).append(name)
+    found = []
+    for ours, names in by_ours.items():
+        quoted = " and ".join(map(repr, names))
+        if len(names) == 1:
+            found.append(f"rename {quoted} to {ours!r}")
+        elif ours in ("prompt", "answer"):
+            found.append(f"write {quoted} as one text under {ours!r}")
+        else:
+            found.append(f"keep one of {quoted} under {ours!r}")
+    return found
 
 
 def _one_image(value: dict[str, Any], where: str) -> Any:
@@ -392,7 +416,7 @@ def _read_parquet(path: Path) -> Source:
     except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
         raise _unreadable(path, error) from None
     if not {"prompt", "messages"} & set(names):
-        advice = [f"rename {name!r} to {RENAMED[name]!r}" for name in names if name in RENAMED]
+        advice = renamings(names, names)
         raise InputError(
             f"{shown(path)}: no column 'prompt'; there are {', '.join(names)}{'; ' * bool(advice)}{', '.join(advice)}"
         )

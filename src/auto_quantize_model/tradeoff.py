@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
+from auto_quantize_model.files import InputError
 from auto_quantize_model.journal import Journal
-from auto_quantize_model.metrics import Reference
+from auto_quantize_model.metrics import Reference, require_finite
 from auto_quantize_model.ranking import decibels
 from auto_quantize_model.replay import Batch, Replay
 
 RANDOM_SEEDS = 5
 Progress = Callable[[int, int], None]  # done and total, in forwards
+NO_NUMBER = "keep the ops that overflow in FP32 with sensitivity.op_name_dict, or check the weights"
 
 
 def keep_sizes(ops: int, as_well: int = 0) -> list[int]:
@@ -191,7 +193,8 @@ def greedy_order(
         for name in left[: greedy.candidates]:
             key = f"greedy/{len(kept)}/{name}"
             if key not in journal.records:
-                journal.add(key, reference.compare(replay.run(frozenset(ranking) - {*kept, name})))
+                record = reference.compare(replay.run(frozenset(ranking) - {*kept, name}))
+                journal.add(key, require_finite(record, "greedy refinement", in_words([*kept, name]), NO_NUMBER))
             errors[name] = journal.records[key]["mse_value"]
             done += 1
             on_step(done)
@@ -214,17 +217,40 @@ def _measure(
     references, done = [], 0
     for index, batch in enumerate(heldout):
         reference = Reference(replay.take_up(batch), batch.get("mm_token_type_ids"))
-        references.append(reference.totals()["all"])
+        references.append(sum_of_squares(reference, index))
         for kept, name in states.items():
             key = f"{index}/{name}"
             if key not in journal.records:
                 output = replay.run(ops - kept)
-                right = right_answers(output, batch, answers[index])
-                journal.add(key, reference.compare(output) | {"right": right})
+                record = require_finite(
+                    reference.compare(output), f"held-out batch {index}, list {name}", in_words(sorted(kept)), NO_NUMBER
+                )
+                journal.add(key, record | {"right": right_answers(output, batch, answers[index])})
             records[kept].append(journal.records[key])
             done += 1
             on_step(done)
     return records, references
+
+
+def in_words(kept: Sequence[str]) -> str:
+    """The model with some ops in FP32 and all others in INT8."""
+    named = ", ".join(kept[:3]) + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
+    return f"the model with {named} in FP32" if kept else "the model with every op in INT8"
+
+
+def sum_of_squares(reference: Reference, index: int) -> float:
+    """The sum of squares of the FP32 output on a held-out batch, by which every error is divided.
+
+    Raises:
+        InputError: it is 0 or no number.
+    """
+    squares = reference.totals()["all"]
+    if not 0 < squares < math.inf:
+        raise InputError(
+            f"held-out batch {index}: the sum of squares of the FP32 output is {squares}, so no error can be compared"
+            " with it; check the weights, or set tradeoff.heldout_batches to 0"
+        )
+    return squares
 
 
 def right_answers(output: torch.Tensor, batch: Batch, spans: Sequence[range | None]) -> int:

@@ -30,6 +30,7 @@ from auto_quantize_model.files import InputError, parse_json
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+ROWS = 4096  # of an embedding that are compared at a time
 FLOATS = {"F64", "F32", "F16", "BF16"}  # what transformers turns into FP32 without scales
 
 
@@ -237,8 +238,8 @@ def load_shapes(model: PreTrainedModel, tensors: dict[str, Tensor]) -> LoadState
     return loading
 
 
-def refuse_doubles(directory: Path, tensors: Iterable[str], model: PreTrainedModel) -> None:
-    """Refuse two tensors for one weight, an older and a newer name of it: transformers would silently take one."""
+def stored_names(tensors: Iterable[str], model: PreTrainedModel) -> dict[str, list[str]]:
+    """The names of tensors by the weight of the model that each fills alone; parts of a merged weight are left out."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -248,11 +249,43 @@ def refuse_doubles(directory: Path, tensors: Iterable[str], model: PreTrainedMod
         renamed, merged = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
         if merged is None:
             sources[renamed].append(name)
+    return sources
+
+
+def refuse_doubles(directory: Path, tensors: dict[str, Tensor], model: PreTrainedModel) -> None:
+    """Refuse two tensors for one weight: two names of it, or two values of weights that the model ties.
+
+    transformers would silently take one of the names, and would silently not tie.
+    """
+    sources = stored_names(tensors, model)
     for renamed, names in sources.items():
         if len(names) > 1:
             raise InputError(
                 f"{directory}: {' and '.join(sorted(names))} are both the weight {renamed}; remove the one not meant"
             )
+    for target, source in model.all_tied_weights_keys.items():
+        if target in sources and source in sources:
+            (one,), (other,) = sources[target], sources[source]
+            if not same_values(directory, tensors[one], one, tensors[other], other):
+                raise InputError(
+                    f"{directory}: {one} and {other} differ, and config.json ties them to one weight; set"
+                    " tie_word_embeddings to false, or remove the one not meant"
+                )
+
+
+def same_values(directory: Path, one: Tensor, name: str, other: Tensor, other_name: str) -> bool:
+    """Whether two stored tensors hold the same values; read a part of the rows at a time."""
+    if one.shape != other.shape:
+        return False
+    with (
+        safe_open(directory / one.file, framework="pt") as first,
+        safe_open(directory / other.file, framework="pt") as second,
+    ):
+        rows, others = first.get_slice(name), second.get_slice(other_name)
+        return all(
+            torch.equal(rows[start : start + ROWS].float(), others[start : start + ROWS].float())
+            for start in range(0, one.shape[0], ROWS)
+        )
 
 
 WRONG = {

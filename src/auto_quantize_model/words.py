@@ -91,6 +91,12 @@ def has_images(report: Report) -> bool:
     return any(batch["image_tokens"] for batch in report["batches"])
 
 
+def tokens(report: Report) -> str:
+    """How many tokens the scored batches have, and how many of them are of images where there are any."""
+    of_images, of_all = (sum(batch[key] for batch in report["batches"]) for key in ("image_tokens", "tokens"))
+    return f"{of_images} image tokens among {of_all}" if of_images else counted(of_all, "token")
+
+
 def decision(report: Report) -> tuple[str, str]:
     """What to keep, in one sentence, and why that. It reads the report's `profiles`, `tradeoff` and `coverage` alone.
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from snakemake.logging import logger
 
 from auto_quantize_model.archive import why_outdated
-from auto_quantize_model.config import require_endpoint, require_sources
+from auto_quantize_model.config import require_sources
 from auto_quantize_model.documents import why_stale
-from auto_quantize_model.files import InputError, digest_of
+from auto_quantize_model.escape import redacted
+from auto_quantize_model.files import InputError, digest_of, require_endpoint
 from auto_quantize_model.local_sources import why_other_samples, why_other_snapshot
 
 # The keys of the sensitivity block that the plan depends on; the others are read where they are used.
@@ -149,14 +150,14 @@ def is_made(rule, document):
 
 
 try:
-    require_endpoint(os.environ.get("HF_ENDPOINT", ""))
+    require_endpoint(os.environ.get("HF_ENDPOINT") or None)
     require_sources(
         config,
         Path(f"results/{MODEL}/model_manifest.json"),
         is_made("extract_calibration", f"{RUN}/calibration_manifest.json"),
     )
 except InputError as error:
-    sys.exit(str(error))
+    sys.exit(redacted(str(error)))
 
 
 def made_again_where_stale(rule):

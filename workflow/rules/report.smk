@@ -5,6 +5,7 @@ rule build_profiles:
     """
     input:
         stale=made_again_where_stale("build_profiles"),
+        plan=rules.plan_quantization.output.plan,
         tradeoff=rules.measure_tradeoff.output.tradeoff,
     output:
         profiles=f"{RUN}/profiles_{DEVICE}.json",
@@ -19,6 +20,7 @@ rule build_profiles:
     shell:
         "exec python scripts/build_profiles.py"
         " --tradeoff {input.tradeoff:q}"
+        " --plan {input.plan:q}"
         " --target {params.target:q}"
         " --profiles {output.profiles:q}"
         " --config-digest {params.config_digest}"
