@@ -86,14 +86,14 @@ def test_every_op_of_a_family_is_planned_executed_and_bit_identical(
     image = Image.radial_gradient("L").convert("RGB") if "VL" in architecture else None
     sample = Sample("gradient", "Which digit is this?", image, "3")
     batch = collate([encode(sample, load_processor(directory), LIMITS)])
-    # In the fallback map a wrong bit of any op reaches every value; INC takes a second for each value.
+    # Each value of the fallback map has all other ops in INT8, so a wrong bit of any op shows in few values already.
     plan = build_plan(model, [batch], SensitivitySpec("replay", 1, ("fallback",)))
     plan |= dict.fromkeys(("model", "calibration"), "tiny")
     with Journal(tmp_path / "journal", {}) as journal:
         capture, _ = capture_sensitivity(model, [batch], plan, journal)
     assert len(plan["ops"]) == number
     assert all(ran == [1] for ran in capture["executions"].values())
-    assert audit_capture(model, [batch], plan, capture, number)["status"] == "bit_identical"
+    assert audit_capture(model, [batch], plan, capture, 4)["status"] == "bit_identical"
 
 
 def test_a_text_model_takes_no_images(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from test_figures import HOSTILE, from_inc, no_error_at_all, point, renamed, report_of, tradeoff, without_images
 from test_report import TEMPLATES
 
+from auto_quantize_model import words
 from auto_quantize_model.documents import write_document
 from auto_quantize_model.files import read_json, write_text
 from auto_quantize_model.page import render_page
@@ -214,7 +215,7 @@ def opened(browser, tmp_path):
         page.on("dialog", lambda dialog: complaints.append(dialog.message))
         page.on("request", lambda request: asked.append(request.url))
         page.goto(path.as_uri())
-        for name in ("heat_map", "ranked_ops", "tradeoff", "modalities"):
+        for name in ("heat_map", "ranked_ops", "tradeoff", *["modalities"] * words.has_images(report)):
             page.wait_for_selector(f"#chart-{name} svg", state="attached")
         return page
 

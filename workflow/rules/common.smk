@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import sys
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -244,6 +245,7 @@ def code_digest(script, *extra):
     return digest.hexdigest()[:16]
 
 
+@cache  # the rules share most modules
 def imported_modules(path):
     """The library's files that the file at `path` imports, at its top or in a function, without running anything."""
     if not path.exists():
