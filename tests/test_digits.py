@@ -29,7 +29,7 @@ def test_one_epoch_makes_a_snapshot_with_its_split_in_the_record(tmp_path):
 
 def test_a_reader_below_the_accuracy_asked_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match=r"below model\.training\.min_accuracy 1\.0"):
-        train_snapshot(tmp_path / "reader", split_seed=0, seed=0, epochs=0, min_accuracy=1.0)
+        train_snapshot(tmp_path / "reader", split_seed=0, seed=0, epochs=1, min_accuracy=1.0)
     assert not list(tmp_path.iterdir())
 
 
