@@ -151,6 +151,7 @@ def test_a_conversation_in_a_parquet_is_read_as_a_list_or_as_json(folder: Path) 
         ({"prompt": "x", "image": "data:image/png;base64,AAAA"}, "image data:image/png;base64,AAAA is no path"),
         ({"prompt": "x", "image": "file:///a.png"}, "is no path"),
         ({"prompt": "x", "image": ""}, "'image' is no path"),
+        ({"prompt": "x", "image": {"bytes": "a.png"}}, "'bytes' of the image are no bytes"),
         ({"prompt": "x", "image": "\ud800.png"}, r"image '\\ud800\.png' holds half of a character"),
         ({"prompt": "<image><image>x", "image": "a.png"}, "several images in one sample are not supported yet"),
         ({"messages": []}, "no list of messages"),

@@ -262,8 +262,10 @@ def image_path(image: Any, folder: Path, where: str) -> Path | bytes | None:
         InputError: it is no path.
     """
     if isinstance(image, dict):
-        if image.get("bytes"):
+        if isinstance(image.get("bytes"), bytes):  # JSON has no bytes: a text would be opened as a path
             return image["bytes"]
+        if image.get("bytes"):
+            raise InputError(f"{where}: 'bytes' of the image are no bytes; save the image as a file, and give its path")
         image = image.get("path")
     if image is None:
         return None
