@@ -135,8 +135,10 @@ def test_manifest_is_verified_file_by_file(snapshot):
         verify_manifest(manifest)
 
 
-def test_digest_does_not_depend_on_the_place(snapshot, tmp_path):
+def test_digest_does_not_depend_on_the_place_nor_on_what_other_tools_hide_there(snapshot, tmp_path):
     elsewhere = Path(shutil.copytree(snapshot, tmp_path / "elsewhere"))
+    (elsewhere / ".git").mkdir()
+    (elsewhere / ".git" / "index").touch()
     digests = {build_manifest(place, "tiny", "local", {})["digest"] for place in (snapshot, elsewhere)}
     assert len(digests) == 1
 
