@@ -293,3 +293,14 @@ def test_a_parquet_column_under_another_name_is_told(folder: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"question": ["x"]}), folder / "set.parquet")
     with pytest.raises(InputError, match="no column 'prompt'; there are question; rename 'question' to 'prompt'"):
         read(folder / "set.parquet")
+    talk = pyarrow.table({"conversations": [[{"from": "human", "value": "x"}]]})
+    pyarrow.parquet.write_table(talk, folder / "set.parquet")
+    with pytest.raises(InputError, match="there are conversations; rename 'conversations' to 'messages'"):
+        read(folder / "set.parquet")
+
+
+def test_a_parquet_column_that_is_there_twice_is_refused(folder: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(table, folder / "set.parquet")
+    with pytest.raises(InputError, match="the column 'prompt' is there twice"):
+        read(folder / "set.parquet")
