@@ -41,6 +41,7 @@ def get_model(args: argparse.Namespace) -> None:
             raise InputError("--source hub: which repository and commit is not said; add --repo-id and --revision")
         from auto_quantize_model import hub
 
+        hub.require_link(args.path)
         snapshot = hub.fetch_snapshot(args.repo_id, args.revision, cli.TerminalBar)
         hub.link_snapshot(snapshot, args.path)
         details = {"hub": {"repo_id": args.repo_id, "commit": args.revision}}

@@ -163,6 +163,7 @@ def test_a_name_that_is_no_folder_of_ones_own_is_refused(tmp_path: Path, block: 
             b"model: !!python/name:os.system\n",
             "line 1: model has the tag 'tag:yaml.org,2002:python/name:os.system'; remove the tag",
         ),
+        (b"model: &m {<<: *m}\n", "more than 10000 values or 20 levels with all aliases; write the config out"),
         (b"model: &m {name: *m}\n", "more than 10000 values or 20 levels with all aliases; write the config out"),
         (b"model: " + b"{" * 3000, "line 1: not a YAML config (too many values or levels); correct the line"),
     ],

@@ -139,6 +139,15 @@ def test_secrets_of_the_environment_are_hidden_in_every_form(monkeypatch):
     assert redacted("opaque+token opaque%2Btoken b3BhcXVlK3Rva2Vu") == "*** *** ***"
     assert redacted("no port: 'ret-word' in me:sec/ret-word@proxy") == "no port: '***' in ***@proxy"
     assert redacted("an opaque tokenizer") == "an opaque tokenizer"
+    monkeypatch.setenv("HF_ENDPOINT", "http://me:p%40ss%2Fword@host")
+    assert redacted("no host in http://me:p@ss/word@host/api") == "no host in http://***@host/api"
+    assert redacted("next=http%3A%2F%2Fme%3Ap%40ss%2Fword%40host") == "next=http%3A%2F%2Fme%3A***%40host"
+
+
+@pytest.mark.parametrize("name", ["api_key", "apikey", "key", "auth", "passwd", "pwd", "id_token"])
+@pytest.mark.parametrize("sign", "?&#")
+def test_secrets_in_the_query_of_a_url_are_hidden(name, sign):
+    assert redacted(f"https://host/a{sign}{name}=abc123&b=1") == f"https://host/a{sign}{name}=***&b=1"
 
 
 def test_settings_whose_names_only_look_secret_hide_no_words(monkeypatch):

@@ -395,7 +395,7 @@ def test_photos_and_exports_never_mix_with_what_is_the_users(tmp_path: Path) -> 
 
 
 def test_the_hubs_link_replaces_no_link_of_the_users(tmp_path: Path) -> None:
-    from auto_quantize_model.hub import link_snapshot
+    from auto_quantize_model.hub import link_snapshot, require_link
 
     cache = tmp_path / "models--a--b" / "snapshots"
     first, second = cache / ("1" * 40), cache / ("2" * 40)
@@ -406,6 +406,8 @@ def test_the_hubs_link_replaces_no_link_of_the_users(tmp_path: Path) -> None:
     for name in ("mine", "link"):
         with pytest.raises(InputError, match=r"model\.path: .*model\.source: local"):
             link_snapshot(first, tmp_path / name)
+        with pytest.raises(InputError, match=r"model\.path: .*model\.source: local"):
+            require_link(tmp_path / name)  # before the download
     assert (tmp_path / "link" / "config.json").read_text() == "mine"
     link_snapshot(first, tmp_path / "model")
     link_snapshot(second, tmp_path / "model")

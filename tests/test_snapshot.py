@@ -135,8 +135,10 @@ def test_manifest_is_verified_file_by_file(snapshot):
         verify_manifest(manifest)
 
 
-def test_digest_does_not_depend_on_the_place(snapshot, tmp_path):
+def test_digest_does_not_depend_on_the_place_nor_on_what_other_tools_hide_there(snapshot, tmp_path):
     elsewhere = Path(shutil.copytree(snapshot, tmp_path / "elsewhere"))
+    (elsewhere / ".git").mkdir()
+    (elsewhere / ".git" / "index").touch()
     digests = {build_manifest(place, "tiny", "local", {})["digest"] for place in (snapshot, elsewhere)}
     assert len(digests) == 1
 
@@ -423,12 +425,27 @@ def test_two_names_of_one_weight(snapshot):
         build_manifest(snapshot, "tiny", "local", {})
 
 
-@pytest.mark.parametrize("changes", [{"image_std": "text"}, {"image_std": [0, 0, 0]}, {"image_mean": [1, "a", 2]}])
+@pytest.mark.parametrize(
+    "changes", [{"image_std": "text"}, {"image_std": [0, 0, 0]}, {"image_mean": [1, "a", 2]}, {"rescale_factor": 1e300}]
+)
 def test_an_image_processor_that_makes_no_pixels(snapshot, changes):
     path = snapshot / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(InputError, match=r"preprocessor_config\.json: refused by transformers"):
         build_manifest(snapshot, "tiny", "local", {})
+
+
+@pytest.mark.parametrize("token_id", [-1, 2**40, 294, None])
+def test_an_image_token_id_that_the_tokenizer_does_not_have(snapshot, token_id):
+    edit_config(snapshot, image_token_id=token_id)
+    with pytest.raises(InputError, match="image_token_id"):
+        load_processor(snapshot)
+
+
+def test_a_missing_tokenizer_is_named(snapshot):
+    (snapshot / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"makes no tokens of a text; complete the snapshot with its tokenizer\.json"):
+        load_processor(snapshot)
 
 
 @pytest.mark.parametrize("template", [3, [], {"a": "b"}])

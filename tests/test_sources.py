@@ -151,6 +151,7 @@ def test_a_conversation_in_a_parquet_is_read_as_a_list_or_as_json(folder: Path) 
         ({"prompt": "x", "image": "data:image/png;base64,AAAA"}, "image data:image/png;base64,AAAA is no path"),
         ({"prompt": "x", "image": "file:///a.png"}, "is no path"),
         ({"prompt": "x", "image": ""}, "'image' is no path"),
+        ({"prompt": "x", "image": {"bytes": "a.png"}}, "'bytes' of the image are no bytes"),
         ({"prompt": "x", "image": "\ud800.png"}, r"image '\\ud800\.png' holds half of a character"),
         ({"prompt": "<image><image>x", "image": "a.png"}, "several images in one sample are not supported yet"),
         ({"messages": []}, "no list of messages"),
@@ -291,4 +292,15 @@ def test_images_of_a_parquet_are_read_by_row_group(folder: Path, monkeypatch: py
 def test_a_parquet_column_under_another_name_is_told(folder: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"question": ["x"]}), folder / "set.parquet")
     with pytest.raises(InputError, match="no column 'prompt'; there are question; rename 'question' to 'prompt'"):
+        read(folder / "set.parquet")
+    talk = pyarrow.table({"conversations": [[{"from": "human", "value": "x"}]]})
+    pyarrow.parquet.write_table(talk, folder / "set.parquet")
+    with pytest.raises(InputError, match="there are conversations; rename 'conversations' to 'messages'"):
+        read(folder / "set.parquet")
+
+
+def test_a_parquet_column_that_is_there_twice_is_refused(folder: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(table, folder / "set.parquet")
+    with pytest.raises(InputError, match="the column 'prompt' is there twice"):
         read(folder / "set.parquet")

@@ -244,8 +244,9 @@ def remarks(manifest: dict[str, Any]) -> list[str]:
     for split, answers in manifest["answers"].items():
         if answers["located"] < answers["given"]:
             found.append(
-                f"answers located in {answers['located']} of {answers['given']} {split} samples: the chat template"
-                " changes the others, or their tokens hold other text too; accuracy is measured on those located"
+                f"answers located in {answers['located']} of {answers['given']} {split} samples: the others are empty,"
+                " changed by the chat template, or in tokens that hold other text too; accuracy is measured on those"
+                " located"
             )
     return found
 

@@ -153,7 +153,7 @@ class Unfolding:
                 for base in item.value if isinstance(item, yaml.SequenceNode) else [item]:
                     if not isinstance(base, yaml.MappingNode):
                         raise InputError(f"{self.line(base)}: << merges mappings alone; name an anchor of a mapping")
-                    merged = self.value(base, keys) | merged
+                    merged = self.value(base, (*keys, "<<")) | merged  # a level: a mapping may merge itself
                 continue
             if key.value in own:
                 raise InputError(f"{self.line(key)}: {place((*keys, key.value))} is set twice; remove one of the two")

@@ -21,7 +21,8 @@ CONTROLS = re.compile(
 # Without the scheme: to look for one takes time that grows with the square of a long word.
 USER_IN_URL = re.compile(r"(://)[^\s/?#\"'<>]*@")
 SIGNED = re.compile(
-    r"([?&][\w-]*(?:signature|token|credential|password|secret|policy|sig)=)[^&\s\"'<>]+", re.IGNORECASE
+    r"([?&#][\w-]*(?:signature|token|credential|passw(?:or)?d|pwd|secret|policy|sig|key|auth)=)[^&\s\"'<>]+",
+    re.IGNORECASE,
 )
 HEADER = re.compile(r"(authorization\W{1,8}(?:b[\"'])?(?:(?:basic|bearer|token)\s+)?)[\w.~+/=-]+", re.IGNORECASE)
 BEARER = re.compile(r"(\bbearer\s+)[\w.~+/=-]{16,}", re.IGNORECASE)
@@ -60,12 +61,13 @@ def printable_document(document: Any) -> Any:
 
 def redacted(text: str) -> str:
     """The text without passwords and tokens: in URLs, in headers, and wherever one of the environment's stands."""
+    values = (value for name, value in os.environ.items() if SECRET_NAME.search(name) or "://" in value)
+    if known := _known_secrets(tuple(values)):  # first: of a decoded password with a slash, a URL shows the end
+        text = known.sub(HIDDEN, text)
     text = USER_IN_URL.sub(rf"\1{HIDDEN}@", text)
     for secret in (SIGNED, HEADER, BEARER, HUB_TOKEN):
         text = secret.sub(rf"\1{HIDDEN}", text)
-    values = (value for name, value in os.environ.items() if SECRET_NAME.search(name) or "://" in value)
-    known = _known_secrets(tuple(values))
-    return known.sub(HIDDEN, text) if known else text
+    return text
 
 
 @lru_cache(maxsize=4)
@@ -77,8 +79,9 @@ def _known_secrets(values: tuple[str, ...]) -> re.Pattern[str] | None:
     forms = {form for secret in secrets for form in (secret, unquote(secret), quote(secret, safe=""))}
     forms |= {base64.b64encode(unquote(secret).encode()).decode() for secret in secrets}
     longest_first = sorted((form for form in forms if len(form) >= SHORTEST_SECRET), key=len, reverse=True)
-    # A word of the text that merely contains a short password is no secret.
-    return re.compile("|".join(rf"(?<!\w){re.escape(form)}(?!\w)" for form in longest_first)) if longest_first else None
+    # A word of the text that merely contains a short password is no secret; a percent-encoded colon is part of no word.
+    begin = r"(?:(?<!\w)|(?<=%[0-9A-Fa-f]{2}))"
+    return re.compile(begin + f"(?:{'|'.join(map(re.escape, longest_first))})" + r"(?!\w)") if longest_first else None
 
 
 def _credentials(url: str) -> set[str]:

@@ -321,8 +321,12 @@ def shown(path: Path) -> str:
 
 
 def visible(folder: Path) -> list[Path]:
-    """The entries below a folder at any depth, in order; those with a hidden name are left out."""
-    return [path for path in sorted(folder.rglob("*")) if not path.name.startswith(".")]
+    """The entries below a folder at any depth, in order; hidden ones, and all in hidden folders, are left out."""
+
+    def hidden(path: Path) -> bool:
+        return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+    return [path for path in sorted(folder.rglob("*")) if not hidden(path)]
 
 
 def require_endpoint(url: str | None) -> None:

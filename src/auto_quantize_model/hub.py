@@ -175,6 +175,18 @@ def link_snapshot(snapshot: Path, path: Path) -> None:
     Raises:
         InputError: something else than such a link lies at `path`.
     """
+    require_link(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to(snapshot.resolve(), target_is_directory=True)
+
+
+def require_link(path: Path) -> None:
+    """Refuse a place of `link_snapshot` that is not free; to be called before the download too.
+
+    Raises:
+        InputError: something else than a link into the cache lies at `path`.
+    """
     if path.is_symlink():
         # A cache that moved or was emptied leaves a link that leads nowhere, so its shape decides.
         if not re.search(r"/models--[^/]+/snapshots/[0-9a-f]{40}/?$", os.readlink(path)):
@@ -187,9 +199,6 @@ def link_snapshot(snapshot: Path, path: Path) -> None:
             f"model.path: {path} exists and is no link to the hub's cache; set model.source: local to take it as it is,"
             " name another model.path, or move it away"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    path.symlink_to(snapshot.resolve(), target_is_directory=True)
 
 
 @contextmanager

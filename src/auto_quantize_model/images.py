@@ -24,6 +24,7 @@ NOT_DECODED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 # The later frames of these formats are no later moments: an MPO keeps other views or a gain map, a PSD its layers.
 ONE_PICTURE = {"MPO", "PSD"}
 WITH_ALPHA = {"RGBA": None, "LA": None, "PA": None, "RGBa": "RGBA", "La": "LA"}  # the last two are premultiplied
+ROWS = 256  # of an image with transparency that are put over white at a time
 GREY_16 = {"I;16", "I;16B", "I;16L", "I;16N"}
 # The formats whose 16-bit grey goes from 0 for black to 65535 for white; FITS and MCIDAS hold measured values.
 GREY_16_FORMATS = {"PNG", "TIFF", "JPEG2000"}
@@ -157,10 +158,19 @@ def _rgb(opened: Image.Image, where: str) -> Image.Image:
         rawmode in ("L;2", "L;4") and transparent is not None
     ):  # Pillow spreads the grey levels over 0 to 255, but not the transparent one
         opened.info["transparency"] = transparent * (85 if rawmode == "L;2" else 17)
-    straight = opened.convert(WITH_ALPHA.get(opened.mode) or opened.mode)
-    straight = straight.convert("RGBA")
-    white = Image.new("RGBA", straight.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, straight).convert("RGB")
+    return _over_white(opened)
+
+
+def _over_white(opened: Image.Image) -> Image.Image:
+    """Transparent pixels over white, as RGB, a band of rows at a time: of a large image each whole copy counts."""
+    shown = Image.new("RGB", opened.size)
+    for top in range(0, opened.height, ROWS):
+        box = 0, top, opened.width, min(top + ROWS, opened.height)
+        band = opened.crop(box)
+        straight = band.convert(WITH_ALPHA.get(opened.mode) or opened.mode).convert("RGBA")
+        white = Image.new("RGBA", straight.size, (255, 255, 255, 255))
+        shown.paste(Image.alpha_composite(white, straight).convert("RGB"), box)
+    return shown
 
 
 def _rawmode(opened: Image.Image) -> str:

@@ -72,7 +72,7 @@ LOADED_BY = {"transformers_weights", "fusion_config"} | {
 }
 ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
-TRIAL_SIDE = 64  # pixels of a black image, by which an image processor is tried
+TRIAL_SIDE = 64  # pixels of a white image, by which an image processor is tried
 PREPROCESSOR_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -288,7 +288,7 @@ def check_contents(directory: Path) -> None:
     if takes_images:
         size = {"shortest_edge": TRIAL_SIDE**2, "longest_edge": TRIAL_SIDE**2}
         with explained(directory / "preprocessor_config.json"):
-            trial = [Image.new("RGB", (TRIAL_SIDE, TRIAL_SIDE))]
+            trial = [Image.new("RGB", (TRIAL_SIDE, TRIAL_SIDE), "white")]
             pixels = processor.image_processor(images=trial, size=size, return_tensors="pt")["pixel_values"]
             if not pixels.isfinite().all():
                 raise ValueError("pixels that are not finite")
@@ -456,10 +456,14 @@ def load_processor(directory: Path, backend: str | None = None) -> Processor:
             read_object(directory / name)
     with explained(directory, "no usable tokenizer or image processor"):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        tokenizer("a text")  # some values are not read before
+        words = tokenizer("a text", add_special_tokens=False)["input_ids"]  # some values are not read before
         text = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
         if takes_images:
             image_processor = AutoImageProcessor.from_pretrained(directory, local_files_only=True, backend=backend)
+    if not words:  # transformers makes an empty tokenizer where its file is missing
+        raise InputError(
+            f"{directory}: the tokenizer makes no tokens of a text; complete the snapshot with its tokenizer.json"
+        )
     # The processor's own template comes first: the tokenizer's may be that of a text model, without images.
     if (directory / "chat_template.json").exists():
         template = read_object(directory / "chat_template.json").get("chat_template")
@@ -471,7 +475,9 @@ def load_processor(directory: Path, backend: str | None = None) -> Processor:
         return Processor(tokenizer, **sizes)
     _require_patches(directory, image_processor, config.get("vision_config", {}))
     image_token_id = config.get("image_token_id")
-    image_token: Any = tokenizer.convert_ids_to_tokens(image_token_id) if type(image_token_id) is int else None
+    image_token: Any = None
+    if type(image_token_id) is int and 0 <= image_token_id < len(tokenizer):
+        image_token = tokenizer.convert_ids_to_tokens(image_token_id)
     if image_token is None:
         raise InputError(
             f"{directory}/config.json: image_token_id {image_token_id!r} is no token of the tokenizer; mend config.json"

@@ -41,7 +41,9 @@ RENAMED = {
     **dict.fromkeys(("text", "question", "query", "instruction", "input", "user"), "prompt"),
     **dict.fromkeys(("output", "response", "completion", "caption", "label", "target", "chosen"), "answer"),
     **dict.fromkeys(("img", "image_path", "image_file", "file_name", "file", "path"), "image"),
-    **dict.fromkeys(("conversation", "dialog", "chat"), "messages"),
+    **dict.fromkeys(
+        ("conversation", "conversations", "dialog", "chat"), "messages"
+    ),  # of a JSONL, conversations are read
 }
 Progress = Callable[[range], Iterable[int]]
 Item = TypeVar("Item")
@@ -262,8 +264,10 @@ def image_path(image: Any, folder: Path, where: str) -> Path | bytes | None:
         InputError: it is no path.
     """
     if isinstance(image, dict):
-        if image.get("bytes"):
+        if isinstance(image.get("bytes"), bytes):  # JSON has no bytes: a text would be opened as a path
             return image["bytes"]
+        if image.get("bytes"):
+            raise InputError(f"{where}: 'bytes' of the image are no bytes; save the image as a file, and give its path")
         image = image.get("path")
     if image is None:
         return None
@@ -415,6 +419,8 @@ def _read_parquet(path: Path) -> Source:
                 _images_of(file.schema_arrow.empty_table())
     except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
         raise _unreadable(path, error) from None
+    if twice := sorted(name for name in set(names) if names.count(name) > 1):
+        raise InputError(f"{shown(path)}: the column {twice[0]!r} is there twice; remove one of the two")
     if not {"prompt", "messages"} & set(names):
         advice = renamings(names, names)
         raise InputError(
