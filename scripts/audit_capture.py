@@ -9,7 +9,7 @@ from pathlib import Path
 from auto_quantize_model import cli
 from auto_quantize_model.audit import announce, audit_capture
 from auto_quantize_model.calibration import load_batches
-from auto_quantize_model.documents import read_documents, write_document
+from auto_quantize_model.documents import read_documents, require_listed, write_document
 from auto_quantize_model.snapshot import load_model, load_processor, verify_manifest
 
 
@@ -33,6 +33,7 @@ def audit(args: argparse.Namespace) -> None:
     paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest}
     made_from = read_documents(paths | {"plan": args.plan, "capture": args.capture})
     manifest, calibration, plan, capture = made_from
+    require_listed(calibration, args.calibration_set)
     directory = verify_manifest(manifest)
     processor = load_processor(directory, calibration["image_backend"])
     batches = load_batches(args.calibration_set, calibration, processor)

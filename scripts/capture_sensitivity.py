@@ -9,7 +9,7 @@ from auto_quantize_model import cli
 from auto_quantize_model.calibration import load_batches
 from auto_quantize_model.capture import capture_sensitivity, describe_batches, fingerprint
 from auto_quantize_model.device import choose_device, explained_out_of_memory, require_memory
-from auto_quantize_model.documents import read_documents, write_document
+from auto_quantize_model.documents import read_documents, require_listed, write_document
 from auto_quantize_model.files import write_json
 from auto_quantize_model.journal import Journal
 from auto_quantize_model.snapshot import count_parameters, load_model, load_processor, verify_manifest
@@ -39,6 +39,7 @@ def capture(args: argparse.Namespace) -> None:
     paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest, "plan": args.plan}
     made_from = read_documents(paths)
     manifest, calibration, plan = made_from
+    require_listed(calibration, args.calibration_set)
     directory = verify_manifest(manifest)
     device = choose_device(args.device, tf32=args.tf32, deterministic=not args.nondeterministic)
     require_memory(count_parameters(directory), device)

@@ -10,7 +10,7 @@ from auto_quantize_model import cli
 from auto_quantize_model.calibration import load_batches, load_heldout
 from auto_quantize_model.capture import arithmetic, fingerprint
 from auto_quantize_model.device import choose_device, explained_out_of_memory, require_memory
-from auto_quantize_model.documents import read_documents, write_document
+from auto_quantize_model.documents import read_documents, require_listed, write_document
 from auto_quantize_model.files import digest_of
 from auto_quantize_model.journal import Journal
 from auto_quantize_model.ranking import most_sensitive_first
@@ -45,6 +45,8 @@ def tradeoff(args: argparse.Namespace) -> None:
     paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest}
     made_from = read_documents(paths | {"plan": args.plan, "capture": args.capture})
     manifest, calibration, plan, capture = made_from
+    for stored in (args.calibration_set, args.heldout_set):
+        require_listed(calibration, stored)
 
     def write(found: dict[str, Any]) -> None:
         write_document(args.tradeoff, "tradeoff", found, made_from, args.config_digest)

@@ -8,7 +8,7 @@ import torch
 from auto_quantize_model import cli, coverage, words
 from auto_quantize_model.calibration import load_batches
 from auto_quantize_model.device import require_memory
-from auto_quantize_model.documents import read_documents, write_document
+from auto_quantize_model.documents import read_documents, require_listed, write_document
 from auto_quantize_model.files import digest_of, from_block
 from auto_quantize_model.plan import SensitivitySpec, build_plan, identify
 from auto_quantize_model.snapshot import count_parameters, load_model, load_processor, verify_manifest
@@ -32,6 +32,7 @@ def plan_quantization(args: argparse.Namespace) -> None:
     paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest}
     made_from = read_documents(paths)
     manifest, calibration = made_from
+    require_listed(calibration, args.calibration_set)
     spec = from_block(SensitivitySpec, args.spec, "sensitivity")
     directory = verify_manifest(manifest)
     # INC's conversion with every op in INT8 takes what a replay on the CPU takes.

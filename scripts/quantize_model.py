@@ -43,6 +43,8 @@ def quantize_model(args: argparse.Namespace) -> None:
     paths |= {"tradeoff": args.tradeoff, "profiles": args.profiles, "exports": args.exports / "index.json"}
     made_from = read_documents(paths)
     manifest, calibration, plan, tradeoff, profiles, exports = made_from
+    for stored in (args.calibration_set, args.heldout_set):
+        require_listed(calibration, stored)
     require_inc(plan)
     if args.profile not in profiles["profiles"]:
         there = ", ".join(profiles["profiles"]) or "none"

@@ -296,7 +296,7 @@ def test_an_image_of_absurd_size_is_named(processor, tmp_path, monkeypatch):
 def test_one_sample_in_both_splits_is_refused(processor, tmp_path):
     path = tmp_path / "set.jsonl"
     path.write_text('{"prompt": "x"}\n' * 2)
-    with pytest.raises(InputError, match="are the same sample, one drawn to calibrate on and one held out"):
+    with pytest.raises(InputError, match="are the same sample to the model, one drawn to calibrate on and one held"):
         extract(local(path, num_samples=1, num_heldout=1, batch_size=1), processor, UNTRAINED)
 
 
@@ -478,6 +478,22 @@ def test_answers_that_cannot_be_located_are_told(processor):
     assert manifest["answers"]["calibration"] == {"given": 20, "located": 20 - ones}
     assert f"answers located in {20 - ones} of 20 calibration samples" in " ".join(remarks(manifest))
     assert remarks(extract(SPEC, processor, UNTRAINED)[2]) == []
+
+
+def test_a_template_that_leaves_the_prompt_out_gives_one_sample_to_the_model(processor, tmp_path):
+    deaf = copy.deepcopy(processor.tokenizer)
+    deaf.chat_template = "hello"
+    (tmp_path / "set.jsonl").write_text('{"prompt": "x"}\n{"prompt": "y"}\n')
+    spec = local(tmp_path / "set.jsonl", num_samples=1, num_heldout=1, batch_size=1)
+    with pytest.raises(InputError, match="same sample to the model.*check that the chat template writes the prompt"):
+        extract(spec, replace(processor, tokenizer=deaf), UNTRAINED)
+
+
+def test_columns_of_a_parquet_file_that_are_not_read_are_told(processor, tmp_path):
+    table = pyarrow.table({"prompt": ["x", "y"], "system": ["be brief", "be kind"]})
+    pyarrow.parquet.write_table(table, tmp_path / "set.parquet")
+    manifest = extract(local(tmp_path / "set.parquet", num_samples=2, num_heldout=0), processor, UNTRAINED)[2]
+    assert remarks(manifest) == [f"{tmp_path / 'set.parquet'} has columns that are not read: system"]
 
 
 def test_what_a_folder_skips_and_animations_are_told(processor, tmp_path):

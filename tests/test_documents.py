@@ -101,6 +101,9 @@ def write_run(folder: Path) -> dict[str, Document]:
     (folder / "exports" / "kept.json").write_text("{}\n")
     (folder / "report.md").write_text("# Report\n")
     files = {"exports": [folder / "exports" / "kept.json"], "report": [folder / "report.md"]}
+    files["calibration_manifest"] = [folder / "a.parquet", folder / "b.parquet"]
+    for path in files["calibration_manifest"]:
+        path.write_bytes(b"PAR1 samples PAR1")
     for kind, reads in READS.items():
         sources = [made[source] for source in reads]
         body = {"ops": [{"op_name": "lm_head"}], "value": 0.5, "path": "nowhere"}
@@ -167,6 +170,18 @@ def test_every_script_refuses_every_damage_of_every_document_by_name(
         assert f"(snakemake --cores 1 --forcerun {RULES[kind]})" in error, f"{damage}: {error}"
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", [name for name, words in OTHERS.items() if "a.parquet" in words][1:])
+def test_every_script_refuses_a_changed_set_before_it_loads_a_model(
+    script: Any, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str
+) -> None:
+    for stored in ("a.parquet", "b.parquet"):
+        if stored in OTHERS[name]:
+            (run / stored).write_bytes(b"PAR1 sampler PAR1")
+            error = error_of(script(name), name, monkeypatch, capsys)
+            assert error.startswith(f"error: {stored}: changed since it was written, as calibration_manifest.json says")
+            (run / stored).write_bytes(b"PAR1 samples PAR1")
 
 
 def closure(kind: str) -> set[str]:

@@ -88,6 +88,16 @@ def a_pipe_inside(path: Path) -> None:
     os.mkfifo(path / "pipe")
 
 
+def an_empty_folder_inside(path: Path) -> None:
+    write_folder(path, a="1")
+    (path / "inner" / "mine").mkdir()
+
+
+def a_pipe_for_a_marker(path: Path) -> None:
+    foreign(path)
+    os.mkfifo(path / MARKER)
+
+
 def a_damaged_marker(path: Path) -> None:
     foreign(path)
     (path / MARKER).write_text('{"files": ["config.json"]}')
@@ -104,6 +114,8 @@ def a_damaged_marker(path: Path) -> None:
         a_link_to_our_own,
         a_link_that_leads_nowhere,
         a_pipe_inside,
+        an_empty_folder_inside,
+        a_pipe_for_a_marker,
         a_damaged_marker,
         lambda path: path.write_text("a file"),
     ],

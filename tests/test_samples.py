@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 
 from auto_quantize_model.digits import SPECIAL_TOKENS, digit_samples
@@ -139,6 +141,13 @@ def test_text_that_no_tokenizer_takes_is_refused(processor: Processor, text: str
     for words in ({"prompt": text}, {"prompt": "x", "answer": text}):
         with pytest.raises(InputError, match=f"sample a: its text contains {message}"):
             encode(Sample("a", **words), processor, LIMITS)
+
+
+def test_a_tokenizer_that_panics_is_named(processor: Processor) -> None:
+    panicking = copy.deepcopy(processor.tokenizer)
+    panicking.backend_tokenizer.pre_tokenizer = Split(Regex("^(a|a)*$"), "isolated")
+    with pytest.raises(InputError, match=r"sample x: the tokenizer panics: .*; check tokenizer\.json"):
+        prepare(Sample("x", "a" * 60 + "!"), replace(processor, tokenizer=panicking), LIMITS, None)
 
 
 def test_ids_without_a_row_of_the_embedding_are_refused(processor: Processor) -> None:

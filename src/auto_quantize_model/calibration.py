@@ -233,6 +233,9 @@ def extract_into(
 def remarks(manifest: dict[str, Any]) -> list[str]:
     """What a user has to know of an extracted set, in sentences."""
     found = []
+    if unread := manifest["details"].get("columns_not_read"):
+        named = ", ".join(unread[:12]) + " and more" * (len(unread) > 12)
+        found.append(f"{manifest['path']} has columns that are not read: {named}")
     if skipped := manifest["details"].get("skipped"):
         found.append(f"{manifest['path']} holds files that are no images, which were skipped: {listed(skipped)}")
     if frames := manifest["details"].get("first_frame_only"):
@@ -309,13 +312,20 @@ def _open_source(
 
 def _refuse_shared(entries: dict[str, list[dict[str, Any]]], place: str) -> None:
     """Two rows may hold one sample; calibrated on and held out at once, it would flatter every held-out score."""
-    calibration = {entry["sha256"]: entry["id"] for entry in entries["calibration"]}
+
+    def contents(entry: dict[str, Any]) -> list[str]:
+        # Without an image the tokens are all that the model sees, and a template may leave the words out.
+        return [entry["sha256"], *[entry["tokens_sha256"]] * (entry["image_tokens"] == 0)]
+
+    calibration = {content: entry["id"] for entry in entries["calibration"] for content in contents(entry)}
     for entry in entries["heldout"]:
-        if entry["sha256"] in calibration:
-            raise InputError(
-                f"{place}: {calibration[entry['sha256']]} and {entry['id']} are the same sample, one drawn to calibrate"
-                " on and one held out; remove the duplicate or set calibration.num_heldout to 0"
-            )
+        for content in contents(entry):
+            if content in calibration:
+                raise InputError(
+                    f"{place}: {calibration[content]} and {entry['id']} are the same sample to the model, one drawn to"
+                    " calibrate on and one held out; remove the duplicate, set calibration.num_heldout to 0, or check"
+                    " that the chat template writes the prompt"
+                )
 
 
 def _describe(prepared: Prepared, processor: Processor) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def require_own_folder(path: Path, advice: str = MOVE_AWAY, beside: Collection[s
 
     Raises:
         InputError: a link, a file, the current folder or one above it, or a folder with a file that `atomic_folder`
-            did not write or that was changed since.
+            did not write or that was changed since, or with an empty folder.
     """
     with named_errors(path):
         if path.is_symlink():
@@ -75,6 +75,13 @@ def require_own_folder(path: Path, advice: str = MOVE_AWAY, beside: Collection[s
         if Path.cwd().is_relative_to(path.resolve()):
             raise InputError(f"{path}: the current folder lies in it, so it is not replaced; {advice}")
         written = _files_of_marker(path)
+        for place, folders, files in os.walk(path):
+            if Path(place) != path and not folders and not files:
+                name = Path(place).relative_to(path).as_posix()
+                raise InputError(
+                    f"{path}: the folder is not replaced, because the empty folder {name} in it was not written by this"
+                    f" tool; {advice}"
+                )
         for inner in files_in(path):
             name = inner.relative_to(path).as_posix()
             if name in {MARKER, SNAKEMAKES, *beside}:
@@ -97,9 +104,11 @@ def files_in(folder: Path) -> Iterator[Path]:
 
 def _files_of_marker(folder: Path) -> dict[str, str]:
     """{name: sha256} of the files that `atomic_folder` wrote into a folder; empty where it wrote none."""
+    if not (folder / MARKER).is_file():  # a pipe of that name would never end
+        return {}
     try:
         files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return {}
     return files if isinstance(files, dict) else {}
 

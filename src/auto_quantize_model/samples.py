@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from auto_quantize_model.escape import one_line
 from auto_quantize_model.files import InputError
 from auto_quantize_model.snapshot import Processor
 from auto_quantize_model.templates import Render, TemplateStopped, renderer
@@ -85,7 +86,8 @@ def prepare(sample: Sample, processor: Processor, limits: Limits, render: Render
 
     Raises:
         InputError: the sample has words that the model would read as a special token, more than `limits.max_tokens`
-            tokens or than the model has positions, or an image that the model does not take.
+            tokens or than the model has positions, an image that the model does not take, or words at which the
+            tokenizer panics.
     """
     try:
         _check_words(sample, processor, render)
@@ -292,7 +294,12 @@ def _tokenized(text: str, answer: range | None, processor: Processor, special: b
     White space before the answer may be part of its first token: many tokenizers write a word with the space before.
     """
     located = answer is not None and getattr(processor.tokenizer, "is_fast", False)
-    found = processor.tokenizer(text, add_special_tokens=special, return_offsets_mapping=located)
+    try:
+        found = processor.tokenizer(text, add_special_tokens=special, return_offsets_mapping=located)
+    except BaseException as error:  # a panic of tokenizers, whose class no module exports
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"the tokenizer panics: {one_line(str(error))}; check tokenizer.json") from None
     ids = tuple(found["input_ids"])
     if answer is None or not located:
         return ids, None

@@ -37,13 +37,13 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
+PARQUET_WORDS = ("prompt", "answer", "messages")  # the columns that are read, apart from `image`
 RENAMED = {
     **dict.fromkeys(("text", "question", "query", "instruction", "input", "user"), "prompt"),
     **dict.fromkeys(("output", "response", "completion", "caption", "label", "target", "chosen"), "answer"),
     **dict.fromkeys(("img", "image_path", "image_file", "file_name", "file", "path"), "image"),
-    **dict.fromkeys(
-        ("conversation", "conversations", "dialog", "chat"), "messages"
-    ),  # of a JSONL, conversations are read
+    # `conversations` is a key of a JSONL, and no column of a Parquet file.
+    **dict.fromkeys(("conversation", "conversations", "dialog", "chat"), "messages"),
 }
 Progress = Callable[[range], Iterable[int]]
 Item = TypeVar("Item")
@@ -414,7 +414,7 @@ def _read_parquet(path: Path) -> Source:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
-            words = file.read(columns=[name for name in ("prompt", "answer", "messages") if name in names]).to_pylist()
+            words = file.read(columns=[name for name in PARQUET_WORDS if name in names]).to_pylist()
             if "image" in names:
                 _images_of(file.schema_arrow.empty_table())
     except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
@@ -445,7 +445,8 @@ def _read_parquet(path: Path) -> Source:
             image = images[number - ends[at] + groups[at]]["image"] if images else None
             yield functools.partial(_open_later, functools.partial(rows[number], image))
 
-    return Source(len(rows), read)
+    unread = [name for name in names if name not in (*PARQUET_WORDS, "image")]
+    return Source(len(rows), read, {"columns_not_read": unread} if unread else {})
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
