@@ -240,6 +240,12 @@ def test_a_folder_is_read_with_those_in_it_and_what_is_skipped_is_counted(folder
     }
 
 
+def test_the_prompt_of_a_folder_says_where_its_image_stands(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (open_row,) = read_local(tmp_path, "What is <image> here?").read([0])
+    assert said(open_row()[0]) == [("user", ("What is ", None, " here?")), None, True]
+
+
 def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "a.heic").touch()
     with pytest.raises(InputError, match=r"holds no samples \(skipped: 1 \.heic\)"):

@@ -169,8 +169,10 @@ def _numbered(path: Path, number: int) -> str:
 def _read_folder(folder: Path, prompt: str) -> Source:
     """The images of a folder and of those in it, by name; all that is no image is counted."""
     images, skipped = images_in(folder)
+    prompt, _, turns, _ = asked({"prompt": prompt}, folder, "calibration.prompt")
     rows = [
-        Row(_numbered(folder, number), shown(file), prompt, image=file) for number, file in enumerate(images, start=1)
+        Row(_numbered(folder, number), shown(file), prompt, turns=turns, image=file)
+        for number, file in enumerate(images, start=1)
     ]
     details = {"skipped": skipped} if skipped else {}
     source = _listed(rows)
