@@ -30,6 +30,18 @@ def pixels(data: bytes) -> list[Any]:
     return [tuple(pixel) for pixel in np.asarray(open_picture(data, "it").image)[0].tolist()]
 
 
+def test_a_tiff_whose_strips_end_before_the_image_is_refused() -> None:
+    data = stored(Image.new("RGB", (4, 2), RED), "TIFF")
+    height = struct.pack("<HHI", 257, 4, 1)  # ImageLength, one LONG
+    if height not in data:
+        height = struct.pack("<HHI", 257, 3, 1)  # or one SHORT
+    at = data.index(height) + len(height)
+    assert struct.unpack_from("<H", data, at) == (2,)
+    assert pixels(data) == [RED] * 4
+    with pytest.raises(InputError, match="it cannot be read .its strips end before the image"):
+        open_picture(data[:at] + struct.pack("<H", 600) + data[at + 2 :], "it")
+
+
 def png(depth: int, colour: int, row: bytes, width: int, *chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG of one row, written by hand: Pillow writes neither all depths nor every transparent colour."""
     header = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffTags
+from PIL.TiffImagePlugin import TiffImageFile
 
 from auto_quantize_model.files import InputError, shown
 
@@ -134,9 +135,10 @@ def _rgb(opened: Image.Image, where: str) -> Image.Image:
     """The pixels as RGB, transparent ones over white.
 
     Raises:
-        InputError: the pixels are 32-bit numbers, whose black and white are unknown.
+        InputError: the pixels are 32-bit numbers, whose black and white are unknown, or some are not in the file.
     """
     rawmode = _rawmode(opened)
+    _require_all_strips(opened, where)
     opened.load()
     grey_16 = opened.mode in GREY_16 and opened.format in GREY_16_FORMATS
     if opened.mode in {"I", "F", *GREY_16} and not grey_16:
@@ -159,6 +161,14 @@ def _rgb(opened: Image.Image, where: str) -> Image.Image:
     ):  # Pillow spreads the grey levels over 0 to 255, but not the transparent one
         opened.info["transparency"] = transparent * (85 if rawmode == "L;2" else 17)
     return _over_white(opened)
+
+
+def _require_all_strips(opened: Image.Image, where: str) -> None:
+    """Refuse a TIFF whose strips end before the image does: Pillow leaves the rest black."""
+    boxes = [tile.extents for tile in opened.tile if tile.extents] if isinstance(opened, TiffImageFile) else []
+    covered = sum((right - left) * (bottom - top) for left, top, right, bottom in boxes)
+    if boxes and covered < opened.width * opened.height:
+        raise InputError(f"{where} cannot be read (its strips end before the image); replace it or remove the sample")
 
 
 def _over_white(opened: Image.Image) -> Image.Image:
