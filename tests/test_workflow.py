@@ -60,7 +60,7 @@ TINY = {
         "batch_size": 1,
     },
     "sensitivity": {"confidence_batches": 1, "audit_ops": 2},
-    "tradeoff": {"heldout_batches": 1},
+    "tradeoff": {"heldout_batches": 1, "greedy_candidates": 2, "greedy_ops": 2},
 }
 
 
@@ -298,7 +298,7 @@ def test_the_shipped_config_of_the_3b_runs_from_the_hub_to_the_published_summary
         f"model={{repo_id: org/tiny, revision: {model}}}",
         f"calibration={{repo_id: org/captions, revision: {data}, num_samples: 2, num_heldout: 1}}",
         "sensitivity={audit_ops: 2}",
-        "tradeoff={heldout_batches: 1}",
+        "tradeoff={heldout_batches: 1, greedy_candidates: 2, greedy_ops: 2}",
     ]
     command = ["--configfile", "config/qwen2_5_vl_3b.yaml", "--config", *overrides]
     with serving() as hub:
