@@ -173,14 +173,14 @@ def _require_all_strips(opened: Image.Image, where: str) -> None:
 
 def _over_white(opened: Image.Image) -> Image.Image:
     """Transparent pixels over white, as RGB, a band of rows at a time: of a large image each whole copy counts."""
-    shown = Image.new("RGB", opened.size)
+    result = Image.new("RGB", opened.size)
     for top in range(0, opened.height, ROWS):
         box = 0, top, opened.width, min(top + ROWS, opened.height)
         band = opened.crop(box)
         straight = band.convert(WITH_ALPHA.get(opened.mode) or opened.mode).convert("RGBA")
         white = Image.new("RGBA", straight.size, (255, 255, 255, 255))
-        shown.paste(Image.alpha_composite(white, straight).convert("RGB"), box)
-    return shown
+        result.paste(Image.alpha_composite(white, straight).convert("RGB"), box)
+    return result
 
 
 def _rawmode(opened: Image.Image) -> str:
