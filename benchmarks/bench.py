@@ -21,16 +21,17 @@ import torch
 from photos import photo_batch
 
 from auto_quantize_model import cli
-from auto_quantize_model.calibration import CalibrationSpec, batches_of, extract
-from auto_quantize_model.device import instruction_set
-from auto_quantize_model.digits import train_snapshot
+from auto_quantize_model.data.batches import CalibrationSpec, batches_of, extract
 from auto_quantize_model.files import write_json
-from auto_quantize_model.inc_engine import inc_scores
-from auto_quantize_model.plan import SensitivitySpec, build_plan, quant_config
-from auto_quantize_model.replay import Replay, states
-from auto_quantize_model.sites import cpu_kernel, pack_linear
-from auto_quantize_model.snapshot import build_manifest, load_model, load_processor
-from auto_quantize_model.standin import SHAPES, build_once
+from auto_quantize_model.inc.engine import inc_scores
+from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, quant_config
+from auto_quantize_model.machine import instruction_set
+from auto_quantize_model.made.digits import train_snapshot
+from auto_quantize_model.made.standin import SHAPES, build_once
+from auto_quantize_model.measure.states import states
+from auto_quantize_model.models.snapshot import build_manifest, load_model, load_processor
+from auto_quantize_model.replay.model import Replay
+from auto_quantize_model.replay.ops import cpu_kernel, pack_linear
 
 MAPS = ("isolated", "fallback", "requantize")
 # INC measures single ops of `requantize` from the state before them.

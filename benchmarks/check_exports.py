@@ -55,9 +55,9 @@ def main() -> int:
 
 def keep_batch() -> None:
     """One calibration batch of `digits_vlm` on disk: the tools' environments have no means to make one."""
-    from auto_quantize_model.calibration import load_batches
+    from auto_quantize_model.data.batches import load_batches
     from auto_quantize_model.files import read_json
-    from auto_quantize_model.snapshot import load_processor
+    from auto_quantize_model.models.snapshot import load_processor
 
     calibration = read_json(RUN / "calibration_manifest.json")
     processor = load_processor(MODELS["digits_vlm"][0], calibration["image_backend"])
@@ -70,7 +70,7 @@ def make_qwen2_vl() -> None:
     """A tiny Qwen2-VL, a batch and a profile's exports: ModelOpt can quantize the nn.LayerNorm of its vision tower."""
     import transformers
 
-    from auto_quantize_model.exports import export
+    from auto_quantize_model.export.exports import export
 
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -92,7 +92,7 @@ def make_qwen2_vl() -> None:
     plan |= {"reduce_range": False, "inc_check": {"status": "reproduces_fp32"}}
     modules = {name: type(module) for name, module in model.named_modules()}
     capture = {"executions": {idle: [0]}}
-    export(exports, profiles, plan, capture, modules, set(model.state_dict()), 1, Path("workflow/templates/exports"))
+    export(exports, profiles, plan, capture, modules, set(model.state_dict()), 1)
 
 
 def in_its_environment(tool: str) -> int:

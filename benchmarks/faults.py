@@ -31,8 +31,8 @@ import yaml
 from damages import DAMAGES, Damage
 
 from auto_quantize_model import cli
-from auto_quantize_model.digits import build_snapshot
 from auto_quantize_model.files import write_json
+from auto_quantize_model.made.digits import build_snapshot
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("tmp/faults")

@@ -28,12 +28,12 @@ from typing import Any
 import torch
 import transformers
 
-from auto_quantize_model import standin
-from auto_quantize_model.digits import LIMITS, build_snapshot, build_tokenizer, digit_samples
 from auto_quantize_model.files import InputError
-from auto_quantize_model.plan import find_output_op
-from auto_quantize_model.samples import Sample, encode
-from auto_quantize_model.snapshot import build_manifest, load_model, load_processor
+from auto_quantize_model.inc.plan import find_output_op
+from auto_quantize_model.made import standin
+from auto_quantize_model.made.digits import LIMITS, build_snapshot, build_tokenizer, digit_samples
+from auto_quantize_model.models.encode import Sample, encode
+from auto_quantize_model.models.snapshot import build_manifest, load_model, load_processor
 
 REFUSED, LATER, RUNS = "refused", "refused by the plan", "accepted and runs"
 WRONG, TRACEBACK, HANG = "accepted wrongly", "traceback", "hang"

@@ -6,8 +6,8 @@ from typing import Any
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from auto_quantize_model.samples import Limits, Sample, collate, encode
-from auto_quantize_model.snapshot import load_processor
+from auto_quantize_model.models.encode import Limits, Sample, collate, encode
+from auto_quantize_model.models.snapshot import load_processor
 
 PROMPT = "What is this?"  # about as many byte tokens as a longer question has tokens of the published vocabulary
 

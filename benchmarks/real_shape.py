@@ -18,12 +18,12 @@ from photos import photo_batch
 from scipy.stats import spearmanr
 
 from auto_quantize_model import cli
-from auto_quantize_model.capture import capture_sensitivity, fingerprint
-from auto_quantize_model.device import GIB, choose_device
 from auto_quantize_model.files import read_json, write_json
-from auto_quantize_model.journal import Journal
-from auto_quantize_model.snapshot import count_parameters, load_model
-from auto_quantize_model.standin import SHAPES, build_once
+from auto_quantize_model.machine import GIB, choose_device
+from auto_quantize_model.made.standin import SHAPES, build_once
+from auto_quantize_model.measure.capture import capture_sensitivity, fingerprint
+from auto_quantize_model.measure.journal import Journal
+from auto_quantize_model.models.snapshot import count_parameters, load_model
 
 
 def main() -> int:
@@ -103,7 +103,7 @@ def compare_devices(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_plan(path: Path, args: argparse.Namespace, model: Any, batch: Any) -> None:
-    from auto_quantize_model.plan import SensitivitySpec, build_plan, identify
+    from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, identify
 
     spec = SensitivitySpec("replay", 1, ("isolated", "fallback", "requantize"))
     manifest = {"model": args.shape, "digest": "0" * 64}

@@ -7,10 +7,10 @@ import argparse
 from pathlib import Path
 
 from auto_quantize_model import cli
-from auto_quantize_model.audit import announce, audit_capture
-from auto_quantize_model.calibration import load_batches
+from auto_quantize_model.data.batches import load_batches
 from auto_quantize_model.documents import read_documents, require_listed, write_document
-from auto_quantize_model.snapshot import load_model, load_processor, verify_manifest
+from auto_quantize_model.inc.audit import announce, audit_capture
+from auto_quantize_model.models.snapshot import load_model, load_processor, verify_manifest
 
 
 def main() -> int:

@@ -3,10 +3,11 @@
 import argparse
 from pathlib import Path
 
-from auto_quantize_model import cli, coverage, words
+from auto_quantize_model import cli
+from auto_quantize_model.decide.profiles import Target, build_profiles
 from auto_quantize_model.documents import read_documents, write_document
 from auto_quantize_model.files import from_block
-from auto_quantize_model.profiles import Target, build_profiles
+from auto_quantize_model.report import coverage, sentences
 
 SHOWN = 12  # names on the terminal; the file and the report have them all
 
@@ -35,12 +36,12 @@ def profiles(args: argparse.Namespace) -> None:
         cli.say(f"profiles: {coverage.headline(len(plan['ops']), plan['coverage'])}")
         for warning in coverage.warnings(plan["coverage"]):
             cli.say(f"warning: {warning}")
-    cli.say(f"recommended: {' '.join(filter(None, words.decision(known)))}")
+    cli.say(f"recommended: {' '.join(filter(None, sentences.decision(known)))}")
     kept = found["profiles"].get("recommended", found["knee"] or {}).get("kept", [])
     if kept:
         where = "recommended" if "recommended" in found["profiles"] else "the knee"
         cli.say(f"{where} keeps: {', '.join(kept[:SHOWN] + ['...'] * (len(kept) > SHOWN))}")
-    for remark in words.remarks(known):
+    for remark in sentences.remarks(known):
         cli.say(f"remark: {remark}")
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from auto_quantize_model import cli
-from auto_quantize_model.calibration import load_batches
-from auto_quantize_model.capture import capture_sensitivity, describe_batches, fingerprint
-from auto_quantize_model.device import choose_device, explained_out_of_memory, require_memory
+from auto_quantize_model.data.batches import load_batches
 from auto_quantize_model.documents import read_documents, require_listed, write_document
 from auto_quantize_model.files import write_json
-from auto_quantize_model.journal import Journal
-from auto_quantize_model.snapshot import count_parameters, load_model, load_processor, verify_manifest
+from auto_quantize_model.machine import choose_device, explained_out_of_memory, require_memory
+from auto_quantize_model.measure.capture import Engine, capture_sensitivity, describe_batches, fingerprint
+from auto_quantize_model.measure.journal import Journal
+from auto_quantize_model.models.snapshot import count_parameters, load_model, load_processor, verify_manifest
 
 
 def main() -> int:
@@ -51,11 +51,19 @@ def capture(args: argparse.Namespace) -> None:
             cli.say(f"capture: {news}")
         with explained_out_of_memory(device), cli.progress_bar("capture") as on_progress:
             model: torch.nn.Module = load_model(directory)
-            captured, record = capture_sensitivity(model.to(device), batches, plan, journal, on_progress)
+            by_inc = inc_engine() if plan["engine"] != "replay" else None
+            captured, record = capture_sensitivity(model.to(device), batches, plan, journal, on_progress, by_inc)
         write_json(args.run_record, record)
         captured = describe_batches(captured, calibration)
         write_document(args.capture, "capture", captured, made_from, args.config_digest)
         journal.remove()
+
+
+def inc_engine() -> Engine:
+    """INC, imported where a plan asks for it: machines that only replay need none."""
+    from auto_quantize_model.inc.engine import measure_by_inc
+
+    return measure_by_inc
 
 
 if __name__ == "__main__":

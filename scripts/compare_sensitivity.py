@@ -16,10 +16,10 @@ from pathlib import Path
 import jsonschema
 
 from auto_quantize_model import cli
-from auto_quantize_model.compare import Limits, compare, to_markdown
 from auto_quantize_model.documents import HEAD, read_document
 from auto_quantize_model.files import InputError, read_json, write_json, write_text
-from auto_quantize_model.report import SCHEMA, SCHEMA_VERSION
+from auto_quantize_model.report.compare import Limits, compare, to_markdown
+from auto_quantize_model.report.document import SCHEMA, SCHEMA_VERSION
 
 UNEXPECTED = 3
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from auto_quantize_model import cli
 from auto_quantize_model.documents import read_document
-from auto_quantize_model.figures import figures, save
+from auto_quantize_model.report.figures import figures, save
 
 
 def main() -> int:

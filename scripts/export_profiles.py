@@ -5,8 +5,8 @@ from pathlib import Path
 
 from auto_quantize_model import cli
 from auto_quantize_model.documents import read_documents
-from auto_quantize_model.exports import export
-from auto_quantize_model.snapshot import module_types, tensor_names
+from auto_quantize_model.export.exports import export
+from auto_quantize_model.models.snapshot import module_types, tensor_names
 
 
 def main() -> int:
@@ -16,9 +16,6 @@ def main() -> int:
     parser.add_argument("--plan", type=Path, required=True, help="the plan")
     parser.add_argument("--capture", type=Path, required=True, help="the capture, which says what ran")
     parser.add_argument("--profiles", type=Path, required=True, help="the profiles")
-    parser.add_argument(
-        "--templates", type=Path, default=Path("workflow/templates/exports"), help="templates of the files"
-    )
     parser.add_argument("--directory", type=Path, required=True, help="the folder to write")
     parser.add_argument("--log", type=Path, help="file for everything but results and errors")
     args = parser.parse_args()
@@ -34,9 +31,7 @@ def export_profiles(args: argparse.Namespace) -> None:
     modules, published = module_types(snapshot), tensor_names(snapshot)
     samples, size = len(calibration["samples"]["calibration"]), calibration["batch_size"]
     in_whole_batches = samples - samples % size
-    index = export(
-        args.directory, profiles, plan, capture, modules, published, in_whole_batches, args.templates, made_from
-    )
+    index = export(args.directory, profiles, plan, capture, modules, published, in_whole_batches, made_from)
     if index["missed"]:
         cli.say(f"no recommended profile: {index['missed']}")
     for tool in index["profiles"].get("recommended", {}).values():

@@ -4,10 +4,10 @@ import argparse
 from pathlib import Path
 
 from auto_quantize_model import cli
-from auto_quantize_model.calibration import CalibrationSpec, extract_into, remarks, sample_writer
+from auto_quantize_model.data.batches import CalibrationSpec, extract_into, remarks, sample_writer
 from auto_quantize_model.documents import read_document, write_document
 from auto_quantize_model.files import from_block
-from auto_quantize_model.snapshot import load_processor, verify_manifest
+from auto_quantize_model.models.snapshot import load_processor, verify_manifest
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from auto_quantize_model import cli
 from auto_quantize_model.documents import write_document
 from auto_quantize_model.files import InputError, from_block
-from auto_quantize_model.snapshot import build_manifest
+from auto_quantize_model.models.snapshot import build_manifest
 
 
 def main() -> int:
@@ -31,7 +31,7 @@ def get_model(args: argparse.Namespace) -> None:
     cli.require_outputs(args, manifest=".json")
     details: dict[str, Any] = {}
     if args.source == "digits":
-        from auto_quantize_model.digits import TrainingSpec, train_snapshot
+        from auto_quantize_model.made.digits import TrainingSpec, train_snapshot
 
         training = vars(from_block(TrainingSpec, args.training_json, "model.training"))
         details = train_snapshot(args.path, **training, progress=lambda epochs: cli.progress(epochs, "training epochs"))
@@ -39,7 +39,7 @@ def get_model(args: argparse.Namespace) -> None:
     elif args.source == "hub":
         if args.repo_id is None or args.revision is None:
             raise InputError("--source hub: which repository and commit is not said; add --repo-id and --revision")
-        from auto_quantize_model import hub
+        from auto_quantize_model.models import hub
 
         hub.require_link(args.path)
         snapshot = hub.fetch_snapshot(args.repo_id, args.revision, cli.TerminalBar)

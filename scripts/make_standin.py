@@ -8,8 +8,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from auto_quantize_model import cli, standin
+from auto_quantize_model import cli
 from auto_quantize_model.folders import require_own_folder
+from auto_quantize_model.made import standin
 
 
 def main() -> int:

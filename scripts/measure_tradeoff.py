@@ -7,16 +7,16 @@ from typing import Any
 import torch
 
 from auto_quantize_model import cli
-from auto_quantize_model.calibration import load_batches, load_heldout
-from auto_quantize_model.capture import arithmetic, fingerprint
-from auto_quantize_model.device import choose_device, explained_out_of_memory, require_memory
+from auto_quantize_model.data.batches import load_batches, load_heldout
+from auto_quantize_model.decide.ranking import most_sensitive_first
 from auto_quantize_model.documents import read_documents, require_listed, write_document
 from auto_quantize_model.files import digest_of
-from auto_quantize_model.journal import Journal
-from auto_quantize_model.ranking import most_sensitive_first
-from auto_quantize_model.replay import refusals
-from auto_quantize_model.snapshot import count_parameters, load_model, load_processor, verify_manifest
-from auto_quantize_model.tradeoff import Greedy, measure_tradeoff
+from auto_quantize_model.machine import choose_device, explained_out_of_memory, require_memory
+from auto_quantize_model.measure.capture import arithmetic, fingerprint
+from auto_quantize_model.measure.heldout import Greedy, measure_tradeoff
+from auto_quantize_model.measure.journal import Journal
+from auto_quantize_model.models.snapshot import count_parameters, load_model, load_processor, verify_manifest
+from auto_quantize_model.replay.model import refusals
 
 
 def main() -> int:

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 
-from auto_quantize_model import cli, coverage, words
-from auto_quantize_model.calibration import load_batches
-from auto_quantize_model.device import require_memory
+from auto_quantize_model import cli
+from auto_quantize_model.data.batches import load_batches
 from auto_quantize_model.documents import read_documents, require_listed, write_document
 from auto_quantize_model.files import digest_of, from_block
-from auto_quantize_model.plan import SensitivitySpec, build_plan, identify
-from auto_quantize_model.snapshot import count_parameters, load_model, load_processor, verify_manifest
+from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, identify
+from auto_quantize_model.machine import require_memory
+from auto_quantize_model.models.snapshot import count_parameters, load_model, load_processor, verify_manifest
+from auto_quantize_model.report import coverage, sentences
 
 
 def main() -> int:
@@ -42,9 +43,9 @@ def plan_quantization(args: argparse.Namespace) -> None:
     plan = identify(build_plan(load_model(directory), batches, spec), manifest, calibration, digest_of(args.spec))
     write_document(args.plan, "plan", plan, made_from, args.config_digest)
     cli.say(f"plan: {len(plan['ops'])} ops to measure at {plan['measured_op']}, {len(plan['excluded'])} excluded")
-    cli.say(f"plan: {words.activations(plan)}")
+    cli.say(f"plan: {sentences.activations(plan)}")
     if plan["inc_check"]["status"] == "cannot":
-        cli.say(f"plan: {words.without_inc(plan['inc_check'])}")
+        cli.say(f"plan: {sentences.without_inc(plan['inc_check'])}")
     cli.say(f"plan: {coverage.headline(len(plan['ops']), plan['coverage'])}")
     for warning in coverage.warnings(plan["coverage"]):
         cli.say(f"warning: {warning}")

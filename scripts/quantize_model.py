@@ -3,17 +3,18 @@
 import argparse
 from pathlib import Path
 
-from auto_quantize_model import cli, words
-from auto_quantize_model.audit import incs_surroundings
-from auto_quantize_model.calibration import load_batches, load_heldout
-from auto_quantize_model.device import WORKING_BYTES, require_free
+from auto_quantize_model import cli
+from auto_quantize_model.data.batches import load_batches, load_heldout
 from auto_quantize_model.documents import read_documents, require_listed, write_document
 from auto_quantize_model.files import InputError, read_json
 from auto_quantize_model.folders import atomic_folder, require_own_folder
-from auto_quantize_model.inc_engine import require_inc
-from auto_quantize_model.metrics import Reference
-from auto_quantize_model.quantize import compared, load_quantized, logits, measure_error, quantize, release
-from auto_quantize_model.snapshot import count_parameters, load_model, load_processor, verify_manifest
+from auto_quantize_model.inc.audit import incs_surroundings
+from auto_quantize_model.inc.engine import require_inc
+from auto_quantize_model.inc.quantize import compared, load_quantized, logits, measure_error, quantize, release
+from auto_quantize_model.machine import WORKING_BYTES, require_free
+from auto_quantize_model.measure.metrics import Reference
+from auto_quantize_model.models.snapshot import count_parameters, load_model, load_processor, verify_manifest
+from auto_quantize_model.report import sentences
 
 
 def main() -> int:
@@ -76,7 +77,7 @@ def quantize_model(args: argparse.Namespace) -> None:
             found = measure_error(references, quantized, heldout, answers, on_batch)
     record = compared(args.profile, profile, found, tradeoff)
     write_document(args.record, "quantized", record, made_from, args.config_digest)
-    kept = f"{words.counted(profile['keep'], 'op')} in FP32"
+    kept = f"{sentences.counted(profile['keep'], 'op')} in FP32"
     cli.say(f"{args.directory}: profile {args.profile}, {kept}, {record['status']}: {found}")
 
 

@@ -3,10 +3,11 @@
 import argparse
 from pathlib import Path
 
-from auto_quantize_model import cli, words
+from auto_quantize_model import cli
 from auto_quantize_model.documents import files_of, read_documents, require_listed
 from auto_quantize_model.files import write_text
-from auto_quantize_model.page import relative, render_page
+from auto_quantize_model.report import sentences
+from auto_quantize_model.report.page import relative, render_page
 
 
 def main() -> int:
@@ -16,7 +17,6 @@ def main() -> int:
     parser.add_argument("--tables", type=Path, nargs="*", default=[], help="the report's tables (CSV), to link to")
     parser.add_argument("--files", type=Path, nargs="*", default=[], help="drawn pictures to link to")
     parser.add_argument("--exports", type=Path, help="index of the exported profiles (JSON), to link to")
-    parser.add_argument("--templates", type=Path, default=Path("workflow/templates"), help="folder of the templates")
     parser.add_argument("--html", type=Path, required=True, help="the page to write")
     parser.add_argument("--log", type=Path, help="file for everything but results and errors")
     args = parser.parse_args()
@@ -33,13 +33,13 @@ def page(args: argparse.Namespace) -> None:
         for path in files_of(index):
             require_listed(index, path)
     files = {"report (JSON)": args.report, "report (Markdown)": args.markdown}
-    pictures = [path for path in args.files if path.stem != "modalities" or words.has_images(report)]
+    pictures = [path for path in args.files if path.stem != "modalities" or sentences.has_images(report)]
     files |= {path.name: path for path in (*args.tables, *pictures)}
     links = {
         "files": {label: relative(path, args.html) for label, path in files.items() if path},
         "exports": exports[0]["profiles"] if exports else {},
     }
-    write_text(args.html, render_page(report, links, args.templates))
+    write_text(args.html, render_page(report, links))
     cli.say(f"The page: {args.html}")
 
 

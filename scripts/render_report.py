@@ -4,10 +4,11 @@ import argparse
 import json
 from pathlib import Path
 
-from auto_quantize_model import cli, coverage, words
+from auto_quantize_model import cli
 from auto_quantize_model.documents import read_documents, write_document
 from auto_quantize_model.files import write_text
-from auto_quantize_model.report import build_report, render, tables, top_table
+from auto_quantize_model.report import coverage, sentences
+from auto_quantize_model.report.document import build_report, render, tables, top_table
 
 
 def main() -> int:
@@ -19,7 +20,6 @@ def main() -> int:
     parser.add_argument("--audit", type=Path, required=True, help="the audit of the capture")
     parser.add_argument("--tradeoff", type=Path, required=True, help="what keeping ops in FP32 buys")
     parser.add_argument("--profiles", type=Path, required=True, help="the profiles")
-    parser.add_argument("--templates", type=Path, default=Path("workflow/templates"), help="folder of the templates")
     parser.add_argument("--markdown", type=Path, required=True, help="the report to write (Markdown)")
     parser.add_argument("--json", type=Path, required=True, help="the report to write (JSON)")
     for table in ("ranking", "tradeoff", "profiles"):
@@ -36,7 +36,7 @@ def render_report(args: argparse.Namespace) -> None:
     paths = {"model_manifest": args.manifest, "calibration_manifest": args.calibration_manifest}
     made_from = read_documents(paths | {part: getattr(args, part) for part in parts})
     report = build_report(*made_from)
-    markdown, document = render(report, args.templates)
+    markdown, document = render(report)
     texts = {args.markdown: markdown}
     texts |= {getattr(args, f"{name}_table"): table.to_csv(index=False) for name, table in tables(report).items()}
     for path, text in texts.items():
@@ -45,7 +45,7 @@ def render_report(args: argparse.Namespace) -> None:
     cli.say(coverage.headline(len(report["ops"]), report["coverage"]))
     for warning in report["warnings"]:
         cli.say(f"warning: {warning}")
-    for sentence in words.breaks(report):
+    for sentence in sentences.breaks(report):
         cli.say(f"warning: {sentence}")
     cli.say(f"The most sensitive ops of {report['model']['model']}:\n{top_table(report)}")
     cli.say(f"The report: {args.markdown} and {args.json}")

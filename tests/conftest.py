@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from auto_quantize_model.digits import LIMITS, build_snapshot, digit_samples
-from auto_quantize_model.samples import collate, encode
-from auto_quantize_model.snapshot import Processor, load_processor
+from auto_quantize_model.made.digits import LIMITS, build_snapshot, digit_samples
+from auto_quantize_model.models.encode import collate, encode
+from auto_quantize_model.models.snapshot import Processor, load_processor
 
 # How long an example takes depends on the machine, and no test is about time.
 settings.register_profile("untimed", deadline=None)

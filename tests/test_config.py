@@ -13,8 +13,8 @@ import yaml
 from snakemake.cli import parse_config
 
 from auto_quantize_model.config import read_config, require_sources
+from auto_quantize_model.decide.profiles import Target
 from auto_quantize_model.files import InputError, from_block, require_endpoint
-from auto_quantize_model.profiles import Target
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"

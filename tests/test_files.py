@@ -390,8 +390,8 @@ def test_a_signal_is_not_mistaken_for_a_failure(tmp_path: Path) -> None:
 
 def test_photos_and_exports_never_mix_with_what_is_the_users(tmp_path: Path) -> None:
     """Each writer of a folder goes by the one rule."""
-    from auto_quantize_model.exports import export
-    from auto_quantize_model.standin import SHAPES, build, write_photos
+    from auto_quantize_model.export.exports import export
+    from auto_quantize_model.made.standin import SHAPES, build, write_photos
 
     foreign(tmp_path / "mine")
     profiles: dict[str, Any] = {"profiles": {}, "missed": None}
@@ -407,7 +407,7 @@ def test_photos_and_exports_never_mix_with_what_is_the_users(tmp_path: Path) -> 
 
 
 def test_the_hubs_link_replaces_no_link_of_the_users(tmp_path: Path) -> None:
-    from auto_quantize_model.hub import link_snapshot, require_link
+    from auto_quantize_model.models.hub import link_snapshot, require_link
 
     cache = tmp_path / "models--a--b" / "snapshots"
     first, second = cache / ("1" * 40), cache / ("2" * 40)
@@ -427,7 +427,7 @@ def test_the_hubs_link_replaces_no_link_of_the_users(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_removed_from_the_hubs_cache_alone(tmp_path: Path) -> None:
-    from auto_quantize_model.hub import check_against_hub
+    from auto_quantize_model.models.hub import check_against_hub
 
     snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / ("1" * 40), tmp_path / "models--a--b" / "blobs"
     snapshot.mkdir(parents=True)

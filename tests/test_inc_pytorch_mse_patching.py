@@ -9,8 +9,8 @@ import torch
 from neural_compressor.config import options
 from torch.ao.quantization.fx.utils import assert_and_get_unique_device
 
-from auto_quantize_model.calibration import CalibrationLoader
-from auto_quantize_model.digits import LIMITS, build_snapshot, digit_samples
+from auto_quantize_model.inc.loader import CalibrationLoader
+from auto_quantize_model.inc.plan import quant_config
 from auto_quantize_model.inc_pytorch_mse_patching import (
     build_strategy,
     capture_mse_v2_sensitivity,
@@ -18,9 +18,9 @@ from auto_quantize_model.inc_pytorch_mse_patching import (
     with_measured_op_last,
     with_ops_in_fp32,
 )
-from auto_quantize_model.plan import quant_config
-from auto_quantize_model.samples import collate, encode
-from auto_quantize_model.snapshot import load_model, load_processor
+from auto_quantize_model.made.digits import LIMITS, build_snapshot, digit_samples
+from auto_quantize_model.models.encode import collate, encode
+from auto_quantize_model.models.snapshot import load_model, load_processor
 
 OPS = ["model.visual.patch_embed.proj", "model.language_model.embed_tokens", "model.visual.merger.mlp.0", "lm_head"]
 

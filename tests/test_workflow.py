@@ -25,7 +25,7 @@ import torch
 import yaml
 from loopback_hub import serving, write_captions
 
-from auto_quantize_model import standin
+from auto_quantize_model.made import standin
 
 ROOT = Path(__file__).parents[1]
 EVERYTHING = {
@@ -105,7 +105,7 @@ def write_config(directory: Path, changes: dict[str, Any]) -> None:
 
 def write_samples(file: Path) -> None:
     """Write five digits as images, and the JSONL that names them."""
-    from auto_quantize_model.digits import digit_samples
+    from auto_quantize_model.made.digits import digit_samples
 
     file.parent.mkdir(parents=True)
     rows = []
@@ -136,7 +136,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A copy of the checkout in which the pipeline has run on a tiny model, and what that run printed."""
-    from auto_quantize_model.digits import build_snapshot
+    from auto_quantize_model.made.digits import build_snapshot
 
     directory = copy_checkout(tmp_path_factory.mktemp("finished"))
     build_snapshot(directory / "resources" / "models" / "tiny", depth=1, hidden=32, seed=0)
@@ -390,15 +390,15 @@ def test_inc_quantizes_by_a_profile_and_has_the_error_that_it_promised(finished:
 @pytest.mark.parametrize(
     ("template", "stale"),
     [
-        ("op_sensitivity.md.j2", FROM_REPORT),
-        ("exports/inc_quantize.py.j2", FROM_PAGE | {"export_profiles"}),
-        ("op_sensitivity.html.j2", FROM_PAGE),
+        ("report/templates/op_sensitivity.md.j2", FROM_REPORT),
+        ("export/templates/inc_quantize.py.j2", FROM_PAGE | {"export_profiles"}),
+        ("report/templates/op_sensitivity.html.j2", FROM_PAGE),
     ],
 )
 def test_a_changed_template_reruns_what_is_made_from_it(
     finished: tuple[Path, str], template: str, stale: set[str]
 ) -> None:
-    path = finished[0] / "workflow" / "templates" / template
+    path = finished[0] / "src" / "auto_quantize_model" / template
     with changed(path, path.read_text() + "\n"):
         assert planned(finished[0]) == stale
 

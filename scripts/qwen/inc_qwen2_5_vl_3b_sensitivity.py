@@ -14,18 +14,19 @@ from typing import Any
 
 import torch
 
-from auto_quantize_model import cli, words
-from auto_quantize_model.audit import announce, audit_capture
-from auto_quantize_model.calibration import CalibrationSpec, batches_of, extract, remarks
-from auto_quantize_model.capture import capture_sensitivity, describe_batches, fingerprint
-from auto_quantize_model.device import choose_device, explained_out_of_memory, require_memory
+from auto_quantize_model import cli
+from auto_quantize_model.data.batches import CalibrationSpec, batches_of, extract, remarks
+from auto_quantize_model.decide.profiles import Target, build_profiles
 from auto_quantize_model.documents import Document, write_document
 from auto_quantize_model.files import digest_of, write_json, write_text
-from auto_quantize_model.journal import Journal
-from auto_quantize_model.plan import SensitivitySpec, build_plan, identify
-from auto_quantize_model.profiles import Target, build_profiles
-from auto_quantize_model.report import DIRECTIONS, build_report, render, top_table
-from auto_quantize_model.snapshot import build_manifest, count_parameters, load_model, load_processor
+from auto_quantize_model.inc.audit import announce, audit_capture
+from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, identify
+from auto_quantize_model.machine import choose_device, explained_out_of_memory, require_memory
+from auto_quantize_model.measure.capture import capture_sensitivity, describe_batches, fingerprint
+from auto_quantize_model.measure.journal import Journal
+from auto_quantize_model.models.snapshot import build_manifest, count_parameters, load_model, load_processor
+from auto_quantize_model.report import sentences
+from auto_quantize_model.report.document import DIRECTIONS, build_report, render, top_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = Path("context/summaries/inc-kb")
@@ -118,7 +119,7 @@ def measure(args: argparse.Namespace) -> None:
     report = build_report(
         manifest, calibration, plan, captured, audit, unmeasured, build_profiles(unmeasured, Target())
     )
-    markdown, document = render(report, ROOT / "workflow" / "templates")
+    markdown, document = render(report)
     write_json(run_record, record)
     parts = {"model_manifest": manifest, "calibration_manifest": calibration, "plan": plan}
     parts |= {"capture": captured, "audit": audit}
@@ -131,7 +132,7 @@ def measure(args: argparse.Namespace) -> None:
     written = write_document(args.output / f"{name}.json", "report", json.loads(document), made_from, files=listed)
     for target in targets[1:]:
         write_text(target.with_name(f"{target.name}.json"), written.text())
-    for sentence in (*report["warnings"], *words.breaks(report)):
+    for sentence in (*report["warnings"], *sentences.breaks(report)):
         cli.say(f"warning: {sentence}")
     cli.say(f"The most sensitive ops of {args.name}:\n{top_table(report)}")
     cli.say("The report: " + ", ".join(f"{target}.md and .json" for target in targets))

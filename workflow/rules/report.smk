@@ -47,8 +47,7 @@ rule export_profiles:
     benchmark:
         f"{RUN}/benchmarks/export_profiles.tsv"
     params:
-        code=code_digest("scripts/export_profiles.py", "workflow/templates/exports"),
-        templates="workflow/templates/exports",
+        code=code_digest("scripts/export_profiles.py", "src/auto_quantize_model/export/templates"),
         directory=folder_of_output,
     shell:
         "exec python scripts/export_profiles.py"
@@ -57,7 +56,6 @@ rule export_profiles:
         " --plan {input.plan:q}"
         " --capture {input.capture:q}"
         " --profiles {input.profiles:q}"
-        " --templates {params.templates:q}"
         " --directory {params.directory:q}"
         " --log {log:q}"
 
@@ -101,11 +99,10 @@ rule render_report:
         # Templates are part of the code: as inputs they would have new times in every fresh clone.
         code=code_digest(
             "scripts/render_report.py",
-            "workflow/templates/op_sensitivity.md.j2",
-            "workflow/templates/op_sensitivity.json.j2",
-            "workflow/schemas/op_sensitivity.schema.json",
+            "src/auto_quantize_model/report/templates/op_sensitivity.md.j2",
+            "src/auto_quantize_model/report/templates/op_sensitivity.json.j2",
+            "src/auto_quantize_model/report/schema.json",
         ),
-        templates="workflow/templates",
     shell:
         "exec python scripts/render_report.py"
         " --manifest {input.manifest:q}"
@@ -115,7 +112,6 @@ rule render_report:
         " --audit {input.audit:q}"
         " --tradeoff {input.tradeoff:q}"
         " --profiles {input.profiles:q}"
-        " --templates {params.templates:q}"
         " --markdown {output.markdown:q}"
         " --json {output.json:q}"
         " --ranking-table {output.ranking:q}"
@@ -187,9 +183,8 @@ rule render_page:
     benchmark:
         f"{RUN}/benchmarks/render_page.tsv"
     params:
-        code=code_digest("scripts/render_page.py", "workflow/templates/op_sensitivity.html.j2"),
+        code=code_digest("scripts/render_page.py", "src/auto_quantize_model/report/templates/op_sensitivity.html.j2"),
         versions=versions_of(*DRAWING),
-        templates="workflow/templates",
     shell:
         "exec python scripts/render_page.py"
         " --report {input.json:q}"
@@ -197,7 +192,6 @@ rule render_page:
         " --tables {input.tables:q}"
         " --files {input.figures:q}"
         " --exports {input.exports:q}"
-        " --templates {params.templates:q}"
         " --html {output.html:q}"
         " --log {log:q}"
 

@@ -1,0 +1,451 @@
+"""The calibration set: real samples from a source, drawn by a seed, checked whole, stored as Parquet with a manifest.
+
+In: a source of samples. Out: `calibration` and `heldout` samples, disjoint, with their token ids and their images at
+the processor's size, and a manifest of their ids and hashes; later the batches that INC and the capture read.
+"""
+
+import functools
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import torch
+from datasets import Features, Value
+from datasets import Image as ImageFeature
+from datasets import List as ListFeature
+from PIL import Image
+
+from auto_quantize_model.data.images import open_picture
+from auto_quantize_model.data.local_sources import samples_digest
+from auto_quantize_model.data.sources import COLUMNS, Progress, Source, conversation, every, listed, read_local, stream
+from auto_quantize_model.files import InputError, atomic_path, digest_of, sha256_bytes
+from auto_quantize_model.models.chat_template import limited_renderer
+from auto_quantize_model.models.encode import (
+    Limits,
+    Prepared,
+    Sample,
+    Turn,
+    collate,
+    messages,
+    prepare,
+    require_equal,
+    tensors,
+)
+from auto_quantize_model.models.snapshot import Processor
+
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "prompt": Value("string"),
+        "image": ImageFeature(decode=False),
+        "answer": Value("string"),
+        "messages": Value("string"),
+        "input_ids": ListFeature(Value("int32")),
+        "answer_span": ListFeature(Value("int32")),
+    }
+)
+ROWS_AT_ONCE = 16  # prepared samples that wait in memory to be written
+MINIMA = {
+    "num_samples": 1,
+    "num_heldout": 0,
+    "seed": 0,
+    "batch_size": 1,
+    "min_pixels": 1,
+    "max_pixels": 1,
+    "max_tokens": 1,
+}
+SPLITS = ("calibration", "heldout")
+Batch = dict[str, torch.Tensor]
+Store = Callable[[Prepared], None]
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """The `calibration` block of the config; `prompt` is asked of each image without a prompt of its own.
+
+    `format` says how a sample becomes text: `chat` by the model's chat template, `plain` without one.
+
+    Raises:
+        InputError: a number is out of its range, the source is unknown, or the samples do not fill one batch.
+    """
+
+    name: str
+    source: str
+    num_samples: int
+    num_heldout: int
+    seed: int
+    batch_size: int
+    min_pixels: int
+    max_pixels: int
+    max_tokens: int
+    path: str | None = None
+    prompt: str = "Describe this image."
+    repo_id: str | None = None
+    revision: str | None = None
+    split: str | None = None
+    columns: dict[str, str | None] = field(default_factory=dict)
+    format: str = "chat"
+
+    def __post_init__(self) -> None:
+        # The schema checks a config; scripts run by hand come here without it.
+        if self.source not in ("digits", "local", "hub"):
+            raise InputError(f"calibration.source: {self.source!r} is neither digits, local nor hub")
+        if self.format not in ("chat", "plain"):
+            raise InputError(f"calibration.format: {self.format!r} is neither chat nor plain")
+        if self.source == "hub" and not (self.repo_id and self.revision and self.split):
+            raise InputError("calibration.repo_id, revision and split: not all set; calibration.source hub needs them")
+        if unknown := sorted(set(self.columns) - set(COLUMNS)):
+            raise InputError(f"calibration.columns.{unknown[0]}: no such key; the keys are {', '.join(COLUMNS)}")
+        for name, least in MINIMA.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise InputError(f"calibration.{name}: {value!r} is not a whole number of at least {least}")
+        if self.num_samples < self.batch_size:
+            raise InputError(
+                f"calibration.num_samples ({self.num_samples}) is below calibration.batch_size ({self.batch_size}): not"
+                " one batch; raise num_samples"
+            )
+        if self.min_pixels > self.max_pixels:
+            raise InputError("calibration.min_pixels is above calibration.max_pixels; raise max_pixels")
+
+    @property
+    def limits(self) -> Limits:
+        """The limits that every sample has to keep."""
+        return Limits(self.min_pixels, self.max_pixels, self.max_tokens)
+
+    @property
+    def place(self) -> str:
+        """Where the samples come from, for messages."""
+        return self.path or self.repo_id or f"calibration.source {self.source}"
+
+
+def extract(
+    spec: CalibrationSpec, processor: Processor, model_manifest: dict[str, Any], progress: Progress = iter
+) -> tuple[list[Prepared], list[Prepared], dict[str, Any]]:
+    """As `extract_into`, with the samples kept in memory.
+
+    Returns:
+        The calibration samples, the held-out samples, and the manifest.
+    """
+    kept: dict[str, list[Prepared]] = {split: [] for split in SPLITS}
+    stores = {split: samples.append for split, samples in kept.items()}
+    manifest = extract_into(stores, spec, processor, model_manifest, progress)
+    return kept["calibration"], kept["heldout"], manifest
+
+
+def extract_into(
+    stores: dict[str, Store],
+    spec: CalibrationSpec,
+    processor: Processor,
+    model_manifest: dict[str, Any],
+    progress: Progress = iter,
+) -> dict[str, Any]:
+    """Draw the samples, run each through the model's processor, hand it on, and describe them all.
+
+    One sample is in memory at a time, so neither the number of samples nor the size of their images counts.
+
+    Args:
+        stores: what takes the prepared samples of each split, `calibration` and `heldout`, in order.
+        spec: the config's calibration block.
+        processor: the model's.
+        model_manifest: as `snapshot.build_manifest` returns it; the digits are those that its training left aside.
+        progress: wraps the range of samples while they are fetched from the hub.
+
+    Returns:
+        The manifest: ids, sha256, token counts, limits, seed, what the source skipped, and the digest of a local one.
+
+    Raises:
+        InputError: the source is empty, malformed, has fewer samples than asked, one held out is the same as one to
+            calibrate on, or samples cannot be used; it names all of these.
+    """
+    if spec.format == "chat" and processor.tokenizer.chat_template is None:
+        raise InputError(
+            f"{model_manifest.get('path', 'the model')}: no chat template (chat_template.jinja, chat_template.json, or"
+            " in tokenizer_config.json); complete the snapshot, or set calibration.format to plain"
+        )
+    # Before anything is read: what changes meanwhile makes the set stale.
+    source_digest = samples_digest(Path(spec.path)) if spec.source == "local" and spec.path else None
+    pools, source = _open_source(spec, model_manifest, progress)
+    split_of = _draw(spec, pools)
+    entries: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    shapes: list[tuple[int, bool]] = []
+    first_frames: list[str] = []
+
+    def take(item: tuple[int, Callable[[], tuple[Sample, str | None]]]) -> None:
+        number, open_row = item
+        sample, first_frame = open_row()
+        prepared = prepare(sample, processor, spec.limits, render if spec.format == "chat" else None)
+        encoded = tensors(prepared, processor)
+        split = split_of[number]
+        entries[split].append(_describe(prepared, processor))
+        first_frames.extend([first_frame] if first_frame else [])
+        if split == "calibration":
+            shapes.append((encoded["input_ids"].shape[1], "pixel_values" in encoded))
+        stores[split](prepared)
+
+    with limited_renderer(processor.tokenizer) as render:
+        numbers = sorted(split_of)
+        read = len(every(take, zip(numbers, source.read(numbers), strict=False), spec.place))
+    if read < len(numbers):  # a stream that ended early
+        _draw(spec, dict.fromkeys(SPLITS, range(read)))
+    _refuse_shared(entries, spec.place)
+    for start in range(0, len(shapes), spec.batch_size):
+        require_equal(shapes[start : start + spec.batch_size])
+    content = {
+        "samples": entries,
+        "limits": vars(spec.limits),
+        "batch_size": spec.batch_size,
+        "format": spec.format,
+    }
+    return {
+        "calibration": spec.name,
+        "source": spec.source,
+        "path": spec.path,
+        "source_digest": source_digest,
+        "seed": spec.seed,
+        **content,
+        "image_backend": processor.image_backend,
+        "text_only": not any(entry["image_tokens"] for entry in entries["calibration"]),
+        "answers": {split: _located(entries[split]) for split in SPLITS},
+        "digest": digest_of(content),
+        "details": source.details | ({"first_frame_only": first_frames} if first_frames else {}),
+    }
+
+
+def remarks(manifest: dict[str, Any]) -> list[str]:
+    """What a user has to know of an extracted set, in sentences."""
+    found = []
+    if unread := manifest["details"].get("columns_not_read"):
+        named = ", ".join(unread[:12]) + " and more" * (len(unread) > 12)
+        found.append(f"{manifest['path']} has columns that are not read: {named}")
+    if skipped := manifest["details"].get("skipped"):
+        found.append(f"{manifest['path']} holds files that are no images, which were skipped: {listed(skipped)}")
+    if frames := manifest["details"].get("first_frame_only"):
+        more = f" and {len(frames) - 5} more" if len(frames) > 5 else ""
+        found.append(
+            f"{len(frames)} images are animations or have several pages; the first frame alone is used:"
+            f" {', '.join(frames[:5])}{more}"
+        )
+    for split, answers in manifest["answers"].items():
+        if answers["located"] < answers["given"]:
+            found.append(
+                f"answers located in {answers['located']} of {answers['given']} {split} samples: the others are empty,"
+                " changed by the chat template, or in tokens that hold other text too; accuracy is measured on those"
+                " located"
+            )
+    return found
+
+
+def _located(entries: list[dict[str, Any]]) -> dict[str, int]:
+    """How many samples have an answer, and in how many the answer's tokens are known."""
+    given = [entry for entry in entries if entry["answer_tokens"] is not None]
+    return {"given": len(given), "located": sum(entry["answer_tokens"] > 0 for entry in given)}
+
+
+def _draw(spec: CalibrationSpec, pools: dict[str, Sequence[int]]) -> dict[int, str]:
+    """The numbers of the rows that are drawn, each with its split.
+
+    Raises:
+        InputError: there are fewer than asked.
+    """
+    generator = np.random.default_rng(spec.seed)
+    split_of: dict[int, str] = {}
+    for split, count in (("calibration", spec.num_samples), ("heldout", spec.num_heldout)):
+        pool = [item for item in pools[split] if item not in split_of]
+        if len(pool) < count:
+            raise InputError(
+                f"{spec.place}: {len(pool)} samples left for the {split} split, {count} asked; lower"
+                " calibration.num_samples or calibration.num_heldout, or give more samples"
+            )
+        split_of |= {pool[index]: split for index in generator.choice(len(pool), count, replace=False)}
+    return split_of
+
+
+def _open_source(
+    spec: CalibrationSpec, model_manifest: dict[str, Any], progress: Progress
+) -> tuple[dict[str, Sequence[int]], Source]:
+    """The numbers that each split draws from, and the source.
+
+    Digits come from what the model's training left aside for each split. Both splits of another source draw from all
+    of its rows, one after the other.
+    """
+    if spec.source == "digits":
+        from auto_quantize_model.made.digits import DIGITS, digit_samples, digits_split
+
+        split = model_manifest["details"].get("training", {}).get("split") or {"seed": 0, **digits_split(0)}
+
+        def read(numbers: Sequence[int]) -> Iterator[Callable[[], tuple[Sample, str | None]]]:
+            return (functools.partial(lambda sample: (sample, None), sample) for sample in digit_samples(numbers))
+
+        return split, Source(DIGITS, read, {"split_seed": split["seed"]})
+    if spec.source == "local":
+        if spec.path is None:
+            raise InputError(
+                "calibration.path is not set; calibration.source local needs a JSONL, Parquet file or folder"
+            )
+        source = read_local(Path(spec.path), spec.prompt)
+    else:
+        columns = dict.fromkeys(COLUMNS) | spec.columns
+        place = str(spec.repo_id), str(spec.revision), str(spec.split)
+        wanted = spec.num_samples + spec.num_heldout
+        source = stream(*place, columns, spec.prompt, spec.seed, wanted, progress)
+    return dict.fromkeys(SPLITS, range(source.count)), source
+
+
+def _refuse_shared(entries: dict[str, list[dict[str, Any]]], place: str) -> None:
+    """Two rows may hold one sample; calibrated on and held out at once, it would flatter every held-out score."""
+
+    def contents(entry: dict[str, Any]) -> list[str]:
+        # Without an image the tokens are all that the model sees, and a template may leave the words out.
+        return [entry["sha256"], *[entry["tokens_sha256"]] * (entry["image_tokens"] == 0)]
+
+    calibration = {content: entry["id"] for entry in entries["calibration"] for content in contents(entry)}
+    for entry in entries["heldout"]:
+        for content in contents(entry):
+            if content in calibration:
+                raise InputError(
+                    f"{place}: {calibration[content]} and {entry['id']} are the same sample to the model, one drawn to"
+                    " calibrate on and one held out; remove the duplicate, set calibration.num_heldout to 0, or check"
+                    " that the chat template writes the prompt"
+                )
+
+
+def _describe(prepared: Prepared, processor: Processor) -> dict[str, Any]:
+    """The manifest's entry.
+
+    `sha256` is over the words and the stored RGB pixels, `tokens_sha256` over the token ids and the answer's place.
+    `answer_tokens` is the number of the answer's tokens: 0 where they cannot be told, null without an answer.
+    """
+    sample, span = prepared.sample, prepared.answer_span
+    pixels = b"" if sample.image is None else repr(sample.image.size).encode() + sample.image.tobytes()
+    words: list[Any] = [sample.prompt, sample.answer, *([sample.turns] if sample.turns else [])]
+    tokens = [prepared.input_ids, None if span is None else [span.start, span.stop]]
+    return {
+        "id": sample.id,
+        "sha256": sha256_bytes(json.dumps(words).encode() + pixels),
+        "tokens_sha256": sha256_bytes(json.dumps(tokens).encode()),
+        "tokens": len(prepared.input_ids),
+        "image_tokens": prepared.input_ids.count(processor.image_token_id),
+        "answer_tokens": None if sample.answer is None else len(span or ()),
+    }
+
+
+@contextmanager
+def sample_writer(path: Path) -> Iterator[Store]:
+    """What stores samples as Parquet one after another, images as PNG inside it; whole or not at all."""
+    waiting: list[dict[str, Any]] = []
+    schema = FEATURES.arrow_schema
+
+    def store(prepared: Prepared) -> None:
+        waiting.append(_stored(prepared))
+        if len(waiting) == ROWS_AT_ONCE:
+            write()
+
+    def write() -> None:
+        writer.write_table(pyarrow.Table.from_pylist(waiting, schema=schema))
+        waiting.clear()
+
+    with atomic_path(path) as temporary:
+        with pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
+            yield store
+            write()
+
+
+def write_samples(path: Path, samples: Iterable[Prepared]) -> None:
+    """Store samples as `sample_writer` does."""
+    with sample_writer(path) as store:
+        for prepared in samples:
+            store(prepared)
+
+
+def _stored(prepared: Prepared) -> dict[str, Any]:
+    sample, span = prepared.sample, prepared.answer_span
+    return {
+        "id": sample.id,
+        "prompt": sample.prompt,
+        "image": sample.image and {"bytes": _png(sample.image), "path": None},
+        "answer": sample.answer,
+        "messages": json.dumps(messages(sample, sample.answer, parted=True)) if sample.turns else None,
+        "input_ids": prepared.input_ids,
+        "answer_span": span and [span.start, span.stop],
+    }
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def read_samples(path: Path) -> list[Prepared]:
+    """The samples of a Parquet file that `sample_writer` wrote.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such calibration set; run the calibration rule again")
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            return [_prepared(row, path) for row in file.read().to_pylist()]
+    except (OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path}: not a calibration set ({error}); run the calibration rule again") from None
+
+
+def _prepared(row: dict[str, Any], path: Path) -> Prepared:
+    image = row["image"] and open_picture(row["image"]["bytes"], f"{path}: the image of {row['id']}").image
+    turns: tuple[Turn, ...] = ()
+    if row["messages"]:
+        turns = conversation(json.loads(row["messages"]), row["image"], f"{path}: {row['id']}")[2]
+    sample = Sample(row["id"], row["prompt"], image, row["answer"], turns)
+    return Prepared(sample, tuple(row["input_ids"]), range(*row["answer_span"]) if row["answer_span"] else None)
+
+
+def load_batches(path: Path, manifest: dict[str, Any], processor: Processor) -> list[Batch]:
+    """The batches of a stored calibration set, in the manifest's order; an incomplete last batch is left out.
+
+    Raises:
+        InputError: the set is not the one that the manifest describes.
+    """
+    return batches_of(load_samples(path, manifest, processor, "calibration"), manifest, processor)
+
+
+def load_samples(path: Path, manifest: dict[str, Any], processor: Processor, split: str) -> list[Prepared]:
+    """The samples of a stored split, `calibration` or `heldout`, with the token ids of their extraction.
+
+    Raises:
+        InputError: they are not those that the manifest describes.
+    """
+    samples = read_samples(path)
+    if [_describe(sample, processor) for sample in samples] != manifest["samples"][split]:
+        raise InputError(f"{path}: not the samples of its manifest; run the calibration rule again")
+    return samples
+
+
+def load_heldout(
+    path: Path, manifest: dict[str, Any], processor: Processor, count: int
+) -> tuple[list[Batch], list[list[range | None]]]:
+    """The first `count` held-out batches, and of each of their samples the positions of its answer's tokens.
+
+    Raises:
+        InputError: they are not those that the manifest describes.
+    """
+    size = manifest["batch_size"]
+    samples = load_samples(path, manifest, processor, "heldout")[: count * size]
+    spans = [sample.answer_span for sample in samples]
+    answers = [spans[start : start + size] for start in range(0, len(spans), size)]
+    return batches_of(samples, manifest, processor), answers
+
+
+def batches_of(samples: Sequence[Prepared], manifest: dict[str, Any], processor: Processor) -> list[Batch]:
+    """Samples in batches of the manifest's size; an incomplete last batch is left out."""
+    size = manifest["batch_size"]
+    encoded = [tensors(sample, processor) for sample in samples]
+    return [collate(encoded[start : start + size]) for start in range(0, len(encoded) - size + 1, size)]

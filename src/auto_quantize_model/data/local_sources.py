@@ -1,0 +1,151 @@
+"""What lies at the local paths of a config, compared with what a document was made from.
+
+In: a path of the config, and the document that was made from it. Out: a digest, or a reason to make the document again.
+Snakemake asks at every start, so libraries that take long to import stay out, and nothing here ends in an error: the
+script that reads a file says what is wrong with it.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from auto_quantize_model.documents import read_document
+from auto_quantize_model.files import InputError, digest_of, named_path, sha256_file, visible
+
+# Of a snapshot, larger files are compared by name and size: reading all weights at every start would take minutes.
+HASHED_BYTES = 64 * 2**20
+LONGEST_PATH = 4096  # of Linux; a longer text names no file
+
+
+def why_other_samples(manifest: Path, source: Path) -> str:
+    """Why a calibration set is not that of the samples that lie at a place, in words; empty if there is no reason.
+
+    Where nothing lies there, as where an archive of results was unpacked on another machine, there is no reason.
+
+    Args:
+        manifest: the set's manifest, which may be missing.
+        source: what `calibration.path` says.
+    """
+    try:
+        recorded = read_document(manifest, "calibration_manifest")
+    except InputError:
+        return ""
+    if not os.path.exists(source) or recorded.get("source_digest") == samples_digest(source):
+        return ""
+    return f"{manifest} was made from other files than {source} holds"
+
+
+def why_other_snapshot(manifest: Path, snapshot: Path) -> str:
+    """Why a model manifest is not that of the snapshot that lies at a place, in words; empty if there is no reason.
+
+    All names and sizes are compared, and the content of files up to `HASHED_BYTES`. The scripts compare all content
+    before they load the model.
+
+    Args:
+        manifest: the model's manifest, which may be missing.
+        snapshot: what `model.path` says; where nothing lies there, there is no reason.
+    """
+    try:
+        recorded = {snapshot / entry["name"]: entry for entry in read_document(manifest, "model_manifest")["files"]}
+    except InputError:
+        return ""
+    found = [path for path in visible(snapshot) if not os.path.isdir(path)]
+    for path in sorted(recorded.keys() | set(found)) if found else ():
+        if path not in recorded:
+            return f"{path} is new, and {manifest} does not list it"
+        if not os.path.isfile(path):
+            return f"{path} is gone, and {manifest} lists it"
+        entry, size = recorded[path], os.path.getsize(path)
+        if size != entry["bytes"] or (size <= HASHED_BYTES and _content(path) != entry["sha256"]):
+            return f"{path} is not the file that {manifest} lists"
+    return ""
+
+
+def samples_digest(source: Path) -> str:
+    """SHA-256 over the names and the content of all files that samples of a local source are read from.
+
+    Neither times nor the place of the source are part of it. A file that cannot be read counts as such.
+
+    Args:
+        source: a folder of images, or a file; what texts of a JSONL, JSON or Parquet file name is part of it.
+    """
+    source = Path(os.path.expanduser(source))
+    if not os.path.isdir(source):
+        named = {text: named_path(text, source.parent) for text in _texts(source)}
+        contents = {text: content for text, path in named.items() if (content := _content(path))}
+        return digest_of([_content(source), contents])
+    from auto_quantize_model.data.images import images_in  # a third of a second, so for folders only
+
+    try:
+        images, skipped = images_in(source)
+    except InputError as error:
+        return digest_of(str(error))
+    return digest_of([{str(image.relative_to(source)): _content(image) for image in images}, skipped])
+
+
+def _content(path: Path) -> str | None:
+    """The sha256 of a file; None where it is unreadable, or no regular file: a FIFO that is opened waits for ever."""
+    try:
+        return sha256_file(path) if os.path.isfile(path) else None
+    except OSError:  # no permission, or gone meanwhile
+        return None
+
+
+def _texts(source: Path) -> set[str]:
+    """All texts in the rows of a file that could be paths: the shapes of a row put their images in different places."""
+    try:
+        return {text for row in _rows(source) for text in _texts_in(row) if text.strip() and len(text) < LONGEST_PATH}
+    except OSError:
+        return set()
+
+
+def _rows(source: Path) -> Iterator[Any]:
+    """The rows of a JSONL, JSON or Parquet file as far as they can be read, whatever their shape."""
+    if not os.path.isfile(source):
+        return
+    if source.suffix == ".parquet":
+        yield from _parquet_rows(source)
+    elif source.suffix in (".jsonl", ".json"):
+        data = source.read_bytes()
+        yield from _parsed(data.split(b"\n") if source.suffix == ".jsonl" else [data])
+
+
+def _parsed(documents: Iterable[str | bytes]) -> Iterator[Any]:
+    for document in documents:
+        try:
+            yield json.loads(document)
+        except (ValueError, RecursionError):
+            continue
+
+
+def _parquet_rows(source: Path) -> Iterator[Any]:
+    """The texts under `image` and `messages` of a Parquet file; messages may be JSON."""
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(source) as file:
+            columns = [file.schema.column(index) for index in range(len(file.schema))]
+            texts = [column.path for column in columns if column.logical_type.type == "STRING"]
+            wanted = [path for path in texts if path.split(".")[0] in ("image", "messages")]
+            for batch in file.iter_batches(columns=wanted) if wanted else ():
+                for row in batch.to_pylist():
+                    yield row
+                    if isinstance(row.get("messages"), str):
+                        yield from _parsed([row["messages"]])
+    except (OSError, ValueError, TypeError, pyarrow.ArrowException):
+        return
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """The texts in a JSON value, at any depth."""
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value

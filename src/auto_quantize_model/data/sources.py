@@ -1,0 +1,562 @@
+"""Where samples come from: a JSONL or JSON file, a Parquet file, a folder of images, or a data set of the hub.
+
+In: a place. Out: its rows, every one checked, each opened (its image decoded) only when it is drawn.
+"""
+
+import codecs
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow
+import pyarrow.parquet
+from datasets import Dataset, load_dataset
+from datasets import Image as ImageFeature
+from datasets.exceptions import DatasetsError
+
+from auto_quantize_model.data.images import images_in, open_picture
+from auto_quantize_model.files import InputError, named_path, parse_json, shown
+from auto_quantize_model.models import hub
+from auto_quantize_model.models.chat_template import TemplateStopped
+from auto_quantize_model.models.encode import Sample, Turn
+
+COLUMNS = ("id", "image", "prompt", "answer")
+# A stream is shuffled within a buffer: this many rows are fetched for each that is drawn, and no more than these.
+ROWS_PER_DRAWN = 10
+ROWS_AT_MOST = 1000
+SHOWN = 20  # problems that one error spells out
+SHAPE = "each sample is {image?, prompt, answer?} or {messages} with role and content"
+PLACEHOLDER = "<image>"  # LLaVA's, in a text, for the image of the sample
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+PARQUET_WORDS = ("prompt", "answer", "messages")  # the columns that are read, apart from `image`
+RENAMED = {
+    **dict.fromkeys(("text", "question", "query", "instruction", "input", "user"), "prompt"),
+    **dict.fromkeys(("output", "response", "completion", "caption", "label", "target", "chosen"), "answer"),
+    **dict.fromkeys(("img", "image_path", "image_file", "file_name", "file", "path"), "image"),
+    # `conversations` is a key of a JSONL, and no column of a Parquet file.
+    **dict.fromkeys(("conversation", "conversations", "dialog", "chat"), "messages"),
+}
+Progress = Callable[[range], Iterable[int]]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample as its source has it; `where` names it in errors, `image` is a path or the bytes of a file."""
+
+    id: str
+    where: str
+    prompt: str
+    answer: str | None = None
+    turns: tuple[Turn, ...] = ()
+    image: Path | bytes | None = None
+
+    def open(self) -> tuple[Sample, str | None]:
+        """The sample, and the row's name where only the first frame or page of its image is used.
+
+        Raises:
+            InputError: its image is missing or unreadable.
+        """
+        if self.image is None:
+            return Sample(self.id, self.prompt, None, self.answer, self.turns), None
+        name = f" {shown(self.image)}" if isinstance(self.image, Path) else ""
+        picture = open_picture(self.image, f"{self.where}: image{name}")
+        sample = Sample(self.id, self.prompt, picture.image, self.answer, self.turns)
+        return sample, self.where if picture.more_frames else None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What samples are drawn from: the number of its rows, and a reader of rows by their numbers, which ascend.
+
+    What the reader yields opens one row; a call keeps no image of another row in memory.
+    """
+
+    count: int
+    read: Callable[[Sequence[int]], Iterator[Callable[[], tuple[Sample, str | None]]]]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def every(work: Callable[[Item], Result], items: Iterable[Item], place: str) -> list[Result]:
+    """The results of `work` on all items.
+
+    Raises:
+        InputError: some items made `work` raise one; it names all of them, spelling out the first 20.
+    """
+    results, problems = [], []
+    for item in items:
+        try:
+            results.append(work(item))
+        except TemplateStopped:
+            raise
+        except InputError as error:
+            problems.append(str(error))
+    if len(problems) == 1:
+        raise InputError(problems[0])
+    if problems:
+        listed = " ".join(f"({number}) {text};" for number, text in enumerate(problems[:SHOWN], start=1))
+        rest = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise InputError(f"{place}: {len(problems)} samples cannot be used: {listed.removesuffix(';')}{rest}")
+    return results
+
+
+def read_local(path: Path, prompt: str) -> Source:
+    """The rows of a local source.
+
+    Args:
+        path: a JSONL, JSON or Parquet file, or a folder of images.
+        prompt: what is asked of each image of a folder.
+
+    Raises:
+        InputError: there is no such source, or it is of no known kind, empty or malformed.
+    """
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:
+        raise InputError(f"calibration.path: {path}: {error}; write the path out") from None
+    kinds = "a .jsonl, .json or .parquet file or a folder of images"
+    if path.is_dir():
+        source = _read_folder(path, prompt)
+    elif not path.exists():
+        raise InputError(f"calibration.path: {shown(path)} does not exist; give {kinds}")
+    elif not path.is_file():
+        raise InputError(f"calibration.path: {shown(path)} is neither a regular file nor a folder; give {kinds}")
+    elif path.suffix in (".jsonl", ".json"):
+        values = _read_lines(path) if path.suffix == ".jsonl" else _read_list(path)
+        source = _listed(
+            every(lambda numbered: _row(*numbered[1], path, numbered[0]), enumerate(values, 1), shown(path))
+        )
+    elif path.suffix == ".parquet":
+        source = _read_parquet(path)
+    else:
+        raise InputError(f"calibration.path: {shown(path)} is neither {kinds[2:]}; convert it")
+    if not source.count:
+        skipped = source.details.get("skipped")
+        reason = f" (skipped: {listed(skipped)})" if skipped else ""
+        raise InputError(
+            f"{shown(path)}: holds no samples{reason}; add some, or set calibration.path to another source"
+        )
+    return source
+
+
+def listed(counts: dict[str, int]) -> str:
+    """Counts in words."""
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _open_later(make: Callable[[], Row]) -> tuple[Sample, str | None]:
+    return make().open()
+
+
+def _listed(rows: list[Row]) -> Source:
+    return Source(len(rows), lambda numbers: (rows[number].open for number in numbers))
+
+
+def _numbered(path: Path, number: int) -> str:
+    return f"{shown(Path(path.name))}:{number:06d}"
+
+
+def _read_folder(folder: Path, prompt: str) -> Source:
+    """The images of a folder and of those in it, by name; all that is no image is counted."""
+    images, skipped = images_in(folder)
+    prompt, _, turns, _ = asked({"prompt": prompt}, folder, "calibration.prompt")
+    rows = [
+        Row(_numbered(folder, number), shown(file), prompt, turns=turns, image=file)
+        for number, file in enumerate(images, start=1)
+    ]
+    details = {"skipped": skipped} if skipped else {}
+    source = _listed(rows)
+    return Source(source.count, source.read, details)
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The place and the bytes of each line of a JSONL that is not empty."""
+    # Split at newlines alone: str.splitlines also splits at U+2028 and others, which JSON strings may hold.
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+        if line.strip():
+            yield f"{shown(path)}, line {number}", line
+
+
+def _parsed(data: bytes, where: str) -> Any:
+    try:
+        return parse_json(data.decode("utf-8"))
+    except ValueError as error:  # of the JSON or of the UTF-8
+        raise InputError(f"{where}: not valid JSON ({error}); mend or remove the line") from None
+
+
+def _read_list(path: Path) -> Iterator[tuple[str, Any]]:
+    """The place and the value of each item of a JSON file that is a list."""
+    rows = _parsed(path.read_bytes().removeprefix(codecs.BOM_UTF8), shown(path))
+    if not isinstance(rows, list):
+        raise InputError(f"{shown(path)}: no JSON list; give a list of samples, or a .jsonl with one on each line")
+    for number, row in enumerate(rows, start=1):
+        yield f"{shown(path)}, item {number}", row
+
+
+def _row(where: str, value: Any, path: Path, number: int) -> Row:
+    """A line or an item of a JSON file as a row; image paths are relative to the file.
+
+    Raises:
+        InputError: it has another shape.
+    """
+    value = _parsed(value, where) if isinstance(value, bytes) else value
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: no JSON object; {SHAPE}")
+    sample_id, folder = _numbered(path, number), path.parent
+    talk = [key for key in ("messages", "conversations") if key in value]
+    allowed = {"id", "image", "images", *(talk[:1] or ["prompt", "answer"])}
+    if unknown := sorted(set(value) - allowed):
+        advice = [] if talk else renamings(unknown, value)
+        advice += [f"remove {name!r}" for name in unknown if advice and name not in RENAMED]
+        names = ", ".join(map(repr, unknown if advice else unknown[:1]))
+        raise InputError(f"{where}: unknown key{'s' * (', ' in names)} {names}; {', '.join(advice) or SHAPE}")
+    image = _one_image(value, where)
+    prompt, answer, turns, image = conversation(value[talk[0]], image, where) if talk else asked(value, image, where)
+    return Row(sample_id, where, prompt, answer, turns, image_path(image, folder, where))
+
+
+def renamings(unknown: Sequence[str], there: Iterable[str]) -> list[str]:
+    """What to do with keys or columns of common names, so that we can read them; those of other names are left out.
+
+    Args:
+        unknown: names that are not ours.
+        there: all names of the row or table; one of ours that is there already is not given twice.
+    """
+    by_ours: dict[str, list[str]] = {}
+    for name in unknown:
+        if name in RENAMED:
+            by_ours.setdefault(RENAMED[name], [RENAMED[name]] if RENAMED[name] in there else []).append(name)
+    found = []
+    for ours, names in by_ours.items():
+        quoted = " and ".join(map(repr, names))
+        if len(names) == 1:
+            found.append(f"rename {quoted} to {ours!r}")
+        elif ours in ("prompt", "answer"):
+            found.append(f"write {quoted} as one text under {ours!r}")
+        else:
+            found.append(f"keep one of {quoted} under {ours!r}")
+    return found
+
+
+def _one_image(value: dict[str, Any], where: str) -> Any:
+    """What a sample has under `image` or `images`, which may be a list of one."""
+    found: list[Any] = []
+    for key in ("image", "images"):
+        images = value.get(key)
+        found += images if isinstance(images, list) else [] if images is None else [images]
+    if len(found) > 1:
+        raise InputError(f"{where}: several images in one sample are not supported yet; keep one, or split the sample")
+    return found[0] if found else None
+
+
+def image_path(image: Any, folder: Path, where: str) -> Path | bytes | None:
+    """The path of an image that a source names, relative to `folder`, or the bytes that it holds.
+
+    Raises:
+        InputError: it is no path.
+    """
+    if isinstance(image, dict):
+        if isinstance(image.get("bytes"), bytes):  # JSON has no bytes: a text would be opened as a path
+            return image["bytes"]
+        if image.get("bytes"):
+            raise InputError(f"{where}: 'bytes' of the image are no bytes; save the image as a file, and give its path")
+        image = image.get("path")
+    if image is None:
+        return None
+    if not isinstance(image, str) or not image:
+        raise InputError(f"{where}: 'image' is no path; give one relative to {shown(folder)}, or leave it out")
+    try:
+        os.fsencode(image)
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: image {image!a} holds half of a character; write its path whole") from None
+    if "://" in image or image.startswith("data:"):
+        raise InputError(
+            f"{where}: image {image[:60]} is no path; save the image as a file and give a path relative to"
+            f" {shown(folder)}"
+        )
+    return named_path(image, folder)
+
+
+def check_words(row: dict[str, Any], where: str) -> None:
+    """Refuse a row without a prompt, or with an answer that is no text.
+
+    Raises:
+        InputError: so it is.
+    """
+    prompt, answer = row.get("prompt"), row.get("answer")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(f"{where}: no text under 'prompt'; {SHAPE}")
+    if answer is not None and not isinstance(answer, str):
+        raise InputError(f"{where}: 'answer' is no text; put it in quotes or leave it out")
+
+
+def asked(row: dict[str, Any], image: Any, where: str) -> tuple[str, str | None, tuple[Turn, ...], Any]:
+    """A row's prompt and answer, with its image, as `conversation` returns them.
+
+    Raises:
+        InputError: the words are refused by `check_words`, or the prompt has a place for a second image.
+    """
+    check_words(row, where)
+    prompt, answer = row["prompt"], row.get("answer")
+    if image is None or PLACEHOLDER not in prompt:
+        return prompt, answer, (), image
+    said = [{"role": "user", "content": prompt}]
+    said += [] if answer is None else [{"role": "assistant", "content": answer}]
+    return conversation(said, image, where)
+
+
+def conversation(messages: Any, image: Any, where: str) -> tuple[str, str | None, tuple[Turn, ...], Any]:
+    """A list of messages as prompt, answer, turns (none where the prompt says it all) and the image's reference.
+
+    Args:
+        messages: {role, content} as OpenAI and transformers write them, content being text or a list of parts, or
+            {from, value} as ShareGPT and LLaVA do.
+        image: what the sample names as its image; a message may name it instead.
+        where: names the sample in errors.
+
+    Raises:
+        InputError: it is no conversation of system, user and assistant, or has several images.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{where}: no list of messages; {SHAPE}")
+    turns, references = [], []
+    for number, message in enumerate(messages, start=1):
+        role, parts, found = _turn(message, image is not None, f"{where}, message {number}")
+        turns.append((role, parts))
+        references += found
+    named = [reference for reference in references if reference is not None]
+    if len(references) > 1 or (image is not None and named):
+        raise InputError(f"{where}: several images in one sample are not supported yet; keep one, or split the sample")
+    if references and not named and image is None:
+        raise InputError(f"{where}: a message shows an image that the sample does not name; add the key 'image'")
+    roles = [role for role, _ in turns]
+    spoken = roles[1:] if roles[0] == "system" else roles
+    if not spoken or spoken != (["user", "assistant"] * len(spoken))[: len(spoken)]:
+        raise InputError(
+            f"{where}: roles are {', '.join(roles)}; user and assistant have to take turns, the user first, after at"
+            " most one system message"
+        )
+    answer = None
+    if roles[-1] == "assistant":
+        answer = "".join(part or "" for part in turns.pop()[1])
+    if image is not None and not references:
+        first = next(index for index, (role, _) in enumerate(turns) if role == "user")
+        turns[first] = ("user", (None, *turns[first][1]))
+    prompt = "".join(part or "" for part in turns[-1][1])
+    if not prompt.strip():
+        raise InputError(f"{where}: the last user message has no text; {SHAPE}")
+    shows = any(None in parts for _, parts in turns)
+    if turns == [("user", (None, prompt) if shows else (prompt,))]:
+        turns = []
+    return prompt, answer, tuple(turns), named[0] if named else image
+
+
+def _turn(message: Any, has_image: bool, where: str) -> tuple[str, tuple[str | None, ...], list[Any]]:
+    """A message's role, its parts, and what they say of the image: a reference, or None for that of the sample."""
+    if not isinstance(message, dict):
+        raise InputError(f"{where}: no JSON object; {SHAPE}")
+    keys = ("from", "value") if "from" in message else ("role", "content")
+    if unknown := sorted(key for key in set(message) - set(keys) if message[key] is not None):
+        raise InputError(f"{where}: the key {unknown[0]!r} is not supported; take it out, or remove the sample")
+    role, content = ROLES.get(str(message.get(keys[0]))), message.get(keys[1])
+    if role is None:
+        raise InputError(
+            f"{where}: the role {message.get(keys[0])!r} is not supported; roles are system, user and assistant"
+        )
+    if isinstance(content, str):
+        return role, *_around_placeholder(content, has_image)
+    if not isinstance(content, list) or not content:
+        raise InputError(f"{where}: no text under {keys[1]!r}; {SHAPE}")
+    parts: list[str | None] = []
+    references = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts.append(part["text"])
+        elif kind in ("image", "image_url") and role == "user":
+            reference = next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key)), None)
+            references.append(reference.get("url") if isinstance(reference, dict) and "url" in reference else reference)
+            parts.append(None)
+        else:
+            raise InputError(
+                f"{where}: a part of type {kind!r} is not supported; parts are text, and image in a user's message"
+            )
+    return role, tuple(parts), references
+
+
+def _around_placeholder(text: str, has_image: bool) -> tuple[tuple[str | None, ...], list[Any]]:
+    """A text as parts: LLaVA writes `<image>` on a line of its own where the sample's image is shown."""
+    if not has_image or PLACEHOLDER not in text:
+        return (text,), []
+    pieces = text.split(PLACEHOLDER)
+    parts: list[str | None] = []
+    for number, piece in enumerate(pieces):
+        piece = piece.removeprefix("\n") if number else piece
+        piece = piece.removesuffix("\n") if number < len(pieces) - 1 else piece
+        parts += [piece] * bool(piece) + [None] * (number < len(pieces) - 1)
+    return tuple(parts), [None] * (len(pieces) - 1)
+
+
+def _read_parquet(path: Path) -> Source:
+    """The rows of a Parquet file. Words are read at once, images by row group: they are what takes the memory.
+
+    Not by `Dataset.from_parquet`: it caches by path and time, and files unpacked from our archives share a time.
+    """
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
+            words = file.read(columns=[name for name in PARQUET_WORDS if name in names]).to_pylist()
+            if "image" in names:
+                _images_of(file.schema_arrow.empty_table())
+    except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
+        raise _unreadable(path, error) from None
+    if twice := sorted(name for name in set(names) if names.count(name) > 1):
+        raise InputError(f"{shown(path)}: the column {twice[0]!r} is there twice; remove one of the two")
+    if not {"prompt", "messages"} & set(names):
+        advice = renamings(names, names)
+        raise InputError(
+            f"{shown(path)}: no column 'prompt'; there are {', '.join(names)}{'; ' * bool(advice)}{', '.join(advice)}"
+        )
+    if "image" not in names and "images" in names:
+        raise InputError(f"{shown(path)}: the column 'images' is not supported; name it 'image', with one in each row")
+    rows = every(lambda item: _parquet_row(item[1], path, item[0], "image" in names), enumerate(words, 1), shown(path))
+
+    def read(numbers: Sequence[int]) -> Iterator[Callable[[], tuple[Sample, str | None]]]:
+        ends = [sum(groups[: index + 1]) for index in range(len(groups))]
+        group, images = -1, []
+        for number in numbers:
+            at = next(index for index, end in enumerate(ends) if number < end)
+            if at != group and "image" in names:
+                try:
+                    with pyarrow.parquet.ParquetFile(path) as file:
+                        images = _images_of(file.read_row_group(at, columns=["image"]))
+                except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
+                    raise _unreadable(path, error) from None
+                group = at
+            image = images[number - ends[at] + groups[at]]["image"] if images else None
+            yield functools.partial(_open_later, functools.partial(rows[number], image))
+
+    unread = [name for name in names if name not in (*PARQUET_WORDS, "image")]
+    return Source(len(rows), read, {"columns_not_read": unread} if unread else {})
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"{shown(path)}: not a readable Parquet file of samples ({error}); write it again")
+
+
+def _images_of(table: pyarrow.Table) -> Dataset:
+    """The images of a table as {bytes, path}; they may be stored as that, as bytes, or as paths."""
+    return Dataset(table.select(["image"])).cast_column("image", ImageFeature(decode=False))
+
+
+def _parquet_row(row: dict[str, Any], path: Path, number: int, has_image: bool) -> Callable[[Any], Row]:
+    """What makes a checked row of a Parquet file once its image is read."""
+    where, sample_id = f"{shown(path)}, row {number}", _numbered(path, number)
+    messages = row.get("messages")
+    if messages is None:
+        check_words(row, where)
+    elif isinstance(messages, str):
+        messages = _parsed(messages.encode(), where)
+
+    def finish(image: Any) -> Row:
+        prompt, answer, turns, reference = (
+            asked(row, image, where) if messages is None else conversation(messages, image, where)
+        )
+        return Row(sample_id, where, prompt, answer, turns, image_path(reference, path.parent, where))
+
+    if not has_image:
+        finish(None)
+    return finish
+
+
+def stream(
+    repo_id: str,
+    revision: str,
+    split: str,
+    columns: dict[str, str | None],
+    prompt: str,
+    seed: int,
+    wanted: int,
+    progress: Progress = iter,
+) -> Source:
+    """Drawn rows of a data set of the hub.
+
+    The data set is streamed: a buffer is filled from ten of its row groups (Parquet's unit of reading) at a time, in
+    an order drawn by the seed, and rows are drawn from the buffer; of gigabytes only these groups are fetched.
+
+    Args:
+        repo_id: the data set, as owner/name.
+        revision: its commit.
+        split: its split.
+        columns: our names of columns and the data set's.
+        prompt: what is asked where there is no column of prompts.
+        seed: seed of the draw.
+        wanted: the number of rows that are drawn.
+        progress: wraps the range of rows while they are fetched.
+
+    Returns:
+        A source of `wanted` rows, which are read all at once; where the data set has fewer, reading ends early.
+
+    Raises:
+        InputError: when it is read and the data set, its revision or its split is not there or cannot be reached, or
+            a column is missing.
+    """
+
+    def read(numbers: Sequence[int]) -> Iterator[Callable[[], tuple[Sample, str | None]]]:
+        with hub.explained("calibration", repo_id, revision):
+            hub.require_commit("dataset", repo_id, revision)
+            hub.commit_of("dataset", repo_id, revision)
+            try:
+                rows = load_dataset(repo_id, split=split, revision=revision, streaming=True)
+                _require_columns(repo_id, columns, rows.column_names or list(next(iter(rows))))
+                if columns["image"]:
+                    rows = rows.cast_column(columns["image"], ImageFeature(decode=False))
+                buffer = max(min(ROWS_PER_DRAWN * wanted, ROWS_AT_MOST), wanted)
+                drawn = rows.reshard().shuffle(seed=seed, buffer_size=buffer).take(wanted)
+                for number, row in zip(progress(range(wanted)), drawn, strict=False):
+                    make = functools.partial(_hub_row, row, columns, repo_id, split, prompt, number)
+                    yield functools.partial(_open_later, make)
+            except (ValueError, TypeError, DatasetsError, pyarrow.ArrowException) as error:
+                raise InputError(
+                    f"{repo_id}: split {split} cannot be read ({error}); check calibration.split and"
+                    " calibration.columns"
+                ) from None
+
+    return Source(wanted, read, {"hub": {"repo_id": repo_id, "commit": revision, "split": split, "columns": columns}})
+
+
+def _require_columns(repo_id: str, columns: dict[str, str | None], there: list[str]) -> None:
+    for key, column in columns.items():
+        if column is not None and column not in there:
+            raise InputError(
+                f"{repo_id}: no column {column!r} (calibration.columns.{key}); there are {', '.join(there)}"
+            )
+
+
+def _hub_row(
+    row: dict[str, Any], columns: dict[str, str | None], repo_id: str, split: str, prompt: str, number: int
+) -> Row:
+    """A row by our names for its columns; of a list of captions the first is taken."""
+    ours: dict[str, Any] = {key: row[column] if column else None for key, column in columns.items()}
+    for key in ("prompt", "answer"):
+        if isinstance(ours[key], list):
+            ours[key] = next(iter(ours[key]), None)
+    name = str(ours["id"]) if columns["id"] else f"{number:06d}"
+    where = f"{repo_id}, {split}, row {name}"
+    if not columns["prompt"]:
+        ours["prompt"] = prompt
+    asked_prompt, answer, turns, image = asked(ours, ours["image"], where)
+    if image is not None and not image.get("bytes"):
+        raise InputError(f"{where}: the image column holds no bytes; choose a column of images")
+    return Row(f"{split}:{name}", where, asked_prompt, answer, turns, image and image["bytes"])

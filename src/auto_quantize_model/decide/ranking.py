@@ -1,0 +1,81 @@
+"""From a capture's records to a ranking: each op's batches aggregated, the ops in order.
+
+In: records of a map, and the sums of squares of the FP32 output. Out: rows as the report shows them.
+"""
+
+import math
+import statistics
+from typing import Any
+
+import pandas as pd
+
+from auto_quantize_model.measure.metrics import decibels
+
+
+def score(records: list[dict[str, float] | None], references: list[dict[str, float]]) -> dict[str, float | None]:
+    """Aggregate one op's records over the batches in which it ran.
+
+    Returns:
+        `mse_value` is the mean of INC's sums of squared errors, `mse_value_std` their standard deviation between
+        batches (null for one batch); `relative_error` the sum of errors over the sum of
+        squares of the FP32 output, and `image_relative_error` and `text_relative_error` the same at those positions;
+        `sqnr_db` is -10 log10 of `relative_error`, in dB; `kl_divergence` (nats) and `top1_agreement` are means. Null
+        is what was not measured, has no positions, or (the SQNR) an error of 0.
+    """
+    pairs = [(record, reference) for record, reference in zip(records, references, strict=True) if record is not None]
+    relative = {
+        name: ratio([(record.get(error), reference[part]) for record, reference in pairs])
+        for name, error, part in (
+            ("relative_error", "mse_value", "all"),
+            ("image_relative_error", "image_error", "image"),
+            ("text_relative_error", "text_error", "text"),
+        )
+    }
+    overall = relative["relative_error"]
+    means = {
+        name: mean([record.get(name) for record, _ in pairs])
+        for name in ("mse_value", "kl_divergence", "top1_agreement")
+    }
+    errors = [record["mse_value"] for record, _ in pairs]
+    return {
+        "mse_value": means.pop("mse_value"),
+        "mse_value_std": statistics.stdev(errors) if len(errors) > 1 else None,
+        "relative_error": overall,
+        "sqnr_db": decibels(overall),
+        **means,
+        **relative,
+    }
+
+
+def ratio(pairs: list[tuple[float | None, float]]) -> float | None:
+    """Sum of errors over sum of squares; None where an error was not measured or there is nothing to compare with."""
+    errors, squares = [error for error, _ in pairs if error is not None], math.fsum(square for _, square in pairs)
+    return math.fsum(errors) / squares if len(errors) == len(pairs) and squares else None
+
+
+def mean(values: list[float | None]) -> float | None:
+    """The mean, or None where a value was not measured."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if len(known) == len(values) else None
+
+
+def ranked(
+    ops: list[dict[str, Any]], records: dict[str, list[dict[str, float] | None]], references: list[dict[str, float]]
+) -> list[dict[str, Any]]:
+    """The ops by ascending `mse_value` with their rank from 1; `tied` marks a shared value (in the plan's order)."""
+    if not ops:
+        return []
+    rows = [
+        {"op_name": op["op_name"], "op_type": op["op_type"], **score(records[op["op_name"]], references)} for op in ops
+    ]
+    table = pd.DataFrame(rows, dtype=object).sort_values("mse_value", kind="stable")
+    table.insert(0, "rank", range(1, len(table) + 1))
+    table.insert(1, "tied", table["mse_value"].duplicated(keep=False).astype(object))
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+
+
+def most_sensitive_first(plan: dict[str, Any], capture: dict[str, Any]) -> list[str]:
+    """The names of the measured ops by the isolated map, the most sensitive first."""
+    measured = [op for op in plan["ops"] if any(capture["executions"][op["op_name"]])]
+    references = [batch["reference"] for batch in capture["batches"]]
+    return [row["op_name"] for row in ranked(measured, capture["maps"]["isolated"], references)][::-1]

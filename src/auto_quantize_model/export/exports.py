@@ -1,0 +1,351 @@
+"""A profile in the words of the tools that apply it: what each of them has to leave unquantized.
+
+In: profiles, INC's plan, the capture, and the model's modules. Out: files per tool, and what was dropped or added for
+it. A name that would match anything but the module that it stands for is refused before a file is written.
+"""
+
+import glob
+import re
+import textwrap
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from auto_quantize_model.documents import Document, write_document
+from auto_quantize_model.escape import code, one_line, prose
+from auto_quantize_model.files import InputError, canonical_json, digest_of, write_text
+from auto_quantize_model.folders import atomic_folder
+from auto_quantize_model.report import coverage, sentences
+
+TEMPLATES = Path(__file__).with_name("templates")
+Modules = dict[str, type[torch.nn.Module]]
+FP32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
+# Serving engines hold these as one matrix, which has one scheme: keeping one of them keeps all.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+IS_FUSED = "serving engines hold it in one matrix with a kept op"
+IS_IDLE = "did not run on any batch that was scored, so nothing is known of it"
+# To vLLM an lm_head is no `Linear`, so it has no place for such a one's scales (vllm-project/llm-compressor#1820).
+NO_HEAD = (
+    "vLLM loads no lm_head that was quantized as a Linear, so it stays as it is and the weights take more bytes than"
+    " the profile says"
+)
+# What stands before an op's own name in transformers 5, in published checkpoints and in vLLM.
+PREFIXES = re.compile(r"^(model\.)?(language_model\.)?(model\.)?")
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool that quantizes modules of the classes `types`, holding those of `FUSED` as one where `fuses` says so.
+
+    `files` turns {module name: its common name}, the header of a file and the context into {file name: text}. `remark`
+    is what its user has to know. `never` is {module: reason} of what it must not quantize, whatever the profile says.
+    """
+
+    title: str
+    types: tuple[type[torch.nn.Module], ...]
+    fuses: bool
+    files: Callable[[dict[str, str], str, "Context"], dict[str, str]]
+    remark: str
+    never: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every file of an export may name.
+
+    `idle` are the plan's ops that ran on no scored batch; `embeds_patches` says whether the model has a vision tower;
+    `reduce_range`, `inc_check` and `coverage` are the plan's.
+    """
+
+    model: str
+    profile: str
+    measured: dict[str, Any]
+    idle: Sequence[str]
+    calibration_samples: int
+    embeds_patches: bool
+    reduce_range: bool
+    inc_check: dict[str, str]
+    coverage: dict[str, Any]
+
+
+def export_profile(
+    kept: Sequence[str], excluded: Iterable[str], modules: Modules, published: Collection[str], context: Context
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """The files of one profile for every tool.
+
+    Args:
+        kept: names of the ops that the profile keeps in FP32.
+        excluded: modules that INC's plan leaves in FP32 already.
+        modules: the model's modules, by name.
+        published: names of the published checkpoint's weights.
+        context: what the files name.
+
+    Returns:
+        {file name: text}, and {tool: {title, files, kept, dropped, added, notes}}: `kept` are all modules that the
+        tool is told to leave alone, `dropped` the profile's ops that it never quantizes, and `added` is
+        {module: reason} of what is kept for another reason than the profile or the plan.
+
+    Raises:
+        InputError: an op that the model does not have, or a name that means more than one module.
+    """
+    if missing := sorted({*kept, *context.idle} - set(modules)):
+        raise InputError(
+            f"profile {context.profile}: {missing[0]} is no module of {context.model}; make the plan again"
+            " (snakemake --cores 1 --forcerun plan_quantization)"
+        )
+    texts: dict[str, str] = {}
+    tools: dict[str, Any] = {}
+    for name, tool in TOOLS.items():
+        covered = [op for op in (*kept, *excluded) if issubclass(modules[op], tool.types)]
+        dropped = [op for op in kept if op not in covered]
+        added = additions(covered, tool, modules, context.idle)
+        told = {op: common_name(op, modules, published) for op in (*covered, *added)}
+        unfit = without_inc(context) if name == "inc" else []
+        said = [*unfit, *coverage.remark(context.coverage), *notes(dropped, added, tool)]
+        written = tool.files(told, heading(said, context), context)
+        texts |= written
+        tools[name] = {"title": tool.title, "files": sorted(written), "kept": list(told)}
+        tools[name] |= {"dropped": dropped, "added": added, "notes": said}
+    return texts | {"README.md": overview(tools, context)}, tools
+
+
+def without_inc(context: Context) -> list[str]:
+    """The warning of INC's files where INC cannot convert the model."""
+    if context.inc_check["status"] != "cannot":
+        return []
+    return [f"Do not use: INC 2.6 cannot convert this model ({context.inc_check['reason']})."]
+
+
+def additions(covered: Sequence[str], tool: Tool, modules: Modules, idle: Iterable[str]) -> dict[str, str]:
+    """Each module that a tool has to leave alone beside those of `covered`, with the reason."""
+    unknown = [name for name in idle if issubclass(modules[name], tool.types)]
+    fused = siblings([*covered, *unknown], modules) if tool.fuses else []
+    found = dict.fromkeys(unknown, IS_IDLE) | dict.fromkeys(fused, IS_FUSED) | tool.never
+    return {name: reason for name, reason in found.items() if name in modules and name not in covered}
+
+
+def notes(dropped: Sequence[str], added: dict[str, str], tool: Tool) -> list[str]:
+    """What a reader has to know of a tool's export, in sentences."""
+    types = ", ".join(kind.__name__ for kind in tool.types)
+    found = []
+    if dropped:
+        found.append(f"Left out, as nothing but {types} is quantized there: {listed(dropped)}.")
+    for reason in dict.fromkeys(added.values()):
+        found.append(f"Kept too ({reason}): {listed([name for name in added if added[name] == reason])}.")
+    return [*found, tool.remark]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names, or the first of very many: a whole vision tower may be idle."""
+    more = len(names) - 12
+    return ", ".join(names) if more <= 0 else f"{', '.join(names[:12])} and {more} more"
+
+
+def siblings(kept: Sequence[str], modules: Modules) -> list[str]:
+    """The modules that are fused with a kept one and not kept themselves, in the order of the kept ones."""
+    found = []
+    for name in kept:
+        parent, _, own = name.rpartition(".")
+        for group in FUSED:
+            if own in group:
+                found += [f"{parent}.{other}" for other in group if f"{parent}.{other}" in modules]
+    return [name for name in dict.fromkeys(found) if name not in kept]
+
+
+def common_name(name: str, modules: Modules, published: Collection[str]) -> str:
+    """What a module is called everywhere, after the prefix that differs.
+
+    transformers 5 says `model.visual.merger.mlp.0` where checkpoints and vLLM say `visual.merger.mlp.0`, and
+    `model.language_model.layers.0` where they say `model.layers.0` and `language_model.model.layers.0`.
+
+    Raises:
+        InputError: another module's name, in transformers or in the checkpoint, holds it too.
+    """
+    common = PREFIXES.sub("", name)
+    weights = {weight.removesuffix(".weight") for weight in published if weight.endswith(".weight")}
+    here = {other for other in modules if f"{common}." in f"{other}."} - {name}
+    there = {other for other in weights if f"{common}." in f"{other}."}
+    if here or len(there) > 1:
+        raise InputError(
+            f"{name}: what is common to its names, {common}, stands in {', '.join(sorted(here | there)[:3])} as well;"
+            " this model cannot be exported"
+        )
+    return common
+
+
+def regular_expressions(names: Iterable[str]) -> list[str]:
+    """One for each common name, to be matched from the start."""
+    return [rf"(.*\.)?{re.escape(name)}$" for name in names]
+
+
+def inc_files(kept: dict[str, str], header: str, context: Context) -> dict[str, str]:
+    """INC 2.6 matches its own name of an op whole; it calls a lone Linear `NAME.module`."""
+    op_name_dict = {rf"{re.escape(name)}(\.module)?": FP32 for name in kept}
+    script = python_file("inc_quantize.py", kept, header, context)
+    return {"inc_op_name_dict.json": canonical_json(op_name_dict), **script}
+
+
+def llm_compressor_files(kept: dict[str, str], header: str, context: Context) -> dict[str, str]:
+    """A recipe; what its `ignore` matches, llm-compressor writes into the checkpoint, where vLLM reads it."""
+    ignore = [f"re:{pattern}" for pattern in regular_expressions(kept.values())]
+    modifier = {"targets": ["Linear"], "scheme": "W8A8", "ignore": ignore}
+    recipe = {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}
+    comment = textwrap.indent(header, "# ", lambda line: True).replace("# \n", "#\n")
+    return {"llm_compressor_recipe.yaml": f"{comment}\n{yaml.safe_dump(recipe, sort_keys=False, width=1000)}"}
+
+
+def modelopt_files(kept: dict[str, str], header: str, context: Context) -> dict[str, str]:
+    """A quantization config: entries by wildcard, of which a later one overrides those before it.
+
+    It is not built on ModelOpt's own INT8 default, which leaves out lm_head and every vision tower unmeasured. Classes
+    are named because a bare `*input_quantizer` means that of an nn.LayerNorm too, which was never measured.
+    """
+    quant_cfg: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for parent_class in ("nn.Linear", "nn.Conv3d"):
+        for quantizer, axis in (("*weight_quantizer", 0), ("*input_quantizer", None)):
+            int8 = {"num_bits": 8, "axis": axis}
+            quant_cfg.append({"quantizer_name": quantizer, "parent_class": parent_class, "cfg": int8})
+    quant_cfg += [{"quantizer_name": f"*{glob.escape(name)}.*", "enable": False} for name in kept.values()]
+    return {"modelopt_quant_cfg.json": canonical_json({"quant_cfg": quant_cfg, "algorithm": "max"})}
+
+
+def heading(said: Iterable[str], context: Context) -> str:
+    """What a file is, and the notes of its tool, for a comment: no name of a stranger begins a line or ends one."""
+    notes = [described(context), sentences.remark(context.profile, context.measured), *said]
+    return "\n\n".join(textwrap.fill(one_line(note), 118, break_on_hyphens=False) for note in notes if note)
+
+
+def overview(tools: dict[str, Any], context: Context) -> str:
+    """The notes of every tool in one file: JSON has no comments."""
+    about = [described(context), sentences.remark(context.profile, context.measured)]
+    lines = [f"# {code(context.profile)}", *(line for text in about if text for line in ("", prose(text)))]
+    for tool in tools.values():
+        lines += ["", f"## {tool['title']}", "", f"Files: {', '.join(code(file) for file in tool['files'])}"]
+        lines += [line for note in tool["notes"] for line in ("", prose(note))]
+    return "\n".join(lines) + "\n"
+
+
+def described(context: Context) -> str:
+    """What the profile is, in one line."""
+    measured = context.measured
+    return (
+        f"Profile {context.profile} of {context.model}: {sentences.counted(measured['keep'], 'op')} in FP32,"
+        f" {sentences.sqnr(measured['sqnr_db'])} on held-out samples as measured with INC's INT8."
+    )
+
+
+def python_file(name: str, kept: dict[str, str], header: str, context: Context) -> dict[str, str]:
+    """A Python file from its template; names of modules reach it as Python's own literals."""
+    environment = Environment(  # noqa: S701  Python, not HTML
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["pyrepr"] = repr
+    text = environment.get_template(f"{name}.j2").render(
+        header=header.replace("\\", "\\\\").replace('"', '\\"'),
+        calibration_samples=context.calibration_samples,
+        embeds_patches=context.embeds_patches,
+        reduce_range=context.reduce_range,
+        patterns=regular_expressions(kept.values()),
+        idle=regular_expressions(kept[op] for op in context.idle if op in kept),
+    )
+    return {name: text}
+
+
+LINEAR, CONV, EMBEDDING = torch.nn.Linear, torch.nn.Conv3d, torch.nn.Embedding
+FOR_INC = "For INC 2.6 alone; 3.x has another API."
+MEASURED_WITH = "the profile was measured with INC's per-channel weights and static, per-tensor, asymmetric activations"
+FOR_LLM_COMPRESSOR = (
+    f"W8A8 has per-channel weights and dynamic, per-token, symmetric activations; {MEASURED_WITH}."
+    ' Use: oneshot(model=model, recipe="llm_compressor_recipe.yaml"), then'
+    " model.save_pretrained(folder, save_compressed=True). vLLM runs INT8 on Turing to Hopper GPUs."
+)
+FOR_MODELOPT = (
+    f"Needs ModelOpt 0.44 or later. Activations are static, per tensor and symmetric; {MEASURED_WITH}. vLLM serves no"
+    " INT8 checkpoint of ModelOpt."
+)
+FOR_NNCF = (
+    f"Needs NNCF 3.0 or later. Its preset chooses the scheme; {MEASURED_WITH}. Nodes that read no module's weight"
+    " (attention's products) are NNCF's own choice."
+)
+FOR_TORCHAO = (
+    f"Weights are per channel, activations dynamic and per token; {MEASURED_WITH}."
+    " Outside of torch.compile, a matrix whose side is no multiple of 8 takes a slow way on a GPU."
+)
+ALL = (LINEAR, CONV, EMBEDDING)
+TOOLS = {
+    "inc": Tool("Intel Neural Compressor", ALL, False, inc_files, FOR_INC),
+    "llm_compressor": Tool(
+        "llm-compressor and vLLM", (LINEAR,), True, llm_compressor_files, FOR_LLM_COMPRESSOR, {"lm_head": NO_HEAD}
+    ),
+    "modelopt": Tool("NVIDIA ModelOpt", (LINEAR, CONV), True, modelopt_files, FOR_MODELOPT),
+    "nncf": Tool("NNCF", ALL, False, partial(python_file, "nncf_ignored_scope.py"), FOR_NNCF),
+    "torchao": Tool("torchao", (LINEAR,), False, partial(python_file, "torchao_quantize.py"), FOR_TORCHAO),
+}
+
+
+def export(
+    directory: Path,
+    profiles: dict[str, Any],
+    plan: dict[str, Any],
+    capture: dict[str, Any],
+    modules: Modules,
+    published: Collection[str],
+    calibration_samples: int,
+    made_from: Iterable[Document] = (),
+) -> dict[str, Any]:
+    """Write every profile for every tool, DIRECTORY/PROFILE/FILE, and DIRECTORY/index.json, which lists them.
+
+    Args:
+        directory: the folder to write; exports that were written there before are replaced, and nothing else.
+        profiles: as `profiles.build_profiles` returns it.
+        plan: what the profiles are of.
+        capture: of the plan; says which ops never ran.
+        modules: as `snapshot.module_types` returns it.
+        published: as `snapshot.tensor_names` returns it.
+        calibration_samples: how many samples the profiles' scales come from.
+        made_from: the documents that the others came from, for the head of index.json.
+
+    Returns:
+        {model, plan_digest, profiles: {profile: {tool: ...}}, missed}; files are named from the directory's parent.
+
+    Raises:
+        InputError: as `export_profile` says, or something else than exports lies at `directory`; nothing is written
+            then.
+    """
+    left_out = [op["op_name"] for op in plan["excluded"]]
+    idle = [op["op_name"] for op in plan["ops"] if not any(capture["executions"][op["op_name"]])]
+    texts: dict[str, str] = {}
+    index: dict[str, Any] = {}
+    for name, profile in profiles["profiles"].items():
+        context = Context(
+            plan["model"],
+            name,
+            profile,
+            idle,
+            calibration_samples,
+            CONV in modules.values(),
+            plan["reduce_range"],
+            plan["inc_check"],
+            plan["coverage"],
+        )
+        files, index[name] = export_profile(profile["kept"], left_out, modules, published, context)
+        texts |= {f"{name}/{file}": text for file, text in files.items()}
+        for tool in index[name].values():
+            tool["files"] = [f"{directory.name}/{name}/{file}" for file in tool["files"]]
+    document = {"model": plan["model"], "plan_digest": digest_of(plan), "profiles": index, "missed": profiles["missed"]}
+    with atomic_folder(directory) as folder:
+        for file, text in texts.items():
+            write_text(folder / file, text)
+        written = [folder / file for file in texts]
+        write_document(folder / "index.json", "exports", document, made_from, files=written)
+    return document

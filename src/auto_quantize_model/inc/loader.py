@@ -1,0 +1,16 @@
+"""Batches as INC takes them."""
+
+from collections.abc import Iterator, Sequence
+
+from auto_quantize_model.replay.model import Batch
+
+
+class CalibrationLoader:
+    """Batches as INC takes them: `(inputs, None)`, iterable again and again, with the `batch_size` INC asks for."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+        self.batch_size = batches[0]["input_ids"].shape[0]
+
+    def __iter__(self) -> Iterator[tuple[Batch, None]]:
+        return ((batch, None) for batch in self.batches)

@@ -1,0 +1,416 @@
+"""INC's own plan of the quantization, as JSON: every op with its observers and scheme, what is left out and why.
+
+In: a model, its calibration batches, and what the config asks for. Out: the plan that capture and report stand on.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import torch
+from neural_compressor.adaptor.pytorch import _cfg_to_qconfig
+from neural_compressor.config import AccuracyCriterion, PostTrainingQuantConfig, TuningCriterion
+from neural_compressor.strategy.mse_v2 import MSE_V2TuneStrategy
+
+from auto_quantize_model.files import InputError
+from auto_quantize_model.inc.loader import CalibrationLoader
+from auto_quantize_model.inc_pytorch_mse_patching import (
+    activations_reduced,
+    build_strategy,
+    describe_observers,
+    fused_patterns,
+    module_name,
+    run_planned_pass,
+    with_measured_op_last,
+)
+from auto_quantize_model.models.coverage import cover
+from auto_quantize_model.models.snapshot import explained
+from auto_quantize_model.models.weights import require_meaningful
+from auto_quantize_model.replay.model import Batch, refusals, require_replayable
+
+PACKAGES = ("neural-compressor", "torch", "transformers")
+FP32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
+MATCH = """
+import json, re, sys
+pattern, *names = json.load(sys.stdin)
+print(json.dumps([name for name in names if re.fullmatch(pattern, name)]))
+"""
+OBSERVER_KEYS = ("dtype", "scheme", "granularity", "algorithm")
+# What INC and FX raise at a model that they cannot convert. Memory and files are another matter.
+INC_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    SyntaxError,  # FX writes Python and compiles it
+    TypeError,
+    ValueError,
+)
+CHECKED_STATES = {"no_op": "no op", "all_int8": "every op"}
+
+
+@dataclass(frozen=True)
+class SensitivitySpec:
+    """What the plan needs of the config's `sensitivity` block.
+
+    `engine` is `replay`, `inc`, or `auto`: replay, and INC for what replay does not cover. `op_type_dict` and
+    `op_name_dict` name what stays in FP32: an op type, or a regular expression that a module's whole name must match.
+    `reduce_range` says whether activations take 7 bits of 8; None is INC's own choice for this CPU.
+    """
+
+    engine: str = "replay"
+    confidence_batches: int = 2
+    maps: Sequence[str] = ("isolated", "fallback", "requantize")
+    op_type_dict: dict[str, str] = field(default_factory=dict)
+    op_name_dict: dict[str, str] = field(default_factory=dict)
+    reduce_range: bool | None = None
+
+
+def versions() -> dict[str, str]:
+    """The versions that the numbers depend on."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def quant_config(confidence_batches: int, kept: Iterable[str] = ()) -> PostTrainingQuantConfig:
+    """INC's configuration of a static mse_v2 run, with the ops of `kept` (INC's names) pinned to FP32.
+
+    Any model meets its accuracy criterion: the tolerable loss is 0.99 because INC asks for less than 1, and nothing is
+    ever evaluated against it.
+    """
+    return PostTrainingQuantConfig(
+        approach="static",
+        quant_level=1,
+        op_name_dict={re.escape(name): FP32 for name in kept} or None,
+        tuning_criterion=TuningCriterion(strategy="mse_v2", strategy_kwargs={"confidence_batches": confidence_batches}),
+        accuracy_criterion=AccuracyCriterion(tolerable_loss=0.99),
+    )
+
+
+def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: SensitivitySpec) -> dict[str, Any]:
+    """Have INC plan the quantization of `model`, and check that INC can measure it.
+
+    Args:
+        model: FP32, eval mode, on the CPU.
+        batches: the calibration batches; the first `confidence_batches` are the ones that will be scored.
+        spec: the config's sensitivity block.
+
+    Returns:
+        {engine, confidence_batches, maps, keep, reduce_range, reduce_range_by, measured_op, ops, excluded, coverage,
+        inc_check, versions}: `ops` in INC's order, each with `op_name` (the module's name), `inc_name` (INC's name),
+        `op_type`, `pattern` (its class once INC has fused what it fuses), `activation` and `weight` (dtype, scheme,
+        granularity, algorithm, and the observer). `reduce_range` is the value in force, `reduce_range_by` who chose it
+        (`inc` or `config`), `coverage` what `coverage.cover` returns, and `inc_check` what `check_inc` returns.
+
+    Raises:
+        InputError: as `plan_ops` says, or an engine that cannot measure this model.
+    """
+    with activations_reduced(spec.reduce_range) as reduced:
+        planned = plan_ops(model, batches, spec)
+        inc_check = check_inc(planned, batches[: spec.confidence_batches])
+    require_measurable(model, planned.ops, spec.engine, inc_check)
+    return {
+        "engine": spec.engine,
+        "confidence_batches": spec.confidence_batches,
+        "maps": list(spec.maps),
+        "keep": {"op_type_dict": dict(spec.op_type_dict), "op_name_dict": dict(spec.op_name_dict)},
+        "reduce_range": reduced,
+        "reduce_range_by": "inc" if spec.reduce_range is None else "config",
+        "measured_op": planned.measured_op,
+        "ops": planned.ops,
+        "excluded": planned.excluded,
+        "coverage": cover(model, [op["op_name"] for op in planned.ops], planned.kept),
+        "inc_check": inc_check,
+        "versions": versions(),
+    }
+
+
+class Planned(NamedTuple):
+    """INC's plan: as the plan's document says it, and INC's own strategy and configuration, the measured op last.
+
+    `kept` are the modules that the config keeps in FP32; they stand in `excluded` too.
+    """
+
+    measured_op: str
+    ops: list[dict[str, Any]]
+    excluded: list[dict[str, str]]
+    kept: list[str]
+    strategy: MSE_V2TuneStrategy
+    tune_cfg: dict[str, Any]
+
+
+def plan_ops(model: torch.nn.Module, batches: Sequence[Batch], spec: SensitivitySpec) -> Planned:
+    """INC's plan of `model`, which says nothing yet about whether INC can carry it out.
+
+    Raises:
+        InputError: too few batches, a keep entry that matches no op, non-finite output, an output op that INC cannot
+            measure, nothing left to quantize, or a model that INC cannot plan.
+    """
+    if len(batches) < spec.confidence_batches:
+        raise InputError(
+            f"sensitivity.confidence_batches is {spec.confidence_batches}, but the calibration set makes"
+            f" {len(batches)} batches; raise calibration.num_samples or lower calibration.batch_size"
+        )
+    measured_op = find_output_op(model, batches[0])
+    kept = ops_to_keep(model, batches, spec)
+    with planning_by_inc():
+        conf = quant_config(spec.confidence_batches, kept)
+        strategy, tune_cfg = build_strategy(model, conf, CalibrationLoader(batches))
+        patterns = fused_patterns(strategy.adaptor, model, tune_cfg)
+    inc_names = {module_name(model, name): name for name, _ in tune_cfg["op"]}
+    if measured_op not in inc_names:
+        raise InputError(
+            f"the model's output comes from {measured_op or 'no single module'}, which is no op of INC's plan; INC"
+            " would measure elsewhere, so this model cannot be measured"
+        )
+    tune_cfg = with_measured_op_last(tune_cfg, inc_names[measured_op])
+    ops, excluded = describe_ops(model, tune_cfg, kept, patterns)
+    if not ops:
+        raise InputError("sensitivity.op_type_dict and op_name_dict keep every op in FP32: nothing is left to measure")
+    kept_modules = [module_name(model, inc_name) for inc_name in kept]
+    return Planned(measured_op, ops, excluded, kept_modules, strategy, tune_cfg)
+
+
+@contextmanager
+def planning_by_inc() -> Iterator[None]:
+    """Name what INC raises while it plans.
+
+    Raises:
+        InputError: in place of INC's error.
+    """
+    try:
+        yield
+    except INC_ERRORS as error:
+        raise InputError(
+            f"INC cannot plan this model: it raised {described(error)}; no engine can measure a model without INC's"
+            " plan, so choose another model.path"
+        ) from error
+
+
+def described(error: Exception) -> str:
+    """An error of INC's in one line: its class and the first line of its message.
+
+    Raises:
+        Exception: `error` itself where memory ran out, which says nothing about INC.
+    """
+    if "DefaultCPUAllocator" in str(error):
+        raise error
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__} ({' '.join(first[:200].split())})" if first else type(error).__name__
+
+
+def check_inc(planned: Planned, batches: Sequence[Batch]) -> dict[str, str]:
+    """Whether INC can measure the model of a plan.
+
+    Of the batches to score, the first of each set of inputs is tried: a batch without images runs no vision tower.
+
+    Returns:
+        {"status": "reproduces_fp32"}, or {"status": "cannot", "reason": ...}.
+    """
+    first_of_kind: dict[frozenset[str], int] = {}
+    for index, batch in enumerate(batches):
+        first_of_kind.setdefault(frozenset(batch), index)
+    for index in first_of_kind.values():
+        if problem := incs_problem(planned, batches[index]):
+            return {"status": "cannot", "reason": f"{problem} on batch {index}"}
+    return {"status": "reproduces_fp32"}
+
+
+def incs_problem(planned: Planned, batch: Batch) -> str:
+    """What is wrong with INC's conversion of a model, by INC's unmodified helpers; empty where it is right.
+
+    With no op quantized it has to give the FP32 output, bit for bit: FX drops an in-place operation whose result nobody
+    reads, such as `scatter_`, and INC then measures another model. With every op quantized it has to run.
+    """
+    reached = ["no_op"]
+    try:
+        calls = run_planned_pass(
+            planned.strategy,
+            planned.tune_cfg,
+            CalibrationLoader([batch]),
+            maps=list(CHECKED_STATES),
+            on_op=lambda label, name: reached.append(label),
+        )
+    except INC_ERRORS as error:
+        return f"with {CHECKED_STATES[reached[-1]]} in INT8, INC's model ends with {described(error)}"
+    (difference,) = calls["no_op"].scores.values()
+    if difference == 0:
+        return ""
+    return (
+        f"with no op in INT8, INC's model differs from the FP32 model by a sum of squared errors of {difference:.2g} at"
+        f" {planned.measured_op}"
+    )
+
+
+def require_measurable(
+    model: torch.nn.Module, ops: Sequence[dict[str, Any]], engine: str, inc_check: dict[str, str]
+) -> None:
+    """Refuse an engine that cannot measure this model, and name one that can.
+
+    Raises:
+        InputError: INC is asked for and cannot, or the replay does not cover every op and has to.
+    """
+    if inc_check["status"] != "cannot":
+        if engine == "replay":
+            require_replayable(model, ops)
+        return
+    problem = f"INC cannot measure this model: {inc_check['reason']}"
+    if refused := refusals(model, ops):
+        name, reason = next(iter(refused.items()))
+        engine_too = " and set sensitivity.engine to replay" if engine == "inc" else ""
+        raise InputError(
+            f"{problem}. The replay does not cover {len(refused)} of {len(ops)} ops, first {name}: {reason}; keep them"
+            f" in FP32 with {keep_entry(ops, refused)}{engine_too}"
+        )
+    if engine == "inc":
+        raise InputError(
+            f"{problem}; set sensitivity.engine to replay, which torch's own quantized modules audit in INC's place"
+        )
+
+
+def keep_entry(ops: Sequence[dict[str, Any]], names: Iterable[str]) -> str:
+    """The config's entry that keeps the named ops in FP32: by type where they are all of their types, else by name."""
+    names = set(names)
+    types = {op["op_type"] for op in ops if op["op_name"] in names}
+    if all(op["op_name"] in names for op in ops if op["op_type"] in types):
+        return f"sensitivity.op_type_dict {{{', '.join(f'{kind}: fp32' for kind in sorted(types))}}}"
+    return "sensitivity.op_name_dict"
+
+
+def identify(
+    plan: dict[str, Any], manifest: dict[str, Any], calibration: dict[str, Any], config_digest: str
+) -> dict[str, Any]:
+    """The plan with the names and digests of what it is for."""
+    return {
+        "model": manifest["model"],
+        "model_digest": manifest["digest"],
+        "calibration": calibration["calibration"],
+        "calibration_digest": calibration["digest"],
+        "config_digest": config_digest,
+        **plan,
+    }
+
+
+def find_output_op(model: torch.nn.Module, batch: Batch) -> str:
+    """The name of the leaf module whose output tensor is the logits that the model returns; empty if there is none.
+
+    Raises:
+        InputError: a weight is not finite, the model cannot run on the first calibration batch, or its FP32 logits
+            there are not finite, or one value for the whole vocabulary.
+    """
+    require_meaningful(model)
+    outputs: dict[str, torch.Tensor] = {}
+
+    def remember(name: str) -> Any:
+        return lambda module, args, output: outputs.update({name: output})
+
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    handles = [module.register_forward_hook(remember(name)) for name, module in leaves]
+    try:
+        with torch.no_grad(), explained("the first calibration batch", "the FP32 model cannot run on it"):
+            logits = model(**batch).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not logits.isfinite().all():
+        raise InputError(
+            "the FP32 model's output on the first calibration batch has values that are not finite; check the weights"
+        )
+    if (logits == logits[..., :1]).all():
+        raise InputError(
+            "the FP32 model's logits on the first calibration batch are the same for the whole vocabulary, so there is"
+            " nothing to measure; check the weights"
+        )
+    return next((name for name, output in reversed(outputs.items()) if output is logits), "")
+
+
+def ops_to_keep(model: torch.nn.Module, batches: Sequence[Batch], spec: SensitivitySpec) -> dict[str, str]:
+    """INC's names of the ops that the config keeps in FP32, each with the entry that says so.
+
+    Raises:
+        InputError: an entry matches no op.
+    """
+    if not spec.op_type_dict and not spec.op_name_dict:
+        return {}
+    with planning_by_inc():
+        _, tune_cfg = build_strategy(model, quant_config(spec.confidence_batches), CalibrationLoader(batches))
+    ops = [(inc_name, module_name(model, inc_name), op_type) for inc_name, op_type in tune_cfg["op"]]
+    kept: dict[str, str] = {}
+    for op_type_wanted in spec.op_type_dict:
+        found = [inc_name for inc_name, _, op_type in ops if op_type == op_type_wanted]
+        _require_match(found, f"op_type_dict[{op_type_wanted!r}]", sorted({op_type for _, _, op_type in ops}))
+        kept.update((inc_name, f"kept in FP32 by sensitivity.op_type_dict[{op_type_wanted!r}]") for inc_name in found)
+    for pattern in spec.op_name_dict:
+        matched = matching(pattern, [name for _, name, _ in ops])
+        found = [inc_name for inc_name, name, _ in ops if name in matched]
+        _require_match(found, f"op_name_dict[{pattern!r}]", [name for _, name, _ in ops])
+        kept.update((inc_name, f"kept in FP32 by sensitivity.op_name_dict[{pattern!r}]") for inc_name in found)
+    return kept
+
+
+def matching(pattern: str, names: Sequence[str], seconds: float = 10.0) -> set[str]:
+    """The names that a regular expression of `sensitivity.op_name_dict` matches whole.
+
+    A child process matches, because `re` cannot be interrupted and may backtrack for longer than anyone lives.
+
+    Raises:
+        InputError: it is not a regular expression, or it needs more than `seconds` for all names.
+    """
+    entry = f"sensitivity.op_name_dict[{pattern!r}]"
+    try:
+        re.compile(pattern)
+        ended = subprocess.run(
+            [sys.executable, "-ISc", MATCH],
+            input=json.dumps([pattern, *names]),
+            text=True,
+            capture_output=True,
+            timeout=seconds,
+        )
+        ended.check_returncode()
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(f"{entry}: not a regular expression ({error}); correct it") from None
+    except subprocess.TimeoutExpired:
+        raise InputError(
+            f"{entry}: did not match {len(names)} names within {seconds:g} s, so it backtracks without end; write it"
+            " without a repeat inside a repeat, such as (a+)+"
+        ) from None
+    return set(json.loads(ended.stdout))
+
+
+def _require_match(found: list[str], entry: str, names: list[str]) -> None:
+    if not found:
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise InputError(f"sensitivity.{entry} matches no op of the model; ops are {shown}")
+
+
+def describe_ops(
+    model: torch.nn.Module, tune_cfg: dict[str, Any], kept: dict[str, str], patterns: dict[str, str]
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """INC's tune_cfg as the plan's `ops` (quantized, in INC's order) and `excluded` (with the reason)."""
+    ops, excluded = [], []
+    qconfigs = _cfg_to_qconfig(tune_cfg, tune_cfg["approach"])
+    for (inc_name, op_type), configuration in tune_cfg["op"].items():
+        name = module_name(model, inc_name)
+        if configuration["weight"]["dtype"] == "fp32":
+            reason = kept.get(inc_name, "INC plans it in FP32")
+            excluded.append({"op_name": name, "op_type": op_type, "reason": reason})
+            continue
+        pattern = patterns.get(inc_name, "module that FX does not keep")
+        sides = {
+            side: {key: configuration[side][key] for key in OBSERVER_KEYS} | {"observer": observer}
+            for side, observer in describe_observers(qconfigs[inc_name]).items()
+        }
+        ops.append({"op_name": name, "inc_name": inc_name, "op_type": op_type, "pattern": pattern, **sides})
+    known = {entry["op_name"] for entry in [*ops, *excluded]}
+    for name, module in model.named_modules():
+        if name not in known and any(True for _ in module.parameters(recurse=False)):
+            reason = "INC 2.6 has no static INT8 configuration for this module type"
+            excluded.append({"op_name": name, "op_type": type(module).__name__, "reason": reason})
+    return ops, excluded

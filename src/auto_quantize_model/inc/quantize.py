@@ -1,0 +1,160 @@
+"""The loop closed: INC itself quantizes the model by an exported profile, and its error is what the profile promised.
+
+In: a model, its calibration batches, an exported op_name_dict, held-out batches. Out: INC's INT8 model on disk, loaded
+back, and its error beside that of the profile, which the replay measured.
+"""
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from neural_compressor import PostTrainingQuantConfig, quantization
+from neural_compressor.utils.pytorch import is_int8_model, load
+from torch.ao.quantization.fx.utils import assert_and_get_unique_device
+
+from auto_quantize_model.files import InputError
+from auto_quantize_model.inc.loader import CalibrationLoader
+from auto_quantize_model.inc_pytorch_mse_patching import copies_sharing_parameters, temporary_workspace
+from auto_quantize_model.machine import instruction_set
+from auto_quantize_model.measure.heldout import right_answers, sum_of_squares, summary
+from auto_quantize_model.measure.metrics import Reference, require_finite
+from auto_quantize_model.replay.model import Batch
+
+WEIGHTS = "best_model.pt"  # INC's name of what it saves
+
+
+def quantize(model: torch.nn.Module, batches: Sequence[Batch], op_name_dict: dict[str, Any], directory: Path) -> None:
+    """Have INC quantize a model to static INT8 and save it into `directory`.
+
+    Args:
+        model: FP32, eval mode, on the CPU; INC uses it up.
+        batches: those of the calibration, of one size.
+        op_name_dict: {regular expression: configuration} as exported; what it does not name is INC's to choose.
+        directory: INC writes best_model.pt there.
+
+    Raises:
+        InputError: INC quantized nothing, as where the profile keeps every op, or could not write its model.
+    """
+    conf = PostTrainingQuantConfig(
+        approach="static",
+        quant_level=1,
+        calibration_sampling_size=[sum(len(batch["input_ids"]) for batch in batches)],
+        op_name_dict=op_name_dict or None,
+    )
+    with temporary_workspace(), copies_sharing_parameters(), modules_told_by_name():
+        quantized = quantization.fit(model, conf, calib_dataloader=CalibrationLoader(batches))
+    if quantized is None or not is_int8_model(quantized.model):
+        raise InputError("INC quantized nothing: this profile keeps every op in FP32; take one that keeps fewer")
+    quantized.save(str(directory))
+    if not (directory / WEIGHTS).is_file():  # INC logs what the disk says, and goes on
+        raise InputError(f"{directory}: INC could not write its model there; free some space, and see the log for why")
+
+
+@contextlib.contextmanager
+def modules_told_by_name() -> Iterator[None]:
+    """Let `str(module)` be its class alone, and not the description of all that is in it.
+
+    INC looks for fused ops by the class name in `str(module)`, of every module for every op. Of a quantized module that
+    unpacks each weight in it, which at 3.75 billion weights takes hours and not a second.
+    """
+    with contextlib.ExitStack() as stack:
+        for kind in {torch.nn.Module, *subclasses(torch.nn.Module)}:
+            if "__repr__" in vars(kind):
+                stack.enter_context(mock.patch.object(kind, "__repr__", lambda module: f"{module._get_name()}()"))
+        yield
+
+
+def subclasses(kind: type[Any]) -> Iterator[type[Any]]:
+    """All classes that come from `kind`; one that comes by several ways comes as often."""
+    children: list[type[Any]] = kind.__subclasses__()
+    for child in children:
+        yield child
+        yield from subclasses(child)
+
+
+def release() -> None:
+    """Free what INC's work leaves behind once nobody holds it: modules that torch caches by, and cycles."""
+    assert_and_get_unique_device.cache_clear()
+    gc.collect()
+
+
+def load_quantized(directory: Path, model: torch.nn.Module) -> torch.nn.Module:
+    """INC's saved model, put into the modules of the FP32 `model`, which is used up."""
+    loaded: torch.nn.Module = load(str(directory), model)
+    return loaded
+
+
+def measure_error(
+    references: Sequence[Reference],
+    quantized: torch.nn.Module,
+    heldout: Sequence[Batch],
+    answers: Sequence[list[range | None]],
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float | None]:
+    """The error of a quantized model on held-out batches, in the fields of a profile.
+
+    Args:
+        references: the FP32 output of each batch.
+        quantized: on the CPU.
+        heldout: the batches.
+        answers: as `tradeoff.measure_tradeoff` takes them.
+        on_batch: called after each batch with what is done and the total.
+    """
+    records = []
+    for index, (reference, batch) in enumerate(zip(references, heldout, strict=True)):
+        output = logits(quantized, batch)
+        advice = "choose a profile that keeps more ops in FP32, or check the weights"
+        record = require_finite(reference.compare(output), f"held-out batch {index}", "INC's quantized model", advice)
+        records.append(record | {"right": right_answers(output, batch, answers[index])})
+        on_batch(index + 1, len(heldout))
+    asked = sum(span is not None for spans in answers for span in spans)
+    return summary(records, [sum_of_squares(reference, index) for index, reference in enumerate(references)], asked)
+
+
+def logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """The model's output: float32 (samples, tokens, vocabulary)."""
+    with torch.no_grad():
+        output: torch.Tensor = model(**batch).logits
+    return output
+
+
+def compared(
+    name: str, profile: dict[str, Any], found: dict[str, float | None], tradeoff: dict[str, Any]
+) -> dict[str, Any]:
+    """The error of INC's model next to the error that the profile promised.
+
+    Args:
+        name: the profile's name.
+        profile: as `profiles.build_profiles` returns it.
+        found: as `measure_error` returns it.
+        tradeoff: by which the profile was measured; its `device` and `instruction_set` say where.
+
+    Returns:
+        {profile, status, measured_device, measured_instruction_set, promised, found}: `status` is `bit_identical`, or
+        `measured_elsewhere` where the profile was measured on a GPU or on a CPU with other vector instructions, whose
+        sums and INT8 products are not this CPU's.
+
+    Raises:
+        InputError: measured on such a CPU as this one, a number differs.
+    """
+    promised = {field: profile[field] for field in found}
+    here = tradeoff["device"] == "cpu" and tradeoff["instruction_set"] == instruction_set()
+    if here:
+        for field, value in found.items():
+            if value != promised[field]:
+                raise InputError(
+                    f"profile {name}: {field} was measured as {promised[field]!r}, and INC's INT8 model gives"
+                    f" {value!r}; do not use this profile, and report the difference with the plan"
+                )
+    return {
+        "profile": name,
+        "status": "bit_identical" if here else "measured_elsewhere",
+        "measured_device": tradeoff["device"],
+        "measured_instruction_set": tradeoff["instruction_set"],
+        "promised": promised,
+        "found": found,
+    }

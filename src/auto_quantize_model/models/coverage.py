@@ -1,0 +1,67 @@
+"""How much of a model the planned ops hold, and what is left out of the plan.
+
+In: the model, and the names of its modules that are planned or that the config keeps in FP32. Out: the plan's
+`coverage`.
+"""
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+NUMBERED = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
+
+
+def cover(model: torch.nn.Module, planned: Collection[str], kept: Collection[str]) -> dict[str, Any]:
+    """The share of the weights that the planned ops hold.
+
+    Args:
+        model: in FP32.
+        planned: names of the modules that are planned in INT8.
+        kept: names of the modules that the config keeps in FP32; they are the user's choice, not left out.
+
+    Returns:
+        {weights_total, weights_planned, weights_kept, share, left_out: [{pattern, class, count, weights, bytes}]}.
+        Every parameter counts once, a tied one too, and is planned where it is the weight of a planned module; a bias
+        of one stays in FP32 and counts in the total alone. `left_out` groups the parameters of all modules that are
+        neither planned nor kept by name, with `*` for numbers, and by the class of the module, the largest first:
+        `count` modules (or parameters of other names than weight and bias), `weights` values, `bytes` as loaded.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    total = in_plan = in_fp32 = 0
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for parameter in model.parameters():
+        names = owners[id(parameter)]
+        modules = {name.rpartition(".")[0] for name in names}
+        total += parameter.numel()
+        if any(name.removesuffix(".weight") in planned for name in names):
+            in_plan += parameter.numel()
+        elif any(name.removesuffix(".weight") in kept for name in names):
+            in_fp32 += parameter.numel()
+        elif not modules & {*planned, *kept}:
+            module, _, own = names[0].rpartition(".")
+            thing = module if own in ("weight", "bias") else names[0]
+            key = NUMBERED.sub("*", thing), type(model.get_submodule(module)).__name__
+            group = groups.setdefault(key, {"things": set(), "weights": 0, "bytes": 0})
+            group["things"].add(thing)
+            group["weights"] += parameter.numel()
+            group["bytes"] += parameter.numel() * parameter.element_size()
+    return {
+        "weights_total": total,
+        "weights_planned": in_plan,
+        "weights_kept": in_fp32,
+        "share": in_plan / total if total else 0.0,
+        "left_out": [
+            {
+                "pattern": pattern,
+                "class": kind,
+                "count": len(group["things"]),
+                "weights": group["weights"],
+                "bytes": group["bytes"],
+            }
+            for (pattern, kind), group in sorted(groups.items(), key=lambda item: (-item[1]["bytes"], item[0]))
+        ],
+    }

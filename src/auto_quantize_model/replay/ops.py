@@ -1,0 +1,270 @@
+"""Op sites: a module of the plan whose forward can be switched between FP32 and the INT8 that INC would make of it.
+
+In: the FP32 module and its entry of the plan. Out: the same module, calibrated once, switched by a flag, bit-identical
+to INC 2.6's model on this machine's CPU. On the CPU a site calls the kernel that INC's model calls, so the bits are
+INC's on every instruction set. On CUDA a site computes the formula of the kernel (`schemes.inc_int8`).
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+
+from auto_quantize_model.files import InputError
+from auto_quantize_model.machine import has_vnni
+from auto_quantize_model.schemes.inc_int8 import (
+    EXACT,
+    build_observer,
+    cpu_kernel,
+    dequantized,
+    integer_matmul,
+    pack_linear,
+    per_channel,
+    quantize,
+    quantize_weight,
+    saturation,
+    weight_scale,
+)
+
+
+class Site:
+    """One op of the plan; called in place of its module's forward.
+
+    `int8` is the flag. Between `observe` and `calibrated`, in FP32, observers see the op's input and output.
+    `executions` counts calls since `observe`. Scales and zero_points of input and output belong to the calibration, the
+    weight's codes to the model.
+    """
+
+    def __init__(self, name: str, module: Any, entry: dict[str, Any]) -> None:
+        self.name = name
+        self.module = module
+        self.forward = module.forward
+        self.activation = entry["activation"]["observer"]
+        self.weight = entry["weight"]["observer"]
+        self.int8 = False
+        self.observing: list[Any] = []
+        self.executions = 0
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:  # named as in torch's modules
+        self.executions += 1
+        if self.int8:
+            return self.quantized(input)
+        output = self.forward(input)
+        for observer, tensor in zip(self.observing, (input, output), strict=False):
+            if not tensor.isfinite().all():
+                raise InputError(
+                    f"{self.name}: its FP32 input or output on a calibration batch is not finite, so it has no scale;"
+                    " keep it in FP32 with sensitivity.op_name_dict, or check the weights"
+                )
+            # On the CPU whatever the device: the histogram of one machine is then that of every other.
+            observer(tensor.detach().float().cpu())
+        return output
+
+    def observe(self) -> None:
+        """Start a calibration: fresh observers for input and output."""
+        self.observing = [build_observer(self.activation), build_observer(self.activation)]
+        self.executions = 0
+
+    def calibrated(self) -> None:
+        """End it: scale and zero_point of input and output from what the observers saw, if the op ran at all."""
+        seen, self.observing = self.observing, []
+        if not self.executions:
+            return
+        self.set_scales(*(observer.calculate_qparams() for observer in seen))
+
+    def set_scales(self, inputs: tuple[torch.Tensor, Any], outputs: tuple[torch.Tensor, Any]) -> None:
+        """Set scale (float32, one value) and zero_point of input and output."""
+        device = self.module.weight.device
+        self.in_scale, self.in_zero = inputs[0].to(device), int(inputs[1])
+        self.out_scale, self.out_zero = outputs[0].to(device), int(outputs[1])
+
+    def quantized(self, x: torch.Tensor) -> torch.Tensor:
+        """The op's INT8 output for `x`, dequantized to float32."""
+        raise NotImplementedError
+
+
+class MatmulSite(Site):
+    """An op whose INT8 output is a product of codes: `quantize -> kernel -> dequantize`.
+
+    The weight's codes are packed for the kernel on the CPU, and kept as they are on CUDA.
+    """
+
+    def __init__(self, name: str, module: Any, entry: dict[str, Any]) -> None:
+        super().__init__(name, module, entry)
+        self.w_scale = weight_scale(module.weight, self.weight)
+        self.packed = self.pack() if module.weight.device.type == "cpu" else None
+
+    @functools.cached_property
+    def codes(self) -> torch.Tensor:
+        """The weight's int8 codes, (n, k): one row for each output channel, in the order of the kernel's columns."""
+        return self.columns(quantize_weight(self.module.weight.detach(), self.w_scale))
+
+    @functools.cached_property
+    def row_sums(self) -> torch.Tensor:
+        """The sum of each row of the codes, (n,) int32."""
+        return self.codes.sum(dim=1, dtype=torch.int32)
+
+    def pack(self) -> Any:
+        """The weight and bias as the CPU's kernel takes them."""
+        raise NotImplementedError
+
+    def columns(self, codes: torch.Tensor) -> torch.Tensor:
+        """`codes` (n, ...) as rows (n, k)."""
+        raise NotImplementedError
+
+    def quantized(self, x: torch.Tensor) -> torch.Tensor:
+        return self.by_formula(x) if x.is_cuda else self.by_kernel(x)
+
+    def by_kernel(self, x: torch.Tensor) -> torch.Tensor:
+        """The output by the kernel that INC's model calls; CPU only."""
+        codes = torch.quantize_per_tensor(x, self.in_scale, torch.tensor(self.in_zero), torch.quint8)
+        output: torch.Tensor = self.kernel(codes, self.packed, float(self.out_scale), self.out_zero)
+        return output.dequantize()
+
+    def kernel(self, codes: torch.Tensor, packed: Any, scale: float, zero_point: int) -> torch.Tensor:
+        """torch's quantized kernel of this op."""
+        raise NotImplementedError
+
+    def by_formula(self, x: torch.Tensor) -> torch.Tensor:
+        """The same output by torch operations that run everywhere."""
+        raise NotImplementedError
+
+    def accumulated(self, codes: torch.Tensor) -> torch.Tensor:
+        """The sum over k of (x_q - x_zero) w_q for `codes` (m, k) int8, as this CPU's kernel adds it: (m, n) int32."""
+        # x_q - x_zero = code + 128 - x_zero: the constant comes back as a multiple of each row's sum.
+        product = integer_matmul(codes, self.codes).add_(self.row_sums, alpha=128 - self.in_zero)
+        return product.add_(saturation(codes, self.codes)) if cpu_kernel() == "saturating" else product
+
+    def requantized(self, accumulated: torch.Tensor) -> torch.Tensor:
+        """fbgemm's ReQuantizeOutput of `accumulated` (m, n): round((acc + b / (x_scale w_scale)) * m) in float32.
+
+        m = (x_scale w_scale) / y_scale. The conversion to int32 wraps what is too large to its lowest value.
+        """
+        both = self.in_scale * self.w_scale
+        result = accumulated.float()
+        if self.module.bias is not None:
+            result.add_(self.module.bias / both)
+        result = result.mul_(both / self.out_scale).round_()
+        return result.masked_fill_(result >= 2.0**31, -(2.0**31))
+
+
+class LinearSite(MatmulSite):
+    """`quantize -> quantized::linear -> dequantize` of fbgemm, per output channel."""
+
+    def pack(self) -> Any:
+        return pack_linear(quantize_weight(self.module.weight.detach(), self.w_scale), self.w_scale, self.module.bias)
+
+    def columns(self, codes: torch.Tensor) -> torch.Tensor:
+        return codes
+
+    def kernel(self, codes: torch.Tensor, packed: Any, scale: float, zero_point: int) -> torch.Tensor:
+        output: torch.Tensor = torch.ops.quantized.linear(codes, packed, scale, zero_point)
+        return output
+
+    def by_formula(self, x: torch.Tensor) -> torch.Tensor:
+        codes = quantize(x, self.in_scale, self.in_zero).reshape(-1, x.shape[-1])
+        result = self.requantized(self.accumulated(codes))
+        return dequantized(result, self.out_scale, self.out_zero).view(*x.shape[:-1], -1)
+
+
+class Conv3dSite(MatmulSite):
+    """A Conv3d whose stride is its kernel, which is a linear over patches.
+
+    torch has two kernels for a Conv3d, oneDNN's with AVX-512 VNNI and fbgemm's without, and they round differently. On
+    the CPU torch chooses; the formula follows the kernel that this CPU takes.
+    """
+
+    def pack(self) -> Any:
+        weight = per_channel(quantize_weight(self.module.weight.detach(), self.w_scale), self.w_scale)
+        module = self.module
+        return torch.ops.quantized.conv3d_prepack(weight, module.bias, module.stride, [0, 0, 0], [1, 1, 1], 1)
+
+    def columns(self, codes: torch.Tensor) -> torch.Tensor:
+        # Channels last: fbgemm's order, which decides which products are added in a pair.
+        return codes.permute(0, 2, 3, 4, 1).flatten(1)
+
+    def kernel(self, codes: torch.Tensor, packed: Any, scale: float, zero_point: int) -> torch.Tensor:
+        output: torch.Tensor = torch.ops.quantized.conv3d(codes, packed, scale, zero_point)
+        return output
+
+    def by_formula(self, x: torch.Tensor) -> torch.Tensor:
+        """For patches (n, channels, t, h, w) of exactly the kernel's size or whole multiples of the size."""
+        patches, spatial = as_patches(quantize(x, self.in_scale, self.in_zero), self.module.kernel_size)
+        accumulated = self.accumulated(patches)
+        result = self.by_onednn(accumulated) if has_vnni() else self.requantized(accumulated)
+        rounded = dequantized(result, self.out_scale, self.out_zero)
+        return rounded.view(x.shape[0], *spatial, -1).permute(0, 4, 1, 2, 3)
+
+    def by_onednn(self, accumulated: torch.Tensor) -> torch.Tensor:
+        """oneDNN's codes less their zero_point, (m, n) float32.
+
+        oneDNN is handed 1 / x_scale and inverts it again, multiplies by one scale after the other, and adds y_zero
+        before it rounds.
+        """
+        result = accumulated.float().mul_(self.in_scale.reciprocal().reciprocal()).mul_(self.w_scale)
+        if self.module.bias is not None:
+            result.add_(self.module.bias)
+        return result.mul_(self.out_scale.reciprocal()).add_(self.out_zero).round_().sub_(self.out_zero)
+
+
+class EmbeddingSite(Site):
+    """`quantized::embedding_byte`: uint8 rows with a float scale and zero_point each, weight only.
+
+    Only the rows that are looked up are ever quantized: w_q = round(w / scale + zero_point), y = fma(w_q, scale,
+    -zero_point * scale), which float64 computes exactly and rounds once.
+    """
+
+    def __init__(self, name: str, module: torch.nn.Embedding, entry: dict[str, Any]) -> None:
+        super().__init__(name, module, entry)
+        observer = build_observer(self.weight)
+        observer(module.weight.detach().cpu())
+        scale, zero = observer.calculate_qparams()
+        self.scale, self.zero = scale.to(module.weight.device), zero.to(module.weight.device)
+
+    def observe(self) -> None:
+        """Nothing to observe: the output is float and the input are ids."""
+        self.executions = 0
+
+    def calibrated(self) -> None:
+        """Nothing was observed."""
+
+    def quantized(self, x: torch.Tensor) -> torch.Tensor:
+        scale, zero = self.scale[x].unsqueeze(-1), self.zero[x].unsqueeze(-1)
+        codes = (self.module.weight[x] * scale.reciprocal()).add_(zero).round_().clamp_(0, 255)
+        return (codes.double() * scale.double() + (-zero * scale).double()).float()
+
+
+def as_patches(x: torch.Tensor, kernel: tuple[int, ...]) -> tuple[torch.Tensor, list[int]]:
+    """(n, c, t, h, w) cut into patches of `kernel`: rows (n * patches, kernel * c), and how many along t, h and w."""
+    n, channels = x.shape[:2]
+    counts = [size // side for size, side in zip(x.shape[2:], kernel, strict=True)]
+    x = x[:, :, : counts[0] * kernel[0], : counts[1] * kernel[1], : counts[2] * kernel[2]]
+    x = x.reshape(n, channels, counts[0], kernel[0], counts[1], kernel[1], counts[2], kernel[2])
+    return x.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(n * math.prod(counts), -1), counts
+
+
+SITES: dict[str, tuple[type[torch.nn.Module], type[Site]]] = {
+    "Linear": (torch.nn.Linear, LinearSite),
+    "Conv3d": (torch.nn.Conv3d, Conv3dSite),
+    "Embedding": (torch.nn.Embedding, EmbeddingSite),
+}
+
+
+def why_not(module: torch.nn.Module, op: dict[str, Any]) -> str:
+    """Why a site cannot reproduce an op of the plan exactly; empty if it can."""
+    if op["pattern"] != op["op_type"]:
+        return f"INC fuses it into a {op['pattern']}"
+    if op["op_type"] not in SITES:
+        return f"no site for op type {op['op_type']}"
+    if type(module) is not SITES[op["op_type"]][0]:
+        return f"its module is a {type(module).__name__}"
+    if isinstance(module, torch.nn.Conv3d):
+        plain = module.padding == (0, 0, 0) and module.dilation == (1, 1, 1) and module.groups == 1
+        if module.stride != module.kernel_size or not plain:
+            return "a Conv3d whose stride is not its kernel, or that has padding, dilation or groups"
+    for side, allowed in EXACT["Embedding" if isinstance(module, torch.nn.Embedding) else "matmul"].items():
+        found = op[side]["observer"]
+        if (found["name"], found["dtype"], found["qscheme"]) not in allowed:
+            return f"its {side} is planned as {found['name']} {found['dtype']} {found['qscheme']}"
+    return ""

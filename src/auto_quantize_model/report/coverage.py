@@ -1,0 +1,64 @@
+"""The share of the weights that the planned ops hold, in sentences for the report, the terminal and the exports."""
+
+from typing import Any
+
+# Below this share of the weights, the planned ops are not the model.
+ENOUGH = 0.9
+
+
+def is_partial(coverage: dict[str, Any]) -> bool:
+    """Whether too much of the model is left out of the plan to speak of the model as quantized."""
+    return coverage["weights_planned"] + coverage["weights_kept"] < ENOUGH * coverage["weights_total"]
+
+
+def headline(ops: int, coverage: dict[str, Any]) -> str:
+    """The share of the weights, in a sentence without a full stop."""
+    kept = coverage["weights_kept"]
+    chosen = f"; the config keeps {share_of(kept, coverage)} of them in FP32" if kept else ""
+    return f"{ops} ops hold {share_of(coverage['weights_planned'], coverage)} of the weights{chosen}"
+
+
+def share_of(weights: int, coverage: dict[str, Any]) -> str:
+    """A share of all weights as a percentage with one digit, rounded down: less than all is never said to be all."""
+    thousandths = 1000 * weights // max(coverage["weights_total"], 1)
+    return f"{thousandths / 10:.1f} %"
+
+
+def left_out(coverage: dict[str, Any], most: int = 6) -> str:
+    """What is left out of the plan with its bytes, the largest first."""
+    groups = coverage["left_out"]
+    named = [
+        f"{group['pattern']} ({group['class']}, {group['count']} x, {in_bytes(group['bytes'])})"
+        for group in groups[:most]
+    ]
+    more = len(groups) - most
+    smaller = "1 smaller group" if more == 1 else f"{more} smaller groups"
+    return ", ".join(named) + (f" and {smaller}" if more > 0 else "")
+
+
+def in_bytes(value: int) -> str:
+    """Bytes in the largest unit that leaves a digit before the point."""
+    unit, size = next((pair for pair in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if value >= pair[1]), ("bytes", 1))
+    return f"{value / size:.3g} {unit}"
+
+
+def warnings(coverage: dict[str, Any]) -> list[str]:
+    """What a reader has to know first where the plan leaves out much of the model."""
+    if not is_partial(coverage):
+        return []
+    return [
+        f"The planned ops hold only {share_of(coverage['weights_planned'], coverage)} of the model's weights, and every"
+        f" number here is of these ops alone. Never quantized and never measured: {left_out(coverage)}."
+    ]
+
+
+def remark(coverage: dict[str, Any]) -> list[str]:
+    """What a user of an export has to know of the modules that the plan leaves out; all of them are named."""
+    groups = coverage["left_out"]
+    if not groups:
+        return []
+    weights = sum(group["weights"] for group in groups)
+    return [
+        "Left alone, because the plan has no INT8 for these modules and nothing was measured of them"
+        f" ({share_of(weights, coverage)} of the weights): {left_out(coverage, len(groups))}."
+    ]

@@ -1,0 +1,261 @@
+"""The report: the capture aggregated, ranked and put into words, for people (Markdown) and for programs (JSON).
+
+In: the manifests, the plan and the capture. Out: one document, the same for the same inputs, and its two renderings.
+"""
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from auto_quantize_model import escape
+from auto_quantize_model.decide.ranking import ranked, score
+from auto_quantize_model.decide.stability import assess, by_batch, rank_taus
+from auto_quantize_model.files import InputError, canonical_json, digest_of, read_json
+from auto_quantize_model.report import coverage, sentences
+
+SCHEMA = Path(__file__).with_name("schema.json")
+TEMPLATES = Path(__file__).with_name("templates")
+SCHEMA_VERSION = 6
+# Below this the all-INT8 output is mostly error, and what one op in FP32 takes away from it is noise.
+FALLBACK_FLOOR_DB = 10.0
+# Kendall's tau between batches, where 0 is chance.
+FALLBACK_FLOOR_TAU = 0.3
+# Four times the error on samples that set no scale: the calibration set has not seen what the model will.
+HELDOUT_GAP_DB = 6.0
+MEASUREMENT_KEYS = ("engine", "device", "threads", "instruction_set", "int8_kernel", "tf32", "plan_digest")
+CALIBRATION_KEYS = ("source", "seed", "batch_size", "text_only", "image_backend", "digest")
+DIRECTIONS = {
+    "isolated": "Only this op is INT8, all others stay FP32: the error it adds. The highest is the most sensitive.",
+    "fallback": "Only this op is FP32, all others are INT8: the error left. The lowest is the most sensitive.",
+    "requantize": (
+        "Ops are quantized one after another in the plan's order and never reset: the error so far. A running total"
+        " that depends on the order, not a score of the op."
+    ),
+}
+
+
+def build_report(
+    manifest: dict[str, Any],
+    calibration: dict[str, Any],
+    plan: dict[str, Any],
+    capture: dict[str, Any],
+    audit: dict[str, Any],
+    tradeoff: dict[str, Any],
+    profiles: dict[str, Any],
+) -> dict[str, Any]:
+    """The report as a JSON-able document that its published schema describes; `score` says how batches are aggregated.
+
+    Raises:
+        InputError: the capture is of another plan, or holds a score that is not finite.
+    """
+    if capture["plan_digest"] != digest_of(plan):
+        raise InputError("the capture was made from another plan; run the capture rule again (--forcerun)")
+    require_finite(capture)
+    references = [batch["reference"] for batch in capture["batches"]]
+    exercised = [op for op in plan["ops"] if any(capture["executions"][op["op_name"]])]
+    maps = {label: ranked(exercised, capture["maps"][label], references) for label in plan["maps"]}
+    all_int8 = score([batch["all_int8"] for batch in capture["batches"]], references)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": {key: manifest[key] for key in ("model", "source", "architecture", "stand_in", "digest")},
+        "calibration": {
+            "name": calibration["calibration"],
+            **{key: calibration[key] for key in CALIBRATION_KEYS},
+            "samples": {split: len(samples) for split, samples in calibration["samples"].items()},
+        },
+        "measurement": {key: capture[key] for key in MEASUREMENT_KEYS}
+        | {key: plan[key] for key in ("measured_op", "config_digest", "reduce_range", "reduce_range_by", "inc_check")},
+        "audit": audit,
+        "versions": capture["versions"],
+        "coverage": plan["coverage"],
+        "warnings": [
+            *coverage.warnings(plan["coverage"]),
+            *of_the_run(manifest["stand_in"], calibration, len(plan["ops"]) - len(exercised)),
+            *([sentences.without_inc(plan["inc_check"])] if plan["inc_check"]["status"] == "cannot" else []),
+            *(of_fallback(all_int8, capture["maps"]["fallback"]) if "fallback" in maps else []),
+            *of_heldout(all_int8, tradeoff),
+        ],
+        "all_int8": all_int8,
+        "batches": [describe_batch(batch) for batch in capture["batches"]],
+        "most_sensitive": maps["isolated"][::-1][:10] if "isolated" in maps else [],
+        "trust": assess(
+            {op["op_name"]: capture["maps"]["isolated"][op["op_name"]] for op in exercised},
+            [batch["all_int8"] for batch in capture["batches"]],
+        )
+        if "isolated" in maps
+        else None,
+        "tradeoff": tradeoff,
+        "profiles": profiles,
+        "maps": {label: {"direction": DIRECTIONS[label], "ops": rows} for label, rows in maps.items()},
+        "ops": [
+            {
+                "op_name": op["op_name"],
+                "op_type": op["op_type"],
+                "status": "measured" if op in exercised else "not_exercised",
+                "executions": capture["executions"][op["op_name"]],
+            }
+            for op in plan["ops"]
+        ],
+        "excluded": plan["excluded"],
+    }
+
+
+def describe_batch(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of the capture as the report shows it."""
+    return {
+        **{key: batch[key] for key in ("batch", "sample_ids", "tokens", "image_tokens")},
+        "reference_sum_of_squares": batch["reference"]["all"],
+        "all_int8_mse_value": batch["all_int8"]["mse_value"],
+    }
+
+
+def require_finite(capture: dict[str, Any]) -> None:
+    """Refuse a capture with a score that is no number.
+
+    Raises:
+        InputError: naming op, map and batch.
+    """
+    for label, per_op in capture["maps"].items():
+        for name, records in per_op.items():
+            for batch, record in enumerate(records):
+                for metric, value in (record or {}).items():
+                    if not math.isfinite(value):
+                        raise InputError(
+                            f"map {label}, batch {batch}: the {metric} of {name} is {value}; keep that op in FP32 with"
+                            " sensitivity.op_name_dict and run again"
+                        )
+
+
+def of_the_run(stand_in: str | None, calibration: dict[str, Any], not_exercised: int) -> list[str]:
+    """What a reader has to know of model and samples before the first number."""
+    found = []
+    if stand_in:
+        found.append(f"This is a stand-in for a published model: {stand_in}.")
+    if calibration["text_only"] and calibration["image_backend"]:
+        found.append("The vision tower was not exercised: no calibration sample has an image.")
+    answers = calibration["answers"]["heldout"]
+    if answers["located"] < answers["given"]:
+        found.append(
+            f"Answers were located in {answers['located']} of {answers['given']} held-out samples; accuracy is measured"
+            " on these alone. The chat template changes the other answers, or their tokens hold other text too."
+        )
+    if not_exercised:
+        ops = sentences.counted(not_exercised, "op")
+        found.append(
+            f"{ops} never ran on the scored batches, so nothing is known of {'it' if not_exercised == 1 else 'them'}."
+        )
+    return found
+
+
+def of_fallback(all_int8: dict[str, Any], records: dict[str, list[dict[str, float] | None]]) -> list[str]:
+    """Where the fallback map carries no information: little but noise to take away from, or batches that disagree."""
+    seen, taus = all_int8["sqnr_db"], rank_taus(by_batch(records)[1])
+    found = []
+    if seen is not None and seen < FALLBACK_FLOOR_DB:
+        below = "an SQNR of {} dB, below {} dB".format(*sentences.apart(seen, FALLBACK_FLOOR_DB))
+        found.append(
+            f"With every op in INT8 the output has {below}: the fallback map is mostly noise there; use the isolated"
+            " map."
+        )
+    elif taus and statistics.fmean(taus) < FALLBACK_FLOOR_TAU:
+        found.append(
+            f"The fallback map is mostly noise: batches agree on its order with a Kendall's tau of"
+            f" {statistics.fmean(taus):.2f}, where 0 is chance; use the isolated map."
+        )
+    return found
+
+
+def of_heldout(all_int8: dict[str, Any], tradeoff: dict[str, Any]) -> list[str]:
+    """Where the calibration set has not seen what the model will."""
+    seen = all_int8["sqnr_db"]
+    unseen = tradeoff["curves"]["ranking"][0]["sqnr_db"] if tradeoff["status"] == "measured" else None
+    if seen is None or unseen is None or seen - unseen <= HELDOUT_GAP_DB:
+        return []
+    return [
+        f"INT8 has an SQNR of {seen:.1f} dB on the samples that set its scales and {unseen:.1f} dB on held-out ones:"
+        " what lies outside the calibrated ranges is clipped, and no map can see that. Raise calibration.num_samples."
+    ]
+
+
+def render(report: dict[str, Any]) -> tuple[str, str]:
+    """The report as Markdown and as canonical JSON, after it was checked against its schema.
+
+    Args:
+        report: as `build_report` returns it.
+
+    Raises:
+        jsonschema.ValidationError: the report is not what its published schema says.
+    """
+    jsonschema.validate(report, read_json(SCHEMA))
+    # Every text that the Markdown shows is escaped unless it is Markup already; JSON holds the raw data.
+    environments = {
+        "md": Environment(
+            loader=FileSystemLoader(TEMPLATES),
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            autoescape=True,
+            finalize=lambda value: escape.prose(value) if type(value) is str else value,
+        ),
+        "json": Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined),  # noqa: S701  no HTML
+    }
+    environments["md"].filters |= {"cell": markdown_cell, "code": escape.code}
+    environments["md"].filters["decibels"] = lambda value: "no error" if value is None else sentences.number(value)
+    environments["json"].filters["canonical_json"] = canonical_json
+    markdown, document = (
+        environment.get_template(f"op_sensitivity.{kind}.j2").render(
+            report=report, sentences=sentences, coverage=coverage
+        )
+        for kind, environment in environments.items()
+    )
+    return markdown, document
+
+
+def markdown_cell(value: Any) -> str:
+    """A value as the text of a Markdown table's cell: 4 significant digits, markup escaped, null as a dash."""
+    if value is None:
+        return "–"
+    return sentences.number(value) if isinstance(value, float) else escape.prose(str(value))
+
+
+def tables(report: dict[str, Any]) -> dict[str, pd.DataFrame]:
+    """The report's `ranking`, `tradeoff` and `profiles` as flat tables; what was not measured has no rows.
+
+    Texts are as `escape.spreadsheet_cell` returns them. Without an image there are no columns of image and text error.
+    """
+    measured = report["tradeoff"]["status"] == "measured"
+    curves = report["tradeoff"]["curves"] if measured else {}
+    profiles = report["profiles"]["profiles"]
+    found = {
+        "ranking": pd.DataFrame(report["maps"]["isolated"]["ops"] if "isolated" in report["maps"] else []),
+        "tradeoff": pd.DataFrame(
+            {"order": order, **point, "added": " ".join(point["added"])}
+            for order, curve in curves.items()
+            for point in curve
+        ),
+        "profiles": pd.DataFrame(
+            {"profile": name, **profile, "kept": " ".join(profile["kept"]), "worse": " ".join(profile["worse"])}
+            for name, profile in profiles.items()
+        ),
+    }
+    if not sentences.has_images(report):
+        found["ranking"] = found["ranking"].drop(columns=list(sentences.BY_MODALITY), errors="ignore")
+    return {
+        name: table.map(lambda value: escape.spreadsheet_cell(value) if isinstance(value, str) else value)
+        for name, table in found.items()
+    }
+
+
+def top_table(report: dict[str, Any]) -> str:
+    """The ten most sensitive ops as a text table for the terminal."""
+    rows = [{"place": place, **row} for place, row in enumerate(report["most_sensitive"], start=1)]
+    if not rows:
+        ran = "no op ran on the scored batches" if "isolated" in report["maps"] else "the isolated map was not measured"
+        return f"{ran}: no ranking"
+    columns = ["place", "op_name", "op_type", "mse_value", "sqnr_db"]
+    return pd.DataFrame(rows)[columns].to_string(index=False, float_format=lambda value: f"{value:.4g}")

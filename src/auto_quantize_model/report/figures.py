@@ -1,0 +1,478 @@
+"""Four pictures of a report. In: the report. Out: Altair charts, drawn as files or embedded in a page from one source.
+
+Op names are data: they stand in the data of a chart and never in an expression or a field name.
+"""
+
+import math
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import altair as alt
+import vl_convert
+
+from auto_quantize_model.escape import printable_document
+from auto_quantize_model.files import atomic_path
+from auto_quantize_model.report.sentences import counted, number, percent
+
+Row = dict[str, Any]
+# What `alt.layer` returns, as it is typed.
+Panel = alt.LayerChart | alt.FacetChart
+TOP = 10
+# Colours of Okabe and Ito, which the colour-blind tell apart; each has a shape, and each curve a dash as well.
+BLUE, VERMILION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#5F5F5F"
+PARTS = {"vision": (BLUE, "circle"), "language": (VERMILION, "triangle-up")}
+CURVES: dict[str, tuple[Any, ...]] = {
+    "ranking": ("ranking", BLUE, [1, 0], "circle"),
+    "greedy": ("greedy", GREEN, [8, 3], "square"),
+    "random": ("random (mean ± std)", GREY, [2, 2], "diamond"),
+    "weight_bytes": ("largest weights first", VERMILION, [6, 2, 2, 2], "triangle-up"),
+    "inverse": ("ranking reversed", PURPLE, [4, 4], "triangle-down"),
+}
+CONFIG = {
+    "font": "Liberation Sans, Arial, Helvetica, sans-serif",
+    "background": "white",
+    "axis": {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "gridColor": "#E6E6E6"},
+    "legend": {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 300},
+    "title": {"fontSize": 13, "anchor": "start", "fontWeight": "bold"},
+    "view": {"stroke": "#BDBDBD"},
+}
+NO_RANKING = "The isolated map was not measured, so there is no score of an op alone: add it to sensitivity.maps."
+SVG_NAME = re.compile(r'(?<=id=")(?:gradient_|clip)\d+(?=")|(?<=url\(#)(?:gradient_|clip)\d+(?=\))')
+IN_BLOCK = re.compile(r"(.+?)\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart, its title, and the caption that says in words what is seen."""
+
+    title: str
+    caption: str
+    chart: alt.TopLevelMixin
+
+
+def figures(report: dict[str, Any]) -> dict[str, Figure]:
+    """The pictures `heat_map`, `ranked_ops`, `tradeoff` and `modalities` of a report as `build_report` returns it.
+
+    All four are always there; where a thing was not measured, its picture says why.
+    """
+    report = printable_document(report)  # an SVG with a control character cannot be read
+    return {draw.__name__: draw(report) for draw in (heat_map, ranked_ops, tradeoff, modalities)}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Draw `figure` to `path`, whole or not at all, as its suffix says: .svg, or .png at two pixels a unit.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    if path.suffix not in (".svg", ".png"):
+        raise ValueError(f"{path}: a figure is drawn as .svg or .png")
+    spec = figure.chart.to_dict()
+    with atomic_path(path) as temporary:
+        if path.suffix == ".svg":
+            temporary.write_text(renumbered(vl_convert.vegalite_to_svg(spec)), encoding="utf-8")
+        else:
+            temporary.write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
+
+
+def renumbered(svg: str) -> str:
+    """An SVG whose gradients and clips are numbered from 0: Vega counts on from what its process drew before."""
+    found = dict.fromkeys(re.findall(r'<[^<>]* id="((?:gradient_|clip)\d+)"', svg))
+    new = {name: f"{name.rstrip('0123456789')}{place}" for place, name in enumerate(found)}
+    # In tags alone: the text between them holds names of ops.
+    return re.sub(r"<[^<>]*>", lambda tag: SVG_NAME.sub(lambda name: new.get(name[0], name[0]), tag[0]), svg)
+
+
+def heat_map(report: dict[str, Any]) -> Figure:
+    """Block by projection, a panel for each stack of blocks, and the ops outside of any; colour is SQNR in dB."""
+    title = "SQNR of the output with one op in INT8"
+    if "isolated" not in report["maps"]:
+        return finish(report, title, NO_RANKING, None)
+    towers, others = cells(report)
+    known = [cell["sqnr"] for row in [*towers.values(), others] for cell in row if cell["sqnr"] is not None]
+    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    domain = [low, high] if high > low else [low - 1, low + 1]
+    columns = max((len({cell["block"] for cell in tower}) for tower in towers.values()), default=1)
+    step = max(10, min(48, 680 // columns))
+    labels = [cell["projection"] for tower in towers.values() for cell in tower] + [cell["op"] for cell in others]
+    extent = min(360, 12 + 6 * max(map(len, labels)))
+    panels = [heat_panel(name, tower, domain, step, extent) for name, tower in towers.items()]
+    if others:
+        panels.append(heat_panel("", others, domain, 48, extent))
+    caption = (
+        "Each cell is one op: the SQNR in dB at the model's output with that op alone in INT8. Dark is sensitive. Grey"
+        " has no value, for an op that never ran or that adds no error at all."
+    )
+    return finish(report, title, caption, alt.vconcat(*panels, spacing=18))
+
+
+def cells(report: dict[str, Any]) -> tuple[dict[str, list[Row]], list[Row]]:
+    """Planned ops by the stack of blocks that they are in, and those in none; a stack has two blocks or more."""
+    rows = {row["op_name"]: row for row in report["maps"]["isolated"]["ops"]}
+    places = {op["op_name"]: IN_BLOCK.fullmatch(op["op_name"]) for op in report["ops"]}
+    blocks: dict[str, set[str]] = {}
+    for place in filter(None, places.values()):
+        blocks.setdefault(place[1], set()).add(place[2])
+    towers: dict[str, list[Row]] = {}
+    others: list[Row] = []
+    for op in report["ops"]:
+        found, row = places[op["op_name"]], rows.get(op["op_name"])
+        value = row["sqnr_db"] if row else None
+        cell = {"sqnr": value, "text": f"{value:.1f}" if value is not None else "–"}
+        cell |= hover(row, len(rows)) if row else {"op": op["op_name"], "type": op["op_type"], "mse_value": "never ran"}
+        if found and len(blocks[found[1]]) > 1:
+            towers.setdefault(found[1], []).append(cell | {"block": int(found[2]), "projection": found[3]})
+        else:
+            others.append(cell | {"block": 0, "projection": op["op_name"]})
+    return towers, others
+
+
+def heat_panel(tower: str, found: list[Row], domain: list[float], step: int, extent: int) -> Panel:
+    """The panel of one stack of blocks, or of the ops outside of any where `tower` is empty; sizes in pixels."""
+    # No sorting: projections stand in the plan's order, and a sorted domain would put names into an expression.
+    axis = alt.Axis(labelLimit=extent, minExtent=extent, ticks=False, domain=False)
+    x_axis = alt.Axis(labelAngle=0, labelOverlap=True, ticks=False, domain=False, labelPadding=4) if tower else None
+    base = alt.Chart(alt.Data(values=found)).encode(
+        x=alt.X("block:O", title="block", axis=x_axis, scale=alt.Scale(padding=0)),
+        y=alt.Y("projection:N", sort=None, title=None, axis=axis, scale=alt.Scale(padding=0)),
+        tooltip=tooltip(found),
+    )
+    legend = alt.Legend(title="SQNR (dB)", format=".3~g", tickCount=6, gradientLength=160, gradientStrokeWidth=0)
+    color = alt.Color("sqnr:Q", scale=alt.Scale(scheme="viridis", domain=domain), legend=legend)
+    rect = base.mark_rect(stroke="white", strokeWidth=1, invalid=None).encode(
+        color=alt.condition("datum.sqnr === null", alt.value("#D9D9D9"), color)
+    )
+    layers = [rect]
+    if step >= 36:
+        middle = (domain[0] + domain[1]) / 2
+        white = alt.condition(f"datum.sqnr !== null && datum.sqnr < {middle}", alt.value("white"), alt.value("black"))
+        layers.append(base.mark_text(fontSize=11).encode(text="text:N", color=white))
+    title = f"{part_of(tower).capitalize()}: {tower}" if tower else "Outside the repeated blocks"
+    return alt.layer(*layers).properties(
+        width=step * len({cell["block"] for cell in found}),
+        height=20 * len({cell["projection"] for cell in found}),
+        title=alt.TitleParams(title, frame="group", limit=680),
+        view=alt.ViewConfig(stroke=None),
+    )
+
+
+def ranked_ops(report: dict[str, Any]) -> Figure:
+    """Every op by its error, the ten most sensitive by name above them, on one logarithmic axis."""
+    title = "Error that each op adds, the most sensitive first"
+    if "isolated" not in report["maps"]:
+        return finish(report, title, NO_RANKING, None)
+    rows = report["maps"]["isolated"]["ops"]
+    drawn = [row for row in rows[::-1] if row["mse_value"] > 0]
+    if not drawn:
+        return finish(report, title, "No op adds any error: every mse_value is 0.", None)
+    high = max(row["mse_value"] + (row["mse_value_std"] or 0) for row in drawn)
+    domain = decades(min(row["mse_value"] for row in drawn), high)
+    points = [
+        hover(row, len(rows))
+        | {
+            "place": place,
+            "value": row["mse_value"],
+            "low": max(row["mse_value"] - (row["mse_value_std"] or 0), domain[0]),
+            "high": row["mse_value"] + (row["mse_value_std"] or 0),
+        }
+        for place, row in enumerate(drawn, start=1)
+    ]
+    spread = any(row["mse_value_std"] for row in drawn)
+    named = ranked_panel(points[:TOP], domain, spread, True).properties(
+        title=alt.TitleParams(
+            f"The {len(points[:TOP])} most sensitive" if len(points) > 1 else "The most sensitive", frame="group"
+        ),
+        height=22 * len(points[:TOP]),
+    )
+    whole = ranked_panel(points, domain, spread, False).properties(
+        title=alt.TitleParams("The only op" if len(rows) == 1 else f"All {len(rows)} ops", frame="group"),
+        height=min(380, max(120, 7 * len(points))),
+    )
+    caption = (
+        "The error that an op adds when it alone is INT8: mse_value, the sum of squared errors at the model's output,"
+        " on a logarithmic axis."
+    )
+    if spread:
+        caption += (
+            " Bars are ± one standard deviation between batches; one that ends at the left edge goes on beyond it."
+        )
+    if missing := len(rows) - len(drawn):
+        caption += f" {counted(missing, 'op')} without any error cannot stand on this axis."
+    return finish(report, title, caption, alt.vconcat(named, whole, spacing=14))
+
+
+def ranked_panel(points: list[Row], domain: list[float], spread: bool, named: bool) -> Panel:
+    """Ops from the top down, with their names as labels or, where they are too many for that, their places."""
+    extent = min(360, 12 + 6 * max(len(point["op"]) for point in points)) if named else 0
+    every = next(step for step in (2, 5, 10, 20, 50, 100, 200, 500, len(points)) if len(points) / step <= 9)
+    y = (
+        alt.Y("op:N", sort=None, title=None, axis=alt.Axis(labelLimit=extent, grid=True, ticks=False))
+        if named
+        else alt.Y(
+            "place:Q",
+            title="place (1 is the most sensitive)",
+            scale=alt.Scale(reverse=True, domain=[0, len(points) + 1], nice=False),
+            axis=alt.Axis(values=[1, *range(every, len(points) + 1, every)], format="d"),
+        )
+    )
+    axis = alt.Axis(format="~g", values=powers(domain), labelFlush=False)
+    scale = alt.Scale(type="log", domain=domain, nice=False)
+    base = alt.Chart(alt.Data(values=points), width=520).encode(y=y)
+    value = alt.X("value:Q", scale=scale, axis=axis, title="mse_value (sum of squared errors)")
+    color, shape = by_part(points)
+    dots = base.mark_point(filled=True, size=70 if named else 30, opacity=1).encode(
+        x=value, color=color, shape=shape, tooltip=tooltip(points)
+    )
+    if not spread:
+        return alt.layer(dots)
+    bars = base.mark_rule(strokeWidth=1.5 if named else 1, opacity=0.55).encode(
+        x=alt.X("low:Q", scale=scale, axis=axis, title="mse_value (sum of squared errors)"), x2="high:Q", color=color
+    )
+    return alt.layer(bars, dots)
+
+
+def tradeoff(report: dict[str, Any]) -> Figure:
+    """SQNR on held-out samples over the number of kept ops, for the ranking and what it is compared with."""
+    title = "What keeping ops in FP32 buys"
+    found = report["tradeoff"]
+    if found["status"] != "measured":
+        return finish(report, title, f"The trade-off was not measured: {found['reason']}.", None)
+    points = curve_points(found)
+    if not points:
+        return finish(report, title, "No keep-list has an error: there is nothing to trade.", None)
+    best = report["profiles"]["profiles"].get("recommended")
+    target = report["profiles"]["target"].get("min_sqnr_db")
+    half = max(1, found["ops"] // 2)
+    # With nearly every op in FP32 the SQNR shoots up, and on its scale nothing else could be read.
+    near = [point for point in points if point["keep"] <= half]
+    panels = [tradeoff_panel(near, half, best, target, found["ops"]).properties(title="Up to half of the ops kept")]
+    panels.append(tradeoff_panel(points, found["ops"], best, target, found["ops"]).properties(title="All lengths"))
+    caption = (
+        f"The mixed-precision model itself on {counted(found['batches'], 'held-out batch', 'held-out batches')}:"
+        f" SQNR with the given number of its {found['ops']} ops in FP32 and all others in INT8. With no error left, as"
+        " with every op in FP32, there is no SQNR to draw."
+    )
+    if best:
+        caption += f" The vertical line is the recommended profile, {best['keep']} kept."
+    return finish(report, title, caption, alt.hconcat(*panels, spacing=30))
+
+
+def curve_points(found: dict[str, Any]) -> list[Row]:
+    """The points of all curves that have an SQNR, with the standard deviation of the random ones."""
+    points = []
+    for key, (label, *_) in reversed(CURVES.items()):  # what is drawn last lies on top
+        for point in found["random"] if key == "random" else found["curves"].get(key, []):
+            if point["sqnr_db"] is None:
+                continue
+            std = point.get("sqnr_db_std") or 0
+            added = point.get("added", [])
+            points.append(
+                {
+                    "curve": label,
+                    "keep": point["keep"],
+                    "sqnr": point["sqnr_db"],
+                    "low": point["sqnr_db"] - std,
+                    "high": point["sqnr_db"] + std,
+                    "kept": f"{point['keep']} of {found['ops']}",
+                    "added": (", ".join(added[:3]) + (" …" if len(added) > 3 else "")) or "–",
+                    "sqnr_text": f"{point['sqnr_db']:.2f} dB" + (f" ± {std:.2f}" if key == "random" else ""),
+                    "weights": f"{point['weight_bytes'] / 1e6:.4g} MB",
+                    "kl": number(point["kl_divergence"], "nats"),
+                    "top1": percent(point["top1_agreement"]),
+                    "accuracy": percent(point["accuracy"]),
+                }
+            )
+    return points
+
+
+def tradeoff_panel(points: list[Row], last: int, best: Row | None, target: float | None, ops: int) -> Panel:
+    """The curves up to `last` kept ops, the recommended profile as a vertical line and the target as a level one."""
+    ticks = [0, *(2**power for power in range(20) if 2**power <= last / 1.4), last]
+    x = alt.X(
+        "keep:Q",
+        title="ops kept in FP32",
+        scale=alt.Scale(type="symlog", domain=[0, last], nice=False),
+        axis=alt.Axis(values=ticks, format="d", labelOverlap=True, labelFlush=False),
+    )
+    known = [curve for curve in CURVES.values() if any(point["curve"] == curve[0] for point in points)]
+    labels, colors, dashes, shapes = (list(column) for column in zip(*known, strict=True))
+    legend = alt.Legend(title=None, orient="bottom", columns=5, symbolSize=90, symbolOpacity=1, symbolStrokeWidth=0)
+    color = alt.Color("curve:N", scale=alt.Scale(domain=labels, range=colors), legend=legend)
+    dash = alt.StrokeDash("curve:N", scale=alt.Scale(domain=labels, range=dashes), legend=legend)
+    shape = alt.Shape("curve:N", scale=alt.Scale(domain=labels, range=shapes), legend=legend)
+    y = alt.Y("sqnr:Q", title="SQNR (dB), held-out", scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=6))
+    base = alt.Chart(alt.Data(values=points), width=390, height=300).encode(x=x, color=color)
+    band = (
+        base.transform_filter(f"datum.curve === '{CURVES['random'][0]}'")
+        .mark_area(opacity=0.2)
+        .encode(y=alt.Y("low:Q", title="SQNR (dB), held-out"), y2="high:Q")
+    )
+    lines = base.mark_line(strokeWidth=2).encode(y=y, strokeDash=dash)
+    hints = {"curve": "order", "kept": "kept", "added": "added", "sqnr_text": "SQNR", "weights": "weights"}
+    hints |= {"kl": "KL", "top1": "top-1", "accuracy": "answers right"}
+    dots = base.mark_point(filled=True, size=55, opacity=1).encode(
+        y=y, shape=shape, tooltip=[alt.Tooltip(field=key, type="nominal", title=name) for key, name in hints.items()]
+    )
+    below = target is not None and points[0]["sqnr"] > target
+    return alt.layer(band, *marks(best, target, last, x, below), lines, dots)
+
+
+def marks(best: Row | None, target: float | None, last: int, x: alt.X, below: bool) -> list[alt.Chart]:
+    """Lines at the recommended profile, labelled outside the plot, and at the target, labelled where curves start.
+
+    All curves start at the same point: the label stands on the other side of the line.
+    """
+    found = []
+    if target is not None:
+        at = alt.Chart(alt.Data(values=[{"sqnr": target, "label": f"target {target:g} dB"}]))
+        found.append(at.mark_rule(color="#333333", strokeDash=[1, 3]).encode(y="sqnr:Q"))
+        found.append(
+            at.mark_text(align="left", baseline="middle", dy=10 if below else -10, fontSize=11).encode(
+                y="sqnr:Q", x=alt.value(6), text="label:N"
+            )
+        )
+    if best is not None and best["keep"] <= last:
+        at = alt.Chart(alt.Data(values=[{"keep": best["keep"], "label": f"recommended: {best['keep']}"}])).encode(x=x)
+        align: Literal["left", "right"] = "right" if best["keep"] > last / 4 else "left"
+        found.append(at.mark_rule(color="#333333", strokeWidth=1.5).encode())
+        found.append(
+            at.mark_text(align=align, baseline="bottom", dy=-4, fontSize=11, fontWeight="bold").encode(
+                y=alt.value(0), text="label:N"
+            )
+        )
+    return found
+
+
+def modalities(report: dict[str, Any]) -> Figure:
+    """Relative error at image tokens over that at text tokens, an op a point, with the diagonal of equal errors."""
+    title = "Error at image tokens against error at text tokens"
+    if "isolated" not in report["maps"]:
+        return finish(report, title, NO_RANKING, None)
+    rows = report["maps"]["isolated"]["ops"]
+    pairs = [row for row in rows if row["image_relative_error"] is not None and row["text_relative_error"] is not None]
+    drawn = [row for row in pairs if row["image_relative_error"] > 0 and row["text_relative_error"] > 0]
+    if not drawn:
+        return finish(report, title, no_modalities(report, pairs), None)
+    errors = [row[f"{kind}_relative_error"] for row in drawn for kind in ("image", "text")]
+    domain = decades(min(errors), max(errors))
+    values = {"image": "image_relative_error", "text": "text_relative_error"}
+    points = [hover(row, len(rows)) | {f"{key}_value": row[name] for key, name in values.items()} for row in drawn]
+    ratio = {row["op_name"]: row["image_relative_error"] / row["text_relative_error"] for row in drawn}
+    above = sum(value > 1 for value in ratio.values())
+    most = max(ratio, key=lambda name: ratio[name])
+    caption = (
+        f"Each point is one op alone in INT8; above the line it harms image tokens more than text tokens ({above} of"
+        f" {counted(len(drawn), 'op')}). Errors are relative to the FP32 output at the same tokens. The ratio is"
+        f" largest for {most}: {ratio[most]:.3g}."
+    )
+    if missing := len(rows) - len(drawn):
+        caption += f" {counted(missing, 'op')} without a value above 0 on both axes cannot be drawn."
+    return finish(report, title, caption, modality_chart(points, domain))
+
+
+def no_modalities(report: dict[str, Any], pairs: Sequence[Row]) -> str:
+    """Why errors at image and text tokens cannot be compared."""
+    if not any(batch["image_tokens"] for batch in report["batches"]):
+        return "No batch has image tokens, so there is no error at image tokens to compare."
+    if not pairs:
+        return "Errors at image and at text tokens were not measured: Intel Neural Compressor's engine gives one sum."
+    return "No op has an error above 0 at both image and text tokens."
+
+
+def modality_chart(points: list[Row], domain: list[float]) -> Panel:
+    """The scatter, the diagonal, and what its two sides mean."""
+    scale = alt.Scale(type="log", domain=domain, nice=False)
+    axis = alt.Axis(format="~e", values=powers(domain), labelFlush=False, labelOverlap=True)
+    x = alt.X("text_value:Q", scale=scale, axis=axis, title="relative error at text tokens")
+    y = alt.Y("image_value:Q", scale=scale, axis=axis, title="relative error at image tokens")
+    ends = alt.Data(values=[{"text_value": end, "image_value": end} for end in domain])
+    diagonal = alt.Chart(ends).mark_line(color="#555555", strokeDash=[5, 4], strokeWidth=1).encode(x=x, y=y)
+    color, shape = by_part(points)
+    dots = (
+        alt.Chart(alt.Data(values=points))
+        .mark_point(filled=True, size=55, opacity=0.8)
+        .encode(x=x, y=y, color=color, shape=shape, tooltip=tooltip(points))
+    )
+    note = alt.Chart(alt.Data(values=[{}]))
+    sides = [
+        note.mark_text(align="left", fontSize=12, color="#555555", text="image tokens harmed more").encode(
+            x=alt.value(8), y=alt.value(14)
+        ),
+        note.mark_text(align="right", fontSize=12, color="#555555", text="text tokens harmed more").encode(
+            x=alt.value(452), y=alt.value(446)
+        ),
+    ]
+    return alt.layer(diagonal, *sides, dots).properties(width=460, height=460)
+
+
+def by_part(points: Iterable[Row]) -> tuple[alt.Color, alt.Shape]:
+    """Colour and shape by the model's part, with a legend where there is more than one."""
+    parts = [part for part in PARTS if any(point["part"] == part for point in points)]
+    legend = alt.Legend(title=None, orient="top", symbolSize=80, symbolOpacity=1) if len(parts) > 1 else None
+    colors, shapes = ([PARTS[part][index] for part in parts] for index in range(2))
+    return (
+        alt.Color("part:N", scale=alt.Scale(domain=parts, range=colors), legend=legend),
+        alt.Shape("part:N", scale=alt.Scale(domain=parts, range=shapes), legend=legend),
+    )
+
+
+def part_of(name: str) -> str:
+    """`vision` for a module of the vision tower, by its name, and `language` for any other."""
+    return "vision" if re.search(r"\b(visual|vision\w*)\b", name) else "language"
+
+
+def hover(row: Row, ops: int) -> Row:
+    """What is shown of an op when the pointer is on it: text alone, so that nothing has to be formatted later."""
+    spread = f" ± {row['mse_value_std']:.2g}" if row["mse_value_std"] is not None else ""
+    return {
+        "op": row["op_name"],
+        "type": row["op_type"],
+        "part": part_of(row["op_name"]),
+        "rank": f"{row['rank']} of {ops}",
+        "mse_value": f"{row['mse_value']:.4g}{spread}",
+        "sqnr_text": f"{row['sqnr_db']:.2f} dB" if row["sqnr_db"] is not None else "no error",
+        "kl": number(row["kl_divergence"], "nats"),
+        "top1": percent(row["top1_agreement"]),
+        "at_image": number(row["image_relative_error"]),
+        "at_text": number(row["text_relative_error"]),
+    }
+
+
+def tooltip(points: Sequence[Row]) -> list[alt.Tooltip]:
+    """The tooltip over what `hover` returns."""
+    names = {"op": "op", "type": "type", "rank": "rank", "mse_value": "mse_value", "sqnr_text": "SQNR", "kl": "KL"}
+    names |= {"top1": "top-1", "at_image": "image error", "at_text": "text error"}
+    known = {key: name for key, name in names.items() if any(point.get(key, "–") != "–" for point in points)}
+    return [alt.Tooltip(field=key, type="nominal", title=name) for key, name in known.items()]
+
+
+def decades(low: float, high: float) -> list[float]:
+    """The powers of ten around a range; one decade at least."""
+    bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    return [10.0**bottom, 10.0 ** max(top, bottom + 1)]
+
+
+def powers(domain: list[float]) -> list[float]:
+    """The powers of ten of a range that `decades` returned."""
+    bottom, top = (round(math.log10(end)) for end in domain)
+    return [10.0**power for power in range(bottom, top + 1)]
+
+
+def finish(report: dict[str, Any], title: str, caption: str, chart: Any) -> Figure:
+    """Title and fonts around a chart; where there is none, the caption is what is drawn."""
+    if chart is None:
+        text = alt.Data(values=[{"text": "\n".join(textwrap.wrap(caption, 84))}])
+        chart = alt.Chart(text, width=560, height=80, view=alt.ViewConfig(stroke=None))
+        chart = chart.mark_text(align="left", baseline="top", fontSize=13, lineBreak="\n", color="#333333").encode(
+            text="text:N", x=alt.value(0), y=alt.value(10)
+        )
+    model = report["model"]
+    stand_in = ": STAND-IN, not the published weights" if model["stand_in"] else ""
+    heading = alt.TitleParams(
+        title, subtitle=f"{model['model']}{stand_in}", fontSize=16, subtitleFontSize=12, anchor="start", offset=14
+    )
+    return Figure(title, caption, chart.properties(title=heading, padding=12).configure(**CONFIG))

@@ -1,0 +1,104 @@
+"""The report as one HTML file that needs no network. In: the report, and links to what lies beside the page.
+
+Op names are data: markup escapes them, and scripts get them as JSON that cannot end its element.
+"""
+
+import base64
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import vl_convert
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from auto_quantize_model.escape import printable_document
+from auto_quantize_model.report import coverage, sentences
+from auto_quantize_model.report.figures import CURVES, figures
+
+SHOWN = 12
+TEMPLATES = Path(__file__).with_name("templates")
+MAPS = {"isolated": "isolated: the ranking", "fallback": "fallback: the error left", "requantize": "requantize: so far"}
+
+
+def render_page(report: dict[str, Any], links: dict[str, Any]) -> str:
+    """The page as HTML, the same for the same inputs.
+
+    Args:
+        report: as `build_report` returns it.
+        links: {files: {label: path}, exports: {profile: {tool: {files: [path], notes: [text]}}}}; paths are relative to
+            the page's folder, and either may be empty.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": sentences.number, "percent": sentences.percent, "mb": sentences.megabytes}
+    environment.filters |= {"csp_hash": csp_hash, "href": href, "breakable": breakable}
+    report, links = printable_document(report), printable_document(links)
+    drawn = figures(report)
+    if not sentences.has_images(report):
+        del drawn["modalities"]
+    specs = {name: figure.chart.to_dict() for name, figure in drawn.items()}
+    for spec in specs.values():
+        del spec["title"]  # the page has a heading of its own
+    return environment.get_template("op_sensitivity.html.j2").render(
+        report=report,
+        links=links,
+        figures=drawn,
+        specs=specs,
+        maps={name: title for name, title in MAPS.items() if name in report["maps"]},
+        not_exercised=[op for op in report["ops"] if op["status"] == "not_exercised"],
+        best=report["profiles"]["profiles"].get("recommended"),
+        shown=SHOWN,
+        curves={key: title for key, (title, *_) in CURVES.items() if key in {"random", *drawn_curves(report)}},
+        sentences=sentences,
+        coverage=coverage,
+        bundle=bundle(),
+    )
+
+
+def drawn_curves(report: dict[str, Any]) -> Iterable[str]:
+    """The orders whose keep-lists were measured."""
+    return report["tradeoff"].get("curves", {})
+
+
+@cache
+def bundle() -> Markup:
+    """Vega, Vega-Lite and Vega-Embed as one script, the versions that draw the files too.
+
+    Raises:
+        ValueError: it holds something that would end or change the element that it is put into.
+    """
+    script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    if any(text in script.lower() for text in ("</script", "<!--", "<script", "\r")):
+        raise ValueError("the Vega bundle of this vl-convert cannot stand inside a page; install the locked version")
+    return Markup(script)  # noqa: S704  a library's script, checked above
+
+
+def csp_hash(script: str) -> str:
+    """The source expression by which a content security policy allows this inline script and no other."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def href(path: str) -> str:
+    """A path as a link; a colon in it is quoted, so that it never is a scheme, and two slashes never name a host."""
+    return re.sub("^/+", "/", quote(Path(path).as_posix()))
+
+
+def breakable(name: str) -> Markup:
+    """A dotted name that a narrow column breaks behind its dots."""
+    return escape(name).replace(".", Markup(".<wbr>"))
+
+
+def relative(path: Path, page: Path) -> str:
+    """`path` as seen from the folder of `page`."""
+    return Path(os.path.relpath(path, page.parent)).as_posix()

@@ -1,0 +1,435 @@
+"""What a report says in sentences, in its Markdown and on its page alike. In: the report. Out: text without markup."""
+
+from typing import Any
+
+from auto_quantize_model.report import coverage
+
+Report = dict[str, Any]
+# With fewer right answers of FP32, one that changes is a fifth of them or more: the accuracy says nothing.
+FEW_RIGHT = 5
+# Below any of these an INT8 model is called broken: a tenth of the output's power is error, a quarter of the most
+# likely tokens changes, or a quarter of the answers that FP32 gives right is lost.
+BROKEN_SQNR_DB, BROKEN_TOP1, BROKEN_ANSWERS = 10.0, 0.75, 0.75
+# Columns that compare image tokens with text tokens; without an image they are empty, or repeat the whole.
+BY_MODALITY = ("image_relative_error", "text_relative_error")
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Four significant digits and a unit, a dash for null."""
+    return "–" if value is None else f"{value:.4g} {unit}".strip()
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage, a dash for null; what is not all or nothing is never rounded to it."""
+    if value is None:
+        return "–"
+    text = f"{100 * value:.2f}"
+    if text == "100.00" and value < 1:
+        return "over 99.99 %"
+    return "under 0.01 %" if text == "0.00" and value > 0 else f"{text} %"
+
+
+def counted(count: int, thing: str, things: str = "") -> str:
+    """A number and its thing, in the plural where it is not one."""
+    return f"{count} {thing if count == 1 else things or f'{thing}s'}"
+
+
+def fixed(value: float, form: str) -> str:
+    """A number in a format such as `+.1f`, where a tiny negative one is no minus zero."""
+    text = f"{value:{form}}"
+    return text.replace("-", "+" if form[0] == "+" else "") if float(text) == 0 else text
+
+
+def apart(one: float, other: float) -> tuple[str, str]:
+    """Two numbers with as many significant digits as tell them apart, four at least."""
+    texts = (f"{one:.4g}", f"{other:.4g}")
+    for digits in range(5, 18):
+        if texts[0] != texts[1] or one == other:
+            break
+        texts = (f"{one:.{digits}g}", f"{other:.{digits}g}")
+    return texts
+
+
+def joined(parts: list[str]) -> str:
+    """The parts as an enumeration: a, b and c."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def megabytes(value: float) -> str:
+    """Bytes as MB, or GB from 1000 MB on."""
+    return f"{value / 1e9:.4g} GB" if value >= 1e9 else f"{value / 1e6:.4g} MB"
+
+
+def sqnr(value: float | None) -> str:
+    """An SQNR with its unit; null is an infinite one."""
+    return "no error" if value is None else f"an SQNR of {value:.2f} dB"
+
+
+def states(report: Report) -> list[dict[str, Any]]:
+    """What was measured on held-out samples: all ops in INT8, the recommended profile, all ops in FP32 where known."""
+    if report["tradeoff"]["status"] != "measured":
+        return []
+    curve = report["tradeoff"]["curves"]["ranking"]
+    found = [{"state": "every op in INT8", **curve[0]}]
+    best = report["profiles"]["profiles"].get("recommended")
+    if best and best["keep"]:
+        found.append({"state": "recommended", **best})
+    if curve[-1]["keep"] == report["tradeoff"]["ops"]:
+        found.append({"state": "every op in FP32", **curve[-1]})
+    return found
+
+
+ORDERS = {
+    "ranking": "along the ranking",
+    "greedy": "found by the greedy refinement",
+    "weight_bytes": "the largest weights first",
+}
+
+
+def has_images(report: Report) -> bool:
+    """Whether a scored batch holds an image."""
+    return any(batch["image_tokens"] for batch in report["batches"])
+
+
+def tokens(report: Report) -> str:
+    """How many tokens the scored batches have, and how many of them are of images where there are any."""
+    of_images, of_all = (sum(batch[key] for batch in report["batches"]) for key in ("image_tokens", "tokens"))
+    return f"{of_images} image tokens among {of_all}" if of_images else counted(of_all, "token")
+
+
+def decision(report: Report) -> tuple[str, str]:
+    """What to keep, in one sentence, and why that. It reads the report's `profiles`, `tradeoff` and `coverage` alone.
+
+    Where `coverage` is not there, the sentences speak of the planned ops and not of the model.
+    """
+    best = report["profiles"]["profiles"].get("recommended")
+    if best is None:
+        missed = report["profiles"]["missed"]
+        sentences = [f"{missed[:1].upper()}{missed[1:]}.", *instead(report)]
+        return "No profile is recommended.", " ".join(sentences)
+    target = {name: value for name, value in report["profiles"]["target"].items() if value is not None}
+    only_bytes = set(target) == {"max_weight_bytes"}
+    if not best["keep"]:
+        if only_bytes:
+            return f"{nothing(report)}: no measured keep-list within the budget has less error than INT8 as it is.", ""
+        return f"{nothing(report)}: INT8 reaches the target as it is.", ""
+    why = (
+        "It has the least error of the measured keep-lists within the budget"
+        if only_bytes
+        else "They are the fewest of the measured keep-lists that reach the target"
+    )
+    parts = (f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in target.items())
+    why += f" ({', '.join(parts)}), {ORDERS[best['order']]}."
+    return f"Keep {best['keep']} of {report['tradeoff']['ops']} ops in FP32.", why
+
+
+def nothing(report: Report) -> str:
+    """That no op is kept: of the model only where the planned ops are most of it."""
+    if "coverage" in report and not coverage.is_partial(report["coverage"]):
+        return "Keep nothing"
+    return f"Keep no op of the {report['tradeoff']['ops']} planned ones"
+
+
+def int8_of(report: Report) -> str:
+    """What was quantized: INT8 alone means the model, but for a small part."""
+    return "INT8 of the planned ops" if coverage.is_partial(report["coverage"]) else "INT8"
+
+
+def instead(report: Report) -> list[str]:
+    """Where no profile is recommended: the measured keep-list nearest to the target, and the knee of the curve."""
+    profiles = report["profiles"]
+    found: list[str] = []
+    if report["tradeoff"]["status"] != "measured":
+        return found
+    ops = report["tradeoff"]["ops"]
+    if near := profiles["nearest"]:
+        units = {"max_weight_bytes": megabytes, "min_sqnr_db": lambda value: number(value, "dB")}
+        units["max_accuracy_drop"] = lambda value: f"{number(100 * value)} percentage points of accuracy"
+        lacks = joined([units[part](value) for part, value in profiles["short"].items()])
+        kept = (
+            f"keeps {near['keep']} of {counted(ops, 'op')}, {ORDERS[near['order']]}" if near["keep"] else "keeps no op"
+        )
+        found.append(
+            f"The measured list nearest to the target {kept}: it has {sqnr(near['sqnr_db'])} and misses by {lacks}."
+        )
+    if knee := profiles["knee"]:
+        gained = knee["sqnr_db"] - report["tradeoff"]["curves"]["ranking"][0]["sqnr_db"]
+        found.append(
+            f"The knee of the measured curve is at {counted(knee['keep'], 'op')} of {ops}, {ORDERS[knee['order']]}:"
+            f" there the output has {sqnr(knee['sqnr_db'])}, {gained:.2f} dB more than with every op in INT8, and each"
+            " further doubling of the list buys less."
+        )
+    return found
+
+
+def breaks(report: Report) -> list[str]:
+    """That INT8 breaks the model, by which measured values and limits, and whether the recommended profile helps.
+
+    Measured on held-out samples where there are any, else on the calibration batches; empty where INT8 breaks nothing.
+    """
+    known = {state["state"]: state for state in states(report)}
+    int8 = known.get("every op in INT8") or report["all_int8"] | {"accuracy": None}
+    fp32 = known.get("every op in FP32")
+    where = "held-out samples" if known else "the calibration batches"
+    damage = damages(report, int8, fp32)
+    if not damage:
+        return []
+    found = [f"INT8 breaks this model: with every op in INT8 the output on {where} has {joined(damage)}."]
+    if (best := known.get("recommended")) and (left := damages(report, best, fp32)):
+        found.append(f"The recommended profile does not mend that: it has {joined(left)}. Ask more of the target.")
+    elif "recommended" in report["profiles"]["profiles"] and not best:
+        found.append("The target is too low to see that: ask more of it.")
+    return found
+
+
+def damages(report: Report, state: dict[str, Any], fp32: dict[str, Any] | None) -> list[str]:
+    """What of a state is below the limits of a model that works, each with its limit."""
+    found = []
+    if state["sqnr_db"] is not None and state["sqnr_db"] < BROKEN_SQNR_DB:
+        found.append("an SQNR of {} dB (below {} dB)".format(*apart(state["sqnr_db"], BROKEN_SQNR_DB)))
+    top1 = state["top1_agreement"]
+    if top1 is not None and top1 < BROKEN_TOP1:
+        same, limit = apart(100 * top1, 100 * BROKEN_TOP1)
+        found.append(f"FP32's most likely token at {same} % of the positions (below {limit} %)")
+    if fp32 and enough_right(report, fp32) and state["accuracy"] < BROKEN_ANSWERS * fp32["accuracy"]:
+        right = f"{percent(state['accuracy'])} of the answers right, where FP32 has {percent(fp32['accuracy'])}"
+        found.append(f"{right} (below {100 * BROKEN_ANSWERS:g} % of that)")
+    return found
+
+
+def enough_right(report: Report, fp32: dict[str, Any]) -> bool:
+    """Whether FP32 gives enough held-out answers right for an accuracy to say something of INT8."""
+    return fp32["accuracy"] is not None and round(fp32["accuracy"] * report["tradeoff"]["answers"]) >= FEW_RIGHT
+
+
+def remark(name: str, profile: dict[str, Any]) -> str:
+    """In which metrics a profile does worse than all ops in INT8, in a sentence; empty where in none."""
+    titles = {"relative_error": "relative error", "top1_agreement": "top-1", "kl_divergence": "KL divergence"}
+    parts = [
+        "{} ({}, all-INT8 {})".format(titles.get(metric, metric), *apart(profile[metric], int8))
+        for metric, int8 in profile.get("worse", {}).items()
+    ]
+    return f"{name} does worse than all-INT8 in {joined(parts)}." if parts else ""
+
+
+def remarks(report: Report) -> list[str]:
+    """The remarks on all profiles that have one."""
+    return list(filter(None, (remark(name, profile) for name, profile in report["profiles"]["profiles"].items())))
+
+
+def costs(report: Report) -> list[str]:
+    """What INT8 and the recommended profile cost, in sentences."""
+    known = {state["state"]: state for state in states(report)}
+    int8, best, fp32 = (known.get(name) for name in ("every op in INT8", "recommended", "every op in FP32"))
+    if int8 is None:
+        return without_tradeoff(report)
+    found = []
+    if best:
+        size = f"The recommended profile has {megabytes(best['weight_bytes'])} of weights: "
+        size += f"{best['weight_bytes'] / int8['weight_bytes']:.3g} times those of all-INT8"
+        if fp32:
+            size += f", {percent(best['weight_bytes'] / fp32['weight_bytes'])} of those of FP32"
+        found.append(f"{size}. On held-out samples it has {sqnr(best['sqnr_db'])}.")
+    return found + accuracy(report, int8, best, fp32)
+
+
+def without_tradeoff(report: Report) -> list[str]:
+    """What INT8 costs on the calibration batches, where no held-out samples were measured."""
+    all_int8 = report["all_int8"]
+    found = ["What keeping ops costs and buys was not measured; of INT8 itself, the calibration batches say this."]
+    top1 = all_int8["top1_agreement"]
+    if top1 == 1:
+        found.append(
+            f"{int8_of(report)} costs nothing measurable in top-1 there: no position's most likely token changes."
+        )
+    elif top1 is not None:
+        found.append(f"The most likely token is that of FP32 at {percent(top1)} of the positions.")
+    return [*found, f"With every op in INT8 the output has {sqnr(all_int8['sqnr_db'])}."]
+
+
+def accuracy(
+    report: Report, int8: dict[str, Any], best: dict[str, Any] | None, fp32: dict[str, Any] | None
+) -> list[str]:
+    """What INT8 costs in answers and in top-1, in sentences, and whether either can be measured at all."""
+    found = []
+    if fp32 and int8["accuracy"] is not None and fp32["accuracy"] is not None:
+        found.append(of_answers(report, int8, best, fp32))
+    if int8["top1_agreement"] == 1:
+        found.append(
+            f"{int8_of(report)} costs nothing measurable in top-1 here: no position's most likely token changes."
+        )
+    else:
+        kept = f", with the recommended profile at {percent(best['top1_agreement'])}" if best else ""
+        found.append(
+            f"The most likely token is that of FP32 at {percent(int8['top1_agreement'])} of the positions with every op"
+            f" in INT8{kept}."
+        )
+    return found
+
+
+def of_answers(report: Report, int8: dict[str, Any], best: dict[str, Any] | None, fp32: dict[str, Any]) -> str:
+    """What INT8 costs in answers, or why the answers do not say."""
+    answers = report["tradeoff"]["answers"]
+    if not enough_right(report, fp32):
+        by_fp32, by_int8 = (round(state["accuracy"] * answers) for state in (fp32, int8))
+        return (
+            f"FP32 itself gives {f'only {by_fp32}' if by_fp32 else 0} of {counted(answers, 'held-out answer')}"
+            f" right, and INT8 {by_int8}: too few for the accuracy to say anything of INT8."
+        )
+    right = f"{percent(int8['accuracy'])} of {answers} held-out answers are right with every op in INT8"
+    if int8["accuracy"] < fp32["accuracy"]:
+        kept = f", {percent(best['accuracy'])} with the recommended profile" if best else ""
+        return f"{right}{kept}, {percent(fp32['accuracy'])} in FP32."
+    same = int8["accuracy"] == fp32["accuracy"]
+    than = "as many as in FP32" if same else f"more than the {percent(fp32['accuracy'])} in FP32"
+    if damages(report, int8, fp32):
+        return f"{right}, {than}: the answers do not show what INT8 does to the output."
+    gain = " The trade-off therefore shows SQNR, in which there is something to gain."
+    left = "" if int8["sqnr_db"] is None else gain
+    return f"{int8_of(report)} costs nothing measurable in accuracy here: {right}, {than}.{left}"
+
+
+def certainty(report: Report) -> list[tuple[str, str]]:
+    """How far the ranking and the keep-lists can be trusted: what was looked at, and what it says."""
+    found = [*held_out(report), *against_chance(report["tradeoff"]), *refined(report["tradeoff"])]
+    if report["trust"] is None:
+        return [*found, ("Ranking", "The isolated map was not measured, so there is none.")]
+    ops = len(report["maps"]["isolated"]["ops"])
+    if not ops:
+        return [*found, ("Ranking", "No op ran on the scored batches, so there is none.")]
+    return found + between(report["trust"], ops)
+
+
+def held_out(report: Report) -> list[tuple[str, str]]:
+    """How much worse INT8 does on samples that no scale was set by."""
+    if report["tradeoff"]["status"] != "measured":
+        return []
+    seen, unseen = report["all_int8"]["sqnr_db"], report["tradeoff"]["curves"]["ranking"][0]
+    lowest = unseen["sqnr_db_lowest"] if report["tradeoff"]["batches"] > 1 else None
+    scored = (
+        "batches, each with scales of its own," if len(report["batches"]) != 1 else "batch, with scales of its own,"
+    )
+    text = f"With every op in INT8 the output has {sqnr(seen)} on the scored {scored} and"
+    text += f" {sqnr(unseen['sqnr_db'])} on held-out ones"
+    return [("Held-out", f"{text}{'' if lowest is None else f' (the worst batch {lowest:.2f} dB)'}.")]
+
+
+CONTROLS = {"random": "random ones", "inverse": "the ranking reversed", "weight_bytes": "the largest weights first"}
+
+
+def against_chance(tradeoff: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the ranking is worth on held-out samples, over other orders in which ops can be kept."""
+    if tradeoff["status"] != "measured":
+        return []
+    gains = {CONTROLS[key]: value for key, value in tradeoff["gains_db"].items() if value is not None}
+    if not gains:
+        return []
+    text = (
+        f"Up to half of the ops, keep-lists along the ranking are worth {signed(gains)} on held-out samples (the area"
+    )
+    text += " between the curves, in which each doubling of a list counts the same)."
+    for key, lengths in tradeoff["losses"].items():
+        if lengths:
+            mean = "the mean of " if key == "random" else ""
+            text += f" They are worse than {mean}{CONTROLS[key]} at {', '.join(map(str, lengths))} kept."
+    if worse := [name for name, value in gains.items() if round(value, 1) <= 0]:
+        text += f" Against {' and '.join(worse)} the ranking does not earn its place here."
+    return [("Against chance", text)]
+
+
+def signed(gains: dict[str, float]) -> str:
+    """Gains over other orders, each with its sign."""
+    return ", ".join(f"{fixed(value, '+.1f')} dB over {name}" for name, value in gains.items())
+
+
+def refined(tradeoff: dict[str, Any]) -> list[tuple[str, str]]:
+    """Whether choosing op after op does better than the ranking."""
+    if tradeoff["status"] != "measured" or tradeoff["greedy_gain_db"] is None:
+        return []
+    longest, gained = tradeoff["curves"]["greedy"][-1]["keep"], tradeoff["greedy_gain_db"]
+    better = "better than" if round(gained, 2) > 0 else "no better than"
+    text = f"Chosen one after another on a calibration batch, keep-lists of up to {counted(longest, 'op')} are {better}"
+    return [("Greedy refinement", f"{text} those along the ranking ({fixed(gained, '+.2f')} dB).")]
+
+
+def refinement_helps(report: Report) -> bool:
+    """Whether some keep-list of the greedy curve does better than the ranking's of its length."""
+    curves = report["tradeoff"]["curves"]
+    pairs = zip(curves["ranking"], curves.get("greedy", []), strict=False)
+    return any(greedy["relative_error"] < ranking["relative_error"] for ranking, greedy in pairs)
+
+
+def between(trust: dict[str, Any], ops: int) -> list[tuple[str, str]]:
+    """How far batches and metrics agree on the ranking, whether errors add up, and how many ops are tied."""
+    found = []
+    if trust["rank_tau"] is None and trust["batches"] > 1:
+        unknown = "Unknown: fewer than two ops ran in every batch, or a batch gives all of them the same value."
+        found.append(("Between batches", unknown))
+    elif trust["rank_tau"] is None:
+        found.append(("Between batches", "Unknown, one batch was scored; raise sensitivity.confidence_batches."))
+    else:
+        text = (
+            f"{trust['batches']} batches agree on the order with a Kendall's tau of {fixed(trust['rank_tau'], '.2f')}"
+        )
+        lowest = f"lowest {fixed(trust['rank_tau_lowest'], '.2f')}; " if trust["batches"] > 2 else ""
+        text += f" ({lowest}1 is the same order, 0 is chance)."
+        if trust["top"] == 1 and trust["top_shared"] is not None:
+            text += f" The most sensitive op is {'' if trust['top_shared'] else 'not '}the same in every batch."
+        elif trust["top"] and trust["top_shared"] is not None:
+            text += f" {trust['top_shared']} of the {trust['top']} most sensitive ops are the same in every batch."
+        found.append(("Between batches", text))
+    if trust["metric_tau"] is not None:
+        text = f"Squared error and KL divergence order the ops with a tau of {fixed(trust['metric_tau'], '.2f')}."
+        found.append(("Between metrics", text))
+    if trust["additivity"] is not None and ops > 1:
+        text = f"The errors of single ops add up to {trust['additivity']:.3g} times the error with every op in INT8"
+        far = abs(trust["additivity"] - 1) > 0.2
+        text += "; errors cancel or feed each other, so keep-lists have to be measured." if far else ": nearly a sum."
+        found.append(("As a sum", text))
+    ties = f"{trust['ties']} of {ops} ops share their value with another; among them the order is the plan's."
+    return [*found, ("Ties", ties if trust["ties"] else "None, every op has a value of its own.")]
+
+
+def activations(plan: dict[str, Any]) -> str:
+    """How many bits activations have and who chose them, in a sentence; `plan` is one or a report's `measurement`."""
+    bits = "7 bits of 8" if plan["reduce_range"] else "all 8 bits"
+    by_inc = f"Intel Neural Compressor's choice on a CPU {'without' if plan['reduce_range'] else 'with'} VNNI"
+    chosen = by_inc if plan["reduce_range_by"] == "inc" else "set by sensitivity.reduce_range"
+    return f"Activations are quantized to {bits}: {chosen}."
+
+
+def without_inc(inc_check: dict[str, str]) -> str:
+    """Why Intel Neural Compressor could not measure the model, and what stands for it."""
+    return (
+        f"Intel Neural Compressor cannot measure this model: {inc_check['reason']}. All scores are the replay's, and"
+        " the audit compares them with torch's own quantized modules."
+    )
+
+
+AUDITORS = {
+    "inc": "Intel Neural Compressor's unmodified helpers",
+    "torch": "torch's own quantized modules in the FP32 model",
+}
+
+
+def audited(audit: dict[str, Any]) -> str:
+    """What was measured again, and by whom, in sentences."""
+    ops, batch, auditor = counted(len(audit["ops"]), "op"), audit["batch"], AUDITORS[audit["by"]]
+    why = " Intel Neural Compressor cannot measure this model." if audit["by"] == "torch" else ""
+    if audit["status"] != "not_needed" and not audit["ops"]:
+        return f"Nothing was measured again: no op ran on batch {batch}."
+    if audit["status"] == "bit_identical":
+        values = f"{counted(audit['compared'], 'value')} ({ops}, maps {', '.join(audit['maps'])}, batch {batch})"
+        return (
+            f"{values} {'was' if audit['compared'] == 1 else 'were'} measured again by {auditor}: every one is the"
+            f" same, bit for bit.{why}"
+        )
+    if audit["status"] == "sites_bit_identical":
+        agreement = ", ".join(
+            f"{name} {'unknown' if value is None else number(value)}" for name, value in audit["rank_agreement"].items()
+        )
+        return (
+            f"The INT8 outputs of {ops} are the same on this device and on the CPU, bit for bit. Rank correlation"
+            f" with {auditor} on the CPU over these ops (batch {batch}): {agreement or 'not computed'}.{why}"
+        )
+    return "Not needed, Intel Neural Compressor itself measured every op."

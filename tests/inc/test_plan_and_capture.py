@@ -1,0 +1,202 @@
+"""The plan is INC's, measured at the model's output; the capture follows it and counts what really ran."""
+
+import json
+import subprocess
+import sys
+
+import neural_compressor.adaptor.pytorch as nc_pytorch
+import pytest
+import torch
+
+from auto_quantize_model.files import InputError, digest_of
+from auto_quantize_model.inc.engine import require_same_plan
+from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, identify, matching
+from auto_quantize_model.made.digits import LIMITS
+from auto_quantize_model.measure.capture import capture_sensitivity, require_finite
+from auto_quantize_model.measure.journal import Journal
+from auto_quantize_model.models.encode import Sample, collate, encode
+from auto_quantize_model.models.snapshot import load_model
+from auto_quantize_model.replay.ops import build_observer
+
+pytestmark = pytest.mark.slow
+KEPT = "model.visual.patch_embed.proj"
+MAPS = ["isolated", "fallback", "requantize"]
+IDENTITY = ({"model": "tiny", "digest": "0"}, {"calibration": "set", "digest": "1"}, "2")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_snapshot):
+    return load_model(tiny_snapshot)
+
+
+def spec(**changes):
+    return SensitivitySpec(**{"confidence_batches": 1, "maps": ["isolated"], **changes})
+
+
+def test_the_plan_holds_every_op_and_measures_at_the_output(model, batches):
+    plan = build_plan(model, batches, spec())
+    assert plan["measured_op"] == "lm_head"
+    assert plan["ops"][-1]["op_name"] == "lm_head"
+    assert {op["op_type"] for op in plan["ops"]} == {"Linear", "Conv3d", "Embedding"}
+    modules = dict(model.named_modules())
+    assert all(op["op_name"] in modules for op in plan["ops"] + plan["excluded"])
+    weight = plan["ops"][0]["weight"]
+    assert {key: value for key, value in weight.items() if key != "observer"} == {
+        "dtype": "int8",
+        "scheme": "sym",
+        "granularity": "per_channel",
+        "algorithm": "minmax",
+    }
+    assert weight["observer"] == {
+        "name": "PerChannelMinMaxObserver",
+        "dtype": "qint8",
+        "qscheme": "per_channel_symmetric",
+        "reduce_range": False,
+        "quant_min": None,
+        "quant_max": None,
+    }
+    assert {op["pattern"] for op in plan["ops"]} == {"Linear", "Conv3d", "Embedding"}
+    assert json.loads(json.dumps(plan)) == plan
+
+
+@pytest.mark.parametrize(("reduced", "quant_max"), [(True, 127), (False, 255)])
+def test_reduce_range_reaches_the_observers_of_activations_alone(model, batches, reduced, quant_max):
+    before = nc_pytorch.REDUCE_RANGE
+    plan = build_plan(model, batches, spec(reduce_range=reduced))
+    assert (plan["reduce_range"], plan["reduce_range_by"]) == (reduced, "config")
+    assert nc_pytorch.REDUCE_RANGE == before
+    for op in plan["ops"]:
+        if op["op_type"] != "Embedding":
+            assert build_observer(op["activation"]["observer"]).quant_max == quant_max
+            assert build_observer(op["weight"]["observer"]).quant_max == 127
+    assert plan["inc_check"] == {"status": "reproduces_fp32"}
+
+
+def test_the_choice_is_incs_own_where_the_config_makes_none(model, batches, monkeypatch):
+    for choice in (True, False):
+        monkeypatch.setattr(nc_pytorch, "REDUCE_RANGE", choice)
+        plan = build_plan(model, batches, spec())
+        assert (plan["reduce_range"], plan["reduce_range_by"]) == (choice, "inc")
+    # The plan keeps what it was made with on a CPU where INC would choose otherwise.
+    monkeypatch.setattr(nc_pytorch, "REDUCE_RANGE", True)
+    require_same_plan(model, batches, plan)
+
+
+@pytest.mark.parametrize("entry", [{"op_name_dict": {KEPT: "fp32"}}, {"op_type_dict": {"Conv3d": "fp32"}}])
+def test_a_kept_op_is_excluded_with_its_reason_and_the_output_stays_the_measured_op(model, batches, entry):
+    plan = build_plan(model, batches, spec(**entry))
+    (kept,) = [op for op in plan["excluded"] if op["op_name"] == KEPT]
+    assert kept["reason"].startswith("kept in FP32 by sensitivity.op_")
+    assert plan["measured_op"] == plan["ops"][-1]["op_name"] == "lm_head"
+
+
+def test_the_output_op_itself_may_be_kept(model, batches):
+    plan = build_plan(model, batches, spec(op_name_dict={"lm_head": "fp32"}))
+    assert plan["measured_op"] == "lm_head"
+    assert "lm_head" not in {op["op_name"] for op in plan["ops"]}
+
+
+@pytest.mark.parametrize("entry", [{"op_name_dict": {"lm_haed": "fp32"}}, {"op_type_dict": {"Conv9d": "fp32"}}])
+def test_a_keep_entry_that_matches_no_op_is_refused(model, batches, entry):
+    with pytest.raises(InputError, match=r"(lm_haed|Conv9d)'\] matches no op of the model; ops are "):
+        build_plan(model, batches, spec(**entry))
+
+
+def test_a_regular_expression_is_that_of_re_and_one_that_backtracks_without_end_is_stopped():
+    names = ["lm_head", "model.layers.1.mlp.down_proj", "model.layers.10.mlp.down_proj"]
+    assert matching(r"model\.layers\.1\..*|(?i:LM_HEAD)", names) == {"lm_head", "model.layers.1.mlp.down_proj"}
+    assert matching("model", names) == set()
+    with pytest.raises(InputError, match=r"op_name_dict\['.*'\]: did not match 3 names within 0.5 s, so it backtracks"):
+        matching(r"(.*)*\d(.*)*(.*)*!", names, seconds=0.5)
+    for pattern in ("(", "a{99999999999}", "(" * 5000 + ")" * 5000):
+        with pytest.raises(InputError, match="not a regular expression"):
+            matching(pattern, names)
+
+
+def test_keeping_everything_is_refused(model, batches):
+    with pytest.raises(InputError, match="nothing is left to measure"):
+        build_plan(model, batches, spec(op_name_dict={".*": "fp32"}))
+
+
+def test_more_confidence_batches_than_batches_are_refused(model, batches):
+    with pytest.raises(InputError, match="confidence_batches is 3, but the calibration set makes 2 batches"):
+        build_plan(model, batches, spec(confidence_batches=3))
+
+
+def test_output_that_is_not_finite_is_refused(tiny_snapshot, batches):
+    broken = load_model(tiny_snapshot)
+    broken.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(InputError, match="not finite"):
+        build_plan(broken, batches, spec())
+
+
+@pytest.fixture
+def few():
+    """Keep most ops in FP32, so that INC has few to measure."""
+    return {f"model.{part}.*": "fp32" for part in ("visual.blocks", "language_model.layers")}
+
+
+def captured(model, batches, plan, path, on_progress=lambda done, total: None):
+    with Journal(path, {"plan": digest_of(plan)}) as journal:
+        return capture_sensitivity(model, batches, plan, journal, on_progress)
+
+
+@pytest.mark.parametrize("engine", ["replay", "inc"])
+def test_the_capture_has_a_record_for_each_op_and_batch(model, batches, few, tmp_path, engine):
+    wanted = spec(engine=engine, confidence_batches=2, op_name_dict=few)
+    plan = identify(build_plan(model, batches, wanted), *IDENTITY)
+    seen = []
+    capture, record = captured(model, batches, plan, tmp_path / "j", lambda done, total: seen.append(done / total))
+    names = [op["op_name"] for op in plan["ops"]]
+    assert list(capture["maps"]["isolated"]) == names
+    assert all(entry["mse_value"] > 0 for records in capture["maps"]["isolated"].values() for entry in records)
+    assert set(map(tuple, capture["executions"].values())) == {(1, 1)}
+    assert capture["batches"][0]["all_int8"]["mse_value"] > 0
+    assert record["seconds"] > 0
+    assert "host" not in json.dumps(capture)
+    assert seen == sorted(seen) and seen[-1] == 1
+
+
+@pytest.mark.parametrize("engine", ["replay", "inc"])
+def test_a_capture_that_was_stopped_goes_on_and_ends_the_same(model, batches, few, tmp_path, engine):
+    plan = identify(build_plan(model, batches, spec(engine=engine, maps=MAPS, op_name_dict=few)), *IDENTITY)
+    whole, _ = captured(model, batches, plan, tmp_path / "whole")
+
+    def stop(done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        captured(model, batches, plan, tmp_path / "stopped", stop)
+    again, record = captured(model, batches, plan, tmp_path / "stopped")
+    assert again == whole
+    assert record["resumed_scores"] > len(plan["ops"])
+
+
+def test_an_op_that_text_does_not_reach_has_no_score(model, processor, few, tmp_path):
+    texts = [collate([encode(Sample("text", "Which digit is this?"), processor, LIMITS)])]
+    plan = identify(build_plan(model, texts, spec(engine="inc", op_name_dict=few)), *IDENTITY)
+    capture, _ = captured(model, texts, plan, tmp_path / "j")
+    for name, (record,) in capture["maps"]["isolated"].items():
+        assert (record is None) == name.startswith("model.visual."), name
+
+
+def test_a_plan_that_inc_would_not_make_is_refused(model, batches, tmp_path):
+    plan = identify(build_plan(model, batches, spec(engine="inc")), *IDENTITY)
+    with pytest.raises(InputError, match="the plan's ops are not what INC plans"):
+        captured(model, batches, plan | {"ops": plan["ops"][1:]}, tmp_path / "j")
+
+
+def test_an_op_whose_score_is_not_finite_is_named(tmp_path):
+    with pytest.raises(InputError, match="batch 1, map fallback: mse_value of lm_head is inf"):
+        require_finite({"mse_value": float("inf")}, 1, "fallback", "lm_head")
+
+
+def test_replay_needs_no_inc():
+    code = (
+        "import sys\n"
+        "import auto_quantize_model.measure.capture, auto_quantize_model.models.snapshot\n"
+        "import auto_quantize_model.data.batches\n"
+        "sys.exit(any(name.startswith('neural_compressor') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

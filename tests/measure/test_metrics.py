@@ -1,0 +1,76 @@
+"""What is said of an output: INC's number as INC computes it, and metrics with known values."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from auto_quantize_model.measure.metrics import Reference, kl_divergence
+
+
+@pytest.fixture
+def outputs():
+    torch.manual_seed(0)
+    reference = torch.randn(2, 7, 50)
+    return reference, reference + torch.randn_like(reference) * 0.1
+
+
+def test_the_mse_value_is_incs_sum_in_float32(outputs):
+    reference, output = outputs
+    record = Reference(reference, None).compare(output)
+    assert record["mse_value"] == (reference - output).pow(2).sum().item()
+
+
+def test_errors_at_image_and_text_positions_add_up(outputs):
+    reference, output = outputs
+    image = torch.zeros(2, 7, dtype=torch.int64)
+    image[:, 2:5] = 1
+    against = Reference(reference, image)
+    record, totals = against.compare(output), against.totals()
+    assert math.isclose(record["image_error"] + record["text_error"], record["mse_value"], rel_tol=1e-6)
+    assert math.isclose(totals["image"] + totals["text"], totals["all"])
+    assert math.isclose(record["image_error"], float((reference - output)[:, 2:5].double().pow(2).sum()), rel_tol=1e-6)
+
+
+def test_without_image_tokens_every_position_is_text(outputs):
+    reference, output = outputs
+    record = Reference(reference, None).compare(output)
+    assert record["image_error"] == 0
+    assert math.isclose(record["text_error"], record["mse_value"], rel_tol=1e-6)
+
+
+def test_an_equal_output_has_no_error_and_agrees_everywhere(outputs):
+    reference, _ = outputs
+    assert Reference(reference, None).compare(reference.clone()) == {
+        "mse_value": 0.0,
+        "image_error": 0.0,
+        "text_error": 0.0,
+        "kl_divergence": 0.0,
+        "top1_agreement": 1.0,
+    }
+
+
+def test_top1_agreement_is_a_share_of_positions(outputs):
+    reference, _ = outputs
+    output = reference.clone()
+    output[0, :, 0] = 1000.0
+    unmoved = int((reference[0].argmax(-1) == 0).sum())
+    assert Reference(reference, None).compare(output)["top1_agreement"] == (7 + unmoved) / 14
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(1e-3, 30), st.integers(1, 9))
+def test_the_divergence_is_torchs_and_never_negative(seed, spread, rows):
+    generator = torch.Generator().manual_seed(seed)
+    reference, output = (torch.randn(1, rows, 11, generator=generator) * spread for _ in range(2))
+    log_p, log_q = (side.double().log_softmax(-1).flatten(0, 1) for side in (reference, output))
+    expected = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean").item()
+    assert math.isclose(kl_divergence(reference, output), expected, rel_tol=1e-9, abs_tol=1e-12)
+    assert kl_divergence(reference, output) >= 0
+
+
+def test_a_divergence_below_what_float32_resolves_is_not_lost():
+    reference = torch.randn(1, 4, 1000, generator=torch.Generator().manual_seed(0))
+    output = reference + 1e-4 * torch.randn(1, 4, 1000, generator=torch.Generator().manual_seed(1))
+    assert 1e-10 < kl_divergence(reference, output) < 1e-8

@@ -1,0 +1,95 @@
+"""Fragility that is planted is found: an op whose input is given large outlier channels comes out on top and is kept.
+
+The rescaling leaves the model's function as it is: a norm's weight grows in some channels, and the columns of the op
+that reads them shrink by as much. In FP32 nothing changes; in INT8 one scale has to serve channels far apart.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from auto_quantize_model.decide.profiles import Target, build_profiles
+from auto_quantize_model.decide.ranking import most_sensitive_first
+from auto_quantize_model.inc.plan import SensitivitySpec, build_plan
+from auto_quantize_model.made.digits import build_snapshot
+from auto_quantize_model.measure.capture import capture_sensitivity
+from auto_quantize_model.measure.heldout import measure_tradeoff
+from auto_quantize_model.measure.journal import Journal
+from auto_quantize_model.models.snapshot import load_model
+
+# The op and the norm before it, of which it is the only reader.
+CHOICES = {
+    "model.visual.blocks.0.attn.qkv": "model.visual.blocks.0.norm1",
+    "model.visual.blocks.1.attn.qkv": "model.visual.blocks.1.norm1",
+    "model.visual.merger.mlp.0": "model.visual.merger.ln_q",
+}
+FACTOR = 1000.0
+Batches = list[dict[str, torch.Tensor]]
+
+
+def model_of(snapshot: Path) -> torch.nn.Module:
+    """The model with blocks that weigh against what passes by them, as in a trained one."""
+    model: torch.nn.Module = load_model(snapshot)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and (".blocks." in name or ".layers." in name):
+            module.weight.data *= 5
+    return model
+
+
+def plant(model: torch.nn.Module, op: str, norm: str, seed: int) -> None:
+    """Scale two channels of the norm up, and the op's columns for them down."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    width = modules[norm].weight.numel()
+    channels = torch.randperm(width, generator=torch.Generator().manual_seed(seed))[:2]
+    modules[norm].weight.data[channels] *= FACTOR
+    # The merger joins patches side by side, so a channel has a column in each.
+    columns = modules[op].weight.data.view(modules[op].weight.shape[0], -1, width)
+    columns[:, :, channels] /= FACTOR
+
+
+def measured(
+    model: torch.nn.Module, plan: dict[str, Any], batches: Batches, directory: Path
+) -> tuple[list[str], dict[str, Any]]:
+    """The ranking on the first batch, and the trade-off on the second."""
+    with Journal(directory / "capture", {}) as journal:
+        ranking = most_sensitive_first(plan, capture_sensitivity(model, batches, plan, journal)[0])
+    with Journal(directory / "tradeoff", {}) as journal:
+        tradeoff = measure_tradeoff(model, plan, ranking, batches[:1], batches[1:], [[None]], journal)
+    return ranking, {"status": "measured", **tradeoff}
+
+
+@pytest.fixture(scope="module", params=[0, 1])
+def usual(
+    request: pytest.FixtureRequest, batches: Batches, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Path, dict[str, Any], list[str], float]:
+    """Of a model before anything is planted: seed, snapshot, plan, ranking, and SQNR of all-INT8 in dB."""
+    directory = tmp_path_factory.mktemp("usual")
+    build_snapshot(directory / "snapshot", depth=2, hidden=32, seed=request.param)
+    model = model_of(directory / "snapshot")
+    plan = build_plan(model, batches, SensitivitySpec("replay", 1, ("isolated",)))
+    plan |= dict.fromkeys(("model", "calibration"), "planted")
+    ranking, tradeoff = measured(model, plan, batches, directory)
+    return request.param, directory / "snapshot", plan, ranking, tradeoff["curves"]["ranking"][0]["sqnr_db"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", CHOICES)
+def test_a_planted_op_is_ranked_first_and_the_recommended_profile_keeps_it(
+    op: str, usual: tuple[int, Path, dict[str, Any], list[str], float], batches: Batches, tmp_path: Path
+) -> None:
+    seed, snapshot, plan, ranking, sqnr_db = usual
+    assert ranking.index(op) > 2
+    model = model_of(snapshot)
+    with torch.no_grad():
+        before = model(**batches[0]).logits
+        plant(model, op, CHOICES[op], seed)
+        assert torch.allclose(model(**batches[0]).logits, before, rtol=1e-3, atol=1e-3)
+    planted, tradeoff = measured(model, plan, batches, tmp_path)
+    assert planted[0] == op
+    assert tradeoff["curves"]["ranking"][0]["sqnr_db"] < sqnr_db - 1
+    # As good as it was before: that takes this op in FP32 and no other.
+    recommended = build_profiles(tradeoff, Target(min_sqnr_db=sqnr_db - 0.5))["profiles"]["recommended"]
+    assert recommended["kept"] == [op]
+    assert tradeoff["gains_db"]["random"] > 0

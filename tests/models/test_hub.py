@@ -1,0 +1,412 @@
+"""Downloads through a loopback hub: a failure is said clearly or recovers; nothing half-written counts as whole."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loopback_hub import Fault, Hub, serving, write_captions
+
+from auto_quantize_model.data.batches import read_samples
+from auto_quantize_model.documents import write_document
+from auto_quantize_model.files import read_json
+from auto_quantize_model.models.snapshot import build_manifest
+
+COMMIT = "6" * 40
+REPO = "org/tiny"
+# The hub's address is read from the environment when huggingface_hub is imported: a process for each download.
+DRIVER = """
+import sys, time
+from pathlib import Path
+from auto_quantize_model.models import hub
+time.sleep = lambda seconds: None  # huggingface_hub's own pauses between tries
+from auto_quantize_model.files import InputError, sha256_file
+{setup}
+try:
+    path = hub.fetch_snapshot(sys.argv[1], sys.argv[2])
+    hub.check_against_hub(path, {{file.name: sha256_file(file) for file in path.iterdir()}})
+except InputError as error:
+    raise SystemExit(f"InputError: {{error}}")
+print(path)
+"""
+WEIGHTS = "^GET /large/.*safetensors"
+
+
+@dataclass
+class Downloader:
+    """Fetches from a hub into a cache of its own."""
+
+    hub: Hub
+    home: Path
+
+    def __call__(
+        self, revision: str = COMMIT, repo_id: str = REPO, setup: str = "", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        settings = {"HF_ENDPOINT": self.hub.address, "HF_HOME": str(self.home), **environment}
+        return subprocess.run(
+            [sys.executable, "-c", DRIVER.format(setup=setup), repo_id, revision],
+            env={**os.environ, **settings},
+            capture_output=True,
+            text=True,
+        )
+
+    def succeeds(self, **options: str) -> Path:
+        ended = self(**options)
+        assert ended.returncode == 0, ended.stderr
+        return Path(ended.stdout.strip())
+
+    def fails(self, **options: str) -> str:
+        ended = self(**options)
+        assert ended.returncode == 1 and "InputError: " in ended.stderr, ended.stderr
+        return ended.stderr.split("InputError: ")[1]
+
+
+@pytest.fixture
+def download(tiny_snapshot: Path, tmp_path: Path) -> Iterator[Downloader]:
+    with serving() as hub:
+        hub.repositories[("model", REPO, COMMIT)] = tiny_snapshot
+        hub.branches["main"] = COMMIT
+        yield Downloader(hub, tmp_path / "home")
+
+
+def test_a_snapshot_arrives_whole_and_only_what_is_read(download: Downloader, tiny_snapshot: Path) -> None:
+    (tiny_snapshot / "pytorch_model.bin").write_bytes(b"a pickle")
+    try:
+        path = download.succeeds(HF_TOKEN="hf_secret")
+    finally:
+        (tiny_snapshot / "pytorch_model.bin").unlink()
+    assert {file.name for file in path.iterdir()} == {file.name for file in tiny_snapshot.iterdir()}
+    assert all((path / file.name).read_bytes() == file.read_bytes() for file in tiny_snapshot.iterdir())
+    asked = dict(zip(download.hub.requests, download.hub.tokens, strict=True))
+    assert asked[f"HEAD /{REPO}/resolve/{COMMIT}/config.json"] == "Bearer hf_secret"
+    # The storage that large files are redirected to is another host, which must not see the token.
+    assert {token for request, token in asked.items() if request.startswith("GET /large/")} == {""}
+
+
+def test_a_cached_snapshot_is_used_again_without_a_download(download: Downloader) -> None:
+    path = download.succeeds()
+    download.hub.requests.clear()
+    assert download.succeeds() == path
+    assert not [request for request in download.hub.requests if "resolve" in request or "large" in request]
+
+
+def test_offline_mode_takes_the_cache_and_asks_nobody(download: Downloader) -> None:
+    path = download.succeeds()
+    download.hub.requests.clear()
+    assert download.succeeds(HF_HUB_OFFLINE="1") == path
+    assert download.hub.requests == []
+
+
+def test_offline_mode_without_a_cache(download: Downloader) -> None:
+    assert "HF_HUB_OFFLINE is set and the cache" in download.fails(HF_HUB_OFFLINE="1")
+
+
+def test_offline_mode_with_half_a_cache(download: Downloader) -> None:
+    download.hub.faults.append(Fault(WEIGHTS, status=403))
+    download.fails()
+    assert "does not hold all of it" in download.fails(HF_HUB_OFFLINE="1")
+
+
+def test_a_cut_connection_is_resumed_where_it_ended(download: Downloader, tiny_snapshot: Path) -> None:
+    download.hub.faults.append(Fault(WEIGHTS, times=1, cut_after=10_000))
+    # A piece is written when it is whole; at their usual 10 MB this file would be one.
+    path = download.succeeds(setup="hub.constants.DOWNLOAD_CHUNK_SIZE = 1000")
+    assert [wanted for wanted in download.hub.ranges if 9_000 <= int(wanted[6:].split("-")[0]) <= 10_000]
+    assert (path / "model.safetensors").read_bytes() == (tiny_snapshot / "model.safetensors").read_bytes()
+
+
+def test_a_connection_that_is_always_cut_leaves_nothing_that_counts_as_whole(download: Downloader) -> None:
+    download.hub.faults.append(Fault(WEIGHTS, cut_after=0))
+    setup = "hub.PAUSES = ()"
+    assert "run again" in download.fails(setup=setup)
+    assert "does not hold all of it" in download.fails(HF_HUB_OFFLINE="1")
+    download.hub.faults.clear()
+    download.succeeds()
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"0"], ids=["shorter", "longer"])
+def test_a_wrong_size_is_refused(download: Downloader, tiny_snapshot: Path, change: Callable[[bytes], bytes]) -> None:
+    data = (tiny_snapshot / "model.safetensors").read_bytes()
+    download.hub.faults.append(Fault(WEIGHTS, body=change(data)))
+    download.fails(setup="hub.PAUSES = ()")
+    assert "does not hold all of it" in download.fails(HF_HUB_OFFLINE="1")
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"), [("model.safetensors", WEIGHTS), ("config.json", "^GET .*/resolve/.*/config.json")]
+)
+def test_a_wrong_hash_is_refused_and_the_file_fetched_anew(
+    download: Downloader, tiny_snapshot: Path, name: str, pattern: str
+) -> None:
+    data = (tiny_snapshot / name).read_bytes()
+    download.hub.faults.append(Fault(pattern, times=1, body=data[:-1] + bytes([data[-1] ^ 1])))
+    assert f"{name}: its hash is" in download.fails()
+    path = download.succeeds()
+    assert (path / name).read_bytes() == data
+
+
+def test_an_unknown_repository_and_an_unknown_revision(download: Downloader) -> None:
+    assert "org/none at 666666666666: not found, or not yours to see (401)" in download.fails(repo_id="org/none")
+    assert "the repository has no such revision" in download.fails(revision="7" * 40)
+    assert "owner/name" in download.fails(repo_id="a/b/c")
+
+
+def test_a_gated_repository(download: Downloader) -> None:
+    download.hub.faults.append(Fault("/api/models/org/tiny", status=403, headers={"X-Error-Code": "GatedRepo"}))
+    assert "gated; accept its licence" in download.fails()
+
+
+def test_a_moving_revision_is_refused_with_the_commit_that_it_is_now(download: Downloader) -> None:
+    assert f"'main' can move; pin the commit that it is now: {COMMIT}" in download.fails(revision="main")
+    assert "no commit of 40 hexadecimal digits" in download.fails(revision="main", HF_HUB_OFFLINE="1")
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"), [(429, {"Retry-After": "0"}), (500, {}), (503, {})], ids=["429", "500", "503"]
+)
+@pytest.mark.parametrize("pattern", ["/api/models/.*/tree", "^HEAD .*/config.json", WEIGHTS])
+def test_a_busy_hub_is_asked_again(download: Downloader, pattern: str, status: int, headers: dict[str, str]) -> None:
+    download.hub.faults.append(Fault(pattern, times=2, status=status, headers=headers))
+    download.succeeds(setup="hub.PAUSES = (0.0, 0.0, 0.0)")
+
+
+def test_a_hub_that_stays_broken(download: Downloader) -> None:
+    download.hub.faults.append(Fault("/api/models/.*/tree", status=503))
+    assert "503" in download.fails(setup="hub.PAUSES = ()")
+
+
+def test_a_hub_that_cannot_be_reached(download: Downloader) -> None:
+    assert "http://127.0.0.1:9 cannot be reached" in download.fails(HF_ENDPOINT="http://127.0.0.1:9")
+
+
+def with_password(address: str) -> str:
+    return address.replace("://", "://user:pass-word@")
+
+
+def test_no_error_of_the_hub_shows_a_password(download: Downloader) -> None:
+    unreachable = download.fails(HF_ENDPOINT=with_password("http://127.0.0.1:9"))
+    assert "http://***@127.0.0.1:9 cannot be reached" in unreachable and "pass-word" not in unreachable
+    download.hub.faults.append(Fault("/api/models/.*/tree", status=503))
+    broken = download.fails(setup="hub.PAUSES = ()", HF_ENDPOINT=with_password(download.hub.address))
+    assert "503" in broken and "pass-word" not in broken
+    assert "pass-word" not in download.fails(repo_id="https://user:pass-word@127.0.0.1:9/org/tiny")
+
+
+def test_no_log_of_a_script_shows_a_password_or_a_token(download: Downloader, tmp_path: Path) -> None:
+    """HF_DEBUG has huggingface_hub log each request; a fault that is none of ours has its traceback logged."""
+    log = tmp_path / "get_model.log"
+    command = [sys.executable, "scripts/get_model.py", "--name", "tiny", "--source", "hub", "--repo-id", REPO]
+    command += ["--revision", COMMIT, "--path", str(tmp_path / "model"), "--log", str(log)]
+    command += ["--manifest", "/proc/nowhere/manifest.json"]
+    environment = {"HF_ENDPOINT": with_password(download.hub.address), "HF_HOME": str(download.home), "HF_DEBUG": "1"}
+    environment |= {"HF_TOKEN": "opaque-token"}
+    root = Path(__file__).parents[2]
+    ended = subprocess.run(command, cwd=root, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert ended.returncode != 0
+    everything = ended.stdout + ended.stderr + log.read_text()
+    assert download.hub.address.replace("://", "://***@") in everything
+    assert "pass-word" not in everything and "opaque-token" not in everything
+
+
+@pytest.fixture
+def small_disk(download: Downloader) -> Iterator[Downloader]:
+    """A cache on a disk of 256 KiB, where this machine lets a test mount one."""
+    download.home.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(download.home)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+    yield download
+    subprocess.run(["umount", str(download.home)], check=True)
+
+
+def test_too_small_a_disk_is_seen_before_the_download(small_disk: Downloader) -> None:
+    assert "GB to fetch, and the disk of" in small_disk.fails()
+    assert not [request for request in small_disk.hub.requests if request.startswith("GET /large")]
+
+
+def test_a_disk_that_fills_up_on_the_way(small_disk: Downloader) -> None:
+    message = small_disk.fails(setup="hub._require_disk = lambda *args: None")
+    assert "is full; free some space" in message
+    assert "does not hold all of it" in small_disk.fails(HF_HUB_OFFLINE="1")
+
+
+def test_a_later_run_of_the_model_rule_verifies_the_manifest(download: Downloader, tmp_path: Path) -> None:
+    """The script as the rule calls it: manifest with the hub's commit, a sha256 per file, through a link."""
+    link, manifest = tmp_path / "models" / "tiny", tmp_path / "manifest.json"
+    command = [sys.executable, "scripts/get_model.py", "--name", "tiny", "--source", "hub", "--repo-id", REPO]
+    command += ["--revision", COMMIT, "--path", str(link), "--manifest", str(manifest)]
+    environment = {**os.environ, "HF_ENDPOINT": download.hub.address, "HF_HOME": str(download.home)}
+    root = Path(__file__).parents[2]
+    ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    written = json.loads(manifest.read_text())
+    assert written["details"] == {"hub": {"repo_id": REPO, "commit": COMMIT}}
+    assert written["path"] == str(link) and link.is_symlink()
+
+    from auto_quantize_model.files import InputError
+    from auto_quantize_model.models.snapshot import verify_manifest
+
+    assert verify_manifest(written) == link
+    (link / "config.json").resolve().write_text("{}")
+    with pytest.raises(InputError, match=r"config\.json: differs from the sha256"):
+        verify_manifest(written)
+
+
+COLUMNS = {"id": "question_id", "image": "image", "prompt": "question", "answer": "answer"}
+DATASET = "5" * 40
+
+
+IN_TURN = """
+import contextlib, io, json, runpy, sys
+ended = []
+for sys.argv in json.load(sys.stdin):
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            ended.append((end.code, said.getvalue()))
+print(json.dumps(ended))
+"""
+
+
+@dataclass
+class Calibrator:
+    """Extracts a calibration set from a hub by the rule's own script."""
+
+    hub: Hub
+    folder: Path
+    model: Path
+
+    def arguments(self, **changes: Any) -> list[str]:
+        """The script and its options, for the usual set with `changes`."""
+        spec = {"name": "captions", "source": "hub", "repo_id": "org/captions", "revision": DATASET, "split": "val"}
+        spec |= {"columns": COLUMNS, "num_samples": 2, "num_heldout": 1, "seed": 0, "batch_size": 1}
+        spec |= {"min_pixels": 3136, "max_pixels": 3136, "max_tokens": 512} | changes
+        manifest = self.folder / "model.json"
+        write_document(manifest, "model_manifest", build_manifest(self.model, "tiny", "local", {}))
+        words = ["scripts/extract_calibration.py", "--manifest", str(manifest)]
+        words += ["--spec", json.dumps(spec), "--calibration-set", str(self.folder / "calibration.parquet")]
+        words += ["--heldout-set", str(self.folder / "heldout.parquet")]
+        return [*words, "--calibration-manifest", str(self.folder / "calibration.json")]
+
+    def run(self, command: list[str], setup: dict[str, str], text: str = "") -> subprocess.CompletedProcess[str]:
+        environment = {"HF_ENDPOINT": self.hub.address, "HF_HOME": str(self.folder / "home"), **setup}
+        return subprocess.run(
+            [sys.executable, *command],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | environment,
+            input=text,
+            capture_output=True,
+            text=True,
+        )
+
+    def __call__(self, setup: dict[str, str], **changes: Any) -> subprocess.CompletedProcess[str]:
+        return self.run(self.arguments(**changes), setup)
+
+    def in_turn(self, commands: list[list[str]], code: int) -> list[str]:
+        """What the script says to each command, all of them in one process: its imports take seconds."""
+        ended = self.run(["-c", IN_TURN], {}, json.dumps(commands))
+        assert ended.returncode == 0, ended.stderr
+        codes, messages = zip(*json.loads(ended.stdout.splitlines()[-1]), strict=True)
+        assert set(codes) == {code}, messages
+        return list(messages)
+
+    def succeeds(self, **changes: Any) -> dict[str, Any]:
+        ended = self({}, **changes)
+        assert ended.returncode == 0, ended.stderr
+        return read_json(self.folder / "calibration.json")
+
+    def fails(self, setup: dict[str, str] | None = None, **changes: Any) -> str:
+        ended = self(setup or {}, **changes)
+        assert ended.returncode == 2, ended.stderr
+        assert not (self.folder / "calibration.json").exists()
+        return ended.stderr
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_captions(tmp_path_factory.mktemp("captions"))
+
+
+@pytest.fixture
+def calibrate(captions: Path, tiny_snapshot: Path, tmp_path: Path) -> Iterator[Calibrator]:
+    with serving() as hub:
+        hub.repositories[("dataset", "org/captions", DATASET)] = captions
+        yield Calibrator(hub, tmp_path, tiny_snapshot)
+
+
+def test_a_streamed_set_is_drawn_by_the_seed_and_stored_with_its_images(calibrate: Calibrator, captions: Path) -> None:
+    first, other = calibrate.folder / "first.json", calibrate.folder / "other.json"
+    commands = [calibrate.arguments(), calibrate.arguments(seed=1), calibrate.arguments()]
+    commands[0][-1], commands[1][-1] = str(first), str(other)
+    calibrate.in_turn(commands, 0)
+    manifest = read_json(calibrate.folder / "calibration.json")
+    assert manifest == read_json(first)
+    assert manifest["digest"] != read_json(other)["digest"]
+    drawn = manifest["samples"]["calibration"] + manifest["samples"]["heldout"]
+    assert len({sample["id"] for sample in drawn}) == 3
+    assert all(sample["image_tokens"] > 0 for sample in drawn)
+    assert manifest["details"] == {
+        "hub": {"repo_id": "org/captions", "commit": DATASET, "split": "val", "columns": COLUMNS}
+    }
+    stored = read_samples(calibrate.folder / "calibration.parquet")
+    assert [item.sample.id for item in stored] == [sample["id"] for sample in manifest["samples"]["calibration"]]
+    first = stored[0].sample
+    part, number = first.id[4:5], first.id[5:7]
+    assert (first.prompt, first.answer) == ("What is this?", f"noise {part} {int(number)}")
+    assert first.image is not None and first.image.size == (56, 28)
+
+
+def test_only_the_rows_that_are_needed_are_fetched(calibrate: Calibrator, tmp_path: Path) -> None:
+    """The draw takes row groups from a random place; most of a data set never leaves the hub."""
+    calibrate.hub.repositories[("dataset", "org/captions", DATASET)] = write_captions(tmp_path / "large", 1)
+    calibrate.succeeds(num_samples=1, num_heldout=0)
+    reads = [wanted.removeprefix("bytes=").split("-") for wanted in calibrate.hub.ranges]
+    # Readers ask for everything from a place on, and hang up when they have what they want: places tell them apart.
+    groups = {first for first, _ in reads}
+    assert 1 < len(groups) < 50
+    assert read_samples(calibrate.folder / "heldout.parquet") == []
+
+
+def test_captions_alone_make_a_set_of_text(calibrate: Calibrator) -> None:
+    manifest = calibrate.succeeds(columns={"id": None, "image": None, "prompt": "answer", "answer": None})
+    assert manifest["text_only"]
+    (first, _) = read_samples(calibrate.folder / "calibration.parquet")
+    sample = first.sample
+    assert sample.prompt.startswith("noise ") and sample.image is None and sample.answer is None
+
+
+def test_the_configs_prompt_is_asked_where_there_is_no_column_of_prompts(calibrate: Calibrator) -> None:
+    calibrate.succeeds(columns=COLUMNS | {"prompt": None}, prompt="What do you see?")
+    assert {item.sample.prompt for item in read_samples(calibrate.folder / "calibration.parquet")} == {
+        "What do you see?"
+    }
+
+
+def test_data_sets_that_cannot_be_drawn_from(calibrate: Calibrator) -> None:
+    calibrate.hub.branches["main"] = DATASET
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"split": "test"}, "split test cannot be read"),
+        ({"revision": "7" * 40}, "the repository has no such revision"),
+        ({"revision": "main"}, f"can move; pin the commit that it is now: {DATASET}"),
+        ({"repo_id": "org/none"}, "calibration org/none at 555555555555: not found, or not yours to see"),
+        ({"num_samples": 90, "num_heldout": 20}, "10 samples left for the heldout split, 20 asked"),
+        ({"columns": COLUMNS | {"image": "answer"}}, "split val cannot be read"),
+        (
+            {"columns": COLUMNS | {"answer": "caption"}},
+            "no column 'caption' (calibration.columns.answer); there are question_id, image, question, answer",
+        ),
+    ]
+    messages = calibrate.in_turn([calibrate.arguments(**changes) for changes, _ in cases], 2)
+    assert not (calibrate.folder / "calibration.json").exists()
+    for (_, expected), message in zip(cases, messages, strict=True):
+        assert expected in message
+
+
+def test_streaming_is_refused_offline(calibrate: Calibrator) -> None:
+    assert "HF_HUB_OFFLINE is set and samples are streamed" in calibrate.fails({"HF_HUB_OFFLINE": "1"})

@@ -1,0 +1,269 @@
+"""The replay gives INC's numbers, runs no more than it has to, and leaves the model as it was."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from auto_quantize_model.files import InputError
+from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, identify
+from auto_quantize_model.made.digits import LIMITS, build_snapshot
+from auto_quantize_model.measure.capture import capture_sensitivity
+from auto_quantize_model.measure.journal import Journal
+from auto_quantize_model.measure.states import states
+from auto_quantize_model.models.encode import Sample, collate, encode
+from auto_quantize_model.models.snapshot import load_model
+from auto_quantize_model.replay import model as replay_module
+from auto_quantize_model.replay.model import Replay, block_of
+
+MAPS = ("isolated", "fallback", "requantize")
+IDENTITY = ({"model": "small", "digest": "0"}, {"calibration": "set", "digest": "1"}, "2")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("small") / "snapshot"
+    build_snapshot(directory, depth=2, hidden=32, seed=0)
+    return load_model(directory)
+
+
+@pytest.fixture(scope="module")
+def plan(model, batches):
+    return identify(build_plan(model, batches, SensitivitySpec("replay", 2, MAPS)), *IDENTITY)
+
+
+def start(model, plan, **options):
+    return Replay(model, plan["ops"], plan["measured_op"], **options)
+
+
+def captured(model, batches, plan, path):
+    with Journal(path, {}) as journal:
+        return capture_sensitivity(model, batches, plan, journal)[0]
+
+
+def mse_values(capture):
+    return {
+        (label, name, batch): record["mse_value"]
+        for label, per_op in capture["maps"].items()
+        for name, records in per_op.items()
+        for batch, record in enumerate(records)
+    }
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_snapshot, batches):
+    """A model small enough for INC to measure all of it, and its plan for one batch."""
+    model = load_model(tiny_snapshot)
+    return model, identify(build_plan(model, batches, SensitivitySpec("replay", 1, MAPS)), *IDENTITY)
+
+
+@pytest.mark.slow
+def test_every_value_of_every_map_is_incs_bit_for_bit(tiny, batches, tmp_path):
+    model, plan = tiny
+    replayed = captured(model, batches, plan, tmp_path / "a")
+    by_inc = captured(model, batches, plan | {"engine": "inc"}, tmp_path / "b")
+    assert mse_values(replayed) == mse_values(by_inc)
+    assert len(mse_values(replayed)) == 3 * len(plan["ops"])
+    for ours, theirs in zip(replayed["batches"], by_inc["batches"], strict=True):
+        assert ours["all_int8"]["mse_value"] == theirs["all_int8"]["mse_value"]
+        assert ours["reference"] == theirs["reference"]
+    assert replayed["executions"] == by_inc["executions"]
+
+
+@pytest.mark.slow
+def test_with_auto_inc_measures_what_no_site_covers_and_the_values_are_the_same(tiny, batches, tmp_path, monkeypatch):
+    model, plan = tiny
+    plan = plan | {"maps": ["isolated", "fallback"]}
+    expected = mse_values(captured(model, batches, plan, tmp_path / "a"))
+    monkeypatch.setattr(
+        replay_module, "why_not", lambda module, op: "a test" if op["op_name"].endswith("blocks.0.attn.qkv") else ""
+    )
+    with pytest.raises(InputError, match=r"1 of \d+ ops cannot be replayed exactly, first .*qkv: a test; set sens"):
+        start(model, plan)
+    mixed = captured(model, batches, plan | {"engine": "auto"}, tmp_path / "b")
+    assert mse_values(mixed) == expected
+    isolated = mixed["maps"]["isolated"]
+    assert {name for name in isolated if "kl_divergence" not in isolated[name][0]} == {"model.visual.blocks.0.attn.qkv"}
+
+
+@pytest.mark.slow
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_ran_before_a_state_gives_the_same_bits(model, batches, plan, data):
+    """Kept outputs never change a result: any sequence of states equals runs that keep nothing."""
+    names = [op["op_name"] for op in plan["ops"]]
+    subsets = data.draw(st.lists(st.sets(st.sampled_from(names)), min_size=2, max_size=5))
+    outputs = []
+    for cache_bytes in (0, 20_000, 1 << 30):
+        with start(model, plan, cache_bytes=cache_bytes) as replay:
+            replay.calibrate(batches[0])
+            outputs.append([replay.run(subset).clone() for subset in subsets])
+            assert replay.cached_bytes <= cache_bytes
+    for other in outputs[1:]:
+        assert all(torch.equal(left, right) for left, right in zip(outputs[0], other, strict=True))
+
+
+@pytest.mark.slow
+def test_only_what_follows_a_change_runs_again(model, batches, plan):
+    ran = []
+    layers = [*model.model.visual.blocks, *model.model.language_model.layers]
+    with start(model, plan) as replay:
+        for number, layer in enumerate(layers):
+            attention = layer.attn if hasattr(layer, "attn") else layer.self_attn
+            attention.register_forward_hook(lambda *_, number=number: ran.append(number))
+        replay.calibrate(batches[0])
+        assert ran == [0, 1, 2, 3]
+        for op, expected in (
+            ("lm_head", []),
+            ("model.language_model.layers.1.mlp.up_proj", [3]),
+            ("model.language_model.layers.0.mlp.up_proj", [2, 3]),
+            ("model.visual.blocks.1.mlp.up_proj", [1, 2, 3]),
+        ):
+            ran.clear()
+            replay.run({op})
+            assert ran == expected, op
+    for layer in layers:
+        (layer.attn if hasattr(layer, "attn") else layer.self_attn)._forward_hooks.clear()
+
+
+@pytest.mark.slow
+def test_the_model_is_as_before_also_after_an_error(model, batches, plan):
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        expected = model(**batches[0]).logits
+    with pytest.raises(RuntimeError), start(model, plan) as replay:
+        replay.calibrate(batches[0])
+        replay.run({"lm_head"})
+        with torch.no_grad():  # between runs it is its FP32 self as well
+            assert torch.equal(model(**batches[0]).logits, expected)
+        raise RuntimeError
+    with torch.no_grad():
+        assert torch.equal(model(**batches[0]).logits, expected)
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert all(not module._forward_hooks for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_an_op_that_text_does_not_reach_has_no_record(model, processor, plan, tmp_path):
+    texts = [collate([encode(Sample("text", "Which digit is this?"), processor, LIMITS)])]
+    capture = captured(model, texts, plan | {"confidence_batches": 1}, tmp_path / "a")
+    for per_op in capture["maps"].values():
+        for name, (record,) in per_op.items():
+            assert (record is None) == name.startswith("model.visual."), name
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+class Stack(torch.nn.Module):
+    """Blocks that are run by `route`, and code between them that writes into what they return."""
+
+    def __init__(self, route=lambda x: (0, 1, 2)):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Block() for _ in range(3))
+        self.head = torch.nn.Linear(8, 5)
+        self.route = route
+
+    def forward(self, x):
+        for index in self.route(x):
+            x = self.blocks[index](x)
+            x += 1  # in place, on purpose
+        return self.head(x)
+
+
+def stack_of(route=lambda x: (0, 1, 2)):
+    torch.manual_seed(0)
+    model = Stack(route).eval().requires_grad_(False)
+    observer = {"dtype": "quint8", "qscheme": "per_tensor_affine", "name": "HistogramObserver"}
+    weight = {"dtype": "qint8", "qscheme": "per_channel_symmetric", "name": "PerChannelMinMaxObserver"}
+    entry = {
+        "op_type": "Linear",
+        "pattern": "Linear",
+        "activation": {"observer": observer},
+        "weight": {"observer": weight},
+    }
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return model, [entry | {"op_name": name} for name in names]
+
+
+def test_code_that_writes_into_a_blocks_output_does_not_reach_what_is_kept():
+    model, ops = stack_of()
+    names = [op["op_name"] for op in ops]
+    results = []
+    for cache_bytes in (0, 1 << 20):
+        with Replay(model, ops, "head", cache_bytes=cache_bytes) as replay:
+            replay.calibrate({"x": torch.randn(4, 8, generator=torch.Generator().manual_seed(1))})
+            results.append([replay.run(state).clone() for _, _, state in states(replay.order, names, MAPS)])
+    assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
+
+
+def test_a_block_that_runs_twice_is_switched_in_both_and_kept_for_each():
+    model, ops = stack_of(lambda x: (0, 1, 0, 2))
+    x = torch.randn(4, 8)
+    outputs = []
+    for cache_bytes in (0, 1 << 20):
+        with Replay(model, ops, "head", cache_bytes=cache_bytes) as replay:
+            replay.calibrate({"x": x})
+            assert replay.sequence == ["blocks.0", "blocks.1", "blocks.0", "blocks.2", "head"]
+            assert replay.executions["blocks.0.linear"] == 2
+            chosen = [{"head"}, {"blocks.2.linear"}, {"blocks.0.linear"}, {"blocks.1.linear", "head"}]
+            outputs.append([replay.run(state).clone() for state in chosen])
+    assert all(torch.equal(left, right) for left, right in zip(*outputs, strict=True))
+
+
+def test_a_model_that_chooses_its_way_by_values_is_refused():
+    model, ops = stack_of()
+    turns = iter([(0, 1, 2), (0, 2, 1)])
+    model.route = lambda x: next(turns)
+    with Replay(model, ops, "head") as replay:
+        replay.calibrate({"x": torch.randn(4, 8)})
+        with pytest.raises(InputError, match=r"blocks\.2 ran where the calibration ran otherwise"):
+            replay.run({"blocks.0.linear"})
+
+
+def test_an_op_whose_input_is_not_finite_is_named():
+    model, ops = stack_of()
+    model.blocks[1].linear.weight[0, 0] = torch.inf
+    with Replay(model, ops, "head") as replay, pytest.raises(InputError, match=r"blocks\.1\.linear: .* not finite"):
+        replay.calibrate({"x": torch.randn(4, 8)})
+
+
+@pytest.mark.parametrize(
+    ("op", "block"), [("blocks.1.linear", "blocks.1"), ("head", "head"), ("blocks.2.linear", "blocks.2")]
+)
+def test_a_block_is_an_element_of_a_list_or_the_op_itself(op, block):
+    assert block_of(stack_of()[0], op) == block
+
+
+def test_states_run_from_the_last_op_to_the_first_and_requantize_as_planned():
+    found = list(states(["a", "b"], ["b", "a", "never"], MAPS + ("all_int8",)))
+    assert [(label, name) for label, name, _ in found] == [
+        ("isolated", "b"),
+        ("isolated", "a"),
+        ("requantize", "b"),
+        ("requantize", "a"),
+        ("all_int8", ""),
+        ("fallback", "b"),
+        ("fallback", "a"),
+    ]
+    assert [sorted(state) for _, _, state in found] == [["b"], ["a"], ["b"], ["a", "b"], ["a", "b"], ["a"], ["b"]]
+
+
+@pytest.mark.gpu
+def test_a_capture_on_the_gpu_ranks_as_on_the_cpu(model, batches, plan, tmp_path):
+    from scipy.stats import spearmanr
+
+    on_cpu = mse_values(captured(model, batches, plan, tmp_path / "a"))
+    on_gpu = mse_values(captured(copy.deepcopy(model).cuda(), batches, plan, tmp_path / "b"))
+    for label in MAPS:
+        pairs = [(on_cpu[key], on_gpu[key]) for key in on_cpu if key[0] == label]
+        assert spearmanr(*zip(*pairs, strict=True)).statistic > 0.95

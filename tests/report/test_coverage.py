@@ -1,0 +1,175 @@
+"""What the planned ops hold of a model's weights is counted once each, and what they leave out is named first."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_document import NAMES, parts
+
+from auto_quantize_model.escape import code, prose
+from auto_quantize_model.export.exports import export
+from auto_quantize_model.inc.plan import SensitivitySpec, build_plan
+from auto_quantize_model.made.digits import build_config, build_tokenizer
+from auto_quantize_model.models.coverage import cover
+from auto_quantize_model.report import coverage, sentences
+from auto_quantize_model.report.document import build_report, render
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+
+
+def built(config: Any) -> Any:
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def gpt2() -> Any:
+    return built(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, n_positions=16))
+
+
+def falcon() -> Any:
+    return built(transformers.FalconConfig(**SMALL, bos_token_id=0, eos_token_id=0))
+
+
+def mixtral() -> Any:
+    config = transformers.MixtralConfig(**SMALL, intermediate_size=64, num_key_value_heads=4, num_local_experts=4)
+    return built(config)
+
+
+def digits() -> Any:
+    """The shape of the embedded default."""
+    return transformers.Qwen2_5_VLForConditionalGeneration(build_config(build_tokenizer(), depth=4, hidden=64))
+
+
+def planned(model: torch.nn.Module) -> list[str]:
+    """The modules of the very classes that INC plans."""
+    classes = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv3d)
+    return [name for name, module in model.named_modules() if type(module) in classes]
+
+
+def group(found: dict[str, Any], pattern: str) -> dict[str, Any]:
+    (one,) = (entry for entry in found["left_out"] if entry["pattern"] == pattern)
+    return one
+
+
+def test_of_gpt2_the_embeddings_alone_are_planned_and_tied_weights_count_once() -> None:
+    found = cover(gpt2(), planned(gpt2()), [])
+    embeddings = 100 * 32 + 16 * 32
+    conv1d = 2 * ((32 * 96 + 96) + (32 * 32 + 32) + (32 * 128 + 128) + (128 * 32 + 32))
+    norms = 5 * 2 * 32
+    assert (found["weights_planned"], found["weights_kept"]) == (embeddings, 0)
+    assert found["weights_total"] == embeddings + conv1d + norms
+    assert found["share"] == embeddings / (embeddings + conv1d + norms)
+    fused = {"class": "Conv1D", "count": 2, "weights": 2 * (32 * 96 + 96), "bytes": 8 * (32 * 96 + 96)}
+    assert group(found, "transformer.h.*.attn.c_attn") == {"pattern": "transformer.h.*.attn.c_attn"} | fused
+    sizes = [entry["bytes"] for entry in found["left_out"]]
+    assert sizes == sorted(sizes, reverse=True) and sum(sizes) == 4 * (conv1d + norms)
+
+
+def test_of_falcon_its_own_linear_class_is_left_out() -> None:
+    found = cover(falcon(), planned(falcon()), [])
+    assert found["weights_planned"] == 100 * 32
+    left = group(found, "transformer.h.*.mlp.dense_h_to_4h")
+    assert left["class"] == "FalconLinear" and left["count"] == 2 and left["weights"] == 2 * 32 * 128
+
+
+def test_of_mixtral_experts_in_three_dimensions_are_left_out() -> None:
+    found = cover(mixtral(), planned(mixtral()), [])
+    expert = {"class": "MixtralExperts", "count": 2, "weights": 2 * 4 * 128 * 32, "bytes": 8 * 4 * 128 * 32}
+    assert found["left_out"][0] == {"pattern": "model.layers.*.mlp.experts.gate_up_proj"} | expert
+    attention = 2 * 4 * 32 * 32
+    assert found["weights_planned"] == 2 * 100 * 32 + attention
+
+
+def test_what_the_config_keeps_is_not_left_out() -> None:
+    model = gpt2()
+    found = cover(model, ["transformer.wte"], ["transformer.wpe"])
+    assert (found["weights_planned"], found["weights_kept"]) == (100 * 32, 16 * 32)
+    assert not [entry for entry in found["left_out"] if entry["pattern"] == "transformer.wpe"]
+    everything = cover(model, [], [name for name, _ in model.named_modules()])
+    assert everything["share"] == 0 and not coverage.is_partial(everything)
+
+
+def test_of_the_digit_reader_norms_are_left_out_and_biases_are_not_quantized() -> None:
+    model = digits()
+    found = cover(model, planned(model), [])
+    assert coverage.headline(len(planned(model)), found) == "53 ops hold 99.1 % of the weights"
+    quantized = [model.get_submodule(name).weight.numel() for name in planned(model)]
+    assert found["weights_planned"] == sum(quantized)
+    assert {entry["class"] for entry in found["left_out"]} == {"Qwen2_5_VLRMSNorm"}
+    assert not coverage.is_partial(found) and coverage.warnings(found) == []
+
+
+@pytest.mark.parametrize(
+    ("planned_weights", "kept", "partial", "share"),
+    [(900, 0, False, "90.0 %"), (899, 0, True, "89.9 %"), (499, 401, False, "49.9 %"), (1000, 0, False, "100.0 %")],
+)
+def test_ninety_percent_are_enough_and_less_than_all_is_never_said_to_be_all(
+    planned_weights: int, kept: int, partial: bool, share: str
+) -> None:
+    found = {"weights_total": 1000, "weights_planned": planned_weights, "weights_kept": kept, "left_out": []}
+    assert coverage.is_partial(found) is partial
+    assert f"53 ops hold {share} of the weights" in coverage.headline(53, found)
+    assert coverage.share_of(99_999, found | {"weights_total": 100_000}) == "99.9 %"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("build", "share"), [(gpt2, 0.12), (falcon, 0.11), (mixtral, 0.22)])
+def test_the_plan_says_what_it_holds(build: Any, share: float) -> None:
+    model = build().requires_grad_(False)
+    batch = {"input_ids": torch.arange(8)[None], "attention_mask": torch.ones(1, 8, dtype=torch.int64)}
+    plan = build_plan(model, [batch], SensitivitySpec("replay", 1, ("isolated",)))
+    assert plan["coverage"] == cover(model, planned(model), [])
+    assert plan["coverage"]["share"] == pytest.approx(share, abs=0.02)
+
+
+@pytest.fixture
+def partial() -> dict[str, Any]:
+    return cover(mixtral(), planned(mixtral()), [])
+
+
+def test_the_first_warning_and_the_head_of_the_report_name_what_is_left_out(partial: dict[str, Any]) -> None:
+    report = build_report(*parts(plan={"coverage": partial}, stand_in="drawn"))
+    share = coverage.share_of(partial["weights_planned"], partial)
+    assert report["coverage"] == partial
+    assert report["warnings"][0].startswith(f"The planned ops hold only {share} of the model's weights")
+    assert "model.layers.*.mlp.experts.gate_up_proj (MixtralExperts, 2 x, 131 kB)" in report["warnings"][0]
+    markdown, _ = render(report)
+    warnings = markdown.index("> **Warning:** The planned ops hold only")
+    assert (
+        warnings < markdown.index(f"**{len(NAMES)} ops hold {share} of the weights.**") < markdown.index("own `mse_v2`")
+    )
+    assert f"| {code('model.layers.*.mlp.experts.gate_up_proj')} | MixtralExperts | 2 | 32768 | 131 kB |" in markdown
+
+
+def test_no_sentence_speaks_of_the_model_as_quantized_where_much_is_left_out(partial: dict[str, Any]) -> None:
+    nothing = {"keep": 0, "kept": [], "order": "ranking"}
+    report: dict[str, Any] = build_report(*parts(plan={"coverage": partial}))
+    report["all_int8"]["top1_agreement"] = 1.0
+    report |= {"profiles": {"profiles": {"recommended": nothing}, "target": {"min_sqnr_db": 1.0}, "missed": ""}}
+    report["tradeoff"] = report["tradeoff"] | {"ops": 4}
+    headline, _ = sentences.decision(report)
+    assert headline == "Keep no op of the 4 planned ones: INT8 reaches the target as it is."
+    said = " ".join(sentences.costs(report))
+    assert "INT8 of the planned ops costs nothing measurable in top-1" in said and " INT8 costs nothing" not in said
+    whole = build_report(*parts())
+    assert sentences.decision(report | {"coverage": whole["coverage"]})[0].startswith("Keep nothing: INT8 reaches")
+
+
+def test_every_export_names_what_is_left_alone(partial: dict[str, Any], tmp_path: Path) -> None:
+    modules = {name: type(module) for name, module in mixtral().named_modules()}
+    profile = {"keep": 1, "kept": ["lm_head"], "sqnr_db": 31.0}
+    plan = {"model": "tiny", "ops": [{"op_name": "lm_head"}], "excluded": [], "coverage": partial}
+    plan |= {"reduce_range": True, "inc_check": {"status": "reproduces_fp32"}}
+    profiles = {"profiles": {"recommended": profile}, "missed": ""}
+    index = export(tmp_path / "e", profiles, plan, {"executions": {"lm_head": [1]}}, modules, [], 2)
+    for tool in index["profiles"]["recommended"].values():
+        assert any("Left alone" in note and "experts.down_proj (MixtralExperts" in note for note in tool["notes"])
+    assert prose("model.layers.*.mlp.experts.gate_up_proj") in (tmp_path / "e/recommended/README.md").read_text()
+
+
+@pytest.mark.parametrize(("groups", "said"), [(7, "and 1 smaller group"), (8, "and 2 smaller groups")])
+def test_groups_beyond_those_named_are_counted(groups: int, said: str) -> None:
+    one = {"pattern": "a", "class": "Linear", "count": 1, "weights": 1, "bytes": 4}
+    assert coverage.left_out({"left_out": [one] * groups}).endswith(said)

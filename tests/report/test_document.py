@@ -1,0 +1,330 @@
+"""The report ranks by the isolated map, says what each map means, and never gives a number to what did not run."""
+
+import copy
+import json
+import math
+import re
+from html import unescape
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from auto_quantize_model.decide.profiles import Target, build_profiles
+from auto_quantize_model.decide.ranking import score
+from auto_quantize_model.escape import CONTROLS, one_line
+from auto_quantize_model.files import InputError, canonical_json, digest_of
+from auto_quantize_model.report.document import build_report, markdown_cell, render, tables, top_table
+
+UNMEASURED = {"status": "not_measured", "reason": "tradeoff.heldout_batches is 0"}
+PROFILES = build_profiles(UNMEASURED, Target())
+MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+NAMES = ["visual.proj", "layers.0.mlp", "layers.1.mlp", "lm_head"]
+
+
+def record(mse_value):
+    """What replay measures of one op: a tenth of the error at image tokens."""
+    at = {"image_error": mse_value / 10, "text_error": mse_value * 0.9}
+    return {"mse_value": mse_value, **at, "kl_divergence": 0.25, "top1_agreement": 0.5}
+
+
+def parts(**changes):
+    """Manifest, calibration manifest, plan, capture and audit of four ops on two batches."""
+    observers = {"dtype": "int8", "scheme": "sym", "granularity": "per_channel", "algorithm": "minmax"}
+    manifest = {"model": "tiny", "source": "local", "architecture": "Qwen2_5_VL", "digest": "0" * 64, "details": {}}
+    manifest["stand_in"] = changes.pop("stand_in", None)
+    sample = {"id": "a|b", "sha256": "1" * 64, "tokens": 24, "image_tokens": 4}
+    calibration = {
+        "calibration": "set",
+        "source": "local",
+        "seed": 0,
+        "batch_size": 1,
+        "text_only": False,
+        "answers": {"calibration": {"given": 2, "located": 2}, "heldout": {"given": 0, "located": 0}},
+        "image_backend": "pil",
+        "digest": "2" * 64,
+        "samples": {"calibration": [sample, sample], "heldout": []},
+    }
+    ops = [
+        {"op_name": name, "inc_name": name, "op_type": "Linear", "activation": observers, "weight": observers}
+        for name in NAMES
+    ]
+    left_out = [{"pattern": "norm|x", "class": "RMSNorm", "count": 1, "weights": 9, "bytes": 36}]
+    weights = {"weights_total": 1000, "weights_planned": 991, "weights_kept": 0, "share": 0.991}
+    plan = {
+        "model": "tiny",
+        "calibration": "set",
+        "coverage": weights | {"left_out": left_out},
+        "config_digest": "3" * 64,
+        "reduce_range": True,
+        "reduce_range_by": "inc",
+        "inc_check": {"status": "reproduces_fp32"},
+        "maps": ["isolated", "fallback", "requantize"],
+        "measured_op": "lm_head",
+        "ops": ops,
+        "excluded": [{"op_name": "norm|x", "op_type": "RMSNorm", "reason": "kept"}],
+    }
+    plan.update(changes.pop("plan", {}))
+    pairs = ([3.0, 1.0], [0.5, 0.5], [0.5, 0.5], [8.0, 4.0])
+    values = {name: [record(value) for value in pair] for name, pair in zip(NAMES, pairs, strict=True)}
+    audit = {"status": "bit_identical", "batch": 0, "ops": ["lm_head"], "maps": ["isolated"], "compared": 1}
+    capture = {
+        "plan_digest": digest_of(plan),
+        "engine": "replay",
+        "device": "cpu",
+        "threads": 1,
+        "instruction_set": "AVX2",
+        "int8_kernel": "saturating",
+        "tf32": False,
+        "versions": {"torch": "2.13.0"},
+        "batches": [
+            {
+                "batch": index,
+                "sample_ids": ["a|b"],
+                "tokens": 24,
+                "image_tokens": 4,
+                "reference": {"all": 1000.0, "image": 200.0, "text": 800.0},
+                "all_int8": record(10.0),
+            }
+            for index in range(2)
+        ],
+        "executions": {name: [1, 1] for name in NAMES},
+        "maps": {label: copy.deepcopy(values) for label in plan["maps"]},
+        "second_pass": [{}, {}],
+    }
+    capture.update(changes)
+    return manifest, calibration, plan, capture, audit | {"by": "inc", "rank_agreement": {}}, UNMEASURED, PROFILES
+
+
+def test_the_primary_table_runs_from_least_to_most_sensitive_with_ties_in_plan_order():
+    rows = build_report(*parts())["maps"]["isolated"]["ops"]
+    assert [row["op_name"] for row in rows] == ["layers.0.mlp", "layers.1.mlp", "visual.proj", "lm_head"]
+    assert [row["rank"] for row in rows] == [1, 2, 3, 4]
+    assert [row["tied"] for row in rows] == [True, True, False, False]
+
+
+def test_scores_are_aggregated_over_batches():
+    row = build_report(*parts())["maps"]["isolated"]["ops"][-1]
+    assert row["mse_value"] == 6.0
+    assert math.isclose(row["mse_value_std"], math.sqrt(8))
+    assert row["relative_error"] == 12 / 2000
+    assert math.isclose(row["sqnr_db"], -10 * math.log10(0.006))
+    assert math.isclose(row["image_relative_error"], 1.2 / 400)
+    assert math.isclose(row["text_relative_error"], 10.8 / 1600)
+    assert (row["kl_divergence"], row["top1_agreement"]) == (0.25, 0.5)
+
+
+def test_the_ten_most_sensitive_come_first():
+    report = build_report(*parts())
+    assert [row["op_name"] for row in report["most_sensitive"]][:2] == ["lm_head", "visual.proj"]
+    assert top_table(report).splitlines()[1].split()[:2] == ["1", "lm_head"]
+
+
+def test_answers_that_were_not_located_are_a_warning():
+    manifest, calibration, plan, capture, audit, *_ = parts()
+    calibration["answers"]["heldout"] = {"given": 8, "located": 0}
+    report = build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)
+    assert report["warnings"][0].startswith("Answers were located in 0 of 8 held-out samples; accuracy is measured on")
+
+
+def test_an_op_that_never_ran_has_a_status_and_no_score():
+    manifest, calibration, plan, capture, audit, *_ = parts()
+    capture["executions"]["visual.proj"] = [0, 0]
+    for per_op in capture["maps"].values():
+        per_op["visual.proj"] = [None, None]
+    report = build_report(manifest, calibration | {"text_only": True}, plan, capture, audit, UNMEASURED, PROFILES)
+    assert {op["op_name"]: op["status"] for op in report["ops"]}["visual.proj"] == "not_exercised"
+    assert all("visual.proj" not in {row["op_name"] for row in part["ops"]} for part in report["maps"].values())
+    markdown, _ = render(report)
+    assert "The vision tower was not exercised" in "".join(markdown.splitlines()[:4])
+
+
+def test_an_op_that_ran_in_one_batch_is_scored_on_that_batch():
+    references = [{"all": 1.0, "image": 0.0, "text": 1.0}, {"all": 50.0, "image": 0.0, "text": 50.0}]
+    row = score([None, record(5.0)], references)
+    assert (row["mse_value"], row["relative_error"], row["sqnr_db"]) == (5.0, 0.1, 10.0)
+    assert row["image_relative_error"] is None  # no image tokens
+
+
+def test_what_inc_alone_measured_has_no_other_metrics():
+    manifest, calibration, plan, capture, audit, *_ = parts()
+    for per_op in capture["maps"].values():
+        for name, records in per_op.items():
+            per_op[name] = [{"mse_value": entry["mse_value"]} for entry in records]
+    report = build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)
+    row = report["maps"]["isolated"]["ops"][0]
+    assert row["kl_divergence"] is row["top1_agreement"] is row["image_relative_error"] is None
+    assert "| KL (nats) |" not in render(report)[0]
+
+
+def test_where_both_engines_measured_the_metrics_of_the_replay_are_shown_and_the_others_are_dashes():
+    manifest, calibration, plan, capture, audit, *_ = parts()
+    isolated = capture["maps"]["isolated"]
+    isolated["layers.0.mlp"] = [{"mse_value": 0.5}, {"mse_value": 0.5}]  # first in the table
+    markdown, _ = render(build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES))
+    table = markdown.split("## Isolated map")[1].split("\n## ")[0]
+    first, second = (line for line in table.splitlines() if line[:3] in ("| 1", "| 2"))
+    assert first.count("–") == 4 and "0.25" in second
+
+
+@pytest.mark.parametrize(
+    ("reduced", "by", "sentence"),
+    [
+        (True, "inc", "to 7 bits of 8: Intel Neural Compressor's choice on a CPU without VNNI."),
+        (False, "inc", "to all 8 bits: Intel Neural Compressor's choice on a CPU with VNNI."),
+        (True, "config", "to 7 bits of 8: set by sensitivity.reduce_range."),
+    ],
+)
+def test_the_head_says_how_many_bits_activations_have_and_who_chose_them(reduced, by, sentence):
+    report = build_report(*parts(plan={"reduce_range": reduced, "reduce_range_by": by}))
+    markdown, _ = render(report)
+    assert f"Activations are quantized {sentence}\n" in markdown.split("## What to keep")[0]
+    assert report["measurement"]["reduce_range"] is reduced
+
+
+def test_a_model_that_inc_cannot_measure_is_the_first_warning():
+    cannot = {"status": "cannot", "reason": "with no op in INT8, INC's model differs"}
+    *others, audit, tradeoff, profiles = parts(plan={"inc_check": cannot})
+    markdown, _ = render(build_report(*others, audit | {"by": "torch"}, tradeoff, profiles))
+    head = markdown.split("## What to keep")[0]
+    assert "> **Warning:** Intel Neural Compressor cannot measure this model: with no op in INT8, INC's model" in head
+    assert "measured again by torch's own quantized modules in the FP32 model: every one is the same" in head
+
+
+@pytest.mark.parametrize(
+    ("audit", "words"),
+    [
+        ({"status": "bit_identical", "compared": 18}, "18 values (1 op, maps isolated, batch 0) were measured again"),
+        ({"status": "not_needed"}, "**Audit:** Not needed, Intel Neural Compressor itself measured every op"),
+        (
+            {"status": "sites_bit_identical", "rank_agreement": {"isolated": 0.94}},
+            "over these ops (batch 0): isolated 0.94.",
+        ),
+    ],
+)
+def test_the_audit_stands_in_the_report(audit, words):
+    *others, usual, tradeoff, profiles = parts()
+    report = build_report(*others, usual | audit, tradeoff, profiles)
+    markdown, _ = render(report)
+    assert words in markdown
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_is_refused_by_name(value):
+    manifest, calibration, plan, capture, audit, *_ = parts()
+    capture["maps"]["fallback"]["lm_head"][1]["mse_value"] = value
+    with pytest.raises(InputError, match="map fallback, batch 1: the mse_value of lm_head"):
+        build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)
+
+
+def test_a_capture_of_another_plan_is_refused():
+    with pytest.raises(InputError, match="made from another plan"):
+        build_report(*parts(plan_digest="4" * 64))
+
+
+def test_a_low_all_int8_sqnr_warns_of_the_fallback_map():
+    manifest, calibration, plan, capture, audit, *_ = parts()
+    for batch in capture["batches"]:
+        batch["all_int8"] = record(900.0)
+    (warning,) = build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)["warnings"]
+    assert "fallback map is mostly noise" in warning
+
+
+def test_an_op_without_error_has_no_sqnr_and_is_still_valid_json():
+    manifest, calibration, plan, capture, audit, *_ = parts()
+    capture["maps"]["isolated"]["visual.proj"] = [record(0.0), record(0.0)]
+    report = build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)
+    assert report["maps"]["isolated"]["ops"][0]["sqnr_db"] is None
+    render(report)
+
+
+def test_renderings_are_the_same_bytes_each_time_and_the_json_is_the_document():
+    report = build_report(*parts())
+    assert render(report) == render(build_report(*parts()))
+    _, document = render(report)
+    assert document == canonical_json(report)
+    assert json.loads(document) == report
+
+
+def test_every_markdown_table_has_as_many_cells_in_each_row_as_in_its_head():
+    markdown, _ = render(build_report(*parts()))
+    widths = []
+    for line in markdown.splitlines():
+        if line.startswith("|"):
+            widths.append(line.replace("\\|", "").count("|"))
+        else:
+            assert len(set(widths)) <= 1
+            widths = []
+    for heading in ("Isolated map", "Fallback map", "Requantize map", "Excluded ops", "Ops not exercised"):
+        assert f"## {heading}" in markdown
+    assert "The lowest is the most sensitive" in markdown
+    assert "\n\n\n\n" not in markdown
+
+
+STRANGERS = [
+    "</code><script>alert(1)</script>",
+    "[click](javascript:alert(1))",
+    "![](https://example.org/x.png)",
+    "a|b`c\\|d\n\n# Heading",
+    "\x1b[31m\u202ered",
+    "www.example.org @someone #1 a@example.org",
+    "**bold** _soft_ ~~gone~~ $x$ <!--",
+]
+
+
+@pytest.mark.parametrize("text", STRANGERS)
+def test_no_text_of_a_stranger_is_markup_in_the_markdown_and_the_json_holds_it_raw(text):
+    plain = build_report(*parts(stand_in="STRANGER"))
+    plain |= {"tradeoff": UNMEASURED | {"reason": "STRANGER"}}
+    for block, key in (
+        ("model", "model"),
+        ("model", "architecture"),
+        ("calibration", "name"),
+        ("measurement", "device"),
+    ):
+        plain[block][key] = "STRANGER"
+    plain["profiles"] = plain["profiles"] | {"missed": "STRANGER"}
+    plain["audit"] |= {"ops": ["STRANGER"], "maps": ["STRANGER"]}
+    plain["versions"] = {"STRANGER": "STRANGER"}
+    plain["excluded"] = [dict.fromkeys(("op_name", "op_type", "reason"), "STRANGER")]
+    plain["ops"][0] |= {"op_name": "STRANGER", "op_type": "STRANGER", "status": "not_exercised"}
+    for rows in (plain["maps"]["isolated"]["ops"], plain["most_sensitive"]):
+        rows[0] |= {"op_name": "STRANGER", "op_type": "STRANGER"}
+    for batch in plain["batches"]:
+        batch["sample_ids"] = ["STRANGER"]
+    hostile = json.loads(json.dumps(plain).replace("STRANGER", json.dumps(text)[1:-1]))
+    rendered = [MARKDOWN.render(render(report)[0]) for report in (plain, hostile)]
+    inline = ("<wbr>", "<code>", "</code>")
+    tags = [[tag for tag in re.findall("<[^>]*>", html) if tag not in inline] for html in rendered]
+    assert tags[0] == tags[1] and rendered[0].count("STRANGER") > 20
+    # A sentence begins with a capital letter.
+    assert html_text(rendered[1]).lower().count(one_line(text).lower()) == rendered[0].count("STRANGER")
+    assert "STRANGER (stand-in)</h1>" in rendered[0]
+    assert not CONTROLS.search(rendered[1]) and "<script" not in render(hostile)[0]
+    assert json.loads(render(hostile)[1])["batches"][0]["sample_ids"] == [text]
+
+
+def html_text(html):
+    return unescape(re.sub("<[^>]*>", "", html))
+
+
+def test_tables_hold_no_formula():
+    report = build_report(*parts())
+    report["maps"]["isolated"]["ops"][0] |= {"op_name": "=cmd|' /C calc'!A0", "op_type": "+x", "mse_value": -1.0}
+    lines = tables(report)["ranking"].to_csv(index=False).splitlines()
+    assert lines[1].startswith("1,True,'=cmd|' /C calc'!A0,'+x,-1.0,")
+
+
+def test_a_map_that_was_not_measured_says_so():
+    manifest, calibration, plan, capture, audit, *_ = parts(plan={"maps": ["isolated"]})
+    report = build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)
+    assert list(report["maps"]) == ["isolated"]
+    assert render(report)[0].count("Not measured.") == 2
+
+
+@given(st.text())
+def test_a_cell_never_breaks_its_row(text):
+    cell = markdown_cell(text).replace("\\\\", "").replace("\\|", "")
+    assert "|" not in cell
+    assert "\n" not in cell

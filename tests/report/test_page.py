@@ -1,0 +1,333 @@
+"""The page stands alone: it loads nothing, takes names as data, and its pictures and tables work in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import jsonschema
+import pytest
+from test_figures import HOSTILE, from_inc, no_error_at_all, point, renamed, report_of, tradeoff, without_images
+
+from auto_quantize_model.decide.profiles import Target
+from auto_quantize_model.documents import write_document
+from auto_quantize_model.files import read_json, write_text
+from auto_quantize_model.report import sentences
+from auto_quantize_model.report.document import SCHEMA
+from auto_quantize_model.report.page import render_page
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BARE = {"files": {}, "exports": {}}
+
+
+class Elements(HTMLParser):
+    """Tags with their attributes, visible text, and what stands in scripts of each kind."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.text, self.scripts = [], "", {}
+        self.kind = None
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.kind = (dict(attrs).get("id") or "code") if tag == "script" else "style" if tag == "style" else None
+
+    def handle_endtag(self, tag):
+        self.kind = None if tag in ("script", "style") else self.kind
+
+    def handle_data(self, data):
+        if self.kind is None:
+            self.text += data
+        else:
+            self.scripts[self.kind] = self.scripts.get(self.kind, "") + data
+
+    def said(self):
+        return " ".join(self.text.split())
+
+
+def rendered(report, links=BARE):
+    return Elements(render_page(report, links))
+
+
+def test_the_page_is_the_same_bytes_each_time_and_loads_nothing():
+    links = {"files": {"report (JSON)": "a b.json"}, "exports": {}}
+    html = render_page(report_of(tradeoff()), links)
+    assert html == render_page(report_of(tradeoff()), links)
+    page = Elements(html)
+    assert not [tag for tag, _ in page.tags if tag in ("iframe", "img", "object", "embed", "base", "form")]
+    assert {tag: attrs["href"] for tag, attrs in page.tags if attrs.get("href")} == {
+        "link": "data:,",
+        "a": "a%20b.json",
+    }
+    assert not [attrs for _, attrs in page.tags if "src" in attrs]
+    assert "@import" not in page.scripts["style"] and "url(" not in page.scripts["style"]
+
+
+def test_names_are_escaped_in_the_markup_and_cannot_end_a_script():
+    hostile = f"</script><img src=x onerror=alert(1)>\u2028{HOSTILE}"
+    report = renamed(report_of(tradeoff(), Target(min_sqnr_db=24)), "lm_head", hostile)
+    export = {hostile: {"files": [hostile], "notes": [hostile]}}
+    page = rendered(report, {"files": {}, "exports": {"recommended": export}})
+    assert not [tag for tag, _ in page.tags if tag == "img"]
+    assert [tag for tag, _ in page.tags].count("script") == 4
+    assert page.text.count(hostile) >= 5
+    assert hostile in {row["op_name"] for row in json.loads(page.scripts["maps"])["isolated"]["ops"]}
+    assert not re.search("[<>&\u2028]", page.scripts["maps"] + page.scripts["specs"])
+
+
+@pytest.mark.parametrize(
+    ("path", "link"),
+    [("javascript:alert(1)", "javascript%3Aalert%281%29"), ("//example.org/x", "/example.org/x"), ("a b", "a%20b")],
+)
+def test_a_link_is_never_a_scheme_and_never_a_host(path, link):
+    page = rendered(report_of(), {"files": {"file": path}, "exports": {}})
+    assert [attrs["href"] for tag, attrs in page.tags if tag == "a"] == [link]
+
+
+def test_the_page_shows_control_characters_and_has_no_empty_columns_of_images():
+    report = without_images()
+    report["calibration"]["name"] = "set\x1b[2J\u202e"
+    page = rendered(report)
+    assert "set\\x1b[2J\\u202e" in page.said() and ", with 48 tokens." in page.said()
+    assert "image tokens" not in page.said()
+
+
+def test_a_remark_a_broken_model_and_the_knee_stand_on_the_page():
+    curve = [point(0, 4.0), point(1, 10.0, ["a"]), point(2, 11.0, ["b"]), point(4, 12.0, ["c", "d"])]
+    found = tradeoff([*curve, point(8, None, ["e", "f", "g", "h"])])
+    found["curves"]["ranking"][0] |= {"top1_agreement": 0.9}
+    said = rendered(report_of(found, Target(min_sqnr_db=45))).said()
+    assert "INT8 breaks this model: with every op in INT8" in said
+    assert "nearest to the target keeps 4 of 8 ops" in said and "At the knee are kept:" in said
+    assert "minimal does worse than all-INT8 in top-1 (0.75, all-INT8 0.9)." in said
+
+
+def test_the_summary_says_what_to_keep_what_it_costs_and_how_sure_that_is():
+    said = rendered(report_of(tradeoff(), Target(min_sqnr_db=30))).said()
+    assert "Keep 2 of 4 ops in FP32." in said and "min_sqnr_db 30" in said
+    assert "3 times those of all-INT8, 60.00 % of those of FP32" in said
+    assert "80.00 % of 10 held-out answers are right with every op in INT8" in said and "costs nothing" not in said
+    assert "1 value (1 op, maps isolated, batch 0) was measured again" in said
+    assert "Activations are quantized to 7 bits of 8: Intel Neural Compressor's choice on a CPU without VNNI." in said
+    assert "2 batches agree on the order with a Kendall's tau of" in said
+    assert "+1.5 dB over random ones, +2.5 dB over the ranking reversed, -0.5 dB over the largest weights first" in said
+
+
+def test_that_int8_costs_nothing_measurable_is_said_in_words():
+    found = tradeoff()
+    for curve in found["curves"].values():
+        for step in curve:
+            step |= {"accuracy": 0.9, "top1_agreement": 1.0}
+    said = rendered(report_of(found)).said()
+    assert "INT8 costs nothing measurable in accuracy here" in said and "as many as in FP32" in said
+    assert "nothing measurable in top-1" in said
+
+
+@pytest.mark.parametrize(
+    ("report", "words"),
+    [
+        (lambda: report_of(), "No profile is recommended."),
+        (lambda: report_of(), "tradeoff.heldout_batches is 0"),
+        (
+            lambda: report_of(tradeoff(), Target(min_sqnr_db=90)),
+            "No measured keep-list that leaves an op",
+        ),
+        (lambda: report_of(tradeoff(), Target(max_weight_bytes=1)), "No profile is recommended."),
+        (lambda: report_of(tradeoff(), Target(min_sqnr_db=10)), "Keep nothing: INT8 reaches the target as it is."),
+        (
+            lambda: report_of(tradeoff(), Target(max_weight_bytes=10**6)),
+            "It has the least error of the measured keep-lists",
+        ),
+        (lambda: report_of(tradeoff()), "The config's profiles block sets no target."),
+        (lambda: report_of(plan={"maps": ["fallback"]}), "The isolated map was not measured, so there is none."),
+        (from_inc, "were not measured"),
+        (no_error_at_all, "every mse_value is 0"),
+        (lambda: report_of(stand_in="made up"), "Warning: This is a stand-in for a published model: made up."),
+    ],
+)
+def test_what_was_not_measured_or_not_reached_is_said(report, words):
+    assert words in rendered(report()).said()
+
+
+def test_a_long_keep_list_is_folded_after_twelve():
+    report = report_of(tradeoff(), Target(min_sqnr_db=30))
+    report["profiles"]["profiles"]["recommended"] |= {"kept": [f"layers.{index}" for index in range(30)], "keep": 30}
+    html = render_page(report, BARE)
+    opened, folded = html.split("<details><summary>The other 18</summary>")
+    assert "layers.<wbr>11<" in opened and "layers.<wbr>12<" not in opened
+    assert "layers.<wbr>12<" in folded and 'start="13"' in folded
+
+
+def test_the_scripts_write_pictures_and_the_page_with_relative_links(tmp_path):
+    report, table = report_of(tradeoff(), Target(min_sqnr_db=30)), tmp_path / "run" / "ranking.csv"
+    write_text(tmp_path / "run" / "report.md", "# Report\n")
+    write_text(table, "op_name\n")
+    texts = [tmp_path / "run" / "report.md", table]
+    document = write_document(tmp_path / "run" / "report.json", "report", report, files=texts)
+    jsonschema.validate(json.loads(document.text()), read_json(SCHEMA))
+    export = {"inc": {"title": "INC 2.6", "files": ["exports/recommended/inc.json"], "notes": ["Nothing was dropped."]}}
+    write_document(tmp_path / "run" / "exports" / "index.json", "exports", {"profiles": {"recommended": export}})
+    run = tmp_path / "run"
+    common = ["--report", run / "report.json", "--log"]
+    draw = [*common, run / "draw.log", "--directory", run / "figures"]
+    page = [*common, run / "page.log", "--html", run / "page.html", "--exports", run / "exports" / "index.json"]
+    page += ["--markdown", run / "report.md", "--tables", table, "--files", run / "figures" / "heat_map.svg"]
+    for script, arguments in (("draw_figures", draw), ("render_page", page)):
+        subprocess.run([sys.executable, ROOT / "scripts" / f"{script}.py", *arguments], check=True, cwd=ROOT)
+    names = ("heat_map", "modalities", "ranked_ops", "tradeoff")
+    drawn = sorted(path.name for path in (run / "figures").iterdir())
+    assert drawn == sorted(f"{name}{suffix}" for name in names for suffix in (".png", ".svg"))
+    elements = Elements((run / "page.html").read_text(encoding="utf-8"))
+    links = [attrs["href"] for tag, attrs in elements.tags if tag == "a"]
+    assert links == ["exports/recommended/inc.json", "report.json", "report.md", "ranking.csv", "figures/heat_map.svg"]
+    assert "INC 2.6: exports/recommended/inc.json" in elements.said()
+    assert "Nothing was dropped." in elements.said()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the page is not tried out")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium or Chrome on PATH: the page is not tried out in a browser")
+    with api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Open a report's page at a width; afterwards nothing may have been complained of, nor asked of a network."""
+    complaints, asked = [], []
+
+    def at(report, width=1280):
+        path = tmp_path / "page.html"
+        path.write_text(render_page(report, BARE), encoding="utf-8")
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: complaints.append(dialog.message))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(path.as_uri())
+        for name in ("heat_map", "ranked_ops", "tradeoff", *["modalities"] * sentences.has_images(report)):
+            page.wait_for_selector(f"#chart-{name} svg", state="attached")
+        return page
+
+    yield at
+    assert complaints == []
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    for context in browser.contexts:
+        context.close()
+
+
+def column(page, place):
+    """The cells of a column in the rows that are shown."""
+    return page.locator(f"#ops tbody tr:not([hidden]) td:nth-child({place})").all_inner_texts()
+
+
+@pytest.mark.slow
+def test_the_table_sorts_by_number_and_by_name_in_both_directions(opened):
+    report = report_of(tradeoff())
+    values = {"lm_head": 1200.0, "visual.proj": 95.0, "layers.0.mlp": 9.0, "layers.1.mlp": 1e-7}
+    for row in report["maps"]["isolated"]["ops"]:
+        row |= {"mse_value": values[row["op_name"]], "mse_value_std": None}
+    report["maps"]["isolated"]["ops"][0]["kl_divergence"] = None
+    page = opened(report)
+    assert column(page, 4) == ["1200", "95", "9", "1.000e-7"]
+    mse = page.get_by_role("button", name="mse_value")
+    mse.focus()
+    page.keyboard.press("Enter")
+    assert column(page, 4) == ["1.000e-7", "9", "95", "1200"]
+    assert page.locator("th[data-key=mse_value]").get_attribute("aria-sort") == "ascending"
+    mse.click()
+    assert column(page, 4)[0] == "1200"
+    name = page.get_by_role("button", name="op_name")
+    name.click()
+    assert column(page, 2) == sorted(values)
+    assert page.locator("th[aria-sort=ascending]").get_attribute("data-key") == "op_name"
+    name.click()
+    assert column(page, 2) == sorted(values, reverse=True)
+    for _ in range(2):  # what has no value stands last both ways
+        page.get_by_role("button", name="KL").click()
+        assert column(page, 7)[-1] == "–"
+
+
+@pytest.mark.slow
+def test_the_table_filters_by_name_and_type_and_counts(opened):
+    report = report_of()
+    report["maps"]["isolated"]["ops"][-1]["op_type"] = "Embedding"
+    page = opened(report)
+    count = page.locator("#count")
+    assert count.inner_text() == "4 of 4 ops"
+    page.get_by_role("searchbox", name="Name contains").fill("mlp LAYERS.")
+    assert column(page, 2) == ["layers.0.mlp", "layers.1.mlp"]
+    assert count.inner_text() == "2 of 4 ops"
+    page.get_by_role("combobox", name="Type").select_option("Embedding")
+    assert count.inner_text() == "0 of 4 ops"
+    page.get_by_role("searchbox", name="Name contains").fill("")
+    assert column(page, 2) == ["lm_head"]
+    # What is filtered out is still printed.
+    page.emulate_media(media="print")
+    assert page.locator("#ops tbody tr").evaluate_all("rows => rows.every((row) => row.offsetHeight > 0)")
+
+
+@pytest.mark.slow
+def test_the_map_can_be_chosen_and_each_starts_at_its_most_sensitive_op(opened):
+    report = report_of()
+    for row, value in zip(report["maps"]["fallback"]["ops"], (4.0, 3.0, 2.0, 1.0), strict=True):
+        row |= {"mse_value": value, "mse_value_std": None}
+    page = opened(report)
+    assert column(page, 2)[0] == "lm_head"
+    page.get_by_role("combobox", name="Map").select_option("fallback")
+    assert column(page, 4) == ["1", "2", "3", "4"]
+    assert "The lowest is the most sensitive" in page.locator("#direction").inner_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chart", ["heat_map", "ranked_ops", "tradeoff", "modalities"])
+def test_a_tooltip_names_the_op_under_the_pointer_as_plain_text(opened, chart):
+    page = opened(renamed(report_of(tradeoff()), "lm_head", HOSTILE))
+    mark = "rect" if chart == "heat_map" else "symbol"
+    # The last cell of the map is the op; it is the first of the ranking, and what the second keep-list adds.
+    marks = page.locator(f"#chart-{chart} svg g.mark-{mark}.role-mark path[aria-label*='alert']")
+    marks.first.hover(force=True)  # a label or another curve may lie on it, of the same op
+    page.locator("#vg-tooltip-element.visible").wait_for()
+    assert HOSTILE in page.locator("#vg-tooltip-element").text_content()
+    assert page.locator("#vg-tooltip-element script").count() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_body_never_scrolls_sideways_and_every_chart_can_be_reached(opened, width):
+    report = renamed(
+        report_of(tradeoff(), Target(min_sqnr_db=24)), "lm_head", "model." + "very_long_name." * 12 + "proj"
+    )
+    page = opened(report, width)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    hidden = "element => element.scrollWidth > element.clientWidth && getComputedStyle(element).overflowX !== 'auto'"
+    assert not any(page.locator(".scroll, #ops-scroll").evaluate_all(f"elements => elements.map({hidden})"))
+
+
+@pytest.mark.slow
+def test_in_print_controls_are_hidden_and_pictures_fit_the_paper(opened):
+    page = opened(report_of(tradeoff(), Target(min_sqnr_db=30)), 700)
+    page.emulate_media(media="print")
+    for hidden in (".controls", "#ops thead button", "p.screen"):
+        assert not page.locator(hidden).first.is_visible()
+    widths = page.locator(".chart svg").evaluate_all(
+        "charts => charts.map((chart) => chart.getBoundingClientRect().width)"
+    )
+    assert len(widths) == 4 and 0 < max(widths) <= 700
+    assert page.pdf(format="A4").startswith(b"%PDF")
+
+
+@pytest.mark.slow
+def test_a_page_of_every_kind_of_report_opens_without_complaint(opened):
+    reports = (report_of(plan={"maps": ["fallback"]}), from_inc(), without_images(), no_error_at_all())
+    for report in reports:
+        opened(report).close()

@@ -1,0 +1,67 @@
+"""Where to run is settled, and whether it fits, before anything long begins."""
+
+import pytest
+import torch
+
+from auto_quantize_model.files import InputError
+from auto_quantize_model.machine import choose_device, explained_out_of_memory, require_free, require_memory, usage
+
+
+@pytest.fixture(autouse=True)
+def torchs_settings():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto").type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto").type == "cuda"
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_algorithms_on_a_gpu_are_deterministic_unless_asked_otherwise(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    choose_device("cuda")
+    assert torch.are_deterministic_algorithms_enabled()
+    choose_device("cuda", deterministic=False)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_gpu_that_is_not_there_is_refused_with_the_next_step(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="no GPU .* set sensitivity.device to cpu, pass --resources gpu=0"):
+        choose_device("cuda")
+
+
+def test_a_model_that_does_not_fit_is_refused_with_both_figures():
+    with pytest.raises(
+        InputError, match=r"1000000\.00 billion weights need 4656\d+\.\d GiB, and this machine has \d+\.\d"
+    ):
+        require_memory(10**15, torch.device("cpu"))
+    require_memory(10**6, torch.device("cpu"))
+    with pytest.raises(InputError, match="need 3725290.3 GiB"):  # loaded only: 4 bytes a weight
+        require_memory(10**15)
+
+
+def test_running_out_of_memory_says_what_there_was_and_what_to_lower(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 32 << 30))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 30 << 30)
+    with pytest.raises(
+        InputError, match=r"30\.0 GiB were in use, 1\.0 of 32\.0 GiB .*tried 5.*lower calibration\.batch_size"
+    ):
+        with explained_out_of_memory(torch.device("cuda")):
+            raise torch.OutOfMemoryError("tried 5 GiB\nmore")
+
+
+def test_the_run_record_has_memory_and_host():
+    assert usage(torch.device("cpu"))["peak_memory_bytes"] > 10**7
+
+
+def test_work_that_does_not_fit_is_refused_with_both_numbers():
+    require_free(0, "nothing")
+    with pytest.raises(
+        InputError, match=r"^counting needs 1048576.0 GiB, and this machine has [\d.]+ GiB free; do it on"
+    ):
+        require_free(2**50, "counting")
