@@ -1,20 +1,18 @@
 """Names of a run, and the functions that tell Snakemake what a job depends on apart from its inputs."""
 
-import ast
 import filecmp
-import hashlib
 import json
 import os
 import shlex
 import shutil
 import sys
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 from snakemake.logging import logger
 
 from auto_quantize_model.archive import why_outdated
+from auto_quantize_model.code import code_digest as digest_of_code
 from auto_quantize_model.config import require_sources
 from auto_quantize_model.documents import why_stale
 from auto_quantize_model.escape import redacted
@@ -226,45 +224,14 @@ WHY_STALE = {
 
 
 def code_digest(script, *extra):
-    """A digest of a script's bytes, those of every library module that it imports, and those of extra files or folders.
+    """The digest of a script, of the library's code that it imports, and of files and folders that the code reads.
 
-    Content and not time decides, so a fresh clone reruns nothing; and because the imports are followed here, no list
-    of modules has to be kept.
+    Content decides and not time, so a fresh clone reruns nothing. A comment or a docstring reruns nothing either.
     """
-    files = {ROOT / script}
-    pending = [ROOT / script]
-    while pending:
-        found = imported_modules(pending.pop()) - files
-        files |= found
-        pending += found
-    for path in map(ROOT.joinpath, extra):
-        files |= {file for file in path.rglob("*") if file.is_file()} if path.is_dir() else {path}
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(f"{file.relative_to(ROOT)}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-@cache  # the rules share most modules
-def imported_modules(path):
-    """The library's files that the file at `path` imports, at its top or in a function, without running anything."""
-    if not path.exists():
-        return set()
-    names = set()
-    for node in ast.walk(ast.parse(path.read_bytes(), filename=str(path))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            # `from package import module` and `from package.module import name` look alike; files decide.
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    files = set()
-    for name in names:
-        parts = name.split(".")
-        if parts[0] == "auto_quantize_model":
-            # Importing a module runs the __init__ of each package above it.
-            files |= {ROOT.joinpath("src", *parts[:end], "__init__.py") for end in range(1, len(parts) + 1)}
-            files.add(ROOT.joinpath("src", *parts).with_suffix(".py"))
-    return {file for file in files if file.exists()}
+    try:
+        return digest_of_code(ROOT, script, *extra)
+    except InputError as error:
+        sys.exit(redacted(str(error)))
 
 
 def versions_of(*packages):
