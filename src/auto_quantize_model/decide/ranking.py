@@ -5,15 +5,17 @@ In: records of a map, and the sums of squares of the FP32 output. Out: rows as t
 
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from auto_quantize_model.measure.metrics import decibels
+from auto_quantize_model.measure.sqnr import decibels
+from auto_quantize_model.records import Capture, Op, Plan, Score
 
 
-def score(records: list[dict[str, float] | None], references: list[dict[str, float]]) -> dict[str, float | None]:
-    """Aggregate one op's records over the batches in which it ran.
+def aggregated(scores: Sequence[Score | None], references: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
+    """Aggregate one op's scores over the batches in which it ran.
 
     Returns:
         `mse_value` is the mean of INC's sums of squared errors, `mse_value_std` their standard deviation between
@@ -22,9 +24,9 @@ def score(records: list[dict[str, float] | None], references: list[dict[str, flo
         `sqnr_db` is -10 log10 of `relative_error`, in dB; `kl_divergence` (nats) and `top1_agreement` are means. Null
         is what was not measured, has no positions, or (the SQNR) an error of 0.
     """
-    pairs = [(record, reference) for record, reference in zip(records, references, strict=True) if record is not None]
+    pairs = [(score, reference) for score, reference in zip(scores, references, strict=True) if score is not None]
     relative = {
-        name: ratio([(record.get(error), reference[part]) for record, reference in pairs])
+        name: ratio([(getattr(score, error), reference[part]) for score, reference in pairs])
         for name, error, part in (
             ("relative_error", "mse_value", "all"),
             ("image_relative_error", "image_error", "image"),
@@ -33,10 +35,10 @@ def score(records: list[dict[str, float] | None], references: list[dict[str, flo
     }
     overall = relative["relative_error"]
     means = {
-        name: mean([record.get(name) for record, _ in pairs])
+        name: mean([getattr(score, name) for score, _ in pairs])
         for name in ("mse_value", "kl_divergence", "top1_agreement")
     }
-    errors = [record["mse_value"] for record, _ in pairs]
+    errors = [score.mse_value for score, _ in pairs]
     return {
         "mse_value": means.pop("mse_value"),
         "mse_value_std": statistics.stdev(errors) if len(errors) > 1 else None,
@@ -60,22 +62,20 @@ def mean(values: list[float | None]) -> float | None:
 
 
 def ranked(
-    ops: list[dict[str, Any]], records: dict[str, list[dict[str, float] | None]], references: list[dict[str, float]]
+    ops: Sequence[Op], scores: Mapping[str, Sequence[Score | None]], references: Sequence[Mapping[str, float]]
 ) -> list[dict[str, Any]]:
-    """The ops by ascending `mse_value` with their rank from 1; `tied` marks a shared value (in the plan's order)."""
+    """The ops by ascending `mse_value`, with their rank from 1; `tied` marks a shared value (in the plan's order)."""
     if not ops:
         return []
-    rows = [
-        {"op_name": op["op_name"], "op_type": op["op_type"], **score(records[op["op_name"]], references)} for op in ops
-    ]
+    rows = [{"op_name": op.op_name, "op_type": op.op_type, **aggregated(scores[op.op_name], references)} for op in ops]
     table = pd.DataFrame(rows, dtype=object).sort_values("mse_value", kind="stable")
     table.insert(0, "rank", range(1, len(table) + 1))
     table.insert(1, "tied", table["mse_value"].duplicated(keep=False).astype(object))
     return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
 
 
-def most_sensitive_first(plan: dict[str, Any], capture: dict[str, Any]) -> list[str]:
+def most_sensitive_first(plan: Plan, capture: Capture) -> list[str]:
     """The names of the measured ops by the isolated map, the most sensitive first."""
-    measured = [op for op in plan["ops"] if any(capture["executions"][op["op_name"]])]
-    references = [batch["reference"] for batch in capture["batches"]]
-    return [row["op_name"] for row in ranked(measured, capture["maps"]["isolated"], references)][::-1]
+    references = [batch.reference for batch in capture.batches]
+    rows = ranked([op for op in plan.ops if op.ran], capture.of_map("isolated"), references)
+    return [row["op_name"] for row in rows][::-1]

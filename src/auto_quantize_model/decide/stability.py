@@ -1,4 +1,4 @@
-"""How far the ranking can be trusted: between batches, between metrics, and as a sum.
+"""How stable the ranking is: between batches, between metrics, and as a sum.
 
 In: the isolated map of a capture. Out: a few statistics for the report, each null where it cannot be computed.
 """
@@ -7,23 +7,24 @@ import itertools
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scipy.stats import kendalltau
 
 from auto_quantize_model.decide.ranking import mean
+from auto_quantize_model.records import Score
 
 TOP = 10
-Records = dict[str, list[dict[str, float] | None]]
+Scores = Mapping[str, Sequence[Score | None]]  # of a map: each op's score on each batch, None where it did not run
 
 
-def assess(isolated: Records, all_int8: Sequence[dict[str, float]]) -> dict[str, Any]:
+def assess(isolated: Scores, all_int8: Sequence[Score]) -> dict[str, Any]:
     """Statistics of the isolated map.
 
     Args:
-        isolated: op to its record per batch, null where it did not run; a record holds at least `mse_value`.
-        all_int8: the record with every op in INT8, per batch.
+        isolated: the scores of the map.
+        all_int8: the score with every op in INT8, of each batch.
 
     Returns:
         {batches, rank_tau, rank_tau_lowest, top, top_shared, ties, metric_tau, additivity}: Kendall's tau-b between the
@@ -33,12 +34,12 @@ def assess(isolated: Records, all_int8: Sequence[dict[str, float]]) -> dict[str,
         batches); the sum of the isolated errors over the all-INT8 error, 1 where errors add up.
     """
     names, values = by_batch(isolated)
-    ranked_by = [mean([record["mse_value"] for record in records if record]) for records in isolated.values()]
+    ranked_by = [mean([score.mse_value for score in scores if score]) for scores in isolated.values()]
     known = rank_taus(values)
     top = min(TOP, math.ceil(len(names) / 4))
     tops = [set(sorted(names, key=dict(zip(names, batch, strict=True)).__getitem__)[-top:]) for batch in values]
-    summed = math.fsum(record["mse_value"] for records in isolated.values() for record in records if record)
-    together = math.fsum(record["mse_value"] for record in all_int8)
+    summed = math.fsum(score.mse_value for scores in isolated.values() for score in scores if score)
+    together = math.fsum(score.mse_value for score in all_int8)
     return {
         "batches": len(all_int8),
         "rank_tau": statistics.fmean(known) if known else None,
@@ -46,16 +47,22 @@ def assess(isolated: Records, all_int8: Sequence[dict[str, float]]) -> dict[str,
         "top": top,
         "top_shared": len(set.intersection(*tops)) if len(tops) > 1 else None,
         "ties": sum(count for count in Counter(ranked_by).values() if count > 1),
-        "metric_tau": _between_metrics(isolated, names),
+        "metric_tau": _between_metrics(isolated),
         "additivity": summed / together if together else None,
     }
 
 
-def by_batch(records: Records) -> tuple[list[str], list[list[float]]]:
+def by_batch(scores: Scores) -> tuple[list[str], list[list[float]]]:
     """The ops that ran in every batch, and of each batch their `mse_value` in that order."""
-    names = [name for name, of_one in records.items() if None not in of_one]
-    values = zip(*([_of(record)["mse_value"] for record in records[name]] for name in names), strict=True)
-    return names, [list(batch) for batch in values]
+    complete = _complete(scores)
+    values = zip(*([score.mse_value for score in of_one] for of_one in complete.values()), strict=True)
+    return list(complete), [list(batch) for batch in values]
+
+
+def _complete(scores: Scores) -> dict[str, list[Score]]:
+    """The scores of the ops that ran in every batch."""
+    ran = {name: [score for score in of_one if score] for name, of_one in scores.items()}
+    return {name: of_one for name, of_one in ran.items() if len(of_one) == len(scores[name])}
 
 
 def rank_taus(values: list[list[float]]) -> list[float]:
@@ -64,20 +71,13 @@ def rank_taus(values: list[list[float]]) -> list[float]:
     return [value for value in taus if value is not None]
 
 
-def _of(record: dict[str, float] | None) -> dict[str, float]:
-    assert record is not None  # noqa: S101  ops without one are left out above
-    return record
-
-
-def _between_metrics(isolated: Records, names: list[str]) -> float | None:
+def _between_metrics(isolated: Scores) -> float | None:
     """Tau-b between the squared error and the KL divergence; None where INC measured, which gives no KL divergence."""
-    records = [[_of(record) for record in isolated[name]] for name in names]
-    if any("kl_divergence" not in record for of_one in records for record in of_one):
+    pairs = [[(score.mse_value, score.kl_divergence) for score in scores] for scores in _complete(isolated).values()]
+    known = [[(error, divergence) for error, divergence in of_one if divergence is not None] for of_one in pairs]
+    if known != pairs:
         return None
-    errors, divergences = (
-        [statistics.fmean(record[metric] for record in of_one) for of_one in records]
-        for metric in ("mse_value", "kl_divergence")
-    )
+    errors, divergences = ([statistics.fmean(pair[side] for pair in of_one) for of_one in known] for side in (0, 1))
     return tau(errors, divergences)
 
 

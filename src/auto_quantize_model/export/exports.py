@@ -19,15 +19,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from auto_quantize_model.documents import Document, write_document
 from auto_quantize_model.escape import code, one_line, prose
-from auto_quantize_model.files import InputError, canonical_json, digest_of, write_text
+from auto_quantize_model.files import InputError, canonical_json, write_text
 from auto_quantize_model.folders import atomic_folder
+from auto_quantize_model.models.units import siblings_of
+from auto_quantize_model.records import Coverage, IncCheck, Plan, Profile, Profiles, body_of, digest_of_record
 from auto_quantize_model.report import coverage, sentences
 
 TEMPLATES = Path(__file__).with_name("templates")
 Modules = dict[str, type[torch.nn.Module]]
 FP32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
-# Serving engines hold these as one matrix, which has one scheme: keeping one of them keeps all.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 IS_FUSED = "serving engines hold it in one matrix with a kept op"
 IS_IDLE = "did not run on any batch that was scored, so nothing is known of it"
 # To vLLM an lm_head is no `Linear`, so it has no place for such a one's scales (vllm-project/llm-compressor#1820).
@@ -41,7 +41,7 @@ PREFIXES = re.compile(r"^(model\.)?(language_model\.)?(model\.)?")
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool that quantizes modules of the classes `types`, holding those of `FUSED` as one where `fuses` says so.
+    """A tool that quantizes modules of the classes `types`; with `fuses` it holds a fusion unit as one matrix.
 
     `files` turns {module name: its common name}, the header of a file and the context into {file name: text}. `remark`
     is what its user has to know. `never` is {module: reason} of what it must not quantize, whatever the profile says.
@@ -65,13 +65,13 @@ class Context:
 
     model: str
     profile: str
-    measured: dict[str, Any]
+    measured: Profile
     idle: Sequence[str]
     calibration_samples: int
     embeds_patches: bool
     reduce_range: bool
-    inc_check: dict[str, str]
-    coverage: dict[str, Any]
+    inc_check: IncCheck
+    coverage: Coverage
 
 
 def export_profile(
@@ -149,12 +149,7 @@ def listed(names: Sequence[str]) -> str:
 
 def siblings(kept: Sequence[str], modules: Modules) -> list[str]:
     """The modules that are fused with a kept one and not kept themselves, in the order of the kept ones."""
-    found = []
-    for name in kept:
-        parent, _, own = name.rpartition(".")
-        for group in FUSED:
-            if own in group:
-                found += [f"{parent}.{other}" for other in group if f"{parent}.{other}" in modules]
+    found = [other for name in kept for other in siblings_of(name, modules)]
     return [name for name in dict.fromkeys(found) if name not in kept]
 
 
@@ -217,13 +212,13 @@ def modelopt_files(kept: dict[str, str], header: str, context: Context) -> dict[
 
 def heading(said: Iterable[str], context: Context) -> str:
     """What a file is, and the notes of its tool, for a comment: no name of a stranger begins a line or ends one."""
-    notes = [described(context), sentences.remark(context.profile, context.measured), *said]
+    notes = [described(context), sentences.remark(context.profile, body_of(context.measured)), *said]
     return "\n\n".join(textwrap.fill(one_line(note), 118, break_on_hyphens=False) for note in notes if note)
 
 
 def overview(tools: dict[str, Any], context: Context) -> str:
     """The notes of every tool in one file: JSON has no comments."""
-    about = [described(context), sentences.remark(context.profile, context.measured)]
+    about = [described(context), sentences.remark(context.profile, body_of(context.measured))]
     lines = [f"# {code(context.profile)}", *(line for text in about if text for line in ("", prose(text)))]
     for tool in tools.values():
         lines += ["", f"## {tool['title']}", "", f"Files: {', '.join(code(file) for file in tool['files'])}"]
@@ -235,8 +230,8 @@ def described(context: Context) -> str:
     """What the profile is, in one line."""
     measured = context.measured
     return (
-        f"Profile {context.profile} of {context.model}: {sentences.counted(measured['keep'], 'op')} in FP32,"
-        f" {sentences.sqnr(measured['sqnr_db'])} on held-out samples as measured with INC's INT8."
+        f"Profile {context.profile} of {context.model}: {sentences.counted(measured.keep, 'op')} in FP32,"
+        f" {sentences.sqnr(measured.sqnr_db)} on held-out samples as measured with INC's INT8."
     )
 
 
@@ -295,9 +290,8 @@ TOOLS = {
 
 def export(
     directory: Path,
-    profiles: dict[str, Any],
-    plan: dict[str, Any],
-    capture: dict[str, Any],
+    profiles: Profiles,
+    plan: Plan,
     modules: Modules,
     published: Collection[str],
     calibration_samples: int,
@@ -307,9 +301,8 @@ def export(
 
     Args:
         directory: the folder to write; exports that were written there before are replaced, and nothing else.
-        profiles: as `profiles.build_profiles` returns it.
+        profiles: what is exported.
         plan: what the profiles are of.
-        capture: of the plan; says which ops never ran.
         modules: as `snapshot.module_types` returns it.
         published: as `snapshot.tensor_names` returns it.
         calibration_samples: how many samples the profiles' scales come from.
@@ -322,27 +315,32 @@ def export(
         InputError: as `export_profile` says, or something else than exports lies at `directory`; nothing is written
             then.
     """
-    left_out = [op["op_name"] for op in plan["excluded"]]
-    idle = [op["op_name"] for op in plan["ops"] if not any(capture["executions"][op["op_name"]])]
+    left_out = [module.op_name for module in plan.excluded]
+    idle = [op.op_name for op in plan.ops if not op.ran]
     texts: dict[str, str] = {}
     index: dict[str, Any] = {}
-    for name, profile in profiles["profiles"].items():
+    for name, profile in profiles.profiles.items():
         context = Context(
-            plan["model"],
+            plan.model,
             name,
             profile,
             idle,
             calibration_samples,
             CONV in modules.values(),
-            plan["reduce_range"],
-            plan["inc_check"],
-            plan["coverage"],
+            plan.reduce_range,
+            plan.inc_check,
+            plan.coverage,
         )
-        files, index[name] = export_profile(profile["kept"], left_out, modules, published, context)
+        files, index[name] = export_profile(profile.kept, left_out, modules, published, context)
         texts |= {f"{name}/{file}": text for file, text in files.items()}
         for tool in index[name].values():
             tool["files"] = [f"{directory.name}/{name}/{file}" for file in tool["files"]]
-    document = {"model": plan["model"], "plan_digest": digest_of(plan), "profiles": index, "missed": profiles["missed"]}
+    document = {
+        "model": plan.model,
+        "plan_digest": digest_of_record(plan),
+        "profiles": index,
+        "missed": profiles.missed,
+    }
     with atomic_folder(directory) as folder:
         for file, text in texts.items():
             write_text(folder / file, text)

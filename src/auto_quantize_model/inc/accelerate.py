@@ -17,6 +17,7 @@ import neural_compressor.adaptor.torch_utils.util as nc_util
 import torch
 from neural_compressor.adaptor.pytorch import _cfg_to_qconfig
 
+from auto_quantize_model.inc.plan import inventoried
 from auto_quantize_model.inc_pytorch_mse_patching import (
     HELPERS,
     OpKey,
@@ -26,7 +27,9 @@ from auto_quantize_model.inc_pytorch_mse_patching import (
     module_name,
     replaced_names,
 )
+from auto_quantize_model.records import IncInt8, Side
 from auto_quantize_model.replay.model import Replay, refusals
+from auto_quantize_model.schemes.scheme import assigned
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +67,13 @@ def _by_replay(
         left = {name: nc_util.op_cfg_mapping.get(name) for name, _ in tune_cfg["op"]}
         qconfigs = {name: value for name, value in left.items() if value} | qconfigs
     patterns = fused_patterns(adaptor, model, tune_cfg)
-    ops = [
-        {"op_name": module_name(model, name), "op_type": op_type, "pattern": patterns.get(name, "nothing known")}
-        | {side: {"observer": observer} for side, observer in describe_observers(qconfigs[name]).items()}
-        for name, op_type in tune_cfg["op"]
-        if name in qconfigs
-    ]
+    modules = dict(model.named_modules())
+    ops = []
+    for name, op_type in tune_cfg["op"]:
+        if name in qconfigs:
+            sides = {side: Side(observer) for side, observer in describe_observers(qconfigs[name]).items()}
+            scheme = IncInt8(name, patterns.get(name, "nothing known"), **sides)
+            ops.append(inventoried(module_name(model, name), op_type, modules, scheme))
     if refused := refusals(model, ops):
         logger.warning("mse_v2 is not accelerated: %s: %s", *next(iter(refused.items())))
         return original(adaptor, model, example_input, tune_cfg)
@@ -139,7 +143,7 @@ class _Scores:
 
     def _score(self, state: frozenset[str]) -> torch.Tensor:
         """INC's number, as a tensor like INC's, so that its comparisons round alike."""
-        return (self.reference - self.replay.run(state)).pow(2).sum()
+        return (self.reference - self.replay.run(assigned(state))).pow(2).sum()
 
     def _place(self, op: OpKey) -> int:
         """From the last op that runs to the first, fallback runs the least; requantize keeps its order."""

@@ -6,7 +6,7 @@ the CPU is an error, whatever its size. Where INC cannot measure the model, torc
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,62 +14,65 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from auto_quantize_model.files import InputError, digest_of
+from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.engine import inc_scores, spec_of
 from auto_quantize_model.inc.plan import ops_to_keep, quant_config
 from auto_quantize_model.inc.torch_modules import torch_scores
 from auto_quantize_model.inc_pytorch_mse_patching import activations_reduced
+from auto_quantize_model.records import Audit, Capture, Plan, Scales, Score, digest_of_record
 from auto_quantize_model.replay.model import Batch, Replay
-from auto_quantize_model.replay.ops import SITES, EmbeddingSite
+from auto_quantize_model.replay.ops import SITES
 
 # `requantize` is a running total: INC is put into the state before the op instead of measuring all that precede it.
 HELPER_OF = {"isolated": "isolated", "fallback": "fallback", "requantize": "requantize_at"}
 AUDITORS = {"inc": "INC", "torch": "torch's own quantized modules"}
 
 
-def sample_ops(capture: dict[str, Any], batch: int, count: int, seed: str) -> list[str]:
-    """The least and the most sensitive op of a batch, and others drawn by `seed`, in the plan's order."""
-    label = "isolated" if "isolated" in capture["maps"] else next(iter(capture["maps"]))
-    values = {name: records[batch]["mse_value"] for name, records in capture["maps"][label].items() if records[batch]}
+def sample_ops(capture: Capture, batch: int, count: int) -> list[str]:
+    """The least and the most sensitive op of a batch, and others drawn by the plan's digest, in the plan's order."""
+    maps = [score.map for score in capture.scores]
+    label = "isolated" if "isolated" in maps else maps[0]
+    values = {name: score.mse_value for name, scores in capture.of_map(label).items() if (score := scores[batch])}
     ranked = sorted(values, key=values.__getitem__)
     extremes = [ranked[-1], ranked[0]][:count] if len(ranked) > 1 else ranked[:count]
     others = [name for name in ranked if name not in extremes]
-    generator = np.random.default_rng(int(seed[:16], 16))
+    generator = np.random.default_rng(int(capture.plan_digest[:16], 16))
     drawn = generator.permutation(len(others))[: max(0, count - len(extremes))]
     chosen = {*extremes, *(others[index] for index in drawn)}
-    return [name for name in capture["executions"] if name in chosen]
+    return [name for name in values if name in chosen]
 
 
-def audited_batch(capture: dict[str, Any]) -> int:
+def audited_batch(capture: Capture) -> int:
     """The batch that is audited, drawn by the plan's digest."""
-    return int(capture["plan_digest"][16:32], 16) % len(capture["batches"])
+    return int(capture.plan_digest[16:32], 16) % len(capture.batches)
 
 
-def auditor(plan: dict[str, Any]) -> str:
+def auditor(plan: Plan) -> str:
     """Who measures again: `inc`, or `torch` where INC cannot measure the model."""
-    return "torch" if plan["inc_check"]["status"] == "cannot" else "inc"
+    return "torch" if plan.inc_check["status"] == "cannot" else "inc"
 
 
-def announce(plan: dict[str, Any], capture: dict[str, Any], count: int) -> str:
+def announce(plan: Plan, capture: Capture, count: int) -> str:
     """What an audit of `count` ops will do, in one line; how long it takes, the progress bar says."""
-    if capture["engine"] == "inc":
+    if capture.engine == "inc":
         return "audit: not needed, INC itself measured every op"
-    names = sample_ops(capture, audited_batch(capture), count, capture["plan_digest"])
+    names = sample_ops(capture, audited_batch(capture), count)
     more = f" (sensitivity.audit_ops asks for {count}; no more ran)" if count > len(names) else ""
     return (
-        f"audit: {len(names)} of {len(plan['ops'])} ops{more} on batch {audited_batch(capture)},"
-        f" {len(names) * len(plan['maps'])} values by {AUDITORS[auditor(plan)]}"
+        f"audit: {len(names)} of {len(plan.ops)} ops{more} on batch {audited_batch(capture)},"
+        f" {len(names) * len(plan.maps)} values by {AUDITORS[auditor(plan)]}"
     )
 
 
 def audit_capture(
     model: torch.nn.Module,
     batches: Sequence[Batch],
-    plan: dict[str, Any],
-    capture: dict[str, Any],
+    plan: Plan,
+    capture: Capture,
     count: int,
+    scales: Sequence[Scales] | None = None,
     on_op: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
+) -> Audit:
     """Compare `count` ops of one batch, in every map, with INC's unmodified helpers or, where those cannot, with torch.
 
     Args:
@@ -78,39 +81,42 @@ def audit_capture(
         plan: what the capture was made from.
         capture: what is audited.
         count: ops to compare, at most those that ran; batch and ops are drawn by the plan's digest.
+        scales: of each scored batch, by which a GPU's ops are compared with the CPU's; None calibrates here.
         on_op: called with what is done and the total, before the first score and after each.
 
     Returns:
-        {status, by, batch, ops, maps, compared, ...}: `status` is `bit_identical`, or `not_needed` where INC itself was
-        the engine; on CUDA `sites_bit_identical` with `rank_agreement` (Spearman's, per map, over the ops compared).
-        `by` is `inc` or `torch`.
+        `status` is `bit_identical`, or `not_needed` where INC itself was the engine; on CUDA `sites_bit_identical` with
+        `rank_agreement` (Spearman's, per map, over the ops compared). `by` is `inc` or `torch`.
 
     Raises:
         InputError: a value differs, naming op, map, batch and both values.
     """
-    if capture["plan_digest"] != digest_of(plan):
+    if capture.plan_digest != digest_of_record(plan):
         raise InputError("the capture was made from another plan; run the capture rule again (--forcerun)")
     by = auditor(plan)
-    if capture["engine"] == "inc":
-        none: dict[str, Any] = {"batch": None, "ops": [], "maps": [], "compared": 0, "rank_agreement": {}}
-        return {"status": "not_needed", "by": by, **none}
+    if capture.engine == "inc":
+        return Audit("not_needed", by, None, (), (), 0, {})
     batch = audited_batch(capture)
-    names = sample_ops(capture, batch, count, capture["plan_digest"])
-    found = {
-        label: {name: capture["maps"][label][name][batch]["mse_value"] for name in names} for label in plan["maps"]
-    }
+    names = sample_ops(capture, batch, count)
+    found = {label: values_of(capture.of_map(label), names, batch) for label in plan.maps}
     measure = _by_inc if by == "inc" else _by_torch
-    total = len(names) * len(plan["maps"])
-    with incs_surroundings(capture["threads"], plan["reduce_range"]):
+    total = len(names) * len(plan.maps)
+    with incs_surroundings(capture.arithmetic.threads, plan.reduce_range):
         expected = measure(model, batches, batch, plan, names, _counted(on_op, total))
     on_op(total, total)
-    result = {"by": by, "batch": batch, "ops": names, "maps": plan["maps"], "compared": total}
-    if capture["device"] == "cpu":
+    compared = by, batch, tuple(names), plan.maps, total
+    device = capture.arithmetic.device
+    if device == "cpu":
         require_equal(found, expected, batch, AUDITORS[by])
-        return {"status": "bit_identical", **result, "rank_agreement": {}}
-    check_sites(model, batches[batch], plan, names, torch.device(capture["device"]))
-    agreement = {label: rank_agreement(found[label], expected[label]) for label in plan["maps"]}
-    return {"status": "sites_bit_identical", **result, "rank_agreement": agreement}
+        return Audit("bit_identical", *compared, {})
+    check_sites(model, batches[batch], plan, names, torch.device(device), scales[batch] if scales else None)
+    agreement = {label: rank_agreement(found[label], expected[label]) for label in plan.maps}
+    return Audit("sites_bit_identical", *compared, agreement)
+
+
+def values_of(scores: Mapping[str, Sequence[Score | None]], names: Sequence[str], batch: int) -> dict[str, float]:
+    """The captured values of the named ops, which ran on that batch."""
+    return {name: score.mse_value for name in names if (score := scores[name][batch])}
 
 
 def require_equal(
@@ -168,17 +174,17 @@ def _by_inc(
     model: torch.nn.Module,
     batches: Sequence[Batch],
     batch: int,
-    plan: dict[str, Any],
+    plan: Plan,
     names: Sequence[str],
     on_op: Callable[..., None],
 ) -> dict[str, dict[str, float]]:
     """INC's values of the named ops on one batch: {map: {op: value}}."""
     spec = spec_of(plan)
     conf = quant_config(spec.confidence_batches, ops_to_keep(model, batches, spec))
-    modules = {op["inc_name"]: op["op_name"] for op in plan["ops"]}
+    modules = plan.by_inc_name
     values = {}
-    for label in plan["maps"]:
-        scores, _ = inc_scores(model, conf, batches[batch], plan["measured_op"], HELPER_OF[label], names, on_op)
+    for label in plan.maps:
+        scores, _ = inc_scores(model, conf, batches[batch], plan.measured_op, HELPER_OF[label], names, on_op)
         values[label] = {modules[inc_name]: value for inc_name, value in scores.items()}
     return values
 
@@ -187,7 +193,7 @@ def _by_torch(
     model: torch.nn.Module,
     batches: Sequence[Batch],
     batch: int,
-    plan: dict[str, Any],
+    plan: Plan,
     names: Sequence[str],
     on_op: Callable[..., None],
 ) -> dict[str, dict[str, float]]:
@@ -196,7 +202,12 @@ def _by_torch(
 
 
 def check_sites(
-    model: torch.nn.Module, batch: Batch, plan: dict[str, Any], names: Sequence[str], device: torch.device
+    model: torch.nn.Module,
+    batch: Batch,
+    plan: Plan,
+    names: Sequence[str],
+    device: torch.device,
+    scales: Scales | None = None,
 ) -> None:
     """Compare each named op's INT8 output on `device` with that on the CPU, for the same input, bit for bit.
 
@@ -205,21 +216,23 @@ def check_sites(
     """
     modules = dict(model.named_modules())
     inputs: dict[str, torch.Tensor] = {}
-    with Replay(model, plan["ops"], plan["measured_op"]) as replay:
+    with Replay(model, plan.ops, plan.measured_op) as replay:
+        if scales is None:
+            scales = replay.calibrate(batch)
+        replay.set_scales(scales)
         handles = [
             modules[name].register_forward_pre_hook(lambda module, args, name=name: inputs.update({name: args[0]}))
             for name in names
         ]
-        replay.calibrate(batch)
+        replay.begin(batch)
         for handle in handles:
             handle.remove()
     # After the replay, so that copies of the modules do not carry its forwards, and with them the model.
-    entries = {op["op_name"]: op for op in plan["ops"]}
+    ops = {op.op_name: op for op in plan.ops}
     for name in names:
         on_cpu = replay.sites[name]
-        there = SITES[entries[name]["op_type"]][1](name, copy.deepcopy(modules[name]).to(device), entries[name])
-        if not isinstance(on_cpu, EmbeddingSite):
-            there.set_scales((on_cpu.in_scale, on_cpu.in_zero), (on_cpu.out_scale, on_cpu.out_zero))
+        there = SITES[ops[name].op_type][1](copy.deepcopy(modules[name]).to(device), ops[name])
+        there.set_scales(scales[name])
         with torch.no_grad():
             expected = on_cpu.quantized(inputs[name])
             output = there.quantized(inputs[name].to(device)).cpu()

@@ -1,15 +1,15 @@
-"""INC's own plan of the quantization, as JSON: every op with its observers and scheme, what is left out and why.
+"""INC's own plan of the quantization: every op with its observers, what is left out and why.
 
-In: a model, its calibration batches, and what the config asks for. Out: the plan that capture and report stand on.
+In: a model, its calibration batches, and what the config asks for. Out: the plan that capture and report use.
 """
 
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -31,8 +31,11 @@ from auto_quantize_model.inc_pytorch_mse_patching import (
 )
 from auto_quantize_model.models.coverage import cover
 from auto_quantize_model.models.snapshot import explained
+from auto_quantize_model.models.units import tower_of, unit_of
 from auto_quantize_model.models.weights import require_meaningful
+from auto_quantize_model.records import Excluded, IncCheck, IncInt8, Op, Plan, Side
 from auto_quantize_model.replay.model import Batch, refusals, require_replayable
+from auto_quantize_model.schemes.scheme import INC_INT8
 
 PACKAGES = ("neural-compressor", "torch", "transformers")
 FP32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
@@ -94,7 +97,7 @@ def quant_config(confidence_batches: int, kept: Iterable[str] = ()) -> PostTrain
     )
 
 
-def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: SensitivitySpec) -> dict[str, Any]:
+def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: SensitivitySpec) -> Plan:
     """Have INC plan the quantization of `model`, and check that INC can measure it.
 
     Args:
@@ -102,45 +105,41 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: Sensitivi
         batches: the calibration batches; the first `confidence_batches` are the ones that will be scored.
         spec: the config's sensitivity block.
 
-    Returns:
-        {engine, confidence_batches, maps, keep, reduce_range, reduce_range_by, measured_op, ops, excluded, coverage,
-        inc_check, versions}: `ops` in INC's order, each with `op_name` (the module's name), `inc_name` (INC's name),
-        `op_type`, `pattern` (its class once INC has fused what it fuses), `activation` and `weight` (dtype, scheme,
-        granularity, algorithm, and the observer). `reduce_range` is the value in force, `reduce_range_by` who chose it
-        (`inc` or `config`), `coverage` what `coverage.cover` returns, and `inc_check` what `check_inc` returns.
-
     Raises:
         InputError: as `plan_ops` says, or an engine that cannot measure this model.
     """
+    scored = batches[: spec.confidence_batches]
     with activations_reduced(spec.reduce_range) as reduced:
         planned = plan_ops(model, batches, spec)
-        inc_check = check_inc(planned, batches[: spec.confidence_batches])
+        inc_check = check_inc(planned, scored)
     require_measurable(model, planned.ops, spec.engine, inc_check)
-    return {
-        "engine": spec.engine,
-        "confidence_batches": spec.confidence_batches,
-        "maps": list(spec.maps),
-        "keep": {"op_type_dict": dict(spec.op_type_dict), "op_name_dict": dict(spec.op_name_dict)},
-        "reduce_range": reduced,
-        "reduce_range_by": "inc" if spec.reduce_range is None else "config",
-        "measured_op": planned.measured_op,
-        "ops": planned.ops,
-        "excluded": planned.excluded,
-        "coverage": cover(model, [op["op_name"] for op in planned.ops], planned.kept),
-        "inc_check": inc_check,
-        "versions": versions(),
-    }
+    names = [op.op_name for op in planned.ops]
+    counts = [run_in_fp32(model, batch, names, planned.measured_op)[0] for batch in scored]
+    return Plan(
+        engine=spec.engine,
+        confidence_batches=spec.confidence_batches,
+        maps=tuple(spec.maps),
+        keep={"op_type_dict": dict(spec.op_type_dict), "op_name_dict": dict(spec.op_name_dict)},
+        reduce_range=reduced,
+        reduce_range_by="inc" if spec.reduce_range is None else "config",
+        measured_op=planned.measured_op,
+        ops=tuple(replace(op, executions=tuple(count[op.op_name] for count in counts)) for op in planned.ops),
+        excluded=tuple(planned.excluded),
+        coverage=cover(model, names, planned.kept),
+        inc_check=inc_check,
+        versions=versions(),
+    )
 
 
 class Planned(NamedTuple):
-    """INC's plan: as the plan's document says it, and INC's own strategy and configuration, the measured op last.
+    """INC's plan: as records, and INC's own strategy and configuration, the measured op last.
 
     `kept` are the modules that the config keeps in FP32; they stand in `excluded` too.
     """
 
     measured_op: str
-    ops: list[dict[str, Any]]
-    excluded: list[dict[str, str]]
+    ops: list[Op]
+    excluded: list[Excluded]
     kept: list[str]
     strategy: MSE_V2TuneStrategy
     tune_cfg: dict[str, Any]
@@ -206,7 +205,7 @@ def described(error: Exception) -> str:
     return f"{type(error).__name__} ({' '.join(first[:200].split())})" if first else type(error).__name__
 
 
-def check_inc(planned: Planned, batches: Sequence[Batch]) -> dict[str, str]:
+def check_inc(planned: Planned, batches: Sequence[Batch]) -> IncCheck:
     """Whether INC can measure the model of a plan.
 
     Of the batches to score, the first of each set of inputs is tried: a batch without images runs no vision tower.
@@ -249,9 +248,7 @@ def incs_problem(planned: Planned, batch: Batch) -> str:
     )
 
 
-def require_measurable(
-    model: torch.nn.Module, ops: Sequence[dict[str, Any]], engine: str, inc_check: dict[str, str]
-) -> None:
+def require_measurable(model: torch.nn.Module, ops: Sequence[Op], engine: str, inc_check: IncCheck) -> None:
     """Refuse an engine that cannot measure this model, and name one that can.
 
     Raises:
@@ -275,27 +272,25 @@ def require_measurable(
         )
 
 
-def keep_entry(ops: Sequence[dict[str, Any]], names: Iterable[str]) -> str:
+def keep_entry(ops: Sequence[Op], names: Iterable[str]) -> str:
     """The config's entry that keeps the named ops in FP32: by type where they are all of their types, else by name."""
     names = set(names)
-    types = {op["op_type"] for op in ops if op["op_name"] in names}
-    if all(op["op_name"] in names for op in ops if op["op_type"] in types):
+    types = {op.op_type for op in ops if op.op_name in names}
+    if all(op.op_name in names for op in ops if op.op_type in types):
         return f"sensitivity.op_type_dict {{{', '.join(f'{kind}: fp32' for kind in sorted(types))}}}"
     return "sensitivity.op_name_dict"
 
 
-def identify(
-    plan: dict[str, Any], manifest: dict[str, Any], calibration: dict[str, Any], config_digest: str
-) -> dict[str, Any]:
+def identify(plan: Plan, manifest: Mapping[str, Any], calibration: Mapping[str, Any], config_digest: str) -> Plan:
     """The plan with the names and digests of what it is for."""
-    return {
-        "model": manifest["model"],
-        "model_digest": manifest["digest"],
-        "calibration": calibration["calibration"],
-        "calibration_digest": calibration["digest"],
-        "config_digest": config_digest,
-        **plan,
-    }
+    return replace(
+        plan,
+        model=manifest["model"],
+        model_digest=manifest["digest"],
+        calibration=calibration["calibration"],
+        calibration_digest=calibration["digest"],
+        config_digest=config_digest,
+    )
 
 
 def find_output_op(model: torch.nn.Module, batch: Batch) -> str:
@@ -392,25 +387,74 @@ def _require_match(found: list[str], entry: str, names: list[str]) -> None:
 
 def describe_ops(
     model: torch.nn.Module, tune_cfg: dict[str, Any], kept: dict[str, str], patterns: dict[str, str]
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+) -> tuple[list[Op], list[Excluded]]:
     """INC's tune_cfg as the plan's `ops` (quantized, in INC's order) and `excluded` (with the reason)."""
-    ops, excluded = [], []
+    ops: list[Op] = []
+    excluded: list[Excluded] = []
     qconfigs = _cfg_to_qconfig(tune_cfg, tune_cfg["approach"])
+    modules = dict(model.named_modules())
     for (inc_name, op_type), configuration in tune_cfg["op"].items():
         name = module_name(model, inc_name)
         if configuration["weight"]["dtype"] == "fp32":
-            reason = kept.get(inc_name, "INC plans it in FP32")
-            excluded.append({"op_name": name, "op_type": op_type, "reason": reason})
+            excluded.append(Excluded(name, op_type, kept.get(inc_name, "INC plans it in FP32")))
             continue
-        pattern = patterns.get(inc_name, "module that FX does not keep")
         sides = {
-            side: {key: configuration[side][key] for key in OBSERVER_KEYS} | {"observer": observer}
+            side: Side(observer, **{key: configuration[side][key] for key in OBSERVER_KEYS})
             for side, observer in describe_observers(qconfigs[inc_name]).items()
         }
-        ops.append({"op_name": name, "inc_name": inc_name, "op_type": op_type, "pattern": pattern, **sides})
-    known = {entry["op_name"] for entry in [*ops, *excluded]}
-    for name, module in model.named_modules():
+        scheme = IncInt8(inc_name, patterns.get(inc_name, "module that FX does not keep"), **sides)
+        ops.append(inventoried(name, op_type, modules, scheme))
+    known = {op.op_name for op in ops} | {module.op_name for module in excluded}
+    for name, module in modules.items():
         if name not in known and any(True for _ in module.parameters(recurse=False)):
             reason = "INC 2.6 has no static INT8 configuration for this module type"
-            excluded.append({"op_name": name, "op_type": type(module).__name__, "reason": reason})
+            excluded.append(Excluded(name, type(module).__name__, reason))
     return ops, excluded
+
+
+def inventoried(name: str, op_type: str, modules: Mapping[str, torch.nn.Module], scheme: IncInt8) -> Op:
+    """An op of the inventory, whose executions are not counted yet."""
+    weight = getattr(modules[name], "weight", None)  # a module that INC fuses may have none
+    return Op(
+        op_name=name,
+        op_type=op_type,
+        shape=() if weight is None else tuple(weight.shape),
+        weight_bytes=0 if weight is None else 4 * weight.numel(),
+        executions=(),
+        tower=tower_of(name),
+        unit=unit_of(name, modules),
+        schemes={INC_INT8: scheme},
+    )
+
+
+def run_in_fp32(
+    model: torch.nn.Module, batch: Batch, names: Sequence[str], measured_op: str
+) -> tuple[dict[str, int], torch.Tensor]:
+    """How often each op runs in one FP32 forward of `batch`, and the output at the measured op.
+
+    Raises:
+        InputError: that output is not finite.
+    """
+    counts = dict.fromkeys(names, 0)
+    outputs: list[torch.Tensor] = []
+
+    def count(name: str) -> Any:
+        def hook(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+            if name in counts:
+                counts[name] += 1
+            if name == measured_op:
+                outputs.append(output)
+
+        return hook
+
+    modules = dict(model.named_modules())
+    handles = [modules[name].register_forward_hook(count(name)) for name in {*names, measured_op}]
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not outputs[-1].isfinite().all():
+        raise InputError(f"the FP32 output at {measured_op} is not finite on a calibration batch; check the weights")
+    return counts, outputs[-1]

@@ -22,6 +22,7 @@ from auto_quantize_model.inc_pytorch_mse_patching import copies_sharing_paramete
 from auto_quantize_model.machine import instruction_set
 from auto_quantize_model.measure.heldout import right_answers, sum_of_squares, summary
 from auto_quantize_model.measure.metrics import Reference, require_finite
+from auto_quantize_model.records import Profile, Tradeoff
 from auto_quantize_model.replay.model import Batch
 
 WEIGHTS = "best_model.pt"  # INC's name of what it saves
@@ -122,9 +123,7 @@ def logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return output
 
 
-def compared(
-    name: str, profile: dict[str, Any], found: dict[str, float | None], tradeoff: dict[str, Any]
-) -> dict[str, Any]:
+def compared(name: str, profile: Profile, found: dict[str, float | None], tradeoff: Tradeoff) -> dict[str, Any]:
     """The error of INC's model next to the error that the profile promised.
 
     Args:
@@ -141,8 +140,8 @@ def compared(
     Raises:
         InputError: measured on such a CPU as this one, a number differs.
     """
-    promised = {field: profile[field] for field in found}
-    here = tradeoff["device"] == "cpu" and tradeoff["instruction_set"] == instruction_set()
+    promised = {field: getattr(profile, field) for field in found}
+    here = tradeoff.device == "cpu" and tradeoff.instruction_set == instruction_set()
     if here:
         for field, value in found.items():
             if value != promised[field]:
@@ -153,8 +152,8 @@ def compared(
     return {
         "profile": name,
         "status": "bit_identical" if here else "measured_elsewhere",
-        "measured_device": tradeoff["device"],
-        "measured_instruction_set": tradeoff["instruction_set"],
+        "measured_device": tradeoff.device,
+        "measured_instruction_set": tradeoff.instruction_set,
         "promised": promised,
         "found": found,
     }

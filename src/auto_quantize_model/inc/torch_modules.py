@@ -17,6 +17,7 @@ from torch.ao.quantization import QConfig
 
 from auto_quantize_model.inc_pytorch_mse_patching import copies_sharing_parameters
 from auto_quantize_model.measure.metrics import squared_error
+from auto_quantize_model.records import Op, Plan
 from auto_quantize_model.replay.model import Batch
 from auto_quantize_model.replay.ops import build_observer
 
@@ -31,7 +32,7 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 def torch_scores(
     model: torch.nn.Module,
     batch: Batch,
-    plan: dict[str, Any],
+    plan: Plan,
     names: Sequence[str],
     on_op: Callable[[str, str], None] = lambda label, name: None,
 ) -> dict[str, dict[str, float]]:
@@ -45,13 +46,13 @@ def torch_scores(
         on_op: called with map and op before each score.
     """
     modules = dict(model.named_modules())
-    measured = modules[plan["measured_op"]]
-    with observed(modules, plan["ops"]) as observers:
+    measured = modules[plan.measured_op]
+    with observed(modules, plan.ops) as observers:
         reference = run(model, batch, measured)
-    ran = [op for op in plan["ops"] if op["op_name"] in observers]
-    int8 = {op["op_name"]: quantized(modules[op["op_name"]], op, observers[op["op_name"]]) for op in ran}
+    ran = [op for op in plan.ops if op.op_name in observers]
+    int8 = {op.op_name: quantized(modules[op.op_name], op, observers[op.op_name]) for op in ran}
     values: dict[str, dict[str, float]] = {}
-    for label in plan["maps"]:
+    for label in plan.maps:
         values[label] = {}
         for name in names:
             on_op(label, name)
@@ -71,26 +72,25 @@ def state_of(label: str, name: str, planned: Sequence[str]) -> Sequence[str]:
 
 
 @contextmanager
-def observed(
-    modules: Mapping[str, torch.nn.Module], ops: Sequence[dict[str, Any]]
-) -> Iterator[dict[str, tuple[Any, ...]]]:
+def observed(modules: Mapping[str, torch.nn.Module], ops: Sequence[Op]) -> Iterator[dict[str, tuple[Any, ...]]]:
     """Have the plan's observers see what every op takes and gives: {op: (of input, of output)}, for ops that run.
 
     An Embedding has none: it takes ids and gives FP32.
     """
     observers: dict[str, tuple[Any, ...]] = {}
 
-    def observe(op: dict[str, Any]) -> Any:
+    def observe(op: Op) -> Any:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
-            if op["op_name"] not in observers:
-                sides = 0 if op["op_type"] == "Embedding" else 2
-                observers[op["op_name"]] = tuple(build_observer(op["activation"]["observer"]) for _ in range(sides))
-            for observer, tensor in zip(observers[op["op_name"]], ((*args, *kwargs.values())[0], output), strict=False):
+            if op.op_name not in observers:
+                sides = 0 if op.op_type == "Embedding" else 2
+                entry = op.inc_int8.activation.observer
+                observers[op.op_name] = tuple(build_observer(entry) for _ in range(sides))
+            for observer, tensor in zip(observers[op.op_name], ((*args, *kwargs.values())[0], output), strict=False):
                 observer(tensor)
 
         return hook
 
-    handles = [modules[op["op_name"]].register_forward_hook(observe(op), with_kwargs=True) for op in ops]
+    handles = [modules[op.op_name].register_forward_hook(observe(op), with_kwargs=True) for op in ops]
     try:
         yield observers
     finally:
@@ -98,17 +98,17 @@ def observed(
             handle.remove()
 
 
-def quantized(module: torch.nn.Module, op: dict[str, Any], observers: tuple[Any, ...]) -> Forward:
+def quantized(module: torch.nn.Module, op: Op, observers: tuple[Any, ...]) -> Forward:
     """The forward of torch's quantized module that stands for an op: FP32 or ids in, FP32 out."""
     with copies_sharing_parameters():
         plain: Any = copy.deepcopy(module)
-    plain.qconfig = QConfig(activation=None, weight=lambda: build_observer(op["weight"]["observer"]))
+    plain.qconfig = QConfig(activation=None, weight=lambda: build_observer(op.inc_int8.weight.observer))
     if not observers:
         # A module itself cannot be set as another one's `forward`: torch would register it as a child.
-        forward: Forward = QUANTIZED[op["op_type"]].from_float(plain).forward
+        forward: Forward = QUANTIZED[op.op_type].from_float(plain).forward
         return forward
     of_input, plain.activation_post_process = observers
-    kernel = QUANTIZED[op["op_type"]].from_float(plain)
+    kernel = QUANTIZED[op.op_type].from_float(plain)
     scale, zero_point = of_input.calculate_qparams()
     to_codes = torch_quantized.Quantize(scale, zero_point, torch.quint8)
     return lambda input: kernel(to_codes(input)).dequantize()  # named as in torch's modules

@@ -1,137 +1,196 @@
 """The error of every planned op, batch for batch, by the engine that the plan names.
 
-In: the model, the plan and the calibration batches. Out: the capture (deterministic) and a record of the run (times,
-host: volatile). The replay needs torch alone; who asks for another engine hands it over.
+In: the model, the plan, the scales and the calibration batches. Out: the capture (deterministic) and a record of the
+run (times, host: volatile). The replay needs torch alone; who asks for another engine hands it over.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from auto_quantize_model.files import InputError, digest_of, sha256_file
+from auto_quantize_model.code import code_digest_of_modules
+from auto_quantize_model.files import InputError, digest_of, sha256_bytes
 from auto_quantize_model.machine import instruction_set, usage
 from auto_quantize_model.measure import metrics
-from auto_quantize_model.measure.journal import Journal
 from auto_quantize_model.measure.metrics import Reference
-from auto_quantize_model.measure.states import states
+from auto_quantize_model.measure.states import ALL, states
+from auto_quantize_model.measure.store import ScoreStore, Shelf
+from auto_quantize_model.records import (
+    METRICS,
+    Arithmetic,
+    Capture,
+    Plan,
+    Scales,
+    Score,
+    ScoredBatch,
+    digest_of_record,
+)
 from auto_quantize_model.replay.model import Batch, OtherOrder, Replay, refusals
-from auto_quantize_model.replay.ops import cpu_kernel
+from auto_quantize_model.replay.scales import digest_of_scales
+from auto_quantize_model.schemes.inc_int8 import cpu_kernel
+from auto_quantize_model.schemes.scheme import INC_INT8, Assignment
 
 Progress = Callable[[int, int], None]  # done and total, in runs of a block (replay) or ops (INC)
-# Measures a share of the maps, {map: ops}, into the journal: `inc.engine.measure_by_inc`.
-Engine = Callable[[torch.nn.Module, Sequence[Batch], dict[str, Any], dict[str, list[str]], Journal, Progress], None]
+Share = dict[str, list[str]]  # {map: ops}
+
+
+@dataclass
+class Work:
+    """What an engine measures, and where it puts the scores.
+
+    Attributes:
+        batches: the scored ones.
+        scores: {(batch, map, op_name): record}, as far as it is measured.
+        references: of each batch, the sums of squares of the FP32 output.
+        second_pass: of each batch, what INC's second pass gave: {op_name: mse_value}.
+        found: how many records the store had already.
+        dropped: how many of its records were damaged.
+    """
+
+    model: torch.nn.Module
+    batches: Sequence[Batch]
+    plan: Plan
+    store: ScoreStore
+    scores: dict[tuple[int, str, str], Mapping[str, float]]
+    references: dict[int, dict[str, float]]
+    second_pass: dict[int, dict[str, float]]
+    found: int = 0
+    dropped: int = 0
+
+    def shelf(self, of: dict[str, Any]) -> Shelf:
+        """The scores that the store keeps of one context."""
+        shelf = self.store.shelf(of)
+        self.found += shelf.found
+        self.dropped += shelf.dropped
+        return shelf
+
+
+# Measures a share of the maps: `inc.engine.measure_by_inc`.
+Engine = Callable[[Work, Share, Progress], None]
 
 
 def capture_sensitivity(
     model: torch.nn.Module,
     batches: Sequence[Batch],
-    plan: dict[str, Any],
-    journal: Journal,
+    plan: Plan,
+    store: ScoreStore,
+    scales: Sequence[Scales] | None = None,
     on_progress: Progress = lambda done, total: None,
     by_inc: Engine | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Capture, dict[str, Any]]:
     """Score every op of `plan` on each confidence batch.
 
     Args:
         model: FP32, eval mode, on its device; left as it was.
-        batches: the calibration batches; the first `plan["confidence_batches"]` are scored.
-        plan: as `plan.build_plan` returns it.
-        journal: keeps each score; those that it holds already are not measured again.
+        batches: the calibration batches; the first `plan.confidence_batches` are scored.
+        plan: as `inc.plan.build_plan` returns it.
+        store: keeps each score; a score that it holds already is not measured again.
+        scales: of each scored batch, by that batch alone, as INC calibrates; None calibrates here.
         on_progress: called after each score.
         by_inc: the engine that measures what the replay does not; None where INC is not at hand.
 
     Returns:
-        (capture, run_record). The capture holds, for each batch, `reference` (sums of squares of the FP32 output at
-        the measured op) and `all_int8` (the record with every op in INT8), the executions of each op, and the maps: op
-        to its record per batch, null where the op did not run. A record is what `metrics.Reference.compare` returns,
-        or `mse_value` alone where INC measured.
+        (capture, run_record).
 
     Raises:
         InputError: a score or the reference is not finite, INC plans the model otherwise than `plan` says, or an op is
             not covered by the engine.
     """
-    device = next(model.parameters()).device
-    if len(batches) < plan["confidence_batches"]:
-        raise InputError(
-            f"the plan asks for {plan['confidence_batches']} batches, the calibration set has {len(batches)}"
-        )
+    if len(batches) < plan.confidence_batches:
+        raise InputError(f"the plan asks for {plan.confidence_batches} batches, the calibration set has {len(batches)}")
     started = time.monotonic()
-    batches = batches[: plan["confidence_batches"]]
+    work = Work(model, batches[: plan.confidence_batches], plan, store, {}, {}, {})
     of_replay, of_inc = share_of_engines(model, plan)
     if of_inc and by_inc is None:
         raise InputError("the plan has INC measure, and INC is not at hand here; set sensitivity.engine to replay")
-    record: dict[str, Any] = {"resumed_scores": journal.found}
+    record: dict[str, Any] = {}
     if of_replay:
         try:
-            record |= _measure_by_replay(model, batches, plan, of_replay, journal, on_progress)
+            record |= measure_by_replay(work, of_replay, on_progress, scales)
         except OtherOrder as error:
             raise InputError(f"{error}; {without_replay(plan)}") from None
     if of_inc and by_inc:
-        by_inc(model, batches, plan, of_inc, journal, on_progress)
+        by_inc(work, of_inc, on_progress)
+    record |= {"resumed_scores": work.found, "dropped_scores": work.dropped}
     record["seconds"] = round(time.monotonic() - started, 3)
-    return _assemble(plan, journal.records, device), record | usage(device)
+    device = next(model.parameters()).device
+    return assembled(work, device), record | usage(device)
 
 
-def share_of_engines(model: torch.nn.Module, plan: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Which ops of which map replay measures, and which INC: {map: ops}, `all_int8` among the maps.
+def share_of_engines(model: torch.nn.Module, plan: Plan) -> tuple[Share, Share]:
+    """Which ops of which map the replay measures, and which INC: {map: ops}, `all` among the maps.
 
-    With `auto`, an op that no site reproduces goes to INC, and so does every map in which other ops are in INT8 beside
-    it, since no state of such a map is without it.
+    With `auto`, an op that no site reproduces goes to INC. So does every map in which other ops are quantized together
+    with that op, since no state of such a map is without it.
     """
-    names = [op["op_name"] for op in plan["ops"]]
-    everything = {label: names for label in [*plan["maps"], "all_int8"]}
-    uncovered = refusals(model, plan["ops"]) if plan["engine"] == "auto" else {}
-    if plan["engine"] == "inc":
+    names = plan.op_names
+    everything = {label: names for label in [*plan.maps, ALL]}
+    uncovered = refusals(model, plan.ops) if plan.engine == "auto" else {}
+    if plan.engine == "inc":
         return {}, everything
     if not uncovered:
         return everything, {}
-    covered = {"isolated": [name for name in names if name not in uncovered]} if "isolated" in plan["maps"] else {}
+    covered = {"isolated": [name for name in names if name not in uncovered]} if "isolated" in plan.maps else {}
     return covered, everything | ({"isolated": list(uncovered)} if covered else {})
 
 
-def _measure_by_replay(
-    model: torch.nn.Module,
-    batches: Sequence[Batch],
-    plan: dict[str, Any],
-    share: dict[str, list[str]],
-    journal: Journal,
-    on_progress: Progress,
+def measure_by_replay(
+    work: Work, share: Share, on_progress: Progress, scales: Sequence[Scales] | None
 ) -> dict[str, Any]:
-    """Measure a share of the maps by replay, into the journal; what there is to say of it for the run record."""
-    ops = [op for op in plan["ops"] if op["op_name"] in next(iter(share.values()))]
+    """Measure a share of the maps by replay; what there is to say of it for the run record."""
+    plan = work.plan
+    ops = [op for op in plan.ops if op.op_name in next(iter(share.values()))]
+    base = context(work.model, plan, ops)
     done, seconds, cached = 0, [], 0
-    with Replay(model, ops, plan["measured_op"]) as replay:
-        for index, batch in enumerate(batches):
+    with Replay(work.model, ops, plan.measured_op) as replay:
+        for index, batch in enumerate(work.batches):
             started = time.monotonic()
-            reference = Reference(replay.calibrate(batch), batch.get("mm_token_type_ids"))
-            note_batch(journal, index, reference.totals(), replay.executions)
-            work = list(states(replay.order, [op["op_name"] for op in ops], share))
-            costs = [replay.cost(changed) for _, changed, _ in work]
-            for cost, (label, name, state) in zip(costs, work, strict=True):
-                key = f"{index}/{label}/{name}"
-                if key not in journal.records:
-                    journal.add(key, require_finite(reference.compare(replay.run(state)), index, label, name))
-                done += cost
-                on_progress(done, sum(costs) * len(batches))
+            of_batch = scales[index] if scales else replay.calibrate(batch)
+            replay.set_scales(of_batch)
+            reference = Reference(replay.begin(batch), batch.get("mm_token_type_ids"))
+            require_executions(plan, index, replay.executions)
+            totals = require_finite(reference.totals(), index, "reference", "")
+            work.references[index] = totals
+            planned = list(states(replay.order, [op.op_name for op in ops], share))
+            costs = [replay.cost(name) for _, name, _ in planned]
+            of = base | {"batch": digest_of_batch(batch), "scales": digest_of_scales(of_batch)}
+            with work.shelf(of) as shelf:
+                for cost, (label, name, assignment) in zip(costs, planned, strict=True):
+                    key = state_key(assignment)
+                    if (record := shelf.get(key)) is None:
+                        record = require_finite(reference.compare(replay.run(assignment)), index, label, name)
+                        shelf.add(key, record)
+                    work.scores[index, label, name] = record
+                    done += cost
+                    on_progress(done, sum(costs) * len(work.batches))
             seconds.append(round(time.monotonic() - started, 3))
             cached = max(cached, replay.cached_bytes)
     return {"seconds_per_batch": seconds, "cached_bytes": cached}
 
 
-def without_replay(plan: dict[str, Any]) -> str:
+def require_executions(plan: Plan, index: int, executions: Mapping[str, int]) -> None:
+    """Refuse a batch on which an op does not run as often as the plan says.
+
+    Raises:
+        InputError: naming the op.
+    """
+    planned = {op.op_name: op.executions[index] for op in plan.ops}
+    for name, count in executions.items():
+        if count != planned[name]:
+            raise InputError(
+                f"{name} runs {count} times on batch {index}, and the plan says {planned[name]}; make the plan again"
+                " (snakemake --cores 1 --forcerun plan_quantization)"
+            )
+
+
+def without_replay(plan: Plan) -> str:
     """What a user can do about a model that the replay cannot measure."""
-    if plan["inc_check"]["status"] == "reproduces_fp32":
+    if plan.inc_check["status"] == "reproduces_fp32":
         return "set sensitivity.engine to inc"
     return "INC cannot measure this model either, so choose another model.path"
-
-
-def note_batch(journal: Journal, index: int, totals: dict[str, float], executions: dict[str, int]) -> None:
-    """Put on record what a batch's FP32 run shows; where two engines share the work, each its ops."""
-    journal.add(f"{index}/reference", totals)
-    journal.add(f"{index}/executions", journal.records.get(f"{index}/executions", {}) | executions)
 
 
 def require_finite(record: dict[str, float], index: int, label: str, name: str) -> dict[str, float]:
@@ -144,67 +203,82 @@ def require_finite(record: dict[str, float], index: int, label: str, name: str) 
     return metrics.require_finite(record, f"batch {index}, map {label}", name or "all ops", advice)
 
 
-def _assemble(plan: dict[str, Any], records: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The journal's records as a capture."""
-    names = [op["op_name"] for op in plan["ops"]]
-    batches = range(plan["confidence_batches"])
-    executions = {name: [records[f"{index}/executions"][name] for index in batches] for name in names}
-    maps = {
-        label: {
-            name: [records[f"{index}/{label}/{name}"] if executions[name][index] else None for index in batches]
-            for name in names
-        }
-        for label in plan["maps"]
-    }
-    return {
-        "engine": plan["engine"],
-        "device": device.type,
-        **arithmetic(),
-        "tf32": device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
-        "model": plan["model"],
-        "calibration": plan["calibration"],
-        "plan_digest": digest_of(plan),
-        "versions": plan["versions"],
-        "batches": [
-            {"batch": index, "reference": records[f"{index}/reference"], "all_int8": records[f"{index}/all_int8/"]}
-            for index in batches
-        ],
-        "executions": executions,
-        "maps": maps,
-        "second_pass": [records.get(f"{index}/second_pass", {}) for index in batches],
-    }
+def assembled(work: Work, device: torch.device) -> Capture:
+    """All scores as one capture: rows by batch, map and the plan's order."""
+    plan = work.plan
+    return Capture(
+        engine=plan.engine,
+        arithmetic=arithmetic(device),
+        tf32=device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
+        model=plan.model,
+        calibration=plan.calibration,
+        plan_digest=digest_of_record(plan),
+        versions=plan.versions,
+        batches=tuple(ScoredBatch(index, work.references[index]) for index in range(len(work.batches))),
+        second_pass=tuple(work.second_pass.get(index, {}) for index in range(len(work.batches))),
+        scores=tuple(rows(work)),
+    )
 
 
-def arithmetic() -> dict[str, Any]:
-    """What of this machine the bits of a score depend on: {threads, instruction_set, int8_kernel}."""
+def rows(work: Work) -> Iterator[Score]:
+    """The scores in order; an op has none on a batch where it did not run."""
+    for index in range(len(work.batches)):
+        for label in (*work.plan.maps, ALL):
+            for op in work.plan.ops if label != ALL else [None]:
+                name = op.op_name if op else ""
+                if op is None or op.executions[index]:
+                    record = work.scores[index, label, name]
+                    yield Score(index, label, INC_INT8, name, **{key: record.get(key) for key in METRICS})  # type: ignore[arg-type]
+
+
+def arithmetic(device: torch.device) -> Arithmetic:
+    """What of this machine the bits of a score depend on."""
     # Sums of float32 depend on how many threads share them.
-    threads = torch.get_num_threads()
-    return {"threads": threads, "instruction_set": instruction_set(), "int8_kernel": cpu_kernel()}
+    return Arithmetic(device.type, torch.get_num_threads(), instruction_set(), cpu_kernel())
 
 
-def fingerprint(plan: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """What the scores of a capture depend on: a journal made under another one is of no use."""
-    library = sorted(Path(__file__).parents[1].rglob("*.py"))
+def context(model: torch.nn.Module, plan: Plan, ops: Sequence[Any], engine: str = "replay") -> dict[str, Any]:
+    """What a score depends on, apart from batch, scales and state: the store keeps the scores of each context apart."""
+    device = next(model.parameters()).device
     return {
-        "plan": digest_of(plan),
-        "model": plan["model_digest"],
-        "calibration": plan["calibration_digest"],
-        "versions": plan["versions"],
+        "engine": engine,
+        "model": plan.model_digest,
+        "ops": digest_of([[op.op_name, op.op_type, asdict(op.inc_int8)] for op in ops]),
+        "measured_op": plan.measured_op,
+        "reduce_range": plan.reduce_range,
+        "versions": plan.versions,
         "torch": torch.__version__,
-        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
-        **arithmetic(),
+        "gpu": None if device.type == "cpu" else torch.cuda.get_device_name(device),
+        **asdict(arithmetic(device)),
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "code": digest_of([sha256_file(path) for path in library]),
+        "code": code_digest_of_modules(["auto_quantize_model.replay.model", "auto_quantize_model.measure.metrics"]),
     }
 
 
-def describe_batches(capture: dict[str, Any], calibration: dict[str, Any]) -> dict[str, Any]:
+def state_key(assignment: Assignment) -> str:
+    """A state's key on a shelf."""
+    return digest_of(dict(assignment))
+
+
+def digest_of_batch(batch: Batch) -> str:
+    """SHA-256 of a batch's tensors."""
+    return digest_of(
+        {name: [str(tensor.dtype), list(tensor.shape), tensor_digest(tensor)] for name, tensor in batch.items()}
+    )
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's values."""
+    return sha256_bytes(tensor.detach().cpu().contiguous().numpy().tobytes())
+
+
+def described(capture: Capture, calibration: Mapping[str, Any]) -> Capture:
     """The capture with each batch's sample ids and token counts, as the calibration manifest lists them."""
     samples, size = calibration["samples"]["calibration"], calibration["batch_size"]
     batches = []
-    for entry in capture["batches"]:
-        members = samples[entry["batch"] * size : (entry["batch"] + 1) * size]
+    for entry in capture.batches:
+        members = samples[entry.batch * size : (entry.batch + 1) * size]
         counts = {key: sum(sample[key] for sample in members) for key in ("tokens", "image_tokens")}
-        batches.append(entry | {"sample_ids": [sample["id"] for sample in members]} | counts)
-    return capture | {"batches": batches}
+        batches.append(replace(entry, sample_ids=tuple(sample["id"] for sample in members), **counts))
+    return replace(capture, batches=tuple(batches))

@@ -1,23 +1,29 @@
 """What keeping ops in FP32 buys: the mixed-precision model itself, measured on held-out samples for growing keep-lists.
 
-In: a model, its plan, the ranking of its capture, calibration and held-out batches. Out: a curve per order
-of keeping: the ranking, its greedy refinement and, as controls, random orders, the ranking turned round, and the
-largest weights first.
+In: a model, its plan, the ranking of its capture, scales, calibration and held-out batches. Out: a curve for each order
+of keeping: the ranking, its greedy refinement, and as controls random orders, the reversed ranking, and the largest
+weights first.
 """
 
+import itertools
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from auto_quantize_model.files import InputError
-from auto_quantize_model.measure.journal import Journal
-from auto_quantize_model.measure.metrics import Reference, decibels, require_finite
+from auto_quantize_model.measure.capture import arithmetic, context, digest_of_batch, state_key
+from auto_quantize_model.measure.metrics import Reference, require_finite
+from auto_quantize_model.measure.sqnr import decibels
+from auto_quantize_model.measure.store import ScoreStore, Shelf
+from auto_quantize_model.records import Plan, Point, Scales, Tradeoff
 from auto_quantize_model.replay.model import Batch, Replay
+from auto_quantize_model.replay.scales import digest_of_scales
+from auto_quantize_model.schemes.scheme import Assignment, assigned
 
 RANDOM_SEEDS = 5
 Progress = Callable[[int, int], None]  # done and total, in forwards
@@ -33,7 +39,7 @@ def keep_sizes(ops: int, as_well: int = 0) -> list[int]:
     return sorted(size for size in sizes if size <= ops)
 
 
-def orders(ranking: Sequence[str], weight_bytes: dict[str, int]) -> dict[str, list[str]]:
+def orders(ranking: Sequence[str], weight_bytes: Mapping[str, int]) -> dict[str, list[str]]:
     """The orders in which ops are kept, by name; `ranking` is the most sensitive first.
 
     Args:
@@ -53,16 +59,16 @@ def orders(ranking: Sequence[str], weight_bytes: dict[str, int]) -> dict[str, li
     return found
 
 
-def model_bytes(model: torch.nn.Module, ops: Sequence[str], kept: frozenset[str]) -> int:
-    """Bytes of the weights with the ops of `ops` in INT8 but for those of `kept`.
+def model_bytes(model: torch.nn.Module, assignment: Assignment) -> int:
+    """Bytes of the model's weights with the ops of an assignment in INT8.
 
     An INT8 weight takes a byte a value and a float32 scale for each row; all else takes float32. A parameter that is
     shared by modules in FP32 is counted once.
     """
     modules = dict(model.named_modules())
-    weights = [modules[name].weight for name in ops if name not in kept]
+    weights = [modules[name].weight for name in assignment]
     int8 = sum(weight.numel() + 4 * weight.shape[0] for weight in weights)
-    quantized = {f"{name}.weight" for name in ops if name not in kept}
+    quantized = {f"{name}.weight" for name in assignment}
     named = model.named_parameters(remove_duplicate=False)
     in_fp32 = {id(parameter): parameter.numel() for name, parameter in named if name not in quantized}
     return int8 + 4 * sum(in_fp32.values())
@@ -83,49 +89,58 @@ class Greedy:
 
 def measure_tradeoff(
     model: torch.nn.Module,
-    plan: dict[str, Any],
+    plan: Plan,
     ranking: Sequence[str],
     calibration: Sequence[Batch],
     heldout: Sequence[Batch],
     answers: Sequence[list[range | None]],
-    journal: Journal,
+    store: ScoreStore,
     greedy: Greedy = Greedy(),  # noqa: B008  frozen
+    scales: Scales | None = None,
     on_progress: Progress = lambda done, total: None,
-) -> dict[str, Any]:
+) -> Tradeoff:
     """Measure every keep-list of every order on the held-out batches; scales come from the calibration batches.
 
     Args:
         model: FP32, eval mode, on its device; left as it was.
-        plan: as `plan.build_plan` returns it.
+        plan: as `inc.plan.build_plan` returns it.
         ranking: the ops that were measured, the most sensitive first.
         calibration: the batches that set every scale, all of them together.
         heldout: batches that nothing was calibrated on.
         answers: for each held-out batch, of each sample, the positions of its answer's tokens; None without an answer.
-        journal: keeps each forward's record; what it holds already is not measured again.
-        greedy: how far the ranking is refined; it chooses on the last calibration batch, so the held-out ones stay
+        store: keeps the record of each forward; a record that it holds already is not measured again.
+        greedy: how far the ranking is refined. It chooses on the last calibration batch, so the held-out ones stay
             unseen.
+        scales: of all calibration batches together; None calibrates here.
         on_progress: called after each forward.
 
     Returns:
-        {ops, calibration_batches, batches, answers, curves: {order: [point]}, random: [point], gains_db, losses,
-        greedy_gain_db}. The curve `greedy`, where it was asked for, ends with its last chosen op. A point is {keep,
-        added, weight_bytes, relative_error, sqnr_db, sqnr_db_lowest, kl_divergence, top1_agreement, accuracy}; `added`
-        are the ops kept beyond the point before; `accuracy` is the share of answers whose every token is the most
-        likely one, null without answers. A point of `random` has the mean and the standard deviation over its seeds.
-        `gains_db` are the ranking's over each control, up to half of the ops, as `gain` returns them; `losses` are the
-        lengths at which the control does better; `greedy_gain_db` is the greedy curve's gain over the ranking.
+        The curves by order, `greedy` among them where it was asked for, which ends with its last chosen op. `random`
+        has the mean and the standard deviation over the seeds. `gains_db` are the ranking's over each control, up to
+        half of the ops, as `gain` returns them. `losses` are the lengths at which the control does better.
+        `greedy_gain_db` is the greedy curve's gain over the ranking.
+
+    Raises:
+        InputError: a number is not finite.
     """
     sizes = keep_sizes(len(ranking), greedy.ops if greedy.candidates else 0)
-    modules = dict(model.named_modules())
-    kept_by = orders(ranking, {name: 4 * modules[name].weight.numel() for name in ranking})
+    weights = {op.op_name: op.weight_bytes for op in plan.ops}
+    kept_by = orders(ranking, weights)
     asked = sum(span is not None for spans in answers for span in spans)
-    first = greedy.runs(len(ranking))
-    with Replay(model, plan["ops"], plan["measured_op"]) as replay:
-        reference = Reference(replay.calibrate(*calibration), calibration[-1].get("mm_token_type_ids"))
-        if first:
-            kept_by["greedy"] = greedy_order(
-                replay, reference, ranking, greedy, journal, lambda done: on_progress(done, first)
-            )
+    done, total = itertools.count(1), greedy.runs(len(ranking))
+
+    def step() -> None:
+        on_progress(next(done), total)
+
+    base = context(model, plan, plan.ops)
+    with Replay(model, plan.ops, plan.measured_op) as replay:
+        scales = scales or replay.calibrate(*calibration)
+        replay.set_scales(scales)
+        base |= {"scales": digest_of_scales(scales)}
+        if total:
+            with store.shelf(base | {"batch": digest_of_batch(calibration[-1])}) as shelf:
+                reference = Reference(replay.begin(calibration[-1]), calibration[-1].get("mm_token_type_ids"))
+                kept_by["greedy"] = greedy_order(replay, reference, ranking, greedy, shelf, step)
         # Orders share states, those with no op and with all ops among them: each state is measured once.
         states = {
             frozenset(names[:size]): f"{order}/{size}"
@@ -133,22 +148,23 @@ def measure_tradeoff(
             for size in sizes
             if size <= len(names)
         }
-        records, references = _measure(
-            replay,
-            heldout,
-            answers,
-            frozenset(ranking),
-            states,
-            journal,
-            lambda done: on_progress(first + done, first + len(states) * len(heldout)),
-        )
+        total += len(states) * len(heldout)
+        records: dict[frozenset[str], list[dict[str, Any]]] = {kept: [] for kept in states}
+        references = []
+        for index, batch in enumerate(heldout):
+            of = base | {"batch": digest_of_batch(batch), "answers": _spans(answers[index])}
+            with store.shelf(of) as shelf:
+                found, squares = _of_batch(replay, index, batch, answers[index], ranking, states, shelf, step)
+            references.append(squares)
+            for kept, record in found.items():
+                records[kept].append(record)
     points = {
-        kept: summary(found, references, asked) | {"weight_bytes": model_bytes(model, ranking, kept)}
+        kept: summary(found, references, asked) | {"weight_bytes": model_bytes(model, quantized(ranking, kept))}
         for kept, found in records.items()
     }
     curves = {
         order: [
-            {"keep": size, "added": names[before:size], **points[frozenset(names[:size])]}
+            Point(size, tuple(names[before:size]), **points[frozenset(names[:size])])
             for before, size in zip([0, *sizes], sizes, strict=False)
             if size <= len(names)
         ]
@@ -156,19 +172,26 @@ def measure_tradeoff(
     }
     seeds = [curves[f"random_{seed}"] for seed in range(RANDOM_SEEDS)]
     averaged = [spread(list(of_one_length)) for of_one_length in zip(*seeds, strict=True)]
-    controls = {"random": averaged, "inverse": curves["inverse"], "weight_bytes": curves["weight_bytes"]}
-    half = len(ranking) / 2
-    return {
-        "ops": len(ranking),
-        "calibration_batches": len(calibration),
-        "batches": len(heldout),
-        "answers": asked,
-        "curves": curves,
-        "random": averaged,
-        "gains_db": {name: gain(curves["ranking"], control, half) for name, control in controls.items()},
-        "losses": {name: losses(curves["ranking"], control) for name, control in controls.items()},
-        "greedy_gain_db": gain(curves["greedy"], curves["ranking"]) if first else None,
-    }
+    of_seeds = [(point["keep"], point["sqnr_db"]) for point in averaged]
+    controls = {"random": of_seeds, "inverse": _line(curves["inverse"]), "weight_bytes": _line(curves["weight_bytes"])}
+    by_ranking, half = _line(curves["ranking"]), len(ranking) / 2
+    return Tradeoff(
+        **asdict(arithmetic(next(model.parameters()).device)),
+        ops=len(ranking),
+        calibration_batches=len(calibration),
+        batches=len(heldout),
+        answers=asked,
+        curves=curves,
+        random=averaged,
+        gains_db={name: gain(by_ranking, control, half) for name, control in controls.items()},
+        losses={name: losses(by_ranking, control) for name, control in controls.items()},
+        greedy_gain_db=gain(_line(curves["greedy"]), by_ranking) if "greedy" in curves else None,
+    )
+
+
+def quantized(ranking: Sequence[str], kept: frozenset[str]) -> dict[str, str]:
+    """The assignment with every op of the ranking quantized, apart from those of `kept`."""
+    return assigned(name for name in ranking if name not in kept)
 
 
 def greedy_order(
@@ -176,59 +199,65 @@ def greedy_order(
     reference: Reference,
     ranking: Sequence[str],
     greedy: Greedy,
-    journal: Journal,
-    on_step: Callable[[int], None],
+    shelf: Shelf,
+    on_step: Callable[[], None],
 ) -> list[str]:
-    """Ops to keep, each the one whose keeping leaves the least error beside those chosen before it.
+    """Ops to keep, each the one whose keeping leaves the least error, given those chosen before.
 
     Args:
         replay: of the batch that `reference` is the FP32 output of.
         ranking: op names, the most sensitive first; the next ones not chosen yet are the candidates.
+        shelf: keeps the records of that batch.
     """
     kept: list[str] = []
-    left, done = list(ranking), 0
+    left = list(ranking)
     while left and len(kept) < greedy.ops:
         errors = {}
         for name in left[: greedy.candidates]:
-            key = f"greedy/{len(kept)}/{name}"
-            if key not in journal.records:
-                record = reference.compare(replay.run(frozenset(ranking) - {*kept, name}))
-                journal.add(key, require_finite(record, "greedy refinement", in_words([*kept, name]), NO_NUMBER))
-            errors[name] = journal.records[key]["mse_value"]
-            done += 1
-            on_step(done)
+            assignment = quantized(ranking, frozenset({*kept, name}))
+            key = state_key(assignment)
+            if (record := shelf.get(key)) is None:
+                record = reference.compare(replay.run(assignment))
+                shelf.add(key, require_finite(record, "greedy refinement", in_words([*kept, name]), NO_NUMBER))
+            errors[name] = record["mse_value"]
+            on_step()
         kept.append(min(errors, key=errors.__getitem__))
         left.remove(kept[-1])
     return kept
 
 
-def _measure(
+def _of_batch(
     replay: Replay,
-    heldout: Sequence[Batch],
-    answers: Sequence[list[range | None]],
-    ops: frozenset[str],
-    states: dict[frozenset[str], str],
-    journal: Journal,
-    on_step: Callable[[int], None],
-) -> tuple[dict[frozenset[str], list[dict[str, Any]]], list[float]]:
-    """The records of each keep-list, one for each batch, and the sum of squares of each batch's FP32 output."""
-    records: dict[frozenset[str], list[dict[str, Any]]] = {kept: [] for kept in states}
-    references, done = [], 0
-    for index, batch in enumerate(heldout):
-        reference = Reference(replay.take_up(batch), batch.get("mm_token_type_ids"))
-        references.append(sum_of_squares(reference, index))
-        for kept, name in states.items():
-            key = f"{index}/{name}"
-            if key not in journal.records:
-                output = replay.run(ops - kept)
-                record = require_finite(
-                    reference.compare(output), f"held-out batch {index}, list {name}", in_words(sorted(kept)), NO_NUMBER
-                )
-                journal.add(key, record | {"right": right_answers(output, batch, answers[index])})
-            records[kept].append(journal.records[key])
-            done += 1
-            on_step(done)
-    return records, references
+    index: int,
+    batch: Batch,
+    answers: Sequence[range | None],
+    ranking: Sequence[str],
+    states: Mapping[frozenset[str], str],
+    shelf: Shelf,
+    on_step: Callable[[], None],
+) -> tuple[dict[frozenset[str], dict[str, Any]], float]:
+    """The record of each keep-list on one held-out batch, and the sum of squares of the FP32 output."""
+    reference = Reference(replay.begin(batch), batch.get("mm_token_type_ids"))
+    squares = sum_of_squares(reference, index)
+    records = {}
+    for kept, name in states.items():
+        assignment = quantized(ranking, kept)
+        key = state_key(assignment)
+        if (record := shelf.get(key)) is None:
+            output = replay.run(assignment)
+            compared = reference.compare(output)
+            place = f"held-out batch {index}, list {name}"
+            record = require_finite(compared, place, in_words(sorted(kept)), NO_NUMBER)
+            record = record | {"right": right_answers(output, batch, answers)}
+            shelf.add(key, record)
+        records[kept] = record
+        on_step()
+    return records, squares
+
+
+def _spans(answers: Sequence[range | None]) -> list[list[int] | None]:
+    """The places of a batch's answers, as JSON."""
+    return [None if span is None else [span.start, span.stop] for span in answers]
 
 
 def in_words(kept: Sequence[str]) -> str:
@@ -269,7 +298,7 @@ def right_answers(output: torch.Tensor, batch: Batch, spans: Sequence[range | No
     return right
 
 
-def summary(records: list[dict[str, Any]], references: list[float], asked: int) -> dict[str, float | None]:
+def summary(records: Sequence[Mapping[str, Any]], references: Sequence[float], asked: int) -> dict[str, Any]:
     """A keep-list's point: sums of errors over the sums of squares of the FP32 output, means over batches.
 
     `sqnr_db_lowest` is the SQNR of the one batch with the most error.
@@ -288,39 +317,47 @@ def summary(records: list[dict[str, Any]], references: list[float], asked: int) 
     }
 
 
-def spread(points: list[dict[str, Any]]) -> dict[str, Any]:
+def spread(points: Sequence[Point]) -> dict[str, Any]:
     """Mean and standard deviation over the seeds, of keep-lists of one length."""
-    found: dict[str, Any] = {"keep": points[0]["keep"]}
+    found: dict[str, Any] = {"keep": points[0].keep}
     for name in ("weight_bytes", "sqnr_db", "kl_divergence", "top1_agreement", "accuracy"):
-        values = [point[name] for point in points]
+        values = [getattr(point, name) for point in points]
         known = None not in values
         found[name] = statistics.fmean(values) if known else None
         found[f"{name}_std"] = statistics.stdev(values) if known else None
     return found
 
 
-def losses(curve: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[int]:
+# Of keep-lists of growing length: how many ops each keeps, and the SQNR in dB; None is infinite.
+Line = Sequence[tuple[int, float | None]]
+
+
+def _line(curve: Sequence[Point]) -> Line:
+    return [(point.keep, point.sqnr_db) for point in curve]
+
+
+def losses(curve: Line, other: Line) -> list[int]:
     """The lengths at which a curve's SQNR is below another's."""
     pairs = zip(curve, other, strict=True)
-    return [mine["keep"] for mine, theirs in pairs if _number(mine["sqnr_db"]) < _number(theirs["sqnr_db"])]
+    return [keep for (keep, mine), (_, theirs) in pairs if _number(mine) < _number(theirs)]
 
 
 def _number(sqnr_db: float | None) -> float:
-    """An SQNR to compare; null is an infinite one."""
+    """An SQNR to compare; None is an infinite one."""
     return math.inf if sqnr_db is None else sqnr_db
 
 
-def gain(curve: list[dict[str, Any]], other: list[dict[str, Any]], longest: float = math.inf) -> float | None:
+def gain(curve: Line, other: Line, longest: float = math.inf) -> float | None:
     """The area between two curves of SQNR over log(1 + kept ops), divided by that range: dB; None without one.
 
-    On that axis each doubling of a keep-list counts the same; on a linear one the long lists, which nobody keeps, would
-    decide alone. Trapezoids; points whose SQNR is infinite (all ops kept) end the range, as do the end of the shorter
-    curve and `longest`.
+    On that axis each doubling of a keep-list counts the same. On a linear axis the long lists, which nobody keeps,
+    would decide alone. Trapezoids; points whose SQNR is infinite (all ops kept) end the range, as do the end of the
+    shorter curve and `longest`.
     """
     pairs = [
-        (math.log1p(mine["keep"]), mine["sqnr_db"] - theirs["sqnr_db"])
-        for mine, theirs in zip(curve, other, strict=False)
-        if mine["sqnr_db"] is not None and theirs["sqnr_db"] is not None and mine["keep"] <= longest
+        (math.log1p(keep), mine - theirs)
+        for (keep, mine), (_, theirs) in zip(curve, other, strict=False)
+        if mine is not None and theirs is not None and keep <= longest
     ]
     if len(pairs) < 2:
         return None

@@ -91,8 +91,3 @@ def kl_divergence(reference: torch.Tensor, output: torch.Tensor) -> float:
         log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
         total += (log_p.exp() * (log_p - log_q)).sum()
     return max(0.0, float(total) / rows[0].shape[0])  # rounding can leave -1e-17 where there is no divergence
-
-
-def decibels(relative: float | None) -> float | None:
-    """A relative error as SQNR in dB; None where it is 0 or unknown."""
-    return -10 * math.log10(relative) if relative else None

@@ -1,29 +1,39 @@
-"""Which states of the model a map measures, in the order that runs the least of the model."""
+"""The states that a map measures, as assignments, in the order that runs the least of the model."""
 
 from collections.abc import Collection, Iterator, Sequence
 
+from auto_quantize_model.schemes.scheme import INC_INT8, Assignment, assigned
+
+ALL = "all"  # the state with every op quantized, among the maps
+
 
 def states(
-    order: Sequence[str], plan_order: Sequence[str], maps: Collection[str]
-) -> Iterator[tuple[str, str, frozenset[str]]]:
-    """Each state to measure as (map, op, ops in INT8), in the order that runs the least of the model.
+    order: Sequence[str], plan_order: Sequence[str], maps: Collection[str], scheme: str = INC_INT8
+) -> Iterator[tuple[str, str, Assignment]]:
+    """Each state to measure as (map, op, assignment).
 
     `isolated` and `fallback` go from the last op that runs to the first, so that each run shares all blocks before its
-    op with the run before. `requantize` has to go in the plan's order, and ends with every op in INT8, which is where
-    `all_int8` (its op is empty) and `fallback` start.
+    op with the run before. `requantize` has to go in the plan's order. It ends with every op quantized, and there the
+    map `all` (its op is empty) and `fallback` start.
+
+    Args:
+        order: the ops that run, in the order of their first execution.
+        plan_order: all ops, in the plan's order.
+        maps: which maps, `all` among them.
+        scheme: of every quantized op.
     """
-    everything = frozenset(order)
+    everything = assigned(order, scheme)
     if "isolated" in maps:
         for name in reversed(order):
-            yield "isolated", name, frozenset([name])
+            yield "isolated", name, {name: scheme}
     if "requantize" in maps:
-        so_far: set[str] = set()
+        so_far: list[str] = []
         for name in plan_order:
             if name in everything:
-                so_far.add(name)
-                yield "requantize", name, frozenset(so_far)
-    if "all_int8" in maps:
-        yield "all_int8", "", everything
+                so_far.append(name)
+                yield "requantize", name, assigned(so_far, scheme)
+    if ALL in maps:
+        yield ALL, "", everything
     if "fallback" in maps:
         for name in reversed(order):
-            yield "fallback", name, everything - {name}
+            yield "fallback", name, {other: scheme for other in order if other != name}

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from auto_quantize_model.records import Coverage
+
 NUMBERED = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 
-def cover(model: torch.nn.Module, planned: Collection[str], kept: Collection[str]) -> dict[str, Any]:
+def cover(model: torch.nn.Module, planned: Collection[str], kept: Collection[str]) -> Coverage:
     """The share of the weights that the planned ops hold.
 
     Args:

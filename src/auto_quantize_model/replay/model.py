@@ -1,12 +1,11 @@
-"""Replay: one model whose planned ops are switched between FP32 and INT8 in place, run again from where it changes.
+"""Replay: one model whose planned ops are switched between schemes in place, run again from the first changed op.
 
-In: an FP32 model, INC's plan of it, and one batch at a time. Out: the output at the measured op for any set of ops in
-INT8, the same bits that INC 2.6 would measure on the CPU. Nothing is prepared, converted or copied per op, and INC is
-not imported: the plan is all it takes.
+In: an FP32 model, its ops, scales, and one batch at a time. Out: the output at the measured op for any assignment, the
+same bits that INC 2.6 would measure on the CPU. Nothing is prepared, converted or copied per op. INC is not imported.
 """
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -14,21 +13,24 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from auto_quantize_model.files import InputError
-from auto_quantize_model.replay.ops import SITES, Site, why_not
+from auto_quantize_model.records import Op, Scales
+from auto_quantize_model.replay.ops import SITES, Site, refusal
 from auto_quantize_model.schemes.inc_int8 import require_formula
+from auto_quantize_model.schemes.scheme import INC_INT8, Assignment
 
 CACHE_BYTES = 2 << 30  # of block outputs; what does not fit is computed again
 Batch = dict[str, torch.Tensor]
+State = frozenset[tuple[str, str]]  # the items of an assignment
 
 
-def refusals(model: torch.nn.Module, ops: Sequence[dict[str, Any]]) -> dict[str, str]:
+def refusals(model: torch.nn.Module, ops: Sequence[Op]) -> dict[str, str]:
     """The ops of a plan that no site reproduces exactly, each with the reason."""
     modules = dict(model.named_modules())
-    found = {op["op_name"]: why_not(modules[op["op_name"]], op) for op in ops}
+    found = {op.op_name: refusal(modules[op.op_name], op) for op in ops}
     return {name: reason for name, reason in found.items() if reason}
 
 
-def require_replayable(model: torch.nn.Module, ops: Sequence[dict[str, Any]]) -> None:
+def require_replayable(model: torch.nn.Module, ops: Sequence[Op]) -> None:
     """Refuse a plan with an op that no site reproduces exactly.
 
     Raises:
@@ -65,12 +67,11 @@ class OtherOrder(InputError):
 class Replay:
     """A model under replay; a context manager, so that the model is as before afterwards.
 
-    `calibrate(batch)` runs the model in FP32 once: it sets every op's scales, records in which order the blocks run
-    and keeps their outputs. With several batches the scales are of all of them, and `take_up` goes over to another
-    batch without touching the scales. `run(int8)` then gives the measured output with exactly the ops of `int8` in
-    INT8. Blocks that ran before the first op whose state differs from the run before return what they returned then:
-    the same tensors, so nothing is approximated. Going through the ops from the last to the first therefore runs each
-    time only what follows the op.
+    `calibrate(*batches)` runs the batches in FP32 and gives the scales that their observers find; `set_scales` sets
+    them. `begin(batch)` runs one batch in FP32, records in which order the blocks run, and keeps their outputs.
+    `run(assignment)` then gives the measured output with exactly the ops of the assignment quantized. Blocks that ran
+    before the first op whose scheme differs from the run before return what they returned then: the same tensors, so
+    nothing is approximated. Going through the ops from the last to the first runs each time only what follows the op.
 
     Attributes:
         order: the ops that ran, in the order of their first execution.
@@ -81,7 +82,7 @@ class Replay:
     def __init__(
         self,
         model: torch.nn.Module,
-        ops: Sequence[dict[str, Any]],
+        ops: Sequence[Op],
         measured_op: str,
         call: Callable[[], Any] | None = None,
         cache_bytes: int = CACHE_BYTES,
@@ -90,9 +91,9 @@ class Replay:
 
         Args:
             model: FP32, in eval mode, on its device.
-            ops: entries of the plan (`op_name`, `op_type`, `pattern`, `activation`, `weight`).
+            ops: those of the plan.
             measured_op: the module at whose output the error is measured.
-            call: runs the model; by default `model(**batch)` on what `calibrate` was given.
+            call: runs the model; by default `model(**batch)` on the batch that was begun.
             cache_bytes: bound of the memory for kept outputs.
 
         Raises:
@@ -106,7 +107,7 @@ class Replay:
         modules = dict(model.named_modules())
         self.sites: dict[str, Site] = {}
         for op in ops:
-            self.sites[op["op_name"]] = SITES[op["op_type"]][1](op["op_name"], modules[op["op_name"]], op)
+            self.sites[op.op_name] = SITES[op.op_type][1](modules[op.op_name], op)
         self.blocks = {name: block_of(model, name) for name in self.sites}
         self._taken: list[tuple[torch.nn.Module, Any]] = []
         for name, site in self.sites.items():
@@ -140,34 +141,40 @@ class Replay:
         self.sequence: list[str] = []  # the blocks in the order in which they ran
         self.outputs: list[Any] = []  # what each of them returned in the run before, as far as it is kept
         self.recording = self.running = False
-        self.state: frozenset[str] | None = None
+        self.state: State | None = None
         self.measured = torch.empty(0)
         self.order: list[str] = []
         self.executions: dict[str, int] = {}
         self.cached_bytes = 0
 
-    def calibrate(self, *batches: Batch) -> torch.Tensor:
-        """Run `batches` in FP32, calibrate every op on all of them, and start replaying the last.
+    def calibrate(self, *batches: Batch) -> Scales:
+        """Run `batches` in FP32 and set the scales that the plan's observers find on all of them.
 
         Returns:
-            The FP32 output at the measured op, of the last batch.
+            The scales of every op that ran.
 
         Raises:
-            InputError: an op's input or output, or that output, is not finite, or the measured op did not run.
+            InputError: an op's input or output, or the output at the measured op, is not finite, or the measured op
+                did not run.
         """
         for site in self.sites.values():
             site.observe()
         for batch in batches:
-            output = self.take_up(batch)
-        for site in self.sites.values():
-            site.calibrated()
-        self.calibrated = frozenset(name for name, site in self.sites.items() if site.executions)
-        return output
+            self.begin(batch)
+        found = {name: site.observed() for name, site in self.sites.items()}
+        scales = {name: seen for name, seen in found.items() if seen}
+        self.set_scales(scales)
+        return scales
 
-    def take_up(self, batch: Batch) -> torch.Tensor:
-        """Run another batch in FP32 and start replaying it, with the scales of the calibration.
+    def set_scales(self, scales: Scales) -> None:
+        """Use these scales from now on; an op without an entry stays in FP32."""
+        for name, site in self.sites.items():
+            site.set_scales(scales.get(name))
+        if self.state:
+            self.state = None  # the kept outputs of quantized ops are of other scales
 
-        An op that did not run in the calibration has no scales and stays in FP32.
+    def begin(self, batch: Batch) -> torch.Tensor:
+        """Run another batch in FP32 and start replaying it; scales stay as they are.
 
         Returns:
             The FP32 output at the measured op.
@@ -191,40 +198,48 @@ class Replay:
         """How many blocks run again when this op changes, or all of them for no op: a measure of the time it takes."""
         return len(self.sequence) - self.first_visit.get(name, 0)
 
-    def run(self, int8: Collection[str]) -> torch.Tensor:
-        """The output at the measured op with exactly the ops of `int8` in INT8; float32, as the op gives it.
+    def run(self, assignment: Assignment) -> torch.Tensor:
+        """The output at the measured op with exactly the ops of `assignment` quantized; float32, as the op gives it.
+
+        An op that has no scales, or that does not run on the batch, stays in FP32.
 
         Raises:
-            OtherOrder: the blocks ran in another order than in the calibration, so kept outputs would be wrong.
+            InputError: a scheme that the replay does not know.
+            OtherOrder: the blocks ran in another order than when the batch was begun, so kept outputs would be wrong.
         """
-        return self._forward(frozenset(int8) & self.calibrated & frozenset(self.order))
+        if unknown := sorted(set(assignment.values()) - {INC_INT8}):
+            raise InputError(f"no scheme {unknown[0]}; the replay knows {INC_INT8}")
+        ran = frozenset(self.order)
+        return self._forward(
+            frozenset(item for item in assignment.items() if item[0] in ran and self.sites[item[0]].has_scales)
+        )
 
-    def _forward(self, int8: frozenset[str]) -> torch.Tensor:
-        self.valid = self._unchanged(int8)
+    def _forward(self, state: State) -> torch.Tensor:
+        self.valid = self._unchanged(state)
         # Until this run has ended, the kept outputs are those of no state.
         self.state, self.visits = None, 0
-        self._switch(int8, running=True)
+        self._switch(dict(state), running=True)
         try:
             with torch.no_grad():
                 self.call()
         finally:
-            self._switch(frozenset(), running=False)
+            self._switch({}, running=False)
         if self.visits != len(self.sequence):
             raise OtherOrder(f"{self.visits} blocks ran")
-        self.state = int8
+        self.state = state
         return self.measured
 
-    def _unchanged(self, int8: frozenset[str]) -> int:
-        """How many of the kept outputs are those of the state `int8` too."""
+    def _unchanged(self, state: State) -> int:
+        """How many of the kept outputs are those of `state` too."""
         if self.state is None:
             return 0
-        return min((self.first_visit[name] for name in int8 ^ self.state), default=len(self.outputs))
+        return min((self.first_visit[name] for name, _ in state ^ self.state), default=len(self.outputs))
 
-    def _switch(self, int8: frozenset[str], running: bool) -> None:
-        """Set every op's flag; outside of a run the model is its FP32 self."""
+    def _switch(self, schemes: Assignment, running: bool) -> None:
+        """Set every op's scheme; outside of a run the model is its FP32 self."""
         self.running = running
         for name, site in self.sites.items():
-            site.int8 = name in int8
+            site.scheme = schemes.get(name)
 
     def _visit(self, block: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A block's turn: what it returned before, or a real run of it."""

@@ -1,6 +1,6 @@
 """Op sites: a module of the plan whose forward can be switched between FP32 and the INT8 that INC would make of it.
 
-In: the FP32 module and its entry of the plan. Out: the same module, calibrated once, switched by a flag, bit-identical
+In: the FP32 module and its op of the plan. Out: the same module, calibrated once, switched by its scheme, bit-identical
 to INC 2.6's model on this machine's CPU. On the CPU a site calls the kernel that INC's model calls, so the bits are
 INC's on every instruction set. On CUDA a site computes the formula of the kernel (`schemes.inc_int8`).
 """
@@ -13,6 +13,7 @@ import torch
 
 from auto_quantize_model.files import InputError
 from auto_quantize_model.machine import has_vnni
+from auto_quantize_model.records import ObservedRange, Op, OpScales
 from auto_quantize_model.schemes.inc_int8 import (
     EXACT,
     build_observer,
@@ -31,27 +32,28 @@ from auto_quantize_model.schemes.inc_int8 import (
 class Site:
     """One op of the plan; called in place of its module's forward.
 
-    `int8` is the flag. Between `observe` and `calibrated`, in FP32, observers see the op's input and output.
-    `executions` counts calls since `observe`. Scales and zero_points of input and output belong to the calibration, the
-    weight's codes to the model.
+    `scheme` is the scheme that it runs in, None for FP32. Between `observe` and `observed`, in FP32, observers see the
+    op's input and output. `executions` counts calls. Scales and zero_points of input and output belong to the
+    calibration, the weight's codes to the model.
     """
 
-    def __init__(self, name: str, module: Any, entry: dict[str, Any]) -> None:
-        self.name = name
+    def __init__(self, module: Any, op: Op) -> None:
+        self.name = op.op_name
         self.module = module
         self.forward = module.forward
-        self.activation = entry["activation"]["observer"]
-        self.weight = entry["weight"]["observer"]
-        self.int8 = False
-        self.observing: list[Any] = []
+        self.activation = op.inc_int8.activation.observer
+        self.weight = op.inc_int8.weight.observer
+        self.scheme: str | None = None
+        self.observers: list[Any] = []
         self.executions = 0
+        self.has_scales = False
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:  # named as in torch's modules
         self.executions += 1
-        if self.int8:
+        if self.scheme:
             return self.quantized(input)
         output = self.forward(input)
-        for observer, tensor in zip(self.observing, (input, output), strict=False):
+        for observer, tensor in zip(self.observers, (input, output), strict=False):
             if not tensor.isfinite().all():
                 raise InputError(
                     f"{self.name}: its FP32 input or output on a calibration batch is not finite, so it has no scale;"
@@ -63,21 +65,26 @@ class Site:
 
     def observe(self) -> None:
         """Start a calibration: fresh observers for input and output."""
-        self.observing = [build_observer(self.activation), build_observer(self.activation)]
+        self.observers = [build_observer(self.activation), build_observer(self.activation)]
         self.executions = 0
 
-    def calibrated(self) -> None:
-        """End it: scale and zero_point of input and output from what the observers saw, if the op ran at all."""
-        seen, self.observing = self.observing, []
+    def observed(self) -> OpScales | None:
+        """End it: scale and zero_point of input and output from what the observers saw; None if the op did not run."""
+        seen, self.observers = self.observers, []
         if not self.executions:
-            return
-        self.set_scales(*(observer.calculate_qparams() for observer in seen))
+            return None
+        (in_scale, in_zero), (out_scale, out_zero) = (observer.calculate_qparams() for observer in seen)
+        ranges = (what_was_seen(observer) for observer in seen)
+        return OpScales(float(in_scale), int(in_zero), float(out_scale), int(out_zero), *ranges)
 
-    def set_scales(self, inputs: tuple[torch.Tensor, Any], outputs: tuple[torch.Tensor, Any]) -> None:
-        """Set scale (float32, one value) and zero_point of input and output."""
+    def set_scales(self, scales: OpScales | None) -> None:
+        """Set scale and zero_point of input and output; None leaves the op in FP32."""
+        self.has_scales = scales is not None
+        if scales is None:
+            return
         device = self.module.weight.device
-        self.in_scale, self.in_zero = inputs[0].to(device), int(inputs[1])
-        self.out_scale, self.out_zero = outputs[0].to(device), int(outputs[1])
+        self.in_scale, self.in_zero = torch.tensor([scales.in_scale], device=device), scales.in_zero_point
+        self.out_scale, self.out_zero = torch.tensor([scales.out_scale], device=device), scales.out_zero_point
 
     def quantized(self, x: torch.Tensor) -> torch.Tensor:
         """The op's INT8 output for `x`, dequantized to float32."""
@@ -90,8 +97,8 @@ class MatmulSite(Site):
     The weight's codes are packed for the kernel on the CPU, and kept as they are on CUDA.
     """
 
-    def __init__(self, name: str, module: Any, entry: dict[str, Any]) -> None:
-        super().__init__(name, module, entry)
+    def __init__(self, module: Any, op: Op) -> None:
+        super().__init__(module, op)
         self.w_scale = weight_scale(module.weight, self.weight)
         self.packed = self.pack() if module.weight.device.type == "cpu" else None
 
@@ -215,8 +222,8 @@ class EmbeddingSite(Site):
     -zero_point * scale), which float64 computes exactly and rounds once.
     """
 
-    def __init__(self, name: str, module: torch.nn.Embedding, entry: dict[str, Any]) -> None:
-        super().__init__(name, module, entry)
+    def __init__(self, module: torch.nn.Embedding, op: Op) -> None:
+        super().__init__(module, op)
         observer = build_observer(self.weight)
         observer(module.weight.detach().cpu())
         scale, zero = observer.calculate_qparams()
@@ -226,8 +233,11 @@ class EmbeddingSite(Site):
         """Nothing to observe: the output is float and the input are ids."""
         self.executions = 0
 
-    def calibrated(self) -> None:
-        """Nothing was observed."""
+    def observed(self) -> OpScales | None:
+        return OpScales() if self.executions else None
+
+    def set_scales(self, scales: OpScales | None) -> None:
+        self.has_scales = scales is not None
 
     def quantized(self, x: torch.Tensor) -> torch.Tensor:
         scale, zero = self.scale[x].unsqueeze(-1), self.zero[x].unsqueeze(-1)
@@ -244,6 +254,29 @@ def as_patches(x: torch.Tensor, kernel: tuple[int, ...]) -> tuple[torch.Tensor, 
     return x.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(n * math.prod(counts), -1), counts
 
 
+# Shares of the values below which a percentile lies, for the ranges that a calibration saw.
+PERCENTILES = (0.001, 0.01, 0.5, 0.99, 0.999)
+
+
+def what_was_seen(observer: Any) -> ObservedRange:
+    """The range that an observer saw, with percentiles where it kept a histogram.
+
+    A percentile is the upper edge of the bin of the histogram in which it lies, so it is known to one bin's width.
+    """
+    lowest, highest = float(observer.min_val), float(observer.max_val)
+    histogram = getattr(observer, "histogram", None)
+    if histogram is None or not float(histogram.sum()):
+        return ObservedRange(lowest, highest)
+    shares = histogram.double().cumsum(0) / histogram.double().sum()
+    width = (highest - lowest) / len(histogram)
+    bins = torch.searchsorted(shares, torch.tensor(PERCENTILES, dtype=torch.float64)).tolist()
+    return ObservedRange(
+        lowest,
+        highest,
+        {str(100 * share): lowest + (index + 1) * width for share, index in zip(PERCENTILES, bins, strict=True)},
+    )
+
+
 SITES: dict[str, tuple[type[torch.nn.Module], type[Site]]] = {
     "Linear": (torch.nn.Linear, LinearSite),
     "Conv3d": (torch.nn.Conv3d, Conv3dSite),
@@ -251,20 +284,20 @@ SITES: dict[str, tuple[type[torch.nn.Module], type[Site]]] = {
 }
 
 
-def why_not(module: torch.nn.Module, op: dict[str, Any]) -> str:
+def refusal(module: torch.nn.Module, op: Op) -> str:
     """Why a site cannot reproduce an op of the plan exactly; empty if it can."""
-    if op["pattern"] != op["op_type"]:
-        return f"INC fuses it into a {op['pattern']}"
-    if op["op_type"] not in SITES:
-        return f"no site for op type {op['op_type']}"
-    if type(module) is not SITES[op["op_type"]][0]:
+    if op.inc_int8.pattern != op.op_type:
+        return f"INC fuses it into a {op.inc_int8.pattern}"
+    if op.op_type not in SITES:
+        return f"no site for op type {op.op_type}"
+    if type(module) is not SITES[op.op_type][0]:
         return f"its module is a {type(module).__name__}"
     if isinstance(module, torch.nn.Conv3d):
         plain = module.padding == (0, 0, 0) and module.dilation == (1, 1, 1) and module.groups == 1
         if module.stride != module.kernel_size or not plain:
             return "a Conv3d whose stride is not its kernel, or that has padding, dilation or groups"
     for side, allowed in EXACT["Embedding" if isinstance(module, torch.nn.Embedding) else "matmul"].items():
-        found = op[side]["observer"]
+        found = getattr(op.inc_int8, side).observer
         if (found["name"], found["dtype"], found["qscheme"]) not in allowed:
             return f"its {side} is planned as {found['name']} {found['dtype']} {found['qscheme']}"
     return ""

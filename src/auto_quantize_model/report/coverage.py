@@ -1,30 +1,30 @@
 """The share of the weights that the planned ops hold, in sentences for the report, the terminal and the exports."""
 
-from typing import Any
+from auto_quantize_model.records import Coverage
 
 # Below this share of the weights, the planned ops are not the model.
 ENOUGH = 0.9
 
 
-def is_partial(coverage: dict[str, Any]) -> bool:
+def is_partial(coverage: Coverage) -> bool:
     """Whether too much of the model is left out of the plan to speak of the model as quantized."""
     return coverage["weights_planned"] + coverage["weights_kept"] < ENOUGH * coverage["weights_total"]
 
 
-def headline(ops: int, coverage: dict[str, Any]) -> str:
+def headline(ops: int, coverage: Coverage) -> str:
     """The share of the weights, in a sentence without a full stop."""
     kept = coverage["weights_kept"]
     chosen = f"; the config keeps {share_of(kept, coverage)} of them in FP32" if kept else ""
     return f"{ops} ops hold {share_of(coverage['weights_planned'], coverage)} of the weights{chosen}"
 
 
-def share_of(weights: int, coverage: dict[str, Any]) -> str:
+def share_of(weights: int, coverage: Coverage) -> str:
     """A share of all weights as a percentage with one digit, rounded down: less than all is never said to be all."""
     thousandths = 1000 * weights // max(coverage["weights_total"], 1)
     return f"{thousandths / 10:.1f} %"
 
 
-def left_out(coverage: dict[str, Any], most: int = 6) -> str:
+def left_out(coverage: Coverage, most: int = 6) -> str:
     """What is left out of the plan with its bytes, the largest first."""
     groups = coverage["left_out"]
     named = [
@@ -42,7 +42,7 @@ def in_bytes(value: int) -> str:
     return f"{value / size:.3g} {unit}"
 
 
-def warnings(coverage: dict[str, Any]) -> list[str]:
+def warnings(coverage: Coverage) -> list[str]:
     """What a reader has to know first where the plan leaves out much of the model."""
     if not is_partial(coverage):
         return []
@@ -52,7 +52,7 @@ def warnings(coverage: dict[str, Any]) -> list[str]:
     ]
 
 
-def remark(coverage: dict[str, Any]) -> list[str]:
+def remark(coverage: Coverage) -> list[str]:
     """What a user of an export has to know of the modules that the plan leaves out; all of them are named."""
     groups = coverage["left_out"]
     if not groups:

@@ -5,6 +5,7 @@ In: the manifests, the plan and the capture. Out: one document, the same for the
 
 import math
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,22 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from auto_quantize_model import escape
-from auto_quantize_model.decide.ranking import ranked, score
-from auto_quantize_model.decide.stability import assess, by_batch, rank_taus
-from auto_quantize_model.files import InputError, canonical_json, digest_of, read_json
+from auto_quantize_model.decide.ranking import aggregated, ranked
+from auto_quantize_model.decide.stability import Scores, assess, by_batch, rank_taus
+from auto_quantize_model.files import InputError, canonical_json, read_json
+from auto_quantize_model.records import (
+    METRICS,
+    Audit,
+    Capture,
+    NotMeasured,
+    Plan,
+    Profiles,
+    Score,
+    ScoredBatch,
+    Tradeoff,
+    body_of,
+    digest_of_record,
+)
 from auto_quantize_model.report import coverage, sentences
 
 SCHEMA = Path(__file__).with_name("schema.json")
@@ -27,7 +41,6 @@ FALLBACK_FLOOR_DB = 10.0
 FALLBACK_FLOOR_TAU = 0.3
 # Four times the error on samples that set no scale: the calibration set has not seen what the model will.
 HELDOUT_GAP_DB = 6.0
-MEASUREMENT_KEYS = ("engine", "device", "threads", "instruction_set", "int8_kernel", "tf32", "plan_digest")
 CALIBRATION_KEYS = ("source", "seed", "batch_size", "text_only", "image_backend", "digest")
 DIRECTIONS = {
     "isolated": "Only this op is INT8, all others stay FP32: the error it adds. The highest is the most sensitive.",
@@ -40,26 +53,29 @@ DIRECTIONS = {
 
 
 def build_report(
-    manifest: dict[str, Any],
-    calibration: dict[str, Any],
-    plan: dict[str, Any],
-    capture: dict[str, Any],
-    audit: dict[str, Any],
-    tradeoff: dict[str, Any],
-    profiles: dict[str, Any],
+    manifest: Mapping[str, Any],
+    calibration: Mapping[str, Any],
+    plan: Plan,
+    capture: Capture,
+    audit: Audit,
+    tradeoff: Tradeoff | NotMeasured,
+    profiles: Profiles,
 ) -> dict[str, Any]:
-    """The report as a JSON-able document that its published schema describes; `score` says how batches are aggregated.
+    """The report as a JSON-able document that its published schema describes.
+
+    `decide.ranking.aggregated` says how batches are aggregated.
 
     Raises:
         InputError: the capture is of another plan, or holds a score that is not finite.
     """
-    if capture["plan_digest"] != digest_of(plan):
+    if capture.plan_digest != digest_of_record(plan):
         raise InputError("the capture was made from another plan; run the capture rule again (--forcerun)")
     require_finite(capture)
-    references = [batch["reference"] for batch in capture["batches"]]
-    exercised = [op for op in plan["ops"] if any(capture["executions"][op["op_name"]])]
-    maps = {label: ranked(exercised, capture["maps"][label], references) for label in plan["maps"]}
-    all_int8 = score([batch["all_int8"] for batch in capture["batches"]], references)
+    references = [batch.reference for batch in capture.batches]
+    exercised = [op for op in plan.ops if op.ran]
+    scores = {label: capture.of_map(label) for label in plan.maps}
+    maps = {label: ranked(exercised, scores[label], references) for label in plan.maps}
+    all_int8 = aggregated(capture.all_int8, references)
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {key: manifest[key] for key in ("model", "source", "architecture", "stand_in", "digest")},
@@ -68,70 +84,83 @@ def build_report(
             **{key: calibration[key] for key in CALIBRATION_KEYS},
             "samples": {split: len(samples) for split, samples in calibration["samples"].items()},
         },
-        "measurement": {key: capture[key] for key in MEASUREMENT_KEYS}
-        | {key: plan[key] for key in ("measured_op", "config_digest", "reduce_range", "reduce_range_by", "inc_check")},
-        "audit": audit,
-        "versions": capture["versions"],
-        "coverage": plan["coverage"],
+        "measurement": measurement(plan, capture),
+        "audit": body_of(audit),
+        "versions": capture.versions,
+        "coverage": plan.coverage,
         "warnings": [
-            *coverage.warnings(plan["coverage"]),
-            *of_the_run(manifest["stand_in"], calibration, len(plan["ops"]) - len(exercised)),
-            *([sentences.without_inc(plan["inc_check"])] if plan["inc_check"]["status"] == "cannot" else []),
-            *(of_fallback(all_int8, capture["maps"]["fallback"]) if "fallback" in maps else []),
+            *coverage.warnings(plan.coverage),
+            *of_the_run(manifest["stand_in"], calibration, len(plan.ops) - len(exercised)),
+            *([sentences.without_inc(plan.inc_check)] if plan.inc_check["status"] == "cannot" else []),
+            *(of_fallback(all_int8, scores["fallback"]) if "fallback" in maps else []),
             *of_heldout(all_int8, tradeoff),
         ],
         "all_int8": all_int8,
-        "batches": [describe_batch(batch) for batch in capture["batches"]],
+        "batches": [
+            describe_batch(batch, score) for batch, score in zip(capture.batches, capture.all_int8, strict=True)
+        ],
         "most_sensitive": maps["isolated"][::-1][:10] if "isolated" in maps else [],
-        "trust": assess(
-            {op["op_name"]: capture["maps"]["isolated"][op["op_name"]] for op in exercised},
-            [batch["all_int8"] for batch in capture["batches"]],
-        )
-        if "isolated" in maps
-        else None,
-        "tradeoff": tradeoff,
-        "profiles": profiles,
+        "trust": assess(scores["isolated"], capture.all_int8) if "isolated" in maps else None,
+        "tradeoff": body_of(tradeoff),
+        "profiles": body_of(profiles),
         "maps": {label: {"direction": DIRECTIONS[label], "ops": rows} for label, rows in maps.items()},
         "ops": [
             {
-                "op_name": op["op_name"],
-                "op_type": op["op_type"],
-                "status": "measured" if op in exercised else "not_exercised",
-                "executions": capture["executions"][op["op_name"]],
+                "op_name": op.op_name,
+                "op_type": op.op_type,
+                "status": "measured" if op.ran else "not_exercised",
+                "executions": list(op.executions),
             }
-            for op in plan["ops"]
+            for op in plan.ops
         ],
-        "excluded": plan["excluded"],
+        "excluded": [body_of(module) for module in plan.excluded],
     }
 
 
-def describe_batch(batch: dict[str, Any]) -> dict[str, Any]:
+def measurement(plan: Plan, capture: Capture) -> dict[str, Any]:
+    """By what the scores were measured."""
+    return {
+        "engine": capture.engine,
+        **body_of(capture.arithmetic),
+        "tf32": capture.tf32,
+        "plan_digest": capture.plan_digest,
+        "measured_op": plan.measured_op,
+        "config_digest": plan.config_digest,
+        "reduce_range": plan.reduce_range,
+        "reduce_range_by": plan.reduce_range_by,
+        "inc_check": plan.inc_check,
+    }
+
+
+def describe_batch(batch: ScoredBatch, all_int8: Score) -> dict[str, Any]:
     """A batch of the capture as the report shows it."""
     return {
-        **{key: batch[key] for key in ("batch", "sample_ids", "tokens", "image_tokens")},
-        "reference_sum_of_squares": batch["reference"]["all"],
-        "all_int8_mse_value": batch["all_int8"]["mse_value"],
+        "batch": batch.batch,
+        "sample_ids": list(batch.sample_ids),
+        "tokens": batch.tokens,
+        "image_tokens": batch.image_tokens,
+        "reference_sum_of_squares": batch.reference["all"],
+        "all_int8_mse_value": all_int8.mse_value,
     }
 
 
-def require_finite(capture: dict[str, Any]) -> None:
-    """Refuse a capture with a score that is no number.
+def require_finite(capture: Capture) -> None:
+    """Refuse a capture with a score that is not finite.
 
     Raises:
         InputError: naming op, map and batch.
     """
-    for label, per_op in capture["maps"].items():
-        for name, records in per_op.items():
-            for batch, record in enumerate(records):
-                for metric, value in (record or {}).items():
-                    if not math.isfinite(value):
-                        raise InputError(
-                            f"map {label}, batch {batch}: the {metric} of {name} is {value}; keep that op in FP32 with"
-                            " sensitivity.op_name_dict and run again"
-                        )
+    for score in capture.scores:
+        for metric in METRICS:
+            value = getattr(score, metric)
+            if value is not None and not math.isfinite(value):
+                raise InputError(
+                    f"map {score.map}, batch {score.batch}: the {metric} of {score.op_name or 'all ops'} is {value};"
+                    " keep that op in FP32 with sensitivity.op_name_dict and run again"
+                )
 
 
-def of_the_run(stand_in: str | None, calibration: dict[str, Any], not_exercised: int) -> list[str]:
+def of_the_run(stand_in: str | None, calibration: Mapping[str, Any], not_exercised: int) -> list[str]:
     """What a reader has to know of model and samples before the first number."""
     found = []
     if stand_in:
@@ -152,9 +181,9 @@ def of_the_run(stand_in: str | None, calibration: dict[str, Any], not_exercised:
     return found
 
 
-def of_fallback(all_int8: dict[str, Any], records: dict[str, list[dict[str, float] | None]]) -> list[str]:
+def of_fallback(all_int8: Mapping[str, Any], scores: Scores) -> list[str]:
     """Where the fallback map carries no information: little but noise to take away from, or batches that disagree."""
-    seen, taus = all_int8["sqnr_db"], rank_taus(by_batch(records)[1])
+    seen, taus = all_int8["sqnr_db"], rank_taus(by_batch(scores)[1])
     found = []
     if seen is not None and seen < FALLBACK_FLOOR_DB:
         below = "an SQNR of {} dB, below {} dB".format(*sentences.apart(seen, FALLBACK_FLOOR_DB))
@@ -170,10 +199,10 @@ def of_fallback(all_int8: dict[str, Any], records: dict[str, list[dict[str, floa
     return found
 
 
-def of_heldout(all_int8: dict[str, Any], tradeoff: dict[str, Any]) -> list[str]:
+def of_heldout(all_int8: Mapping[str, Any], tradeoff: Tradeoff | NotMeasured) -> list[str]:
     """Where the calibration set has not seen what the model will."""
     seen = all_int8["sqnr_db"]
-    unseen = tradeoff["curves"]["ranking"][0]["sqnr_db"] if tradeoff["status"] == "measured" else None
+    unseen = tradeoff.curves["ranking"][0].sqnr_db if isinstance(tradeoff, Tradeoff) else None
     if seen is None or unseen is None or seen - unseen <= HELDOUT_GAP_DB:
         return []
     return [

@@ -16,6 +16,7 @@ import vl_convert
 
 from auto_quantize_model.escape import printable_document
 from auto_quantize_model.files import atomic_path
+from auto_quantize_model.models.units import tower_of
 from auto_quantize_model.report.sentences import counted, number, percent
 
 Row = dict[str, Any]
@@ -151,7 +152,7 @@ def heat_panel(tower: str, found: list[Row], domain: list[float], step: int, ext
         middle = (domain[0] + domain[1]) / 2
         white = alt.condition(f"datum.sqnr !== null && datum.sqnr < {middle}", alt.value("white"), alt.value("black"))
         layers.append(base.mark_text(fontSize=11).encode(text="text:N", color=white))
-    title = f"{part_of(tower).capitalize()}: {tower}" if tower else "Outside the repeated blocks"
+    title = f"{tower_of(tower).capitalize()}: {tower}" if tower else "Outside the repeated blocks"
     return alt.layer(*layers).properties(
         width=step * len({cell["block"] for cell in found}),
         height=20 * len({cell["projection"] for cell in found}),
@@ -420,18 +421,13 @@ def by_part(points: Iterable[Row]) -> tuple[alt.Color, alt.Shape]:
     )
 
 
-def part_of(name: str) -> str:
-    """`vision` for a module of the vision tower, by its name, and `language` for any other."""
-    return "vision" if re.search(r"\b(visual|vision\w*)\b", name) else "language"
-
-
 def hover(row: Row, ops: int) -> Row:
     """What is shown of an op when the pointer is on it: text alone, so that nothing has to be formatted later."""
     spread = f" ± {row['mse_value_std']:.2g}" if row["mse_value_std"] is not None else ""
     return {
         "op": row["op_name"],
         "type": row["op_type"],
-        "part": part_of(row["op_name"]),
+        "part": tower_of(row["op_name"]),
         "rank": f"{row['rank']} of {ops}",
         "mse_value": f"{row['mse_value']:.4g}{spread}",
         "sqnr_text": f"{row['sqnr_db']:.2f} dB" if row["sqnr_db"] is not None else "no error",

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from auto_quantize_model.records import IncCheck
 from auto_quantize_model.report import coverage
 
 Report = dict[str, Any]
@@ -398,7 +399,7 @@ def activations(plan: dict[str, Any]) -> str:
     return f"Activations are quantized to {bits}: {chosen}."
 
 
-def without_inc(inc_check: dict[str, str]) -> str:
+def without_inc(inc_check: IncCheck) -> str:
     """Why Intel Neural Compressor could not measure the model, and what stands for it."""
     return (
         f"Intel Neural Compressor cannot measure this model: {inc_check['reason']}. All scores are the replay's, and"

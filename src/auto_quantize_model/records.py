@@ -1,0 +1,404 @@
+"""The records that one room hands to the next, and the one place that reads, checks and digests them.
+
+In: the body of a document (`documents`), which is JSON. Out: frozen dataclasses. A record is written as the JSON of its
+fields, in their order.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any, Literal, NotRequired, TypedDict, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from auto_quantize_model.documents import Document, make_again
+from auto_quantize_model.files import InputError, digest_of
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Side:
+    """How INC quantizes the weight or the activations of an op.
+
+    `observer` holds the arguments of torch's observer: {name, dtype, qscheme, reduce_range, quant_min, quant_max}.
+    """
+
+    observer: dict[str, Any]
+    dtype: str = ""
+    scheme: str = ""
+    granularity: str = ""
+    algorithm: str = ""
+
+
+@dataclass(frozen=True)
+class IncInt8:
+    """The scheme `inc_int8` of one op: INC's name of the op, the class that INC makes of it, and its two sides."""
+
+    inc_name: str
+    pattern: str
+    activation: Side
+    weight: Side
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op of the inventory.
+
+    Attributes:
+        op_name: the name of its module.
+        op_type: `Linear`, `Conv3d` or `Embedding`, as INC says it.
+        shape: of its weight.
+        weight_bytes: of its weight in FP32.
+        executions: how often it runs in FP32 on each scored batch.
+        tower: `vision` or `language`.
+        unit: the ops that a serving engine holds as one matrix, by one name; an op of its own has its own name.
+        schemes: the schemes that it can have, by name.
+    """
+
+    op_name: str
+    op_type: str
+    shape: tuple[int, ...]
+    weight_bytes: int
+    executions: tuple[int, ...]
+    tower: str
+    unit: str
+    schemes: dict[str, IncInt8]
+
+    @property
+    def ran(self) -> bool:
+        """Whether it runs on some scored batch."""
+        return any(self.executions)
+
+    @property
+    def inc_int8(self) -> IncInt8:
+        """What INC plans for it."""
+        return self.schemes["inc_int8"]
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """A module that the plan leaves in FP32, and why."""
+
+    op_name: str
+    op_type: str
+    reason: str
+
+
+# `class` is a published key, so this cannot be a dataclass.
+LeftOut = TypedDict("LeftOut", {"pattern": str, "class": str, "count": int, "weights": int, "bytes": int})
+
+
+class Coverage(TypedDict):
+    """How many weights the planned ops hold; see `models.coverage.cover`."""
+
+    weights_total: int
+    weights_planned: int
+    weights_kept: int
+    share: float
+    left_out: list[LeftOut]
+
+
+class IncCheck(TypedDict):
+    """Whether INC can measure the model: `status` is `reproduces_fp32` or `cannot`; see `inc.plan.check_inc`."""
+
+    status: str
+    reason: NotRequired[str]
+
+
+class Keep(TypedDict):
+    """What the config keeps in FP32."""
+
+    op_type_dict: dict[str, str]
+    op_name_dict: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The inventory of a model and the schemes that each op can have.
+
+    Attributes:
+        model, model_digest, calibration, calibration_digest, config_digest: what the plan is for.
+        engine: `replay`, `inc` or `auto`.
+        confidence_batches: how many calibration batches are scored.
+        maps: which maps are measured.
+        keep: what the config keeps in FP32.
+        reduce_range: whether activations take 7 bits of 8; `reduce_range_by` is who chose it, `inc` or `config`.
+        measured_op: the op at whose output errors are measured.
+        ops: in INC's order.
+        excluded: the modules that stay in FP32.
+    """
+
+    model: str = ""
+    model_digest: str = ""
+    calibration: str = ""
+    calibration_digest: str = ""
+    config_digest: str = ""
+    engine: str
+    confidence_batches: int
+    maps: tuple[str, ...]
+    keep: Keep
+    reduce_range: bool
+    reduce_range_by: str
+    measured_op: str
+    ops: tuple[Op, ...]
+    excluded: tuple[Excluded, ...]
+    coverage: Coverage
+    inc_check: IncCheck
+    versions: dict[str, str]
+
+    @property
+    def op_names(self) -> list[str]:
+        """The names of the ops, in INC's order."""
+        return [op.op_name for op in self.ops]
+
+    @property
+    def by_inc_name(self) -> dict[str, str]:
+        """{INC's name: op_name}."""
+        return {op.inc_int8.inc_name: op.op_name for op in self.ops}
+
+
+@dataclass(frozen=True)
+class ObservedRange:
+    """The least and the greatest value that an observer saw, and {percentile: value} where it kept a histogram."""
+
+    minimum: float
+    maximum: float
+    percentiles: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class OpScales:
+    """Scale and zero_point of an op's input and output by one calibration, and what the observers saw.
+
+    A scale is a float32 value. An Embedding has neither: its input are ids, and its output is FP32.
+    """
+
+    in_scale: float = 1.0
+    in_zero_point: int = 0
+    out_scale: float = 1.0
+    out_zero_point: int = 0
+    input: ObservedRange | None = None
+    output: ObservedRange | None = None
+
+
+METRICS = ("mse_value", "image_error", "text_error", "kl_divergence", "top1_agreement")
+# Of one calibration: {op_name: its scales}. An op that did not run has no entry.
+Scales = Mapping[str, OpScales]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One row of a capture: the error of one state on one batch.
+
+    Attributes:
+        batch: its number.
+        map: `isolated`, `fallback` or `requantize`; `all` for the state with every op in the scheme.
+        scheme: by name.
+        op_name: the op that the map scores; empty in the map `all`.
+        mse_value: INC's **sum** of squared errors at the measured op.
+        image_error, text_error: the same sum at the positions of image and of other tokens; None where INC measured.
+        kl_divergence: nats, mean over positions; None where INC measured.
+        top1_agreement: share of positions; None where INC measured.
+    """
+
+    batch: int
+    map: str
+    scheme: str
+    op_name: str
+    mse_value: float
+    image_error: float | None = None
+    text_error: float | None = None
+    kl_divergence: float | None = None
+    top1_agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """A batch of a capture. `reference` holds sums of squares of the FP32 output: {all, image, text}."""
+
+    batch: int
+    reference: dict[str, float]
+    sample_ids: tuple[str, ...] = ()
+    tokens: int = 0
+    image_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What of a machine the bits of a score depend on."""
+
+    device: str
+    threads: int
+    instruction_set: str
+    int8_kernel: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """The scores of a plan, one row each.
+
+    Attributes:
+        second_pass: of each batch, what INC's second pass of the fallback map gave: {op_name: mse_value}.
+    """
+
+    engine: str
+    arithmetic: Arithmetic
+    tf32: bool
+    model: str
+    calibration: str
+    plan_digest: str
+    versions: dict[str, str]
+    batches: tuple[ScoredBatch, ...]
+    second_pass: tuple[dict[str, float], ...]
+    scores: tuple[Score, ...]
+
+    def of_map(self, label: str) -> dict[str, list[Score | None]]:
+        """{op_name: its score on each batch, None where it did not run}, in the order of the rows."""
+        found: dict[str, list[Score | None]] = {}
+        for score in self.scores:
+            if score.map == label:
+                found.setdefault(score.op_name, [None] * len(self.batches))[score.batch] = score
+        return found
+
+    @property
+    def all_int8(self) -> list[Score]:
+        """The score with every op quantized, of each batch."""
+        return [score for score in self.scores if score.map == "all"]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was measured again, and how that ended; see `inc.audit.audit_capture`."""
+
+    status: str
+    by: str
+    batch: int | None
+    ops: tuple[str, ...]
+    maps: tuple[str, ...]
+    compared: int
+    rank_agreement: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One keep-list, measured on the held-out samples.
+
+    Attributes:
+        keep: how many ops stay unquantized; `added` are those beyond the point before.
+        relative_error: sum of squared errors over the sum of squares of the FP32 output.
+        sqnr_db: the same in dB, None for no error; `sqnr_db_lowest` of the batch with the most error.
+        kl_divergence: nats, mean over positions and batches.
+        top1_agreement: share of positions.
+        accuracy: share of answers that are right; None without answers.
+        weight_bytes: of the model's weights.
+    """
+
+    keep: int
+    added: tuple[str, ...]
+    relative_error: float
+    sqnr_db: float | None
+    sqnr_db_lowest: float | None
+    kl_divergence: float
+    top1_agreement: float
+    accuracy: float | None
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """There is no trade-off, and why."""
+
+    status: Literal["not_measured"]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tradeoff:
+    """Keep-lists of growing length, measured on held-out samples; see `measure.heldout.measure_tradeoff`."""
+
+    status: Literal["measured"] = "measured"
+    device: str
+    threads: int
+    instruction_set: str
+    int8_kernel: str
+    ops: int
+    calibration_batches: int
+    batches: int
+    answers: int
+    curves: dict[str, list[Point]]
+    random: list[dict[str, float | None]]
+    gains_db: dict[str, float | None]
+    losses: dict[str, list[int]]
+    greedy_gain_db: float | None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A point with a name: `kept` are all its unquantized ops, in the order `order`.
+
+    `worse` holds the metrics in which the profile does worse than all ops in INT8, each with the value of the latter.
+    The other fields are those of `Point`.
+    """
+
+    keep: int
+    relative_error: float
+    sqnr_db: float | None
+    sqnr_db_lowest: float | None
+    kl_divergence: float
+    top1_agreement: float
+    accuracy: float | None
+    weight_bytes: int
+    order: str
+    kept: tuple[str, ...]
+    worse: dict[str, float]
+
+    def assignment(self, op_names: Iterable[str]) -> dict[str, str]:
+        """The state that the profile is, of a model with the named ops."""
+        return {name: "inc_int8" for name in op_names if name not in self.kept}
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """Named profiles, and why there is no recommended one; see `decide.profiles.build_profiles`."""
+
+    target: dict[str, float | int | None]
+    profiles: dict[str, Profile]
+    missed: str
+    knee: Profile | None
+    nearest: Profile | None
+    short: dict[str, float]
+
+
+def body_of(record: Any) -> dict[str, Any]:
+    """A record as the body of a document."""
+    body: dict[str, Any] = asdict(record)
+    return body
+
+
+def digest_of_record(record: Any) -> str:
+    """SHA-256 of a record's JSON."""
+    return digest_of(body_of(record))
+
+
+def as_record(kind: type[Record], document: Mapping[str, Any]) -> Record:
+    """The record that the body of a document is.
+
+    Raises:
+        InputError: a field is missing, unknown, or has another type; the message names file, field and next step.
+    """
+    try:
+        record: Record = _adapter(kind).validate_python(dict(document))  # type: ignore[arg-type]  # classes hash
+        return record
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        place, again = (
+            (document.path, make_again(document.kind)) if isinstance(document, Document) else (kind.__name__, "")
+        )
+        raise InputError(f"{place}: {where}: {first['msg']}; {again or 'correct the value'}") from None
+
+
+@cache  # a record type is a class or a union of classes
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)

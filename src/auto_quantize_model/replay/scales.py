@@ -1,0 +1,79 @@
+"""Scales as a file: what each calibration found, written once and read by every step that replays.
+
+In: the scales of calibrations, each by a name. Out: a safetensors file, and the same scales read back. What the
+observers saw stands in the document that lists the file (`ranges`), since no replay needs it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from auto_quantize_model.files import InputError, atomic_path, digest_of, named_errors
+from auto_quantize_model.records import OpScales, Scales
+
+ALL_BATCHES = "all_batches"  # the calibration on the whole set, by which a deployed model is quantized
+KEYS = {
+    "in_scale": torch.float32,
+    "in_zero_point": torch.int32,
+    "out_scale": torch.float32,
+    "out_zero_point": torch.int32,
+}
+
+
+def name_of_batch(index: int) -> str:
+    """The name of the calibration on one scored batch alone, as INC calibrates for a score."""
+    return f"batch_{index}"
+
+
+def write_scales(path: Path, calibrations: Mapping[str, Scales]) -> None:
+    """Write the scales of all calibrations: tensors (4 of one value for each op) under `CALIBRATION/OP/KEY`."""
+    tensors = {
+        f"{name}/{op_name}/{key}": torch.tensor([getattr(found, key)], dtype=dtype)
+        for name, scales in calibrations.items()
+        for op_name, found in scales.items()
+        for key, dtype in KEYS.items()
+    }
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def read_scales(path: Path) -> dict[str, Scales]:
+    """The calibrations that `write_scales` wrote.
+
+    Raises:
+        InputError: the file is not what it should be.
+    """
+    with named_errors(path):
+        tensors = load_file(path)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, tensor in tensors.items():
+        calibration, _, rest = name.partition("/")
+        op_name, _, key = rest.rpartition("/")
+        found.setdefault(calibration, {}).setdefault(op_name, {})[key] = tensor.item()
+    try:
+        return {
+            calibration: {op_name: OpScales(**values) for op_name, values in ops.items()}
+            for calibration, ops in found.items()
+        }
+    except TypeError:
+        raise InputError(
+            f"{path}: holds tensors that are no scales; make the file again (snakemake --cores 1 --forcerun"
+            " calibrate_scales)"
+        ) from None
+
+
+def ranges(calibrations: Mapping[str, Scales]) -> dict[str, Any]:
+    """What the observers saw: {calibration: {op_name: {input, output}}}, each null for an op without observers."""
+    return {
+        name: {op_name: {key: asdict(found)[key] for key in ("input", "output")} for op_name, found in scales.items()}
+        for name, scales in calibrations.items()
+    }
+
+
+def digest_of_scales(scales: Scales) -> str:
+    """SHA-256 of scales and zero_points."""
+    return digest_of({name: [getattr(found, key) for key in KEYS] for name, found in scales.items()})

@@ -1,0 +1,135 @@
+"""Small records for tests: each field that a test does not name has a plain value."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from auto_quantize_model.records import (
+    Arithmetic,
+    Audit,
+    Capture,
+    Excluded,
+    IncInt8,
+    Op,
+    Plan,
+    Point,
+    Profile,
+    Profiles,
+    Score,
+    ScoredBatch,
+    Side,
+    digest_of_record,
+)
+
+ACTIVATION = {
+    "name": "HistogramObserver",
+    "dtype": "quint8",
+    "qscheme": "per_tensor_affine",
+    "reduce_range": False,
+    "quant_min": None,
+    "quant_max": None,
+}
+WEIGHT = ACTIVATION | {"name": "PerChannelMinMaxObserver", "dtype": "qint8", "qscheme": "per_channel_symmetric"}
+EMBEDDING = WEIGHT | {"dtype": "quint8", "qscheme": "per_channel_affine_float_qparams"}
+COVERAGE: Any = {"weights_total": 8, "weights_planned": 8, "weights_kept": 0, "share": 1.0, "left_out": []}
+
+
+def an_op(name: str, op_type: str = "Linear", *, executions: Sequence[int] = (1,), **changes: Any) -> Op:
+    """An op as INC plans it; `pattern`, `activation` and `weight` (observers) are those of its scheme."""
+    weight = changes.pop("weight", EMBEDDING if op_type == "Embedding" else WEIGHT)
+    scheme = IncInt8(
+        inc_name=name,
+        pattern=changes.pop("pattern", op_type),
+        activation=Side(changes.pop("activation", ACTIVATION)),
+        weight=Side(weight),
+    )
+    fields: dict[str, Any] = {"shape": (2, 2), "weight_bytes": 16, "tower": "language", "unit": name, **changes}
+    return Op(op_name=name, op_type=op_type, executions=tuple(executions), schemes={"inc_int8": scheme}, **fields)
+
+
+def a_plan(ops: Iterable[Op | str] = (), **changes: Any) -> Plan:
+    """A plan of ops, given as records or by name, that measures at the last of them."""
+    found = tuple(op if isinstance(op, Op) else an_op(op) for op in ops)
+    excluded = [
+        module if isinstance(module, Excluded) else Excluded(module, "LayerNorm", "a test")
+        for module in changes.pop("excluded", ())
+    ]
+    fields: dict[str, Any] = {
+        "model": "tiny",
+        "calibration": "set",
+        "engine": "replay",
+        "confidence_batches": len(found[0].executions) if found else 1,
+        "maps": ("isolated",),
+        "keep": {"op_type_dict": {}, "op_name_dict": {}},
+        "reduce_range": True,
+        "reduce_range_by": "inc",
+        "measured_op": found[-1].op_name if found else "lm_head",
+        "coverage": COVERAGE,
+        "inc_check": {"status": "reproduces_fp32"},
+        "versions": {"torch": "2.13.0"},
+    }
+    return Plan(ops=found, excluded=tuple(excluded), **fields | changes)
+
+
+def a_capture(
+    plan: Plan,
+    scores: Mapping[str, Mapping[str, Sequence[Mapping[str, float] | None]]],
+    all_int8: Sequence[Mapping[str, float]],
+    **changes: Any,
+) -> Capture:
+    """A capture of a plan: {map: {op: a record per batch, None where the op did not run}}."""
+    rows = [
+        Score(batch, label, "inc_int8", name, **record)
+        for batch in range(len(all_int8))
+        for label, ops in scores.items()
+        for name, records in ops.items()
+        if (record := records[batch]) is not None
+    ]
+    rows += [Score(batch, "all", "inc_int8", "", **record) for batch, record in enumerate(all_int8)]
+    fields: dict[str, Any] = {
+        "engine": plan.engine,
+        "arithmetic": Arithmetic("cpu", 1, "AVX2", "saturating"),
+        "tf32": False,
+        "model": plan.model,
+        "calibration": plan.calibration,
+        "plan_digest": digest_of_record(plan),
+        "versions": plan.versions,
+        "batches": tuple(
+            ScoredBatch(index, {"all": 1000.0, "image": 200.0, "text": 800.0}, ("a|b",), 24, 4)
+            for index in range(len(all_int8))
+        ),
+        "second_pass": tuple({} for _ in all_int8),
+    }
+    return Capture(scores=tuple(rows), **fields | changes)
+
+
+def an_audit(**changes: Any) -> Audit:
+    """An audit that found no difference."""
+    fields: dict[str, Any] = {"status": "bit_identical", "by": "inc", "batch": 0, "ops": ("lm_head",)}
+    fields |= {"maps": ("isolated",), "compared": 1, "rank_agreement": {}}
+    return Audit(**fields | changes)
+
+
+def a_point(keep: int, sqnr_db: float | None, added: Iterable[str] = (), **changes: Any) -> Point:
+    """A keep-list with an SQNR in dB, which says its relative error too."""
+    fields: dict[str, Any] = {
+        "relative_error": 0.0 if sqnr_db is None else 10 ** (-sqnr_db / 10),
+        "sqnr_db_lowest": sqnr_db,
+        "kl_divergence": 0.5,
+        "top1_agreement": 0.75,
+        "accuracy": None,
+        "weight_bytes": 100 + 10 * keep,
+    }
+    return Point(keep=keep, sqnr_db=sqnr_db, added=tuple(added), **fields | changes)
+
+
+def a_profile(kept: Sequence[str], sqnr_db: float | None = 31.0, **changes: Any) -> Profile:
+    """A profile that keeps the named ops."""
+    point = a_point(len(kept), sqnr_db)
+    fields = {key: value for key, value in vars(point).items() if key != "added"}
+    fields |= {"order": "ranking", "kept": tuple(kept), "worse": {}}
+    return Profile(**fields | changes)
+
+
+def profiles_of(profiles: Mapping[str, Profile], missed: str = "") -> Profiles:
+    """Named profiles without a target."""
+    return Profiles({}, dict(profiles), missed, None, None, {})
