@@ -1,22 +1,27 @@
 """The replay gives INC's numbers, runs no more than it has to, and leaves the model as it was."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from build import an_op
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from auto_quantize_model.files import InputError
+from auto_quantize_model.inc.engine import measure_by_inc
 from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, identify
 from auto_quantize_model.made.digits import LIMITS, build_snapshot
 from auto_quantize_model.measure.capture import capture_sensitivity
-from auto_quantize_model.measure.journal import Journal
-from auto_quantize_model.measure.states import states
+from auto_quantize_model.measure.states import ALL, states
+from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.encode import Sample, collate, encode
 from auto_quantize_model.models.snapshot import load_model
 from auto_quantize_model.replay import model as replay_module
 from auto_quantize_model.replay.model import Replay, block_of
+from auto_quantize_model.replay.scales import name_of_batch, read_scales, write_scales
+from auto_quantize_model.schemes.scheme import assigned
 
 MAPS = ("isolated", "fallback", "requantize")
 IDENTITY = ({"model": "small", "digest": "0"}, {"calibration": "set", "digest": "1"}, "2")
@@ -35,21 +40,15 @@ def plan(model, batches):
 
 
 def start(model, plan, **options):
-    return Replay(model, plan["ops"], plan["measured_op"], **options)
+    return Replay(model, plan.ops, plan.measured_op, **options)
 
 
 def captured(model, batches, plan, path):
-    with Journal(path, {}) as journal:
-        return capture_sensitivity(model, batches, plan, journal)[0]
+    return capture_sensitivity(model, batches, plan, ScoreStore(path), by_inc=measure_by_inc)[0]
 
 
 def mse_values(capture):
-    return {
-        (label, name, batch): record["mse_value"]
-        for label, per_op in capture["maps"].items()
-        for name, records in per_op.items()
-        for batch, record in enumerate(records)
-    }
+    return {(score.map, score.op_name, score.batch): score.mse_value for score in capture.scores}
 
 
 @pytest.fixture(scope="module")
@@ -63,29 +62,26 @@ def tiny(tiny_snapshot, batches):
 def test_every_value_of_every_map_is_incs_bit_for_bit(tiny, batches, tmp_path):
     model, plan = tiny
     replayed = captured(model, batches, plan, tmp_path / "a")
-    by_inc = captured(model, batches, plan | {"engine": "inc"}, tmp_path / "b")
+    by_inc = captured(model, batches, replace(plan, engine="inc"), tmp_path / "b")
     assert mse_values(replayed) == mse_values(by_inc)
-    assert len(mse_values(replayed)) == 3 * len(plan["ops"])
-    for ours, theirs in zip(replayed["batches"], by_inc["batches"], strict=True):
-        assert ours["all_int8"]["mse_value"] == theirs["all_int8"]["mse_value"]
-        assert ours["reference"] == theirs["reference"]
-    assert replayed["executions"] == by_inc["executions"]
+    assert len(mse_values(replayed)) == 3 * len(plan.ops) + 1
+    assert replayed.batches == by_inc.batches
 
 
 @pytest.mark.slow
 def test_with_auto_inc_measures_what_no_site_covers_and_the_values_are_the_same(tiny, batches, tmp_path, monkeypatch):
     model, plan = tiny
-    plan = plan | {"maps": ["isolated", "fallback"]}
+    plan = replace(plan, maps=("isolated", "fallback"))
     expected = mse_values(captured(model, batches, plan, tmp_path / "a"))
     monkeypatch.setattr(
-        replay_module, "why_not", lambda module, op: "a test" if op["op_name"].endswith("blocks.0.attn.qkv") else ""
+        replay_module, "refusal", lambda module, op: "a test" if op.op_name.endswith("blocks.0.attn.qkv") else ""
     )
     with pytest.raises(InputError, match=r"1 of \d+ ops cannot be replayed exactly, first .*qkv: a test; set sens"):
         start(model, plan)
-    mixed = captured(model, batches, plan | {"engine": "auto"}, tmp_path / "b")
+    mixed = captured(model, batches, replace(plan, engine="auto"), tmp_path / "b")
     assert mse_values(mixed) == expected
-    isolated = mixed["maps"]["isolated"]
-    assert {name for name in isolated if "kl_divergence" not in isolated[name][0]} == {"model.visual.blocks.0.attn.qkv"}
+    by_inc = {score.op_name for score in mixed.scores if score.map == "isolated" and score.kl_divergence is None}
+    assert by_inc == {"model.visual.blocks.0.attn.qkv"}
 
 
 @pytest.mark.slow
@@ -93,13 +89,13 @@ def test_with_auto_inc_measures_what_no_site_covers_and_the_values_are_the_same(
 @given(data=st.data())
 def test_whatever_ran_before_a_state_gives_the_same_bits(model, batches, plan, data):
     """Kept outputs never change a result: any sequence of states equals runs that keep nothing."""
-    names = [op["op_name"] for op in plan["ops"]]
+    names = plan.op_names
     subsets = data.draw(st.lists(st.sets(st.sampled_from(names)), min_size=2, max_size=5))
     outputs = []
     for cache_bytes in (0, 20_000, 1 << 30):
         with start(model, plan, cache_bytes=cache_bytes) as replay:
             replay.calibrate(batches[0])
-            outputs.append([replay.run(subset).clone() for subset in subsets])
+            outputs.append([replay.run(assigned(subset)).clone() for subset in subsets])
             assert replay.cached_bytes <= cache_bytes
     for other in outputs[1:]:
         assert all(torch.equal(left, right) for left, right in zip(outputs[0], other, strict=True))
@@ -122,7 +118,7 @@ def test_only_what_follows_a_change_runs_again(model, batches, plan):
             ("model.visual.blocks.1.mlp.up_proj", [1, 2, 3]),
         ):
             ran.clear()
-            replay.run({op})
+            replay.run(assigned([op]))
             assert ran == expected, op
     for layer in layers:
         (layer.attn if hasattr(layer, "attn") else layer.self_attn)._forward_hooks.clear()
@@ -135,7 +131,7 @@ def test_the_model_is_as_before_also_after_an_error(model, batches, plan):
         expected = model(**batches[0]).logits
     with pytest.raises(RuntimeError), start(model, plan) as replay:
         replay.calibrate(batches[0])
-        replay.run({"lm_head"})
+        replay.run(assigned(["lm_head"]))
         with torch.no_grad():  # between runs it is its FP32 self as well
             assert torch.equal(model(**batches[0]).logits, expected)
         raise RuntimeError
@@ -149,10 +145,12 @@ def test_the_model_is_as_before_also_after_an_error(model, batches, plan):
 @pytest.mark.slow
 def test_an_op_that_text_does_not_reach_has_no_record(model, processor, plan, tmp_path):
     texts = [collate([encode(Sample("text", "Which digit is this?"), processor, LIMITS)])]
-    capture = captured(model, texts, plan | {"confidence_batches": 1}, tmp_path / "a")
-    for per_op in capture["maps"].values():
-        for name, (record,) in per_op.items():
-            assert (record is None) == name.startswith("model.visual."), name
+    ran = [(0,) if op.op_name.startswith("model.visual.") else (1,) for op in plan.ops]
+    ops = tuple(replace(op, executions=executions) for op, executions in zip(plan.ops, ran, strict=True))
+    of_text = replace(plan, confidence_batches=1, ops=ops)
+    capture = captured(model, texts, of_text, tmp_path / "a")
+    scored = {score.op_name for score in capture.scores if score.op_name}
+    assert scored == {name for name in plan.op_names if not name.startswith("model.visual.")}
 
 
 class Block(torch.nn.Module):
@@ -183,21 +181,12 @@ class Stack(torch.nn.Module):
 def stack_of(route=lambda x: (0, 1, 2)):
     torch.manual_seed(0)
     model = Stack(route).eval().requires_grad_(False)
-    observer = {"dtype": "quint8", "qscheme": "per_tensor_affine", "name": "HistogramObserver"}
-    weight = {"dtype": "qint8", "qscheme": "per_channel_symmetric", "name": "PerChannelMinMaxObserver"}
-    entry = {
-        "op_type": "Linear",
-        "pattern": "Linear",
-        "activation": {"observer": observer},
-        "weight": {"observer": weight},
-    }
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    return model, [entry | {"op_name": name} for name in names]
+    return model, [an_op(name) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
 def test_code_that_writes_into_a_blocks_output_does_not_reach_what_is_kept():
     model, ops = stack_of()
-    names = [op["op_name"] for op in ops]
+    names = [op.op_name for op in ops]
     results = []
     for cache_bytes in (0, 1 << 20):
         with Replay(model, ops, "head", cache_bytes=cache_bytes) as replay:
@@ -216,7 +205,7 @@ def test_a_block_that_runs_twice_is_switched_in_both_and_kept_for_each():
             assert replay.sequence == ["blocks.0", "blocks.1", "blocks.0", "blocks.2", "head"]
             assert replay.executions["blocks.0.linear"] == 2
             chosen = [{"head"}, {"blocks.2.linear"}, {"blocks.0.linear"}, {"blocks.1.linear", "head"}]
-            outputs.append([replay.run(state).clone() for state in chosen])
+            outputs.append([replay.run(assigned(names)).clone() for names in chosen])
     assert all(torch.equal(left, right) for left, right in zip(*outputs, strict=True))
 
 
@@ -227,7 +216,7 @@ def test_a_model_that_chooses_its_way_by_values_is_refused():
     with Replay(model, ops, "head") as replay:
         replay.calibrate({"x": torch.randn(4, 8)})
         with pytest.raises(InputError, match=r"blocks\.2 ran where the calibration ran otherwise"):
-            replay.run({"blocks.0.linear"})
+            replay.run(assigned(["blocks.0.linear"]))
 
 
 def test_an_op_whose_input_is_not_finite_is_named():
@@ -235,6 +224,35 @@ def test_an_op_whose_input_is_not_finite_is_named():
     model.blocks[1].linear.weight[0, 0] = torch.inf
     with Replay(model, ops, "head") as replay, pytest.raises(InputError, match=r"blocks\.1\.linear: .* not finite"):
         replay.calibrate({"x": torch.randn(4, 8)})
+
+
+def test_scales_of_a_file_give_the_bits_of_the_calibration_that_found_them(tmp_path):
+    model, ops = stack_of()
+    first, second = ({"x": torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))} for seed in (1, 2))
+    state = assigned(op.op_name for op in ops)
+    with Replay(model, ops, "head") as replay:
+        found = {name_of_batch(index): replay.calibrate(batch) for index, batch in enumerate((first, second))}
+        replay.set_scales(found["batch_0"])
+        replay.begin(first)
+        expected = replay.run(state).clone()
+        replay.set_scales(found["batch_1"])
+        assert not torch.equal(replay.run(state), expected)
+    write_scales(tmp_path / "scales.safetensors", found)
+    stored = read_scales(tmp_path / "scales.safetensors")
+    with Replay(model, ops, "head") as replay:
+        replay.set_scales(stored["batch_0"])
+        replay.begin(first)
+        assert torch.equal(replay.run(state), expected)
+        replay.set_scales({})
+        assert torch.equal(replay.run(state), replay.begin(first))  # an op without scales stays in FP32
+
+
+def test_a_scheme_that_the_replay_does_not_know_is_refused():
+    model, ops = stack_of()
+    with Replay(model, ops, "head") as replay:
+        replay.calibrate({"x": torch.randn(4, 8)})
+        with pytest.raises(InputError, match="no scheme fp4; the replay knows inc_int8"):
+            replay.run({"head": "fp4"})
 
 
 @pytest.mark.parametrize(
@@ -245,13 +263,13 @@ def test_a_block_is_an_element_of_a_list_or_the_op_itself(op, block):
 
 
 def test_states_run_from_the_last_op_to_the_first_and_requantize_as_planned():
-    found = list(states(["a", "b"], ["b", "a", "never"], MAPS + ("all_int8",)))
+    found = list(states(["a", "b"], ["b", "a", "never"], (*MAPS, ALL)))
     assert [(label, name) for label, name, _ in found] == [
         ("isolated", "b"),
         ("isolated", "a"),
         ("requantize", "b"),
         ("requantize", "a"),
-        ("all_int8", ""),
+        ("all", ""),
         ("fallback", "b"),
         ("fallback", "a"),
     ]

@@ -2,37 +2,25 @@
 
 import pytest
 import torch
+from build import ACTIVATION, EMBEDDING, WEIGHT, an_op
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.ao.nn import quantized as nnq
 
 from auto_quantize_model.files import InputError
-from auto_quantize_model.replay import ops as sites_module
-from auto_quantize_model.replay.ops import (
-    SITES,
-    Conv3dSite,
-    LinearSite,
+from auto_quantize_model.machine import has_vnni
+from auto_quantize_model.records import OpScales
+from auto_quantize_model.replay.ops import SITES, Conv3dSite, LinearSite, refusal
+from auto_quantize_model.schemes import inc_int8
+from auto_quantize_model.schemes.inc_int8 import (
     check_integer_matmul,
     cpu_kernel,
-    has_vnni,
     integer_matmul,
     quantize,
     quantize_weight,
     require_formula,
     saturation,
-    why_not,
 )
-
-ACTIVATION = {
-    "name": "HistogramObserver",
-    "dtype": "quint8",
-    "qscheme": "per_tensor_affine",
-    "reduce_range": False,
-    "quant_min": None,
-    "quant_max": None,
-}
-WEIGHT = ACTIVATION | {"name": "PerChannelMinMaxObserver", "dtype": "qint8", "qscheme": "per_channel_symmetric"}
-ROWS = WEIGHT | {"dtype": "quint8", "qscheme": "per_channel_affine_float_qparams"}
 
 seeds = st.integers(0, 2**32 - 1)
 exponents = st.floats(-6, 6)  # of ten
@@ -41,17 +29,16 @@ sizes = st.integers(1, 70)
 
 
 def op(op_type, **changes):
-    entry = {"op_type": op_type, "pattern": op_type, "activation": {"observer": ACTIVATION}}
-    return entry | {"weight": {"observer": ROWS if op_type == "Embedding" else WEIGHT}} | changes
+    return an_op("op", op_type, **changes)
 
 
 def site_for(module):
     op_type = type(module).__name__
-    return SITES[op_type][1]("op", module, op(op_type))
+    return SITES[op_type][1](module, op(op_type))
 
 
 def set_qparams(site, in_scale, in_zero, out_scale, out_zero):
-    site.set_scales((torch.tensor(in_scale), in_zero), (torch.tensor(out_scale), out_zero))
+    site.set_scales(OpScales(float32(in_scale), in_zero, float32(out_scale), out_zero))
 
 
 def differing(ours, theirs):
@@ -194,7 +181,7 @@ def test_the_kernel_of_this_cpu_is_known_and_tells_how_it_adds():
 
 
 def test_a_kernel_that_the_formula_does_not_know_keeps_the_replay_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(sites_module, "cpu_kernel", lambda: "unknown")
+    monkeypatch.setattr(inc_int8, "cpu_kernel", lambda: "unknown")
     require_formula(torch.device("cpu"))
     with pytest.raises(InputError, match="set sensitivity.device to cpu"):
         require_formula(torch.device("cuda"))
@@ -222,39 +209,43 @@ def test_a_site_gives_the_same_bits_on_the_gpu(shape):
         (torch.nn.modules.linear.NonDynamicallyQuantizableLinear(2, 2), op("Linear"), "NonDynamically"),
         (torch.nn.Conv3d(1, 1, 3), op("Conv3d"), "stride is not its kernel"),
         (torch.nn.Conv3d(1, 1, 3, stride=3, padding=1), op("Conv3d"), "has padding"),
-        (torch.nn.Linear(2, 2), op("Linear", weight={"observer": ROWS}), "its weight is planned as Per"),
-        (torch.nn.Embedding(2, 2), op("Embedding", weight={"observer": WEIGHT}), "its weight is planned as Per"),
+        (torch.nn.Linear(2, 2), op("Linear", weight=EMBEDDING), "its weight is planned as Per"),
+        (torch.nn.Embedding(2, 2), op("Embedding", weight=WEIGHT), "its weight is planned as Per"),
     ],
 )
 def test_what_a_site_cannot_reproduce_is_named(module, entry, reason):
-    assert reason in why_not(module, entry)
+    assert reason in refusal(module, entry)
 
 
 @pytest.mark.parametrize(
     "module", [torch.nn.Linear(2, 2), torch.nn.Embedding(2, 2), torch.nn.Conv3d(1, 1, 2, stride=2)]
 )
 def test_what_a_site_can_reproduce_is_not_refused(module):
-    assert why_not(module, op(type(module).__name__)) == ""
+    assert refusal(module, op(type(module).__name__)) == ""
 
 
 def test_a_site_is_calibrated_by_what_it_sees_and_switched_by_its_flag():
     module = torch.nn.Linear(8, 4)
-    seven_bits = {"observer": ACTIVATION | {"reduce_range": True}}  # no product saturates, whatever the CPU
-    site = LinearSite("op", module, op("Linear", activation=seven_bits))
+    seven_bits = ACTIVATION | {"reduce_range": True}  # no product saturates, whatever the CPU
+    site = LinearSite(module, op("Linear", activation=seven_bits))
     module.forward = site
     x = torch.randn(5, 8)
     site.observe()
     reference = module(x)
-    site.calibrated()
+    scales = site.observed()
+    site.set_scales(scales)
     assert site.executions == 1
-    site.int8 = True
+    assert (scales.input.minimum, scales.input.maximum) == (float(x.min()), float(x.max()))
+    known = list(scales.input.percentiles.values())
+    assert known == sorted(known) and scales.input.minimum <= known[0] and known[-1] <= scales.input.maximum + 1e-6
+    site.scheme = "inc_int8"
     assert not torch.equal(module(x), reference)
     torch.testing.assert_close(module(x), reference, atol=float(site.out_scale) * 3, rtol=0.0)
-    site.int8 = False
+    site.scheme = None
     assert torch.equal(module(x), reference)
 
 
 def test_patches_of_a_whole_frame_are_one_row_each():
-    site = Conv3dSite("op", torch.nn.Conv3d(3, 4, 2, stride=2), op("Conv3d"))
+    site = Conv3dSite(torch.nn.Conv3d(3, 4, 2, stride=2), op("Conv3d"))
     set_qparams(site, 0.1, 3, 0.1, 4)
     assert site.by_formula(torch.randn(6, 3, 2, 2, 2)).shape == (6, 4, 1, 1, 1)
