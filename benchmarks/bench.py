@@ -30,6 +30,7 @@ from auto_quantize_model.made.digits import train_snapshot
 from auto_quantize_model.made.standin import SHAPES, build_once
 from auto_quantize_model.measure.states import states
 from auto_quantize_model.models.snapshot import build_manifest, load_model, load_processor
+from auto_quantize_model.records import Plan
 from auto_quantize_model.replay.model import Replay
 from auto_quantize_model.replay.ops import cpu_kernel, pack_linear
 
@@ -62,18 +63,19 @@ def machine() -> str:
     return f"{cpu}, {adds}, {torch.get_num_threads()} threads; Python {platform.python_version()}, {versions}"
 
 
-def inc_values(model: Any, plan: dict[str, Any], batch: Any, label: str, names: list[str]) -> dict[str, float]:
+def inc_values(model: Any, plan: Plan, batch: Any, label: str, names: list[str]) -> dict[str, float]:
     """INC's scores of the named ops, by module name."""
-    modules = {op["inc_name"]: op["op_name"] for op in plan["ops"]}
-    scores, _ = inc_scores(model, quant_config(1), batch, plan["measured_op"], label, names)
+    modules = plan.by_inc_name
+    scores, _ = inc_scores(model, quant_config(1), batch, plan.measured_op, label, names)
     return {modules[name]: value for name, value in scores.items()}
 
 
-def replayed(model: Any, plan: dict[str, Any], batch: Any) -> dict[tuple[str, str], float]:
+def replayed(model: Any, plan: Plan, batch: Any) -> dict[tuple[str, str], float]:
     """Every value of every map by replay: {(map, op): value}."""
-    with Replay(model, plan["ops"], plan["measured_op"]) as replay:
-        reference = replay.calibrate(batch)
-        names = [op["op_name"] for op in plan["ops"]]
+    with Replay(model, plan.ops, plan.measured_op) as replay:
+        replay.calibrate(batch)
+        reference = replay.measured
+        names = plan.op_names
         return {
             (label, name): float((reference - replay.run(state)).pow(2).sum())
             for label, name, state in states(replay.order, names, MAPS)
@@ -91,7 +93,7 @@ def equality(args: argparse.Namespace) -> dict[str, Any]:
         samples, _, calibration = extract(spec, processor, manifest)
         batches = batches_of(samples, calibration, processor)
         plan = build_plan(model, batches, SensitivitySpec("replay", 2, MAPS))
-        names = [op["op_name"] for op in plan["ops"]]
+        names = plan.op_names
         compared = differing = 0
         seconds = {"INC": 0.0, "replay": 0.0}
         for batch in batches:
@@ -111,7 +113,7 @@ def equality(args: argparse.Namespace) -> dict[str, Any]:
     return {"ops": len(names), "compared": compared, "differing": differing, "seconds": seconds}
 
 
-def medium() -> tuple[Any, dict[str, Any], Any]:
+def medium() -> tuple[Any, Plan, Any]:
     """The model of real proportions, its plan, and a batch with a photograph."""
     directory = build_once(SHAPES["medium"], FOLDER / "medium")
     batch = photo_batch(directory, 100)
@@ -126,7 +128,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     its second pass are left out. Replay's is a whole map by its number of ops, with its own FP32 run and calibration.
     """
     model, plan, batch = medium()
-    names = [op["op_name"] for op in plan["ops"]]
+    names = plan.op_names
     chosen = names[:: max(1, len(names) // args.ops)][: args.ops]
     ours: dict[tuple[str, str], float] = {}
     differing = compared = 0
@@ -140,7 +142,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
             model,
             quant_config(1),
             batch,
-            plan["measured_op"],
+            plan.measured_op,
             "fallback",
             pair,
             lambda *_, taken_up=taken_up: taken_up.append(time.monotonic()),  # type: ignore[misc]
@@ -166,11 +168,12 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     return {"compared": compared, "differing": differing, "ops": len(names), "turns": turns, "ratio": inc / replay}
 
 
-def one_map(model: Any, plan: dict[str, Any], batch: Any, label: str) -> dict[tuple[str, str], float]:
+def one_map(model: Any, plan: Plan, batch: Any, label: str) -> dict[tuple[str, str], float]:
     """A whole map by replay, from its start."""
-    with Replay(model, plan["ops"], plan["measured_op"]) as replay:
-        reference = replay.calibrate(batch)
-        names = [op["op_name"] for op in plan["ops"]]
+    with Replay(model, plan.ops, plan.measured_op) as replay:
+        replay.calibrate(batch)
+        reference = replay.measured
+        names = plan.op_names
         return {
             (label, name): float((reference - replay.run(state)).pow(2).sum())
             for _, name, state in states(replay.order, names, [label])
@@ -204,9 +207,9 @@ def kernel(args: argparse.Namespace) -> dict[str, Any]:
         rows.append({"shape": [tokens, columns, outputs]} | {name: milliseconds(way) for name, way in ways.items()})
         cli.say(json.dumps(rows[-1]))
     model, plan, batch = medium()
-    with Replay(model, plan["ops"], plan["measured_op"], cache_bytes=0) as replay:
+    with Replay(model, plan.ops, plan.measured_op, cache_bytes=0) as replay:
         replay.calibrate(batch)
-        int8_ops = {"FP32": [], "INT8": replay.order}
+        int8_ops = {"FP32": {}, "INT8": assigned(replay.order)}
         forward = {name: milliseconds(functools.partial(replay.run, state)) for name, state in int8_ops.items()}
     cli.say(f"a forward of the 150 M model: {json.dumps(forward)} ms")
     return {"linears": rows, "forward": forward}
@@ -231,7 +234,7 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
         directory = build_once(shape, FOLDER / f"medium_{depth}")
         batch, model = photo_batch(directory, tokens), load_model(directory)
         plan = build_plan(model, [batch], SensitivitySpec("replay", 1, MAPS))
-        point: dict[str, Any] = {"ops": len(plan["ops"]), "tokens": batch["input_ids"].shape[1]}
+        point: dict[str, Any] = {"ops": len(plan.ops), "tokens": batch["input_ids"].shape[1]}
         for label in ("isolated", "fallback"):
             started = time.monotonic()
             one_map(model, plan, batch, label)

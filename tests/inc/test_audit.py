@@ -1,15 +1,16 @@
 """The audit finds a single wrong bit, and says of which op."""
 
-import copy
 import math
+from dataclasses import replace
 
 import pytest
+from build import a_capture, a_plan
 
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.audit import audit_capture, check_sites, rank_agreement, sample_ops
 from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, identify
 from auto_quantize_model.measure.capture import capture_sensitivity
-from auto_quantize_model.measure.journal import Journal
+from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.snapshot import load_model
 
 IDENTITY = ({"model": "tiny", "digest": "0"}, {"calibration": "set", "digest": "1"}, "2")
@@ -28,23 +29,22 @@ def plan(model, batches):
 
 @pytest.fixture(scope="module")
 def capture(model, batches, plan, tmp_path_factory):
-    with Journal(tmp_path_factory.mktemp("audit") / "j", {}) as journal:
-        return capture_sensitivity(model, batches, plan, journal)[0]
+    return capture_sensitivity(model, batches, plan, ScoreStore(tmp_path_factory.mktemp("audit")))[0]
 
 
 @pytest.fixture(scope="module")
 def audited(model, batches, plan, capture):
     """An audit of the capture, and the progress that it told."""
     calls = []
-    result = audit_capture(model, batches, plan, capture, 2, lambda done, total: calls.append((done, total)))
+    result = audit_capture(model, batches, plan, capture, 2, on_op=lambda done, total: calls.append((done, total)))
     return result, calls
 
 
 @pytest.mark.slow
 def test_a_true_capture_is_bit_identical_in_every_map(audited):
     result, calls = audited
-    assert result["status"] == "bit_identical"
-    assert (len(result["ops"]), result["compared"]) == (2, 6)
+    assert result.status == "bit_identical"
+    assert (len(result.ops), result.compared) == (2, 6)
     assert calls == [(done, 6) for done in range(7)]
 
 
@@ -54,32 +54,34 @@ def test_a_capture_is_bit_identical_with_7_and_with_8_bits_of_activation(model, 
     """Whatever INC itself would choose on this CPU."""
     spec = SensitivitySpec("replay", 1, ("isolated", "fallback"), reduce_range=reduced)
     planned = identify(build_plan(model, batches, spec), *IDENTITY)
-    with Journal(tmp_path / "journal", {}) as journal:
-        captured, _ = capture_sensitivity(model, batches, planned, journal)
-    assert audit_capture(model, batches, planned, captured, 2)["status"] == "bit_identical"
+    captured, _ = capture_sensitivity(model, batches, planned, ScoreStore(tmp_path))
+    assert audit_capture(model, batches, planned, captured, 2).status == "bit_identical"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("label", ["isolated", "fallback", "requantize"])
 def test_one_wrong_bit_fails_and_names_op_values_and_batch(model, batches, plan, capture, audited, label):
-    wrong, name, batch = copy.deepcopy(capture), audited[0]["ops"][0], audited[0]["batch"]
-    record = wrong["maps"][label][name][batch]
-    right, record["mse_value"] = record["mse_value"], math.nextafter(record["mse_value"], math.inf)
+    name, batch = audited[0].ops[0], audited[0].batch
+    (score,) = [score for score in capture.scores if (score.map, score.op_name, score.batch) == (label, name, batch)]
+    changed = replace(score, mse_value=math.nextafter(score.mse_value, math.inf))
+    wrong = replace(capture, scores=tuple(changed if found is score else found for found in capture.scores))
     with pytest.raises(InputError) as error:
         audit_capture(model, batches, plan, wrong, 2)
-    for part in (f"batch {batch}", f"map {label}", name, repr(right), repr(record["mse_value"])):
+    for part in (f"batch {batch}", f"map {label}", name, repr(score.mse_value), repr(changed.mse_value)):
         assert part in str(error.value)
 
 
 def test_the_sample_has_both_extremes_and_is_drawn_by_the_seed():
     values = {f"op{number}": [{"mse_value": float(number * 7 % 20)}] for number in range(20)}
-    capture = {"maps": {"isolated": values}, "executions": dict.fromkeys(values, [1])}
-    first = sample_ops(capture, 0, 6, "1" * 64)
+    capture, other = (
+        a_capture(a_plan(values), {"isolated": values}, [{"mse_value": 1.0}], plan_digest=digit * 64) for digit in "12"
+    )
+    first = sample_ops(capture, 0, 6)
     assert len(first) == 6
     assert {"op0", "op17"} <= set(first)  # 0 and 19
-    assert first == sample_ops(capture, 0, 6, "1" * 64)
-    assert first != sample_ops(capture, 0, 6, "2" * 64)
-    assert len(sample_ops(capture, 0, 100, "1" * 64)) == 20
+    assert first == sample_ops(capture, 0, 6)
+    assert first != sample_ops(other, 0, 6)
+    assert len(sample_ops(capture, 0, 100)) == 20
 
 
 def test_rank_agreement_goes_by_name_and_is_none_without_ranks():
@@ -89,21 +91,19 @@ def test_rank_agreement_goes_by_name_and_is_none_without_ranks():
 
 def test_an_op_that_did_not_run_is_not_audited():
     values = {"a": [{"mse_value": 1.0}], "b": [None], "c": [{"mse_value": 2.0}]}
-    assert sample_ops({"maps": {"isolated": values}, "executions": dict.fromkeys(values, [1])}, 0, 3, "1" * 64) == [
-        "a",
-        "c",
-    ]
+    capture = a_capture(a_plan(values), {"isolated": values}, [{"mse_value": 1.0}])
+    assert sample_ops(capture, 0, 3) == ["a", "c"]
 
 
 @pytest.mark.slow
 def test_where_inc_measured_nothing_is_left_to_audit(model, batches, plan, capture):
-    assert audit_capture(model, batches, plan, capture | {"engine": "inc"}, 3)["status"] == "not_needed"
+    assert audit_capture(model, batches, plan, replace(capture, engine="inc"), 3).status == "not_needed"
 
 
 @pytest.mark.slow
 def test_a_capture_of_another_plan_is_refused(model, batches, plan, capture):
     with pytest.raises(InputError, match="made from another plan"):
-        audit_capture(model, batches, plan | {"confidence_batches": 1}, capture, 3)
+        audit_capture(model, batches, replace(plan, confidence_batches=1), capture, 3)
 
 
 @pytest.mark.slow
@@ -111,4 +111,4 @@ def test_a_capture_of_another_plan_is_refused(model, batches, plan, capture):
 def test_sites_give_the_same_bits_on_the_device(model, batches, plan, device):
     import torch
 
-    check_sites(model, batches[0], plan, [op["op_name"] for op in plan["ops"]], torch.device(device))
+    check_sites(model, batches[0], plan, plan.op_names, torch.device(device))

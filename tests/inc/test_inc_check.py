@@ -1,7 +1,7 @@
 """INC is checked before it measures; a model that it converts wrongly is replayed, and audited by torch's modules."""
 
-import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from auto_quantize_model.inc.engine import require_inc
 from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, described, identify, require_measurable
 from auto_quantize_model.inc.torch_modules import torch_scores
 from auto_quantize_model.measure.capture import capture_sensitivity
-from auto_quantize_model.measure.journal import Journal
+from auto_quantize_model.measure.store import ScoreStore
 
 IDENTITY = ({"model": "tiny", "digest": "0"}, {"calibration": "set", "digest": "1"}, "2")
 MAPS = ("isolated", "fallback", "requantize")
@@ -50,18 +50,17 @@ def scattering_plan(scattering, ids):
 
 @pytest.fixture(scope="module")
 def scattering_capture(scattering, ids, scattering_plan, tmp_path_factory):
-    with Journal(tmp_path_factory.mktemp("llama4") / "journal", {}) as journal:
-        return capture_sensitivity(scattering, ids, scattering_plan, journal)[0]
+    return capture_sensitivity(scattering, ids, scattering_plan, ScoreStore(tmp_path_factory.mktemp("llama4")))[0]
 
 
 @pytest.mark.slow
 def test_a_model_whose_scatter_inc_drops_is_not_measured_by_inc(scattering, scattering_plan):
-    check = scattering_plan["inc_check"]
+    check = scattering_plan.inc_check
     assert check["status"] == "cannot"
     assert check["reason"].startswith("with no op in INT8, INC's model differs from the FP32 model by a sum of squared")
     assert check["reason"].endswith("at lm_head on batch 0")
     with pytest.raises(InputError, match=r"INC cannot measure this model: .*; set sensitivity.engine to replay, which"):
-        require_measurable(scattering, scattering_plan["ops"], "inc", check)
+        require_measurable(scattering, scattering_plan.ops, "inc", check)
     with pytest.raises(InputError, match=r"INC cannot quantize this model: .* apply the profile with another tool"):
         require_inc(scattering_plan)
 
@@ -70,21 +69,26 @@ def test_a_model_whose_scatter_inc_drops_is_not_measured_by_inc(scattering, scat
 def test_such_a_model_is_measured_by_replay_and_audited_by_torchs_modules(
     scattering, ids, scattering_plan, scattering_capture
 ):
-    count = len(scattering_plan["ops"])
+    count = len(scattering_plan.ops)
     audit = audit_capture(scattering, ids, scattering_plan, scattering_capture, count)
-    assert (audit["status"], audit["by"], audit["compared"]) == ("bit_identical", "torch", 3 * count)
-    values = [records[0]["mse_value"] for records in scattering_capture["maps"]["isolated"].values()]
+    assert (audit.status, audit.by, audit.compared) == ("bit_identical", "torch", 3 * count)
+    values = [score.mse_value for score in scattering_capture.scores if score.map == "isolated"]
     assert len(set(values)) == count  # not INC's one constant for every op
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("label", MAPS)
 def test_the_audit_by_torchs_modules_finds_one_wrong_bit(scattering, ids, scattering_plan, scattering_capture, label):
-    wrong, name = copy.deepcopy(scattering_capture), scattering_plan["ops"][1]["op_name"]
-    record = wrong["maps"][label][name][0]
-    record["mse_value"] = math.nextafter(record["mse_value"], math.inf)
+    name = scattering_plan.op_names[1]
+    scores = [
+        replace(score, mse_value=math.nextafter(score.mse_value, math.inf))
+        if (score.map, score.op_name) == (label, name)
+        else score
+        for score in scattering_capture.scores
+    ]
+    wrong = replace(scattering_capture, scores=tuple(scores))
     with pytest.raises(InputError, match=f"map {label}: {name} was captured as .* by torch's own quantized modules"):
-        audit_capture(scattering, ids, scattering_plan, wrong, len(scattering_plan["ops"]))
+        audit_capture(scattering, ids, scattering_plan, wrong, len(scattering_plan.ops))
 
 
 @pytest.mark.slow
@@ -99,16 +103,16 @@ def test_torchs_modules_leave_the_model_as_it_was(scattering, ids, scattering_pl
 
 @pytest.mark.slow
 def test_a_number_of_audited_ops_above_that_of_all_ops_is_said(scattering_plan, scattering_capture):
-    count = len(scattering_plan["ops"])
+    count = len(scattering_plan.ops)
     assert announce(scattering_plan, scattering_capture, 10**9) == (
         f"audit: {count} of {count} ops (sensitivity.audit_ops asks for 1000000000; no more ran) on batch 0,"
         f" {3 * count} values by torch's own quantized modules"
     )
     assert "(sensitivity" not in announce(scattering_plan, scattering_capture, count)
     assert "audit: 2 of" in announce(scattering_plan, scattering_capture, 2)
-    by_inc = scattering_plan | {"inc_check": {"status": "reproduces_fp32"}}
+    by_inc = replace(scattering_plan, inc_check={"status": "reproduces_fp32"})
     assert announce(by_inc, scattering_capture, 2).endswith("6 values by INC")
-    assert announce(by_inc, scattering_capture | {"engine": "inc"}, 2) == (
+    assert announce(by_inc, replace(scattering_capture, engine="inc"), 2) == (
         "audit: not needed, INC itself measured every op"
     )
 
@@ -126,13 +130,13 @@ def test_mamba_is_refused_with_what_inc_raises_and_what_to_keep(ids):
         " them in FP32 with sensitivity.op_type_dict {Conv1d: fp32}"
     )
     plan = build_plan(model, ids, SensitivitySpec("auto", 1, ("isolated",), op_type_dict={"Conv1d": "fp32"}))
-    assert (len(plan["ops"]), plan["inc_check"]["status"]) == (6, "cannot")
+    assert (len(plan.ops), plan.inc_check["status"]) == (6, "cannot")
 
 
 @pytest.mark.slow
 def test_a_model_that_inc_converts_rightly_says_so(ids):
     plan = build_plan(made("Qwen2", **SHAPE), ids, SensitivitySpec("inc", 1, ("isolated",)))
-    assert plan["inc_check"] == {"status": "reproduces_fp32"}
+    assert plan.inc_check == {"status": "reproduces_fp32"}
 
 
 def test_what_inc_raises_while_it_plans_is_one_sentence(ids, monkeypatch):

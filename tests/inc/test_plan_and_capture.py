@@ -3,20 +3,22 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import neural_compressor.adaptor.pytorch as nc_pytorch
 import pytest
 import torch
 
-from auto_quantize_model.files import InputError, digest_of
-from auto_quantize_model.inc.engine import require_same_plan
+from auto_quantize_model.files import InputError, canonical_json
+from auto_quantize_model.inc.engine import measure_by_inc, require_same_plan
 from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, identify, matching
 from auto_quantize_model.made.digits import LIMITS
 from auto_quantize_model.measure.capture import capture_sensitivity, require_finite
-from auto_quantize_model.measure.journal import Journal
+from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.encode import Sample, collate, encode
 from auto_quantize_model.models.snapshot import load_model
-from auto_quantize_model.replay.ops import build_observer
+from auto_quantize_model.records import Plan, as_record, body_of
+from auto_quantize_model.schemes.inc_int8 import build_observer
 
 pytestmark = pytest.mark.slow
 KEPT = "model.visual.patch_embed.proj"
@@ -35,19 +37,18 @@ def spec(**changes):
 
 def test_the_plan_holds_every_op_and_measures_at_the_output(model, batches):
     plan = build_plan(model, batches, spec())
-    assert plan["measured_op"] == "lm_head"
-    assert plan["ops"][-1]["op_name"] == "lm_head"
-    assert {op["op_type"] for op in plan["ops"]} == {"Linear", "Conv3d", "Embedding"}
+    assert plan.measured_op == plan.op_names[-1] == "lm_head"
+    assert {op.op_type for op in plan.ops} == {"Linear", "Conv3d", "Embedding"}
     modules = dict(model.named_modules())
-    assert all(op["op_name"] in modules for op in plan["ops"] + plan["excluded"])
-    weight = plan["ops"][0]["weight"]
-    assert {key: value for key, value in weight.items() if key != "observer"} == {
-        "dtype": "int8",
-        "scheme": "sym",
-        "granularity": "per_channel",
-        "algorithm": "minmax",
-    }
-    assert weight["observer"] == {
+    assert {*plan.op_names, *(module.op_name for module in plan.excluded)} <= set(modules)
+    weight = plan.ops[0].inc_int8.weight
+    assert (weight.dtype, weight.scheme, weight.granularity, weight.algorithm) == (
+        "int8",
+        "sym",
+        "per_channel",
+        "minmax",
+    )
+    assert weight.observer == {
         "name": "PerChannelMinMaxObserver",
         "dtype": "qint8",
         "qscheme": "per_channel_symmetric",
@@ -55,28 +56,42 @@ def test_the_plan_holds_every_op_and_measures_at_the_output(model, batches):
         "quant_min": None,
         "quant_max": None,
     }
-    assert {op["pattern"] for op in plan["ops"]} == {"Linear", "Conv3d", "Embedding"}
-    assert json.loads(json.dumps(plan)) == plan
+    assert {op.inc_int8.pattern for op in plan.ops} == {"Linear", "Conv3d", "Embedding"}
+    assert as_record(Plan, json.loads(canonical_json(body_of(plan)))) == plan
+
+
+def test_the_plan_is_an_inventory(model, batches):
+    plan = build_plan(model, batches, spec(confidence_batches=2))
+    by_name = {op.op_name: op for op in plan.ops}
+    q_proj = by_name["model.language_model.layers.0.self_attn.q_proj"]
+    assert q_proj.unit == "model.language_model.layers.0.self_attn.q_proj+k_proj+v_proj"
+    assert (q_proj.tower, by_name[KEPT].tower) == ("language", "vision")
+    for op in plan.ops:
+        weight = model.get_submodule(op.op_name).weight
+        assert (op.shape, op.weight_bytes) == (tuple(weight.shape), weight.nbytes)
+        assert op.executions == (1, 1)
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    assert ("+" in by_name["lm_head"].unit) == tied
 
 
 @pytest.mark.parametrize(("reduced", "quant_max"), [(True, 127), (False, 255)])
 def test_reduce_range_reaches_the_observers_of_activations_alone(model, batches, reduced, quant_max):
     before = nc_pytorch.REDUCE_RANGE
     plan = build_plan(model, batches, spec(reduce_range=reduced))
-    assert (plan["reduce_range"], plan["reduce_range_by"]) == (reduced, "config")
+    assert (plan.reduce_range, plan.reduce_range_by) == (reduced, "config")
     assert nc_pytorch.REDUCE_RANGE == before
-    for op in plan["ops"]:
-        if op["op_type"] != "Embedding":
-            assert build_observer(op["activation"]["observer"]).quant_max == quant_max
-            assert build_observer(op["weight"]["observer"]).quant_max == 127
-    assert plan["inc_check"] == {"status": "reproduces_fp32"}
+    for op in plan.ops:
+        if op.op_type != "Embedding":
+            assert build_observer(op.inc_int8.activation.observer).quant_max == quant_max
+            assert build_observer(op.inc_int8.weight.observer).quant_max == 127
+    assert plan.inc_check == {"status": "reproduces_fp32"}
 
 
 def test_the_choice_is_incs_own_where_the_config_makes_none(model, batches, monkeypatch):
     for choice in (True, False):
         monkeypatch.setattr(nc_pytorch, "REDUCE_RANGE", choice)
         plan = build_plan(model, batches, spec())
-        assert (plan["reduce_range"], plan["reduce_range_by"]) == (choice, "inc")
+        assert (plan.reduce_range, plan.reduce_range_by) == (choice, "inc")
     # The plan keeps what it was made with on a CPU where INC would choose otherwise.
     monkeypatch.setattr(nc_pytorch, "REDUCE_RANGE", True)
     require_same_plan(model, batches, plan)
@@ -85,15 +100,15 @@ def test_the_choice_is_incs_own_where_the_config_makes_none(model, batches, monk
 @pytest.mark.parametrize("entry", [{"op_name_dict": {KEPT: "fp32"}}, {"op_type_dict": {"Conv3d": "fp32"}}])
 def test_a_kept_op_is_excluded_with_its_reason_and_the_output_stays_the_measured_op(model, batches, entry):
     plan = build_plan(model, batches, spec(**entry))
-    (kept,) = [op for op in plan["excluded"] if op["op_name"] == KEPT]
-    assert kept["reason"].startswith("kept in FP32 by sensitivity.op_")
-    assert plan["measured_op"] == plan["ops"][-1]["op_name"] == "lm_head"
+    (kept,) = [module for module in plan.excluded if module.op_name == KEPT]
+    assert kept.reason.startswith("kept in FP32 by sensitivity.op_")
+    assert plan.measured_op == plan.op_names[-1] == "lm_head"
 
 
 def test_the_output_op_itself_may_be_kept(model, batches):
     plan = build_plan(model, batches, spec(op_name_dict={"lm_head": "fp32"}))
-    assert plan["measured_op"] == "lm_head"
-    assert "lm_head" not in {op["op_name"] for op in plan["ops"]}
+    assert plan.measured_op == "lm_head"
+    assert "lm_head" not in plan.op_names
 
 
 @pytest.mark.parametrize("entry", [{"op_name_dict": {"lm_haed": "fp32"}}, {"op_type_dict": {"Conv9d": "fp32"}}])
@@ -137,8 +152,7 @@ def few():
 
 
 def captured(model, batches, plan, path, on_progress=lambda done, total: None):
-    with Journal(path, {"plan": digest_of(plan)}) as journal:
-        return capture_sensitivity(model, batches, plan, journal, on_progress)
+    return capture_sensitivity(model, batches, plan, ScoreStore(path), on_progress=on_progress, by_inc=measure_by_inc)
 
 
 @pytest.mark.parametrize("engine", ["replay", "inc"])
@@ -147,13 +161,12 @@ def test_the_capture_has_a_record_for_each_op_and_batch(model, batches, few, tmp
     plan = identify(build_plan(model, batches, wanted), *IDENTITY)
     seen = []
     capture, record = captured(model, batches, plan, tmp_path / "j", lambda done, total: seen.append(done / total))
-    names = [op["op_name"] for op in plan["ops"]]
-    assert list(capture["maps"]["isolated"]) == names
-    assert all(entry["mse_value"] > 0 for records in capture["maps"]["isolated"].values() for entry in records)
-    assert set(map(tuple, capture["executions"].values())) == {(1, 1)}
-    assert capture["batches"][0]["all_int8"]["mse_value"] > 0
+    assert list(capture.of_map("isolated")) == plan.op_names
+    assert [(score.map, score.scheme) for score in capture.scores[:2]] == [("isolated", "inc_int8")] * 2
+    assert len(capture.scores) == 2 * (len(plan.ops) + 1)
+    assert all(score.mse_value > 0 for score in capture.scores)
     assert record["seconds"] > 0
-    assert "host" not in json.dumps(capture)
+    assert "host" not in canonical_json(body_of(capture))
     assert seen == sorted(seen) and seen[-1] == 1
 
 
@@ -170,21 +183,21 @@ def test_a_capture_that_was_stopped_goes_on_and_ends_the_same(model, batches, fe
         captured(model, batches, plan, tmp_path / "stopped", stop)
     again, record = captured(model, batches, plan, tmp_path / "stopped")
     assert again == whole
-    assert record["resumed_scores"] > len(plan["ops"])
+    assert record["resumed_scores"] >= len(plan.ops) / 2
 
 
 def test_an_op_that_text_does_not_reach_has_no_score(model, processor, few, tmp_path):
     texts = [collate([encode(Sample("text", "Which digit is this?"), processor, LIMITS)])]
     plan = identify(build_plan(model, texts, spec(engine="inc", op_name_dict=few)), *IDENTITY)
     capture, _ = captured(model, texts, plan, tmp_path / "j")
-    for name, (record,) in capture["maps"]["isolated"].items():
-        assert (record is None) == name.startswith("model.visual."), name
+    scored = {score.op_name for score in capture.scores if score.map == "isolated"}
+    assert scored == {name for name in plan.op_names if not name.startswith("model.visual.")}
 
 
 def test_a_plan_that_inc_would_not_make_is_refused(model, batches, tmp_path):
     plan = identify(build_plan(model, batches, spec(engine="inc")), *IDENTITY)
     with pytest.raises(InputError, match="the plan's ops are not what INC plans"):
-        captured(model, batches, plan | {"ops": plan["ops"][1:]}, tmp_path / "j")
+        captured(model, batches, replace(plan, ops=plan.ops[1:]), tmp_path / "j")
 
 
 def test_an_op_whose_score_is_not_finite_is_named(tmp_path):

@@ -1,6 +1,8 @@
 """INC's own INT8 model, made from an exported profile and loaded back, has the very error that the replay measured."""
 
 import importlib.util
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import neural_compressor.adaptor.pytorch as nc_pytorch
 import pytest
 import torch
 import transformers
+from build import a_plan, a_profile, profiles_of
 
 from auto_quantize_model.decide.profiles import Target, build_profiles
 from auto_quantize_model.export.exports import FP32, export
@@ -23,17 +26,16 @@ from auto_quantize_model.inc.quantize import (
     modules_told_by_name,
     quantize,
 )
-from auto_quantize_model.machine import instruction_set
 from auto_quantize_model.made.digits import LIMITS, digit_samples
 from auto_quantize_model.measure.heldout import measure_tradeoff
-from auto_quantize_model.measure.journal import Journal
 from auto_quantize_model.measure.metrics import Reference
+from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.encode import Processor, collate, encode
 from auto_quantize_model.models.snapshot import load_model, module_types
+from auto_quantize_model.records import Profile, Tradeoff
 
 pytestmark = pytest.mark.slow
-HERE = {"device": "cpu", "instruction_set": instruction_set()}
-MEASURED = {"reduce_range": nc_pytorch.REDUCE_RANGE, "inc_check": {"status": "reproduces_fp32"}}
+REDUCED = nc_pytorch.REDUCE_RANGE
 ANSWERS: list[list[range | None]] = [[None]]
 
 
@@ -48,54 +50,62 @@ def heldout(processor: Processor) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def profiles(
-    tiny_snapshot: Path, batches: Any, heldout: Any, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
-    """Profiles of the tiny model, measured on the held-out digit with the scales of two batches."""
+def tradeoff(tiny_snapshot: Path, batches: Any, heldout: Any, tmp_path_factory: pytest.TempPathFactory) -> Tradeoff:
+    """The trade-off of the tiny model, measured on the held-out digit with the scales of two batches."""
     model = load_model(tiny_snapshot)
     plan = build_plan(model, batches, SensitivitySpec("replay", 1, ("isolated",)))
-    ranking = [op["op_name"] for op in plan["ops"]]
-    with Journal(tmp_path_factory.mktemp("tradeoff") / "journal", {}) as journal:
-        found = measure_tradeoff(model, plan, ranking, batches, [heldout], ANSWERS, journal)
-    return build_profiles({"status": "measured", **found}, Target(min_sqnr_db=0))["profiles"]
+    store = ScoreStore(tmp_path_factory.mktemp("tradeoff"))
+    return measure_tradeoff(model, plan, plan.op_names, batches, [heldout], ANSWERS, store)
 
 
-def op_name_dict(kept: list[str]) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def profiles(tradeoff: Tradeoff) -> dict[str, Profile]:
+    return build_profiles(tradeoff, Target(min_sqnr_db=0)).profiles
+
+
+def op_name_dict(kept: Sequence[str]) -> dict[str, Any]:
     return {rf"{name}(\.module)?": FP32 for name in kept}
 
 
 @pytest.mark.parametrize("name", ["recommended", "max"])
 def test_the_saved_and_loaded_model_has_the_error_of_its_profile(
-    tiny_snapshot: Path, batches: Any, heldout: Any, profiles: dict[str, Any], tmp_path: Path, name: str
+    tiny_snapshot: Path,
+    batches: Any,
+    heldout: Any,
+    profiles: dict[str, Profile],
+    tradeoff: Tradeoff,
+    tmp_path: Path,
+    name: str,
 ) -> None:
     model, profile = load_model(tiny_snapshot), profiles[name]
     reference = Reference(logits(model, heldout), None)
-    quantize(model, batches, op_name_dict(profile["kept"]), tmp_path)
+    quantize(model, batches, op_name_dict(profile.kept), tmp_path)
     assert (tmp_path / WEIGHTS).is_file()
     loaded = load_quantized(tmp_path, load_model(tiny_snapshot))
     found = measure_error([reference], loaded, [heldout], ANSWERS)
-    record = compared(name, profile, found, HERE)
+    record = compared(name, profile, found, tradeoff)
     assert record["status"] == "bit_identical"
-    assert 0 < found["relative_error"] == profile["relative_error"]  # type: ignore[operator]
+    assert 0 < found["relative_error"] == profile.relative_error  # type: ignore[operator]
 
 
 def test_another_keep_list_has_another_error(
-    tiny_snapshot: Path, batches: Any, heldout: Any, profiles: dict[str, Any], tmp_path: Path
+    tiny_snapshot: Path, batches: Any, heldout: Any, profiles: dict[str, Profile], tradeoff: Tradeoff, tmp_path: Path
 ) -> None:
     model = load_model(tiny_snapshot)
     reference = Reference(logits(model, heldout), None)
-    quantize(model, batches, op_name_dict(profiles["max"]["kept"][1:]), tmp_path)
+    quantize(model, batches, op_name_dict(profiles["max"].kept[1:]), tmp_path)
     found = measure_error([reference], load_quantized(tmp_path, load_model(tiny_snapshot)), [heldout], ANSWERS)
     with pytest.raises(InputError, match="profile max: relative_error was measured as .* do not use this profile"):
-        compared("max", profiles["max"], found, HERE)
+        compared("max", profiles["max"], found, tradeoff)
 
 
 @pytest.mark.parametrize("elsewhere", [{"device": "cuda"}, {"instruction_set": "AVX512 of another CPU"}])
-def test_another_device_or_instruction_set_promises_no_bits(elsewhere: dict[str, str]) -> None:
-    record = compared("max", {"relative_error": 0.1, "keep": 3}, {"relative_error": 0.2}, HERE | elsewhere)
+def test_another_device_or_instruction_set_promises_no_bits(elsewhere: dict[str, str], tradeoff: Tradeoff) -> None:
+    profile, there = a_profile(["a"], relative_error=0.1), replace(tradeoff, **elsewhere)
+    record = compared("max", profile, {"relative_error": 0.2}, there)
     assert record["status"] == "measured_elsewhere"
     assert (record["promised"], record["found"]) == ({"relative_error": 0.1}, {"relative_error": 0.2})
-    assert record["measured_instruction_set"] == (HERE | elsewhere)["instruction_set"]
+    assert record["measured_instruction_set"] == there.instruction_set
 
 
 def test_a_module_is_told_by_its_class_while_inc_works_and_in_full_afterwards() -> None:
@@ -117,16 +127,15 @@ def test_the_exported_script_quantizes_a_model_as_transformers_loads_it(
     tiny_snapshot: Path,
     batches: Any,
     heldout: Any,
-    profiles: dict[str, Any],
+    profiles: dict[str, Profile],
+    tradeoff: Tradeoff,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)  # INC leaves an nc_workspace where it runs
-    held = {"weights_total": 8, "weights_planned": 8, "weights_kept": 0, "share": 1.0, "left_out": []}
-    plan = {"model": "tiny", "ops": [], "excluded": [], "coverage": held} | MEASURED
-    named = {"profiles": {"recommended": profiles["minimal"]}, "missed": ""}
+    named = profiles_of({"recommended": profiles["minimal"]})
     modules = module_types(tiny_snapshot)
-    export(tmp_path / "exports", named, plan, {"executions": {}}, modules, [], len(batches))
+    export(tmp_path / "exports", named, a_plan(reduce_range=REDUCED), modules, [], len(batches))
     specification = importlib.util.spec_from_file_location("script", tmp_path / "exports/recommended/inc_quantize.py")
     assert specification and specification.loader
     script = importlib.util.module_from_spec(specification)
@@ -138,10 +147,10 @@ def test_the_exported_script_quantizes_a_model_as_transformers_loads_it(
 
     reference = Reference(logits(stock(), heldout), None)
     # The profile's 7 or 8 bits hold on a CPU where INC would choose the others.
-    monkeypatch.setattr(nc_pytorch, "REDUCE_RANGE", not MEASURED["reduce_range"])
+    monkeypatch.setattr(nc_pytorch, "REDUCE_RANGE", not REDUCED)
     quantized = script.quantize(stock(), CalibrationLoader(batches))
     quantized.save(str(tmp_path / "quantized"))
     loaded = script.load(str(tmp_path / "quantized"), stock())
     for model in (quantized.model, loaded):
         found = measure_error([reference], model, [heldout], ANSWERS)
-        assert compared("minimal", profiles["minimal"], found, HERE)["status"] == "bit_identical"
+        assert compared("minimal", profiles["minimal"], found, tradeoff)["status"] == "bit_identical"

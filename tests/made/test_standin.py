@@ -16,7 +16,7 @@ from auto_quantize_model.inc.plan import SensitivitySpec, build_plan
 from auto_quantize_model.made import standin
 from auto_quantize_model.made.digits import build_tokenizer
 from auto_quantize_model.measure.capture import capture_sensitivity
-from auto_quantize_model.measure.journal import Journal
+from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.encode import Limits, Sample, collate, encode
 from auto_quantize_model.models.snapshot import build_manifest, load_model, load_processor
 
@@ -88,12 +88,10 @@ def test_every_op_of_a_family_is_planned_executed_and_bit_identical(
     batch = collate([encode(sample, load_processor(directory), LIMITS)])
     # Each value of the fallback map has all other ops in INT8, so a wrong bit of any op shows in few values already.
     plan = build_plan(model, [batch], SensitivitySpec("replay", 1, ("fallback",)))
-    plan |= dict.fromkeys(("model", "calibration"), "tiny")
-    with Journal(tmp_path / "journal", {}) as journal:
-        capture, _ = capture_sensitivity(model, [batch], plan, journal)
-    assert len(plan["ops"]) == number
-    assert all(ran == [1] for ran in capture["executions"].values())
-    assert audit_capture(model, [batch], plan, capture, 4)["status"] == "bit_identical"
+    capture, _ = capture_sensitivity(model, [batch], plan, ScoreStore(tmp_path / "scores"))
+    assert len(plan.ops) == number
+    assert all(op.executions == (1,) for op in plan.ops)
+    assert audit_capture(model, [batch], plan, capture, 4).status == "bit_identical"
 
 
 def test_a_text_model_takes_no_images(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from auto_quantize_model.inc.plan import SensitivitySpec, build_plan
 from auto_quantize_model.made.digits import LIMITS, digit_samples
 from auto_quantize_model.measure.heldout import (
     Greedy,
-    _measure,
+    _of_batch,
     gain,
     greedy_order,
     keep_sizes,
@@ -25,11 +25,13 @@ from auto_quantize_model.measure.heldout import (
     right_answers,
     summary,
 )
-from auto_quantize_model.measure.journal import Journal
 from auto_quantize_model.measure.metrics import Reference
+from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.encode import Sample, answer_span, encode
 from auto_quantize_model.models.snapshot import load_model
+from auto_quantize_model.records import Plan
 from auto_quantize_model.replay.model import Replay
+from auto_quantize_model.schemes.scheme import assigned
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +40,13 @@ def model(tiny_snapshot: Path) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def plan(model: torch.nn.Module, batches: Any) -> dict[str, Any]:
+def plan(model: torch.nn.Module, batches: Any) -> Plan:
     return build_plan(model, batches, SensitivitySpec("replay", 1, ("isolated",)))
+
+
+def lines_of(folder: Path) -> int:
+    """How many scores a store holds."""
+    return sum(len(path.read_text().splitlines()) - 1 for path in folder.glob("*.jsonl"))
 
 
 @given(st.integers(1, 2000))
@@ -61,8 +68,8 @@ def test_every_order_holds_every_op_once(sizes: list[int]) -> None:
     assert weights == sorted(sizes, reverse=True)
 
 
-def curve(*values: float | None) -> list[dict[str, Any]]:
-    return [{"keep": size, "sqnr_db": value} for size, value in zip((0, 1, 3), values, strict=True)]
+def curve(*values: float | None) -> list[tuple[int, float | None]]:
+    return list(zip((0, 1, 3), values, strict=True))
 
 
 def test_the_gain_is_the_area_between_two_curves_in_which_each_doubling_counts_the_same() -> None:
@@ -90,38 +97,35 @@ def test_an_answer_is_right_where_each_of_its_tokens_is_the_most_likely_one() ->
     assert right_answers(logits, batch, [None, range(3, 4)]) == 1
 
 
-def test_a_batch_taken_up_keeps_the_scales_of_the_calibration(model: Any, plan: Any, batches: Any) -> None:
-    names = [op["op_name"] for op in plan["ops"]]
-    with Replay(model, plan["ops"], plan["measured_op"]) as replay:
+def test_a_batch_that_is_begun_keeps_the_scales_of_the_calibration(model: Any, plan: Any, batches: Any) -> None:
+    everything = assigned(plan.op_names)
+    with Replay(model, plan.ops, plan.measured_op) as replay:
         replay.calibrate(batches[0])
-        calibrated = replay.run(names).clone()
+        calibrated = replay.run(everything).clone()
         replay.calibrate(batches[1])
-        other_scales = replay.run(names).clone()
+        other_scales = replay.run(everything).clone()
         replay.calibrate(batches[0])
         with torch.no_grad():
-            assert torch.equal(replay.take_up(batches[1]), model(**batches[1]).logits)
-        assert not torch.equal(replay.run(names), other_scales)
-        replay.take_up(batches[0])
-        assert torch.equal(replay.run(names), calibrated)
+            assert torch.equal(replay.begin(batches[1]), model(**batches[1]).logits)
+        assert not torch.equal(replay.run(everything), other_scales)
+        replay.begin(batches[0])
+        assert torch.equal(replay.run(everything), calibrated)
 
 
 def test_scales_are_of_all_calibration_batches_and_an_op_counts_its_runs_of_one(
     model: Any, plan: Any, batches: Any
 ) -> None:
-    names = [op["op_name"] for op in plan["ops"]]
-    with Replay(model, plan["ops"], plan["measured_op"]) as replay:
+    everything = assigned(plan.op_names)
+    with Replay(model, plan.ops, plan.measured_op) as replay:
         replay.calibrate(batches[1])
-        (alone, executions), order = (replay.run(names).clone(), replay.executions), replay.order
-        replay.calibrate(*batches)
+        (alone, executions), order = (replay.run(everything).clone(), replay.executions), replay.order
+        together = replay.calibrate(*batches)
         assert (replay.executions, replay.order) == (executions, order)
-        assert not torch.equal(replay.run(names), alone)
-        together = {name: vars(site).get("in_scale") for name, site in replay.sites.items()}
-        replay.calibrate(*batches[::-1])
-        first = {name: vars(site).get("in_scale") for name, site in replay.sites.items()}
+        assert not torch.equal(replay.run(everything), alone)
+        first = replay.calibrate(*batches[::-1])
         # Histograms are merged in the order of the batches; they cover the same range.
-        assert all(
-            torch.allclose(first[name], scale, rtol=0.05) for name, scale in together.items() if scale is not None
-        )
+        for name, scales in together.items():
+            assert first[name].in_scale == pytest.approx(scales.in_scale, rel=0.05)
 
 
 def test_the_worst_batch_stands_beside_the_sum_of_all() -> None:
@@ -138,7 +142,7 @@ class Overflowing:
     def __init__(self, value: float = 1.0) -> None:
         self.output = torch.full((1, 2, 3), value)
 
-    def take_up(self, batch: Any) -> torch.Tensor:
+    def begin(self, batch: Any) -> torch.Tensor:
         return self.output
 
     def run(self, ops: Any) -> torch.Tensor:
@@ -155,90 +159,94 @@ class Overflowing:
 )
 def test_a_value_that_is_no_number_is_named_with_its_list(tmp_path: Path, value: float, message: str) -> None:
     replay: Any = Overflowing(value)
-    with Journal(tmp_path / "journal", {}) as journal, pytest.raises(InputError, match=f"^{message}"):
-        _measure(replay, [{}], [[None]], frozenset("abcdef"), {frozenset("abcd"): "ranking/4"}, journal, print)
+    with ScoreStore(tmp_path).shelf({}) as shelf, pytest.raises(InputError, match=f"^{message}"):
+        _of_batch(replay, 0, {}, [None], list("abcdef"), {frozenset("abcd"): "ranking/4"}, shelf, print)
 
 
 def test_the_greedy_refinement_names_a_value_that_is_no_number(tmp_path: Path) -> None:
     replay: Any = Overflowing()
     reference = Reference(replay.output, None)
     with (
-        Journal(tmp_path / "journal", {}) as journal,
+        ScoreStore(tmp_path).shelf({}) as shelf,
         pytest.raises(
             InputError, match="^greedy refinement: mse_value of the model with a in FP32 is inf; keep the ops"
         ),
     ):
-        greedy_order(replay, reference, ["a", "b"], Greedy(2, 1), journal, print)
+        greedy_order(replay, reference, ["a", "b"], Greedy(2, 1), shelf, print)
 
 
 def test_an_interrupted_measurement_goes_on_and_gives_the_same(
     model: Any, plan: Any, batches: Any, tmp_path: Path
 ) -> None:
-    ranking, greedy = [op["op_name"] for op in plan["ops"]], Greedy(candidates=2, ops=2)
+    ranking, greedy = plan.op_names, Greedy(candidates=2, ops=2)
     data = (model, plan, ranking, batches[:1], batches[1:], [[None]])
 
     def stop_half_way(done: int, total: int) -> None:
         if 2 * done > total > greedy.runs(len(ranking)):
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), Journal(tmp_path / "journal", {}) as journal:
-        measure_tradeoff(*data, journal, greedy, stop_half_way)
-    with Journal(tmp_path / "journal", {}) as journal, Journal(tmp_path / "another", {}) as another:
-        assert journal.found and journal.news() == f"going on from {journal.found} records of an earlier run"
-        assert measure_tradeoff(*data, journal, greedy) == measure_tradeoff(*data, another, greedy)
-        assert len(another.records) == len(journal.records) > journal.found
+    stopped, whole = ScoreStore(tmp_path / "stopped"), ScoreStore(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        measure_tradeoff(*data, stopped, greedy, on_progress=stop_half_way)
+    left = lines_of(tmp_path / "stopped")
+    assert measure_tradeoff(*data, stopped, greedy) == measure_tradeoff(*data, whole, greedy)
+    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "stopped") > left
+    measure_tradeoff(*data, stopped, greedy)
+    assert lines_of(tmp_path / "stopped") == lines_of(tmp_path / "whole")  # measured no more
 
 
 def test_the_curves_begin_and_end_together(model: Any, plan: Any, batches: Any, tmp_path: Path) -> None:
-    ranking = [op["op_name"] for op in plan["ops"]]
+    ranking = plan.op_names
     answers: list[list[range | None]] = [[None]]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with Journal(tmp_path / "journal", {}) as journal:
-        found = measure_tradeoff(model, plan, ranking, batches[:1], batches[1:], answers, journal)
-    for points in found["curves"].values():
-        assert points[0] == found["curves"]["ranking"][0]
-        assert points[-1]["relative_error"] == 0 and points[-1]["sqnr_db"] is None
-        assert points[-1]["weight_bytes"] == 4 * sum(parameter.numel() for parameter in model.parameters())
-        assert [name for point in points for name in point["added"]] != []
-    first = found["curves"]["ranking"][0]
-    with Replay(model, plan["ops"], plan["measured_op"]) as replay:
-        replay.calibrate(batches[0])
-        reference = replay.take_up(batches[1]).clone()
-        error = float((reference - replay.run(ranking)).pow(2).sum())
-    assert math.isclose(first["relative_error"], error / float(reference.double().pow(2).sum()), rel_tol=1e-6)
-    assert first["accuracy"] is None and found["answers"] == 0
+    store = ScoreStore(tmp_path)
+    found = measure_tradeoff(model, plan, ranking, batches[:1], batches[1:], answers, store)
+    for points in found.curves.values():
+        assert points[0] == found.curves["ranking"][0]
+        assert points[-1].relative_error == 0 and points[-1].sqnr_db is None
+        assert points[-1].weight_bytes == 4 * sum(parameter.numel() for parameter in model.parameters())
+        assert [name for point in points for name in point.added] != []
+    first = found.curves["ranking"][0]
+    with Replay(model, plan.ops, plan.measured_op) as replay:
+        scales = replay.calibrate(batches[0])
+        reference = replay.begin(batches[1]).clone()
+        error = float((reference - replay.run(assigned(ranking))).pow(2).sum())
+    assert math.isclose(first.relative_error, error / float(reference.double().pow(2).sum()), rel_tol=1e-6)
+    assert first.accuracy is None and found.answers == 0
+    # Scales that a calibration found before give the same.
+    assert found == measure_tradeoff(
+        model, plan, ranking, batches[:1], batches[1:], answers, ScoreStore(tmp_path / "other"), scales=scales
+    )
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    with Journal(tmp_path / "journal", {}) as journal:
-        assert journal.found
-        assert found == measure_tradeoff(model, plan, ranking, batches[:1], batches[1:], answers, journal)
+    assert found == measure_tradeoff(model, plan, ranking, batches[:1], batches[1:], answers, store)
 
 
 def test_greedy_keeps_what_helps_most_in_the_state_reached(model: Any, plan: Any, batches: Any, tmp_path: Path) -> None:
-    ranking = [op["op_name"] for op in plan["ops"]]
+    ranking = plan.op_names
     ops, greedy = frozenset(ranking), Greedy(candidates=3, ops=2)
-    with Journal(tmp_path / "journal", {}) as journal:
-        found = measure_tradeoff(model, plan, ranking, batches[:1], batches[1:], [[None]], journal, greedy)
-    chosen = [name for point in found["curves"]["greedy"] for name in point["added"]]
-    with Replay(model, plan["ops"], plan["measured_op"]) as replay:
-        reference = replay.calibrate(batches[0]).clone()
+    found = measure_tradeoff(model, plan, ranking, batches[:1], batches[1:], [[None]], ScoreStore(tmp_path), greedy)
+    chosen = [name for point in found.curves["greedy"] for name in point.added]
+    with Replay(model, plan.ops, plan.measured_op) as replay:
+        replay.calibrate(batches[0])
+        reference = replay.measured.clone()
 
         def error(kept: set[str]) -> float:
-            return float((reference - replay.run(ops - kept)).pow(2).sum())
+            return float((reference - replay.run(assigned(ops - kept))).pow(2).sum())
 
         first = min(ranking[:3], key=lambda name: error({name}))
         left = [name for name in ranking if name != first][:3]
         assert chosen == [first, min(left, key=lambda name: error({first, name}))]
-    assert [point["keep"] for point in found["curves"]["greedy"]] == [0, 1, 2]
-    assert found["greedy_gain_db"] is not None and greedy.runs(len(ranking)) == 6
+    assert [point.keep for point in found.curves["greedy"]] == [0, 1, 2]
+    assert found.greedy_gain_db is not None and greedy.runs(len(ranking)) == 6
 
 
 def test_the_lengths_are_named_at_which_another_curve_does_better() -> None:
-    first = [{"keep": keep, "sqnr_db": sqnr} for keep, sqnr in enumerate([5, 9, 7, None, 9, None])]
-    second = [{"keep": keep, "sqnr_db": sqnr} for keep, sqnr in enumerate([5, 8, 8, 9, None, None])]
+    first = list(enumerate([5, 9, 7, None, 9, None]))
+    second = list(enumerate([5, 8, 8, 9, None, None]))
     assert losses(first, second) == [2, 4]
 
 
 def test_an_int8_weight_takes_a_byte_a_value_and_a_scale_a_row() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2, bias=False))
-    assert model_bytes(model, ["0", "1"], frozenset({"0", "1"})) == 4 * (32 + 4 + 8)
-    assert model_bytes(model, ["0", "1"], frozenset()) == 32 + 4 * 4 + 4 * 4 + 8 + 4 * 2
+    assert model_bytes(model, {}) == 4 * (32 + 4 + 8)
+    assert model_bytes(model, assigned(["0", "1"])) == 32 + 4 * 4 + 4 * 4 + 8 + 4 * 2

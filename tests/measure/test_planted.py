@@ -4,6 +4,7 @@ The rescaling leaves the model's function as it is: a norm's weight grows in som
 that reads them shrink by as much. In FP32 nothing changes; in INT8 one scale has to serve channels far apart.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from auto_quantize_model.inc.plan import SensitivitySpec, build_plan
 from auto_quantize_model.made.digits import build_snapshot
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.heldout import measure_tradeoff
-from auto_quantize_model.measure.journal import Journal
+from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.snapshot import load_model
+from auto_quantize_model.records import Plan, Tradeoff
 
 # The op and the norm before it, of which it is the only reader.
 CHOICES = {
@@ -49,35 +51,32 @@ def plant(model: torch.nn.Module, op: str, norm: str, seed: int) -> None:
     columns[:, :, channels] /= FACTOR
 
 
-def measured(
-    model: torch.nn.Module, plan: dict[str, Any], batches: Batches, directory: Path
-) -> tuple[list[str], dict[str, Any]]:
+def measured(model: torch.nn.Module, plan: Plan, batches: Batches, directory: Path) -> tuple[list[str], Tradeoff]:
     """The ranking on the first batch, and the trade-off on the second."""
-    with Journal(directory / "capture", {}) as journal:
-        ranking = most_sensitive_first(plan, capture_sensitivity(model, batches, plan, journal)[0])
-    with Journal(directory / "tradeoff", {}) as journal:
-        tradeoff = measure_tradeoff(model, plan, ranking, batches[:1], batches[1:], [[None]], journal)
-    return ranking, {"status": "measured", **tradeoff}
+    store = ScoreStore(directory)
+    ranking = most_sensitive_first(plan, capture_sensitivity(model, batches, plan, store)[0])
+    return ranking, measure_tradeoff(model, plan, ranking, batches[:1], batches[1:], [[None]], store)
 
 
 @pytest.fixture(scope="module", params=[0, 1])
 def usual(
     request: pytest.FixtureRequest, batches: Batches, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[int, Path, dict[str, Any], list[str], float]:
+) -> tuple[int, Path, Plan, list[str], float]:
     """Of a model before anything is planted: seed, snapshot, plan, ranking, and SQNR of all-INT8 in dB."""
     directory = tmp_path_factory.mktemp("usual")
     build_snapshot(directory / "snapshot", depth=2, hidden=32, seed=request.param)
     model = model_of(directory / "snapshot")
     plan = build_plan(model, batches, SensitivitySpec("replay", 1, ("isolated",)))
-    plan |= dict.fromkeys(("model", "calibration"), "planted")
-    ranking, tradeoff = measured(model, plan, batches, directory)
-    return request.param, directory / "snapshot", plan, ranking, tradeoff["curves"]["ranking"][0]["sqnr_db"]
+    ranking, tradeoff = measured(model, plan, batches, directory / "scores")
+    sqnr_db = tradeoff.curves["ranking"][0].sqnr_db
+    assert sqnr_db is not None
+    return request.param, directory / "snapshot", plan, ranking, sqnr_db
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", CHOICES)
 def test_a_planted_op_is_ranked_first_and_the_recommended_profile_keeps_it(
-    op: str, usual: tuple[int, Path, dict[str, Any], list[str], float], batches: Batches, tmp_path: Path
+    op: str, usual: tuple[int, Path, Plan, list[str], float], batches: Batches, tmp_path: Path
 ) -> None:
     seed, snapshot, plan, ranking, sqnr_db = usual
     assert ranking.index(op) > 2
@@ -86,10 +85,11 @@ def test_a_planted_op_is_ranked_first_and_the_recommended_profile_keeps_it(
         before = model(**batches[0]).logits
         plant(model, op, CHOICES[op], seed)
         assert torch.allclose(model(**batches[0]).logits, before, rtol=1e-3, atol=1e-3)
-    planted, tradeoff = measured(model, plan, batches, tmp_path)
+    planted, tradeoff = measured(model, replace(plan, model_digest=op), batches, tmp_path)
     assert planted[0] == op
-    assert tradeoff["curves"]["ranking"][0]["sqnr_db"] < sqnr_db - 1
+    all_int8, by_chance = tradeoff.curves["ranking"][0].sqnr_db, tradeoff.gains_db["random"]
+    assert all_int8 is not None and all_int8 < sqnr_db - 1
     # As good as it was before: that takes this op in FP32 and no other.
-    recommended = build_profiles(tradeoff, Target(min_sqnr_db=sqnr_db - 0.5))["profiles"]["recommended"]
-    assert recommended["kept"] == [op]
-    assert tradeoff["gains_db"]["random"] > 0
+    recommended = build_profiles(tradeoff, Target(min_sqnr_db=sqnr_db - 0.5)).profiles["recommended"]
+    assert recommended.kept == (op,)
+    assert by_chance is not None and by_chance > 0
