@@ -27,7 +27,8 @@ from auto_quantize_model.inc.engine import inc_scores
 from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, quant_config
 from auto_quantize_model.machine import instruction_set
 from auto_quantize_model.made.digits import train_snapshot
-from auto_quantize_model.made.standin import SHAPES, build_once
+from auto_quantize_model.made.shapes import SHAPES
+from auto_quantize_model.made.standin import build_once
 from auto_quantize_model.measure.states import states
 from auto_quantize_model.models.snapshot import build_manifest, load_model, load_processor
 from auto_quantize_model.records import Plan

@@ -32,6 +32,7 @@ from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.plan import find_output_op
 from auto_quantize_model.made import standin
 from auto_quantize_model.made.digits import LIMITS, build_snapshot, build_tokenizer, digit_samples
+from auto_quantize_model.made.shapes import SHAPES
 from auto_quantize_model.models.encode import Sample, encode
 from auto_quantize_model.models.snapshot import build_manifest, load_model, load_processor
 
@@ -47,7 +48,7 @@ def build_snapshots(directory: Path) -> list[Path]:
     """The snapshots to damage: a vision-language model, its published layout in shards, and a text model."""
     vision, published, text = (directory / name for name in ("vision", "published", "text"))
     build_snapshot(vision, depth=1, hidden=32)
-    standin.build(standin.SHAPES["tiny"], published, shard_bytes=100_000)
+    standin.build(SHAPES["tiny"], published, shard_bytes=100_000)
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
     config = transformers.Qwen2Config(

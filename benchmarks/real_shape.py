@@ -20,7 +20,8 @@ from scipy.stats import spearmanr
 from auto_quantize_model import cli
 from auto_quantize_model.files import read_json, write_json
 from auto_quantize_model.machine import GIB, choose_device
-from auto_quantize_model.made.standin import SHAPES, build_once
+from auto_quantize_model.made.shapes import SHAPES
+from auto_quantize_model.made.standin import build_once
 from auto_quantize_model.measure.capture import capture_sensitivity, fingerprint
 from auto_quantize_model.measure.journal import Journal
 from auto_quantize_model.models.snapshot import count_parameters, load_model

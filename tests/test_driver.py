@@ -1,6 +1,5 @@
 """The driver runs without Snakemake on any snapshot and calibration set, and a bad one ends it early."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from auto_quantize_model.commands import inc_qwen2_5_vl_3b_sensitivity as driver
 from auto_quantize_model.files import InputError
 from auto_quantize_model.made.digits import digit_samples
 
@@ -53,21 +53,16 @@ def test_the_driver_writes_the_report_and_publishes_it(tiny_snapshot, photos, tm
 
 
 def test_an_output_of_the_driver_is_refused_before_work(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("driver", DRIVER)
-    driver = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(driver)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "plan.json").write_text("[]")
-    command = ["driver", "--model", "nowhere", "--output", "run", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", [*command, "--calibration", "run/plan.json"])
+    command = ["--model", "nowhere", "--output", "run", "--device", "cpu"]
     with pytest.raises(InputError, match=r"^run/plan\.json is an input of this step; name another file"):
-        driver.measure(driver.arguments())
+        driver.measure(driver.parser().parse_args([*command, "--calibration", "run/plan.json"]))
     published = tmp_path / f"{PUBLISHED}.md"
     published.mkdir(parents=True)
-    monkeypatch.setattr(sys, "argv", [*command, "--calibration", "photos", "--publish"])
     with pytest.raises(InputError, match=r"mse_sensitivity\.md: a folder, where a file is to be written; name a file"):
-        driver.measure(driver.arguments())
+        driver.measure(driver.parser().parse_args([*command, "--calibration", "photos", "--publish"]))
 
 
 def test_a_bad_calibration_set_ends_the_driver_before_any_output(tiny_snapshot, photos, tmp_path):

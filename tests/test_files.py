@@ -391,7 +391,8 @@ def test_a_signal_is_not_mistaken_for_a_failure(tmp_path: Path) -> None:
 def test_photos_and_exports_never_mix_with_what_is_the_users(tmp_path: Path) -> None:
     """Each writer of a folder goes by the one rule."""
     from auto_quantize_model.export.exports import export
-    from auto_quantize_model.made.standin import SHAPES, build, write_photos
+    from auto_quantize_model.made.shapes import SHAPES
+    from auto_quantize_model.made.standin import build, write_photos
 
     foreign(tmp_path / "mine")
     profiles: dict[str, Any] = {"profiles": {}, "missed": None}

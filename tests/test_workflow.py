@@ -26,6 +26,7 @@ import yaml
 from loopback_hub import serving, write_captions
 
 from auto_quantize_model.made import standin
+from auto_quantize_model.made.shapes import SHAPES
 
 ROOT = Path(__file__).parents[1]
 EVERYTHING = {
@@ -293,7 +294,7 @@ def test_the_shipped_config_of_the_3b_runs_from_the_hub_to_the_published_summary
     """Only ids and sizes are overridden: the hub is one on loopback, with a tiny model in the published layout."""
     directory = copy_checkout(tmp_path / "checkout")
     model, data = "a" * 40, "b" * 40
-    standin.build(standin.SHAPES["tiny"], tmp_path / "model", shard_bytes=100_000)
+    standin.build(SHAPES["tiny"], tmp_path / "model", shard_bytes=100_000)
     overrides = [
         f"model={{repo_id: org/tiny, revision: {model}}}",
         f"calibration={{repo_id: org/captions, revision: {data}, num_samples: 2, num_heldout: 1}}",

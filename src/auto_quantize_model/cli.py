@@ -194,6 +194,8 @@ def run(work: Callable[[], None], log: Path | None) -> int:
 
         def logged() -> None:
             end_with_parent()
+            # Some values break huggingface_hub when it is imported.
+            require_endpoint(os.environ.get("HF_ENDPOINT") or None)
             if log is not None:
                 chatter.enter_context(_chatter_into(log))
             work()
@@ -236,16 +238,11 @@ def _report(message: str, log: Path | None) -> None:
 
 
 def _report_early_end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Report in one line what ends a script before `run`, while its libraries are imported; that takes seconds."""
+    """Report in one line that Ctrl-C ended a script before `run`, while its libraries were imported."""
     if issubclass(kind, KeyboardInterrupt):
         _report("stopped by SIGINT; run again", None)
-        return
-    try:
-        require_endpoint(os.environ.get("HF_ENDPOINT"))  # huggingface_hub breaks on some values when it is imported
-    except InputError as told:
-        _report(f"error: {told}", None)
-        raise SystemExit(2) from None
-    sys.__excepthook__(kind, error, trace)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 sys.excepthook = _report_early_end  # scripts import this module first

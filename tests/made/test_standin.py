@@ -15,6 +15,7 @@ from auto_quantize_model.inc.audit import audit_capture
 from auto_quantize_model.inc.plan import SensitivitySpec, build_plan
 from auto_quantize_model.made import standin
 from auto_quantize_model.made.digits import build_tokenizer
+from auto_quantize_model.made.shapes import SHAPES
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.encode import Limits, Sample, collate, encode
@@ -52,7 +53,7 @@ def configuration(architecture: str, vocabulary: int, tokens: dict[str, int]) ->
 def write_snapshot(architecture: str, directory: Path) -> Path:
     """A tiny snapshot with weights from a seed; Qwen2.5-VL in its published layout."""
     if architecture == "Qwen2_5_VLForConditionalGeneration":
-        standin.build(standin.SHAPES["tiny"], directory, shard_bytes=100_000)
+        standin.build(SHAPES["tiny"], directory, shard_bytes=100_000)
         return directory
     tokenizer = build_tokenizer()
     names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}

@@ -1,7 +1,6 @@
 """Two reports compared: noise is no difference, a changed top set is one, and a CI job can act on the exit code."""
 
 import copy
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_document import parts
 
+from auto_quantize_model.commands import compare_sensitivity
 from auto_quantize_model.files import InputError
 from auto_quantize_model.report.compare import Limits, compare, standings, to_markdown
 from auto_quantize_model.report.document import build_report
@@ -330,16 +330,10 @@ def test_the_exit_code_is_the_verdict(tmp_path: Path, second: Any, options: list
 def test_an_unexpected_error_does_not_end_like_a_difference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = importlib.util.spec_from_file_location("compare_sensitivity", SCRIPT)
-    assert spec and spec.loader
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-
     def fail(*_: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(script, "compare", fail)
+    monkeypatch.setattr("auto_quantize_model.report.compare.compare", fail)
     (tmp_path / "a.json").write_text(json.dumps(report()))
-    monkeypatch.setattr(sys, "argv", ["compare_sensitivity.py", str(tmp_path / "a.json"), str(tmp_path / "a.json")])
-    assert script.main() == 3
+    assert compare_sensitivity.main([str(tmp_path / "a.json"), str(tmp_path / "a.json")]) == 3
     assert "error: RuntimeError: a bug" in capsys.readouterr().err

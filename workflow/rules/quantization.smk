@@ -26,7 +26,6 @@ rule quantize_model:
         versions=versions_of(*MEASURING),
         profile=config["quantize"]["profile"],
         directory=folder_of_output,
-        exports=folder_of_exports,
         config_digest=config_digest("quantize_model"),
     shell:
         "exec python scripts/quantize_model.py"
@@ -37,7 +36,7 @@ rule quantize_model:
         " --plan {input.plan:q}"
         " --tradeoff {input.tradeoff:q}"
         " --profiles {input.profiles:q}"
-        " --exports {params.exports:q}"
+        " --exports {input.exports:q}"
         " --profile {params.profile:q}"
         " --directory {params.directory:q}"
         " --record {output.record:q}"

@@ -3,14 +3,13 @@
 In: records of a map, and the sums of squares of the FP32 output. Out: rows as the report shows them.
 """
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from auto_quantize_model.measure.sqnr import decibels
+from auto_quantize_model.measure.aggregate import decibels, mean, ratio
 from auto_quantize_model.records import Capture, Op, Plan, Score
 
 
@@ -47,18 +46,6 @@ def aggregated(scores: Sequence[Score | None], references: Sequence[Mapping[str,
         **means,
         **relative,
     }
-
-
-def ratio(pairs: list[tuple[float | None, float]]) -> float | None:
-    """Sum of errors over sum of squares; None where an error was not measured or there is nothing to compare with."""
-    errors, squares = [error for error, _ in pairs if error is not None], math.fsum(square for _, square in pairs)
-    return math.fsum(errors) / squares if len(errors) == len(pairs) and squares else None
-
-
-def mean(values: list[float | None]) -> float | None:
-    """The mean, or None where a value was not measured."""
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if len(known) == len(values) else None
 
 
 def ranked(

@@ -12,7 +12,7 @@ from typing import Any
 
 from scipy.stats import kendalltau
 
-from auto_quantize_model.decide.ranking import mean
+from auto_quantize_model.measure.aggregate import mean
 from auto_quantize_model.records import Score
 
 TOP = 10

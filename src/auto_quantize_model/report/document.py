@@ -42,14 +42,6 @@ FALLBACK_FLOOR_TAU = 0.3
 # Four times the error on samples that set no scale: the calibration set has not seen what the model will.
 HELDOUT_GAP_DB = 6.0
 CALIBRATION_KEYS = ("source", "seed", "batch_size", "text_only", "image_backend", "digest")
-DIRECTIONS = {
-    "isolated": "Only this op is INT8, all others stay FP32: the error it adds. The highest is the most sensitive.",
-    "fallback": "Only this op is FP32, all others are INT8: the error left. The lowest is the most sensitive.",
-    "requantize": (
-        "Ops are quantized one after another in the plan's order and never reset: the error so far. A running total"
-        " that depends on the order, not a score of the op."
-    ),
-}
 
 
 def build_report(
@@ -103,7 +95,7 @@ def build_report(
         "trust": assess(scores["isolated"], capture.all_int8) if "isolated" in maps else None,
         "tradeoff": body_of(tradeoff),
         "profiles": body_of(profiles),
-        "maps": {label: {"direction": DIRECTIONS[label], "ops": rows} for label, rows in maps.items()},
+        "maps": {label: {"direction": sentences.DIRECTIONS[label], "ops": rows} for label, rows in maps.items()},
         "ops": [
             {
                 "op_name": op.op_name,

@@ -5,6 +5,16 @@ from typing import Any
 from auto_quantize_model.records import IncCheck
 from auto_quantize_model.report import coverage
 
+# How each map is read.
+DIRECTIONS = {
+    "isolated": "Only this op is INT8, all others stay FP32: the error it adds. The highest is the most sensitive.",
+    "fallback": "Only this op is FP32, all others are INT8: the error left. The lowest is the most sensitive.",
+    "requantize": (
+        "Ops are quantized one after another in the plan's order and never reset: the error so far. A running total"
+        " that depends on the order, not a score of the op."
+    ),
+}
+
 Report = dict[str, Any]
 # With fewer right answers of FP32, one that changes is a fifth of them or more: the accuracy says nothing.
 FEW_RIGHT = 5

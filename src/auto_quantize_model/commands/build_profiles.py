@@ -1,0 +1,42 @@
+"""Name the keep-lists that were measured: minimal to max, and the smallest that reaches the config's target."""
+
+import argparse
+from collections.abc import Sequence
+
+from auto_quantize_model import cli, options
+from auto_quantize_model.files import from_block
+from auto_quantize_model.run import open_run
+
+SHOWN = 12  # names on the terminal; the file and the report have them all
+
+
+def parser() -> argparse.ArgumentParser:
+    made = options.parser(__doc__, "tradeoff", "plan", "config_digest", "log", writes=["profiles"], optional=["plan"])
+    made.add_argument("--target", type=cli.json_value, required=True, help="the config's profiles block as JSON")
+    return made
+
+
+def build_profiles(args: argparse.Namespace) -> None:
+    from auto_quantize_model.decide import profiles
+    from auto_quantize_model.report import coverage, sentences
+
+    run = open_run(args)
+    found = profiles.build_profiles(run.tradeoff, from_block(profiles.Target, args.target, "profiles"))
+    run.write("profiles", args.profiles, found)
+    known = {"profiles": found, "tradeoff": run.tradeoff}
+    if "plan" in run.has:  # without the plan no share of the weights is known
+        known["coverage"] = run.plan["coverage"]
+        cli.say(f"profiles: {coverage.headline(len(run.plan['ops']), run.plan['coverage'])}")
+        for warning in coverage.warnings(run.plan["coverage"]):
+            cli.say(f"warning: {warning}")
+    cli.say(f"recommended: {' '.join(filter(None, sentences.decision(known)))}")
+    kept = found["profiles"].get("recommended", found["knee"] or {}).get("kept", [])
+    if kept:
+        where = "recommended" if "recommended" in found["profiles"] else "the knee"
+        cli.say(f"{where} keeps: {', '.join(kept[:SHOWN] + ['...'] * (len(kept) > SHOWN))}")
+    for remark in sentences.remarks(known):
+        cli.say(f"remark: {remark}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return options.start(parser(), build_profiles, argv)

@@ -1,0 +1,50 @@
+"""Score every planned op, batch for batch, by the engine that the plan names. A killed run resumes."""
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from auto_quantize_model import cli, options
+from auto_quantize_model.files import write_json
+from auto_quantize_model.run import open_run
+
+if TYPE_CHECKING:
+    from auto_quantize_model.measure.capture import Engine
+
+
+def parser() -> argparse.ArgumentParser:
+    reads = ("manifest", "calibration_manifest", "calibration_set", "plan", "device", "tf32", "nondeterministic")
+    return options.parser(__doc__, *reads, "config_digest", "log", writes=["capture", "run_record"])
+
+
+def capture_sensitivity(args: argparse.Namespace) -> None:
+    from auto_quantize_model.machine import explained_out_of_memory
+    from auto_quantize_model.measure import capture
+    from auto_quantize_model.measure.journal import Journal
+
+    run = open_run(args)
+    device = run.device
+    batches = run.batches()
+    of = capture.fingerprint(run.plan, device) | run.digests
+    with Journal(args.capture.with_name(f"{args.capture.name}.journal"), of) as journal:
+        if news := journal.news():
+            cli.say(f"capture: {news}")
+        with explained_out_of_memory(device), cli.progress_bar("capture") as on_progress:
+            by_inc = inc_engine() if run.plan["engine"] != "replay" else None
+            captured, record = capture.capture_sensitivity(
+                run.model(device), batches, run.plan, journal, on_progress, by_inc
+            )
+        write_json(args.run_record, record)
+        run.write("capture", args.capture, capture.describe_batches(captured, run.calibration))
+        journal.remove()
+
+
+def inc_engine() -> "Engine":
+    """INC, imported where a plan asks for it: machines that only replay need none."""
+    from auto_quantize_model.inc.engine import measure_by_inc
+
+    return measure_by_inc
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return options.start(parser(), capture_sensitivity, argv)

@@ -1,0 +1,85 @@
+"""Compare two JSON reports: what changed, which ops moved, and whether they still agree.
+
+    python scripts/compare_sensitivity.py A.json B.json [--markdown OUT.md] [--json OUT.json]
+
+They differ where Kendall's tau of the rankings is below --tau, where more than --top-changes ops came into or vanished
+from the --top most sensitive, or where all-INT8 lost more than --sqnr-drop. A move is beyond the noise where the places
+that the op would take within one standard deviation of its mse_value are others in each report; with one batch that is
+unknown.
+
+Exit code: 0 the reports agree, 1 they differ, 2 bad input, 3 an unexpected error.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from auto_quantize_model import cli, options
+from auto_quantize_model.documents import HEAD, read_document
+from auto_quantize_model.files import InputError, read_json, write_json, write_text
+
+UNEXPECTED = 3
+
+
+def parser() -> argparse.ArgumentParser:
+    made = options.parser(__doc__, writes=["markdown", "json"], optional=["markdown", "json"])
+    made.add_argument("first", type=cli.user_path, help="a JSON report")
+    made.add_argument("second", type=cli.user_path, help="the JSON report to compare it with")
+    made.add_argument("--top", type=int, default=10, help="size of the sets of most sensitive ops, from 1 (10)")
+    made.add_argument(
+        "--tau",
+        type=float,
+        help="minimum Kendall's tau between the rankings: 1 is the same order, -1 the reversed one (default: the"
+        " agreement between the batches of one report, and 0.8 at most)",
+    )
+    made.add_argument(
+        "--top-changes",
+        type=int,
+        default=2,
+        help="how many ops may come into the --top most sensitive, beyond the noise or as new ones, and how many of"
+        " them may be missing from the second report (2)",
+    )
+    made.add_argument("--sqnr-drop", type=float, default=3.0, help="how many dB of SQNR all-INT8 may lose (3)")
+    return made
+
+
+def comparison(args: argparse.Namespace) -> bool:
+    """Write and print the comparison; whether the reports differ."""
+    from auto_quantize_model.report.compare import Limits, compare, to_markdown
+
+    limits = Limits(args.top, args.tau, args.top_changes, args.sqnr_drop)
+    found = compare(read_report(args.first), read_report(args.second), limits)
+    markdown = to_markdown(found)
+    if args.markdown:
+        write_text(args.markdown, markdown)
+    if args.json:
+        write_json(args.json, found)
+    cli.say(markdown)
+    return bool(found["differs"])
+
+
+def read_report(path: Path) -> dict:
+    import jsonschema
+
+    from auto_quantize_model.report.document import SCHEMA, SCHEMA_VERSION
+
+    report = read_json(path)
+    version = report.get("schema_version") if isinstance(report, dict) else None
+    if version != SCHEMA_VERSION:
+        raise InputError(
+            f"{path}: no sensitivity report of schema version {SCHEMA_VERSION} (found {version}); render it again"
+        )
+    if HEAD in report:  # one that was made by hand, or by another version, has no head
+        report = read_document(path, "report")
+    try:
+        jsonschema.validate(report, read_json(SCHEMA))
+    except jsonschema.ValidationError as error:
+        raise InputError(f"{path}: no whole report, {error.json_path}: {error.message[:200]}; render it") from None
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    verdicts: list[bool] = []
+    ended = options.start(parser(), lambda args: verdicts.append(comparison(args)), argv)
+    # cli.run's 1 is any error, and a CI job has to tell that from reports that differ.
+    return {0: int(any(verdicts)), 1: UNEXPECTED}.get(ended, ended)

@@ -1,0 +1,40 @@
+"""Have INC plan the quantization and write its plan: every op, its observers, what is left out and why."""
+
+import argparse
+from collections.abc import Sequence
+
+from auto_quantize_model import cli, options
+from auto_quantize_model.files import digest_of, from_block
+from auto_quantize_model.run import open_run
+
+
+def parser() -> argparse.ArgumentParser:
+    reads = ("manifest", "calibration_manifest", "calibration_set", "spec")
+    return options.parser(__doc__, *reads, "config_digest", "log", writes=["plan"])
+
+
+def plan_quantization(args: argparse.Namespace) -> None:
+    import torch
+
+    from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, identify
+    from auto_quantize_model.machine import require_memory
+    from auto_quantize_model.report import coverage, sentences
+
+    run = open_run(args)
+    spec = from_block(SensitivitySpec, args.spec, "sensitivity")
+    # INC's conversion with every op in INT8 takes what a replay on the CPU takes.
+    require_memory(run.parameters, torch.device("cpu"))
+    batches = run.batches()
+    plan = identify(build_plan(run.model(), batches, spec), run.manifest, run.calibration, digest_of(args.spec))
+    run.write("plan", args.plan, plan)
+    cli.say(f"plan: {len(plan['ops'])} ops to measure at {plan['measured_op']}, {len(plan['excluded'])} excluded")
+    cli.say(f"plan: {sentences.activations(plan)}")
+    if plan["inc_check"]["status"] == "cannot":
+        cli.say(f"plan: {sentences.without_inc(plan['inc_check'])}")
+    cli.say(f"plan: {coverage.headline(len(plan['ops']), plan['coverage'])}")
+    for warning in coverage.warnings(plan["coverage"]):
+        cli.say(f"warning: {warning}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return options.start(parser(), plan_quantization, argv)
