@@ -33,7 +33,8 @@ from auto_quantize_model.measure.states import states
 from auto_quantize_model.models.snapshot import build_manifest, load_model, load_processor
 from auto_quantize_model.records import Plan
 from auto_quantize_model.replay.model import Replay
-from auto_quantize_model.replay.ops import cpu_kernel, pack_linear
+from auto_quantize_model.schemes.inc_int8 import cpu_kernel, pack_linear
+from auto_quantize_model.schemes.scheme import assigned
 
 MAPS = ("isolated", "fallback", "requantize")
 # INC measures single ops of `requantize` from the state before them.

@@ -7,9 +7,11 @@ well, so that a machine without INC can run the capture from it.
 """
 
 import argparse
+import functools
 import json
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from auto_quantize_model.files import read_json, write_json
 from auto_quantize_model.machine import GIB, choose_device
 from auto_quantize_model.made.shapes import SHAPES
 from auto_quantize_model.made.standin import build_once
-from auto_quantize_model.measure.capture import capture_sensitivity, fingerprint
-from auto_quantize_model.measure.journal import Journal
+from auto_quantize_model.measure.capture import capture_sensitivity
+from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.snapshot import count_parameters, load_model
+from auto_quantize_model.records import Capture, Plan, as_record, body_of
 
 
 def main() -> int:
@@ -59,18 +62,18 @@ def bench(args: argparse.Namespace) -> None:
         timed("INC's plan", lambda: make_plan(plan_file, args, model, batch))
     if args.plan_only:
         return
-    plan = read_json(plan_file) | {"maps": args.maps}
+    plan = replace(as_record(Plan, read_json(plan_file)), maps=tuple(args.maps))
     device = choose_device(args.device)
     timed("move to the device", lambda: model.to(device))
     before = peak()
-    journal_file = args.folder / f"{args.shape}_{args.device}.journal"
-    with Journal(journal_file, fingerprint(plan, device)) as journal, cli.progress_bar("capture") as on_progress:
-        captured, record = timed("capture", lambda: capture_sensitivity(model, [batch], plan, journal, on_progress))
-        journal.remove()
+    store = ScoreStore(args.folder / "scores")
+    with cli.progress_bar("capture") as on_progress:
+        work = functools.partial(capture_sensitivity, model, [batch], plan, store, on_progress=on_progress)
+        captured, record = timed("capture", work)
     size = 4 * count_parameters(directory) / GIB
     result = {
         "shape": args.shape,
-        "ops": len(plan["ops"]),
+        "ops": len(plan.ops),
         "tokens": batch["input_ids"].shape[1],
         "image_tokens": int(batch["mm_token_type_ids"].sum()),
         "maps": args.maps,
@@ -82,7 +85,7 @@ def bench(args: argparse.Namespace) -> None:
         "run": record,
     }
     write_json(args.folder / f"real_shape_{args.shape}_{args.device}.json", result)
-    write_json(args.folder / f"capture_{args.shape}_{args.device}.json", captured)
+    write_json(args.folder / f"capture_{args.shape}_{args.device}.json", body_of(captured))
     result["against_other_device"] = compare_devices(args)
     cli.say(json.dumps(result, indent=2))
 
@@ -92,10 +95,10 @@ def compare_devices(args: argparse.Namespace) -> dict[str, Any]:
     files = [args.folder / f"capture_{args.shape}_{device}.json" for device in ("cpu", "cuda")]
     if not all(path.exists() for path in files):
         return {"not_run": "one device only"}
-    maps = [read_json(path)["maps"] for path in files]
+    sides = [as_record(Capture, read_json(path)) for path in files]
     found = {}
-    for label in set(maps[0]) & set(maps[1]):
-        cpu, gpu = ([records[0]["mse_value"] for records in side[label].values() if records[0]] for side in maps)
+    for label in args.maps:
+        cpu, gpu = ([score.mse_value for score in side.scores if score.map == label] for side in sides)
         found[label] = {
             "spearman": float(spearmanr(cpu, gpu).statistic),
             "largest_relative_difference": max(abs(a - b) / a for a, b in zip(cpu, gpu, strict=True)),
@@ -109,7 +112,7 @@ def make_plan(path: Path, args: argparse.Namespace, model: Any, batch: Any) -> N
     spec = SensitivitySpec("replay", 1, ("isolated", "fallback", "requantize"))
     manifest = {"model": args.shape, "digest": "0" * 64}
     calibration = {"calibration": "photo", "digest": "0" * 64}
-    write_json(path, identify(build_plan(model, [batch], spec), manifest, calibration, "0" * 64))
+    write_json(path, body_of(identify(build_plan(model, [batch], spec), manifest, calibration, "0" * 64)))
 
 
 def peak() -> float:

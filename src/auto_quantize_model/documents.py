@@ -20,13 +20,14 @@ from auto_quantize_model.files import InputError, canonical_json, digest_of, rea
 HEAD = "document"
 CONFIG = "config"  # in `made_from`: the digest of the config's part that the step reads
 # Of what a body holds, whatever its kind; raise it when readers need a key that older documents lack.
-VERSION = 1
+VERSION = 2
 HEAD_KEYS = {"kind": str, "version": int, "made_from": dict, "files": dict, "digest": str}
 # Each kind with the rule that makes it, in the order of the workflow.
 RULES = {
     "model_manifest": "get_model",
     "calibration_manifest": "extract_calibration",
     "plan": "plan_quantization",
+    "scales": "calibrate_scales",
     "capture": "capture_sensitivity",
     "audit": "audit_capture",
     "tradeoff": "measure_tradeoff",

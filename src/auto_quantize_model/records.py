@@ -7,10 +7,10 @@ fields, in their order.
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NotRequired, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from auto_quantize_model.documents import Document, make_again
 from auto_quantize_model.files import InputError, digest_of

@@ -5,13 +5,24 @@ model are read when the step asks for them.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from auto_quantize_model.documents import Document, read_documents, require_listed, write_document
+from auto_quantize_model.documents import Document, files_of, read_documents, require_listed, write_document
+from auto_quantize_model.records import (
+    Audit,
+    Capture,
+    NotMeasured,
+    Plan,
+    Profiles,
+    Scales,
+    Tradeoff,
+    as_record,
+    body_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +35,7 @@ DOCUMENTS = {
     "manifest": "model_manifest",
     "calibration_manifest": "calibration_manifest",
     "plan": "plan",
+    "scales": "scales",
     "capture": "capture",
     "audit": "audit",
     "tradeoff": "tradeoff",
@@ -45,45 +57,64 @@ class Run:
     options: argparse.Namespace
     documents: tuple[Document, ...]
 
-    def _body(self, kind: str) -> Any:
-        """The document of a kind as steps use it: the one place where a file becomes a value."""
+    def document(self, kind: str) -> Document:
+        """The document of a kind."""
         return next(document for document in self.documents if document.kind == kind)
 
     @property
     def manifest(self) -> Document:
-        return self._body("model_manifest")
+        return self.document("model_manifest")
 
     @property
     def calibration(self) -> Document:
-        return self._body("calibration_manifest")
+        return self.document("calibration_manifest")
 
-    @property
-    def plan(self) -> Document:
-        return self._body("plan")
+    @cached_property
+    def plan(self) -> Plan:
+        return as_record(Plan, self.document("plan"))
 
-    @property
-    def capture(self) -> Document:
-        return self._body("capture")
+    @cached_property
+    def capture(self) -> Capture:
+        return as_record(Capture, self.document("capture"))
 
-    @property
-    def audit(self) -> Document:
-        return self._body("audit")
+    @cached_property
+    def audit(self) -> Audit:
+        return as_record(Audit, self.document("audit"))
 
-    @property
-    def tradeoff(self) -> Document:
-        return self._body("tradeoff")
+    @cached_property
+    def tradeoff(self) -> Tradeoff | NotMeasured:
+        document = self.document("tradeoff")
+        if document.get("status") == "not_measured":
+            return as_record(NotMeasured, document)
+        return as_record(Tradeoff, document)
 
-    @property
-    def profiles(self) -> Document:
-        return self._body("profiles")
+    @cached_property
+    def profiles(self) -> Profiles:
+        return as_record(Profiles, self.document("profiles"))
 
     @property
     def exports(self) -> Document:
-        return self._body("exports")
+        return self.document("exports")
 
     @property
     def report(self) -> Document:
-        return self._body("report")
+        return self.document("report")
+
+    @cached_property
+    def scales(self) -> dict[str, Scales]:
+        """The scales of each calibration, by its name."""
+        from auto_quantize_model.replay.scales import read_scales
+
+        document = self.document("scales")
+        (path,) = files_of(document)
+        require_listed(document, path)
+        return read_scales(path)
+
+    def scales_of_batches(self) -> list[Scales]:
+        """The scales of each scored batch."""
+        from auto_quantize_model.replay.scales import name_of_batch
+
+        return [self.scales[name_of_batch(index)] for index in range(self.plan.confidence_batches)]
 
     @property
     def has(self) -> frozenset[str]:
@@ -149,9 +180,10 @@ class Run:
         model: torch.nn.Module = load_model(self.directory)
         return model.to(device)
 
-    def write(self, kind: str, path: Path, body: Mapping[str, Any]) -> None:
-        """Write a document that the step made from its documents and its part of the config."""
-        write_document(path, kind, body, self.documents, self.options.config_digest)
+    def write(self, kind: str, path: Path, record: Any, files: Iterable[Path] = ()) -> None:
+        """Write a record or a body as a document, made from the step's documents and its part of the config."""
+        body = record if isinstance(record, Mapping) else body_of(record)
+        write_document(path, kind, body, self.documents, self.options.config_digest, files)
 
 
 def open_run(args: argparse.Namespace) -> Run:

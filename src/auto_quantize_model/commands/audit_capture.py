@@ -11,7 +11,7 @@ from auto_quantize_model.run import open_run
 
 
 def parser() -> argparse.ArgumentParser:
-    reads = ("manifest", "calibration_manifest", "calibration_set", "plan", "capture")
+    reads = ("manifest", "calibration_manifest", "calibration_set", "plan", "scales", "capture")
     made = options.parser(__doc__, *reads, "config_digest", "log", writes=["audit"])
     made.add_argument("--ops", type=int, default=6, help="ops to compare, the extremes among them; at most all")
     return made
@@ -24,9 +24,10 @@ def audit_capture(args: argparse.Namespace) -> None:
     batches = run.batches()
     cli.say(audit.announce(run.plan, run.capture, args.ops))
     with cli.progress_bar("audit") as on_progress:
-        result = audit.audit_capture(run.model(), batches, run.plan, run.capture, args.ops, on_progress)
+        scales = run.scales_of_batches()
+        result = audit.audit_capture(run.model(), batches, run.plan, run.capture, args.ops, scales, on_progress)
     run.write("audit", args.audit, result)
-    cli.say(f"audit: {result['status']}, {result['compared']} values compared")
+    cli.say(f"audit: {result.status}, {result.compared} values compared")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,9 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from auto_quantize_model import cli, options
 from auto_quantize_model.files import from_block
+from auto_quantize_model.records import body_of
 from auto_quantize_model.run import open_run
 
 SHOWN = 12  # names on the terminal; the file and the report have them all
@@ -23,17 +25,17 @@ def build_profiles(args: argparse.Namespace) -> None:
     run = open_run(args)
     found = profiles.build_profiles(run.tradeoff, from_block(profiles.Target, args.target, "profiles"))
     run.write("profiles", args.profiles, found)
-    known = {"profiles": found, "tradeoff": run.tradeoff}
+    known: dict[str, Any] = {"profiles": body_of(found), "tradeoff": body_of(run.tradeoff)}
     if "plan" in run.has:  # without the plan no share of the weights is known
-        known["coverage"] = run.plan["coverage"]
-        cli.say(f"profiles: {coverage.headline(len(run.plan['ops']), run.plan['coverage'])}")
-        for warning in coverage.warnings(run.plan["coverage"]):
+        known["coverage"] = run.plan.coverage
+        cli.say(f"profiles: {coverage.headline(len(run.plan.ops), run.plan.coverage)}")
+        for warning in coverage.warnings(run.plan.coverage):
             cli.say(f"warning: {warning}")
     cli.say(f"recommended: {' '.join(filter(None, sentences.decision(known)))}")
-    kept = found["profiles"].get("recommended", found["knee"] or {}).get("kept", [])
-    if kept:
-        where = "recommended" if "recommended" in found["profiles"] else "the knee"
-        cli.say(f"{where} keeps: {', '.join(kept[:SHOWN] + ['...'] * (len(kept) > SHOWN))}")
+    best = found.profiles.get("recommended", found.knee)
+    if best and best.kept:
+        where = "recommended" if "recommended" in found.profiles else "the knee"
+        cli.say(f"{where} keeps: {', '.join([*best.kept[:SHOWN], *['...'] * (len(best.kept) > SHOWN)])}")
     for remark in sentences.remarks(known):
         cli.say(f"remark: {remark}")
 

@@ -13,30 +13,42 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
-    reads = ("manifest", "calibration_manifest", "calibration_set", "plan", "device", "tf32", "nondeterministic")
+    reads = (
+        "manifest",
+        "calibration_manifest",
+        "calibration_set",
+        "plan",
+        "scales",
+        "scores",
+        "device",
+        "tf32",
+        "nondeterministic",
+    )
     return options.parser(__doc__, *reads, "config_digest", "log", writes=["capture", "run_record"])
 
 
 def capture_sensitivity(args: argparse.Namespace) -> None:
     from auto_quantize_model.machine import explained_out_of_memory
     from auto_quantize_model.measure import capture
-    from auto_quantize_model.measure.journal import Journal
+    from auto_quantize_model.measure.store import ScoreStore
 
     run = open_run(args)
     device = run.device
     batches = run.batches()
-    of = capture.fingerprint(run.plan, device) | run.digests
-    with Journal(args.capture.with_name(f"{args.capture.name}.journal"), of) as journal:
-        if news := journal.news():
-            cli.say(f"capture: {news}")
-        with explained_out_of_memory(device), cli.progress_bar("capture") as on_progress:
-            by_inc = inc_engine() if run.plan["engine"] != "replay" else None
-            captured, record = capture.capture_sensitivity(
-                run.model(device), batches, run.plan, journal, on_progress, by_inc
-            )
-        write_json(args.run_record, record)
-        run.write("capture", args.capture, capture.describe_batches(captured, run.calibration))
-        journal.remove()
+    by_inc = inc_engine() if run.plan.engine != "replay" else None
+    with explained_out_of_memory(device), cli.progress_bar("capture") as on_progress:
+        captured, record = capture.capture_sensitivity(
+            run.model(device),
+            batches,
+            run.plan,
+            ScoreStore(args.scores),
+            run.scales_of_batches(),
+            on_progress,
+            by_inc,
+        )
+    cli.say(f"capture: {capture.news(record)}")
+    write_json(args.run_record, record)
+    run.write("capture", args.capture, capture.described(captured, run.calibration))
 
 
 def inc_engine() -> "Engine":

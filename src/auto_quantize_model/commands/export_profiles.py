@@ -9,7 +9,7 @@ from auto_quantize_model.run import open_run
 
 
 def parser() -> argparse.ArgumentParser:
-    reads = ("manifest", "calibration_manifest", "plan", "capture", "profiles")
+    reads = ("manifest", "calibration_manifest", "plan", "profiles")
     return options.parser(__doc__, *reads, "directory", "log")
 
 
@@ -23,9 +23,7 @@ def export_profiles(args: argparse.Namespace) -> None:
     modules, published = module_types(snapshot), tensor_names(snapshot)
     samples, size = len(run.calibration["samples"]["calibration"]), run.calibration["batch_size"]
     in_whole_batches = samples - samples % size
-    index = export(
-        args.directory, run.profiles, run.plan, run.capture, modules, published, in_whole_batches, run.documents
-    )
+    index = export(args.directory, run.profiles, run.plan, modules, published, in_whole_batches, run.documents)
     if index["missed"]:
         cli.say(f"no recommended profile: {index['missed']}")
     for tool in index["profiles"].get("recommended", {}).values():

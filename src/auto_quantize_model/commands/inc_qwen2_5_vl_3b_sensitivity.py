@@ -16,6 +16,7 @@ from typing import Any
 from auto_quantize_model import cli, options
 from auto_quantize_model.documents import Document, write_document
 from auto_quantize_model.files import digest_of, write_json, write_text
+from auto_quantize_model.records import NotMeasured, body_of
 from auto_quantize_model.report import sentences
 
 PUBLISHED = Path("context/summaries/inc-kb")
@@ -61,9 +62,11 @@ def measure(args: argparse.Namespace) -> None:
     from auto_quantize_model.data.batches import CalibrationSpec, batches_of, extract, remarks
     from auto_quantize_model.decide.profiles import Target, build_profiles
     from auto_quantize_model.inc.audit import announce, audit_capture
+    from auto_quantize_model.inc.engine import measure_by_inc
     from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, identify
-    from auto_quantize_model.machine import choose_device, require_memory
-    from auto_quantize_model.measure.capture import describe_batches
+    from auto_quantize_model.machine import choose_device, explained_out_of_memory, require_memory
+    from auto_quantize_model.measure.capture import capture_sensitivity, described, news
+    from auto_quantize_model.measure.store import ScoreStore
     from auto_quantize_model.models.snapshot import build_manifest, count_parameters, load_model, load_processor
     from auto_quantize_model.report.document import build_report, render, top_table
 
@@ -103,20 +106,24 @@ def measure(args: argparse.Namespace) -> None:
     reduce_range = REDUCE_RANGE[args.reduce_range]
     spec = SensitivitySpec(args.engine, args.confidence_batches, args.maps, **keep, reduce_range=reduce_range)
     plan = identify(build_plan(model, batches, spec), manifest, calibration, digest_of(vars(spec)))
-    journal = documents["capture"].with_name(f"{documents['capture'].name}.journal")
-    captured, record = capture(journal, model.to(device), batches, plan)
-    captured = describe_batches(captured, calibration)
+    store = ScoreStore(args.output / "scores")
+    with explained_out_of_memory(device), cli.progress_bar("capture") as on_progress:
+        captured, record = capture_sensitivity(
+            model.to(device), batches, plan, store, on_progress=on_progress, by_inc=measure_by_inc
+        )
+    cli.say(f"capture: {news(record)}")
+    captured = described(captured, calibration)
     cli.say(announce(plan, captured, args.audit_ops))
     with cli.progress_bar("audit") as on_progress:
-        audit = audit_capture(model.to("cpu"), batches, plan, captured, args.audit_ops, on_progress)
-    unmeasured = {"status": "not_measured", "reason": "this script draws no held-out samples"}
+        audit = audit_capture(model.to("cpu"), batches, plan, captured, args.audit_ops, on_op=on_progress)
+    unmeasured = NotMeasured("not_measured", "this script draws no held-out samples")
     report = build_report(
         manifest, calibration, plan, captured, audit, unmeasured, build_profiles(unmeasured, Target())
     )
     markdown, document = render(report)
     write_json(run_record, record)
-    parts = {"model_manifest": manifest, "calibration_manifest": calibration, "plan": plan}
-    parts |= {"capture": captured, "audit": audit}
+    parts = {"model_manifest": manifest, "calibration_manifest": calibration, "plan": body_of(plan)}
+    parts |= {"capture": body_of(captured), "audit": body_of(audit)}
     made_from: list[Document] = []
     for kind, part in parts.items():
         made_from.append(write_document(documents[kind], kind, part, made_from))
@@ -130,23 +137,6 @@ def measure(args: argparse.Namespace) -> None:
         cli.say(f"warning: {sentence}")
     cli.say(f"The most sensitive ops of {args.name}:\n{top_table(report)}")
     cli.say("The report: " + ", ".join(f"{target}.md and .json" for target in targets))
-
-
-def capture(path: Path, model: Any, batches: Any, plan: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The capture and its run record, by way of a journal at `path`."""
-    from auto_quantize_model.machine import explained_out_of_memory
-    from auto_quantize_model.measure.capture import capture_sensitivity, fingerprint
-    from auto_quantize_model.measure.journal import Journal
-
-    device = next(model.parameters()).device
-    with (
-        Journal(path, fingerprint(plan, device)) as journal,
-        explained_out_of_memory(device),
-        cli.progress_bar("capture") as on_progress,
-    ):
-        result = capture_sensitivity(model, batches, plan, journal, on_progress)
-        journal.remove()
-    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:

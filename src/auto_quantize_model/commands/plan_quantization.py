@@ -27,12 +27,12 @@ def plan_quantization(args: argparse.Namespace) -> None:
     batches = run.batches()
     plan = identify(build_plan(run.model(), batches, spec), run.manifest, run.calibration, digest_of(args.spec))
     run.write("plan", args.plan, plan)
-    cli.say(f"plan: {len(plan['ops'])} ops to measure at {plan['measured_op']}, {len(plan['excluded'])} excluded")
-    cli.say(f"plan: {sentences.activations(plan)}")
-    if plan["inc_check"]["status"] == "cannot":
-        cli.say(f"plan: {sentences.without_inc(plan['inc_check'])}")
-    cli.say(f"plan: {coverage.headline(len(plan['ops']), plan['coverage'])}")
-    for warning in coverage.warnings(plan["coverage"]):
+    cli.say(f"plan: {len(plan.ops)} ops to measure at {plan.measured_op}, {len(plan.excluded)} excluded")
+    cli.say(f"plan: {sentences.activations(vars(plan))}")
+    if plan.inc_check["status"] == "cannot":
+        cli.say(f"plan: {sentences.without_inc(plan.inc_check)}")
+    cli.say(f"plan: {coverage.headline(len(plan.ops), plan.coverage)}")
+    for warning in coverage.warnings(plan.coverage):
         cli.say(f"warning: {warning}")
 
 

@@ -2,12 +2,12 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
 from auto_quantize_model import cli, options
 from auto_quantize_model.documents import require_listed
 from auto_quantize_model.files import InputError, read_json
 from auto_quantize_model.folders import atomic_folder, require_own_folder
+from auto_quantize_model.records import Profile, Profiles, Tradeoff
 from auto_quantize_model.run import open_run
 
 
@@ -35,11 +35,13 @@ def quantize_model(args: argparse.Namespace) -> None:
     require_listed(run.exports, kept)
     op_name_dict = read_json(kept)
     # Loaded back, INC's model stands beside the FP32 one that it is put into and the file that it comes from.
-    needed = 4 * run.parameters + 2 * profile["weight_bytes"] + WORKING_BYTES
+    needed = 4 * run.parameters + 2 * profile.weight_bytes + WORKING_BYTES
     require_free(needed, "quantizing this model, and loading the result back,")
     batches = run.batches()
-    heldout, answers = run.heldout(run.tradeoff["batches"])
-    with incs_surroundings(run.tradeoff["threads"], run.plan["reduce_range"]):
+    tradeoff = run.tradeoff
+    assert isinstance(tradeoff, Tradeoff)  # noqa: S101  else there is no profile
+    heldout, answers = run.heldout(tradeoff.batches)
+    with incs_surroundings(tradeoff.threads, run.plan.reduce_range):
         model = run.model()
         references = [Reference(logits(model, batch), batch.get("mm_token_type_ids")) for batch in heldout]
         with atomic_folder(args.directory, beside=beside) as folder:
@@ -49,26 +51,26 @@ def quantize_model(args: argparse.Namespace) -> None:
         quantized = load_quantized(args.directory, run.model())
         with cli.progress_bar("INC's INT8 model") as on_batch:
             found = measure_error(references, quantized, heldout, answers, on_batch)
-    record = compared(args.profile, profile, found, run.tradeoff)
+    record = compared(args.profile, profile, found, tradeoff)
     run.write("quantized", args.record, record)
-    kept_ops = f"{sentences.counted(profile['keep'], 'op')} in FP32"
+    kept_ops = f"{sentences.counted(profile.keep, 'op')} in FP32"
     cli.say(f"{args.directory}: profile {args.profile}, {kept_ops}, {record['status']}: {found}")
 
 
-def profile_by_name(profiles: dict[str, Any], name: str) -> dict[str, Any]:
+def profile_by_name(profiles: Profiles, name: str) -> Profile:
     """The profile of that name.
 
     Raises:
         InputError: there is none; the message names those that there are.
     """
-    if name not in profiles["profiles"]:
-        there = ", ".join(profiles["profiles"]) or "none"
-        why = f" ({profiles['missed']})" if name == "recommended" else ""
+    if name not in profiles.profiles:
+        there = ", ".join(profiles.profiles) or "none"
+        why = f" ({profiles.missed})" if name == "recommended" else ""
         raise InputError(
             f"quantize.profile: there is no profile {name}{why}; there are: {there}. Name another one (make"
             " quantize PROFILE=...), or change the target in the config's profiles block"
         )
-    return profiles["profiles"][name]
+    return profiles.profiles[name]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -120,6 +120,13 @@ def capture_sensitivity(
     return assembled(work, device), record | usage(device)
 
 
+def news(record: Mapping[str, Any]) -> str:
+    """What a run record says of the store, in words."""
+    found, dropped = record["resumed_scores"], record["dropped_scores"]
+    damaged = f"; {dropped} damaged scores were measured again" if dropped else ""
+    return f"{found} scores came from the store, all others were measured now{damaged}"
+
+
 def share_of_engines(model: torch.nn.Module, plan: Plan) -> tuple[Share, Share]:
     """Which ops of which map the replay measures, and which INC: {map: ops}, `all` among the maps.
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from auto_quantize_model.files import InputError
+from auto_quantize_model.measure.aggregate import decibels
 from auto_quantize_model.measure.capture import arithmetic, context, digest_of_batch, state_key
 from auto_quantize_model.measure.metrics import Reference, require_finite
-from auto_quantize_model.measure.aggregate import decibels
 from auto_quantize_model.measure.store import ScoreStore, Shelf
 from auto_quantize_model.records import Plan, Point, Scales, Tradeoff
 from auto_quantize_model.replay.model import Batch, Replay

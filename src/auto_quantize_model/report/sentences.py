@@ -1,5 +1,6 @@
 """What a report says in sentences, in its Markdown and on its page alike. In: the report. Out: text without markup."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from auto_quantize_model.records import IncCheck
@@ -401,7 +402,7 @@ def between(trust: dict[str, Any], ops: int) -> list[tuple[str, str]]:
     return [*found, ("Ties", ties if trust["ties"] else "None, every op has a value of its own.")]
 
 
-def activations(plan: dict[str, Any]) -> str:
+def activations(plan: Mapping[str, Any]) -> str:
     """How many bits activations have and who chose them, in a sentence; `plan` is one or a report's `measurement`."""
     bits = "7 bits of 8" if plan["reduce_range"] else "all 8 bits"
     by_inc = f"Intel Neural Compressor's choice on a CPU {'without' if plan['reduce_range'] else 'with'} VNNI"

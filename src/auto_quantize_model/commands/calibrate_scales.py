@@ -1,0 +1,37 @@
+"""Calibrate once: the scale and zero_point of every op's input and output, and what the observers saw.
+
+Each scored batch is calibrated alone, as INC does for a score. With --whole-set, all batches are calibrated together
+as well, as for a deployed model; the trade-off needs these scales.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from auto_quantize_model import cli, options
+from auto_quantize_model.run import open_run
+
+
+def parser() -> argparse.ArgumentParser:
+    reads = ("manifest", "calibration_manifest", "calibration_set", "plan", "device", "tf32", "nondeterministic")
+    made = options.parser(__doc__, *reads, "config_digest", "log", writes=["scales", "tensors"])
+    made.add_argument("--whole-set", action="store_true", help="calibrate on all batches together as well")
+    return made
+
+
+def calibrate_scales(args: argparse.Namespace) -> None:
+    from auto_quantize_model.machine import explained_out_of_memory
+    from auto_quantize_model.replay.calibrate import calibrate
+    from auto_quantize_model.replay.scales import ranges, write_scales
+
+    run = open_run(args)
+    device = run.device
+    batches = run.batches()
+    with explained_out_of_memory(device), cli.progress_bar("scales") as on_progress:
+        found = calibrate(run.model(device), run.plan, batches, args.whole_set, on_progress)
+    write_scales(args.tensors, found)
+    run.write("scales", args.scales, {"device": device.type, "ranges": ranges(found)}, [args.tensors])
+    cli.say(f"scales: {len(run.plan.ops)} ops, {len(found)} calibrations")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return options.start(parser(), calibrate_scales, argv)
