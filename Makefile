@@ -97,11 +97,13 @@ lock: ## write envs/requirements.lock from envs/requirements.in
 		> "$$tools/requirements.lock"; \
 	mv "$$tools/requirements.lock" requirements.lock
 
-# Below results/ only what Snakemake has records of goes, and below tmp/ only what is named here: the rest is the user's.
-clean: ## remove what runs here wrote: results that Snakemake has records of, caches (not .venv, not models)
-	@if [ ! -d .snakemake ]; then echo "no run is recorded in .snakemake, so results/ stays as it is"; \
+# Below results/ only the score store and what Snakemake has records of go, and below tmp/ only what is named here: the
+# rest is the user's. Without records, only the store is known to be of this workflow.
+clean: ## remove what runs here wrote: results that Snakemake has records of, scores, caches (not .venv, not models)
+	@if [ ! -d .snakemake ]; then only=--scores; echo "no run is recorded in .snakemake, so results/ stays, but for scores"; fi; \
+	if [ ! -d .snakemake ] && [ ! -d results/scores ]; then true; \
 	elif [ ! -x $(BIN)/python ]; then echo "error: only $(VENV) can tell what the workflow wrote: make setup" >&2; exit 2; \
-	else $(BIN)/python scripts/clean_results.py; fi
+	else $(BIN)/python scripts/clean_results.py $${only:-}; fi
 	rm -rf .snakemake $(SCRATCH) .pytest_cache .mypy_cache .ruff_cache
 	@if [ -d tmp ]; then rmdir --ignore-fail-on-non-empty tmp; fi
 	@if [ -d tmp ]; then echo "tmp/ keeps what no target of this Makefile wrote: $$(ls -A tmp | head -12 | tr '\n' ' ')"; fi

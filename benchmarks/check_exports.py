@@ -86,13 +86,27 @@ def make_qwen2_vl() -> None:
     batch |= {"pixel_values": torch.randn(16, 3 * 2 * 14 * 14), "image_grid_thw": torch.tensor([[1, 4, 4]])}
     torch.save(batch, FOLDER / "qwen2_vl.pt")
     kept = ["model.visual.blocks.0.mlp.fc1", "model.language_model.layers.0.self_attn.q_proj"]
-    profiles = {"profiles": {"two": {"keep": 2, "kept": kept, "sqnr_db": None}}, "missed": ""}
-    idle = "model.visual.merger.mlp.0"
-    plan = {"model": "qwen2_vl", "excluded": [], "ops": [{"op_name": idle}]}
-    plan |= {"reduce_range": False, "inc_check": {"status": "reproduces_fp32"}}
+    point = Point(2, (), 0.0, None, None, 0.0, 1.0, None, 0)
+    two = Profile(**{key: value for key, value in vars(point).items() if key != "added"}, order="ranking", kept=tuple(kept), worse={})
     modules = {name: type(module) for name, module in model.named_modules()}
-    capture = {"executions": {idle: [0]}}
-    export(exports, profiles, plan, capture, modules, set(model.state_dict()), 1)
+    scheme = IncInt8("merger", "Linear", Side({}), Side({}))
+    idle = replace(inventoried("model.visual.merger.mlp.0", "Linear", dict(model.named_modules()), scheme), executions=(0,))
+    plan = Plan(
+        model="qwen2_vl",
+        engine="replay",
+        confidence_batches=1,
+        maps=("isolated",),
+        keep={"op_type_dict": {}, "op_name_dict": {}},
+        reduce_range=False,
+        reduce_range_by="config",
+        measured_op="lm_head",
+        ops=(idle,),
+        excluded=(),
+        coverage=cover(model, [idle.op_name], []),
+        inc_check={"status": "reproduces_fp32"},
+        versions={},
+    )
+    export(exports, Profiles({}, {"two": two}, "", None, None, {}), plan, modules, set(model.state_dict()), 1)
 
 
 def in_its_environment(tool: str) -> int:

@@ -1,9 +1,11 @@
 """What is written: whole or not at all, by the umask, never over what is the user's, its leftovers cleared."""
 
+import argparse
 import base64
 import errno
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ import pytest
 from auto_quantize_model.clean import clean_results
 from auto_quantize_model.files import InputError, atomic_path, explained, require_writable, write_text
 from auto_quantize_model.folders import MARKER, atomic_folder, require_own_folder
+from auto_quantize_model.measure.store import ScoreStore
 
 ROOT = Path(__file__).parents[1]
 ADVICE = "name another folder"
@@ -378,6 +381,26 @@ def test_clean_removes_what_the_workflow_wrote_and_names_the_rest(tmp_path: Path
     assert {str(path.relative_to(run)) for path in left} >= {*mine, "link"}
     assert not any((run / name).exists() for name in ours) and not (run / "exports_cpu").exists()
     assert (tmp_path / "elsewhere" / "a.json").exists() and (tmp_path / "results" / "README.md").exists()
+
+
+def test_clean_empties_the_score_store_and_can_do_that_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clean = runpy.run_path(str(ROOT / "scripts" / "clean_results.py"))["clean"]
+    scores = tmp_path / "results" / "scores"
+    for alone in (True, False):
+        with ScoreStore(scores).shelf({"weights": "a"}) as shelf:
+            shelf.add("key", {"mse_value": 1.0})
+        (scores / "mine.jsonl").touch()
+        clean(argparse.Namespace(root=tmp_path, scores=alone))
+        assert os.listdir(scores) == ["mine.jsonl"]
+        first, second = capsys.readouterr().out.splitlines()
+        assert first == "removed 1 score files (0.0 MB) from results/scores"
+        assert second.endswith(f": {scores / 'mine.jsonl'}")
+    (scores / "mine.jsonl").unlink()
+    scores.rmdir()
+    clean(argparse.Namespace(root=tmp_path, scores=True))
+    assert capsys.readouterr().out == "removed 0 score files (0.0 MB) from results/scores\n"
 
 
 def test_a_signal_is_not_mistaken_for_a_failure(tmp_path: Path) -> None:

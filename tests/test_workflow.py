@@ -3,6 +3,8 @@
 One copy of the checkout runs end to end on a tiny model; after that every test is a dry run on that copy.
 """
 
+import ast
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +17,6 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 import yaml
 from loopback_hub import serving, write_captions
 
+from auto_quantize_model.code import code_digest
 from auto_quantize_model.made import standin
 from auto_quantize_model.made.shapes import SHAPES
 
@@ -117,7 +119,7 @@ def write_samples(file: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@contextmanager
+@contextlib.contextmanager
 def changed(path: Path, text: str) -> Iterator[None]:
     """Replace a file's text for a while."""
     before = path.read_text()
@@ -219,38 +221,45 @@ def test_every_shipped_config_plans_every_rule(checkout: Path, names: list[str])
     assert planned(checkout, "--configfile", *files) == EVERYTHING
 
 
-def test_library_imports_are_followed_into_functions_and_through_modules(checkout: Path) -> None:
-    """A module that only a function imports, or only another module, is part of a rule's digest as well."""
-    results = checkout / "src" / "auto_quantize_model"
+# Of files of the library, the rules that use them, as their own code and not by way of other rules.
+MEASURING = {"plan_quantization", "capture_sensitivity", "audit_capture", "measure_tradeoff", "quantize_model"}
+USERS = {
+    "archive.py": {"archive_results"},
+    "report/page.py": {"render_page"},
+    "report/templates/op_sensitivity.html.j2": {"render_page"},
+    "report/figures.py": {"render_page", "draw_figures"},
+    "report/document.py": {"render_report"},
+    "report/templates/op_sensitivity.md.j2": {"render_report"},
+    "report/schema.json": {"render_report"},
+    "export/exports.py": {"export_profiles"},
+    "export/templates/inc_quantize.py.j2": {"export_profiles"},
+    "decide/profiles.py": {"build_profiles"},
+    "inc/audit.py": {"audit_capture", "quantize_model"},
+    "measure/heldout.py": {"measure_tradeoff", "quantize_model"},
+    "inc/plan.py": MEASURING - {"measure_tradeoff"},
+    "models/snapshot.py": MEASURING | {"get_model", "extract_calibration", "export_profiles"},
+    "cli.py": EVERYTHING | {"quantize_model"},
+}
+
+
+def test_a_rules_digest_follows_the_files_that_the_rule_uses_and_no_others(checkout: Path) -> None:
     before = digests(checkout)
     assert set(before) == EVERYTHING | {"quantize_model"}
-    with changed(results / "digits.py", (results / "digits.py").read_text() + "# changed\n"):
-        after = digests(checkout)
-    assert {"get_model", "extract_calibration"} <= {rule for rule in before if before[rule] != after[rule]}
-    assert before["archive_results"] == after["archive_results"]
-    assert digests(checkout) == before
+    for name, users in USERS.items():
+        path = checkout / "src" / "auto_quantize_model" / name
+        with changed(path, path.read_text() + "\nchanged = 1\n"):
+            after = digests(checkout)
+        assert {rule for rule in before if after[rule] != before[rule]} == users, name
 
 
 def digests(directory: Path) -> dict[str, str]:
-    """Each rule's digest of its code, taken from the functions of common.smk themselves."""
+    """Each rule's digest of its code, by what the rules ask for."""
     text = "".join(path.read_text() for path in (directory / "workflow" / "rules").glob("*.smk"))
-    found = re.findall(r"^rule (\w+):.*?(code_digest\(.*?\)),$", text, re.M | re.S)
-    return common(directory, "{" + ", ".join(f"{rule!r}: {call}" for rule, call in found) + "}")
-
-
-def common(directory: Path, expression: str) -> Any:
-    """The value of an expression where common.smk has been read."""
-    code = (
-        "import json, pathlib, sys, types\n"
-        "common = pathlib.Path('workflow/rules/common.smk').read_text()\n"
-        "config = __import__('yaml').safe_load(open('config/config.yaml'))\n"
-        "workflow = types.SimpleNamespace(basedir=str(pathlib.Path('workflow').absolute()))\n"
-        "exec(compile(common, 'common.smk', 'exec'))\n"
-        "print(json.dumps(eval(sys.argv[1])))\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", code, expression], cwd=directory, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout)
+    found = re.findall(r"^rule (\w+):.*?code_digest(\(.*?\)),$", text, re.M | re.S)
+    asked = {rule: ast.literal_eval(names) for rule, names in found}
+    return {
+        rule: code_digest(directory, *([names] if isinstance(names, str) else names)) for rule, names in asked.items()
+    }
 
 
 @pytest.mark.slow
@@ -350,28 +359,19 @@ def test_a_second_run_has_nothing_to_do(finished: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("module", "stale"),
-    [
-        ("archive.py", {"archive_results"}),
-        ("page.py", FROM_PAGE),
-        ("figures.py", FROM_PAGE | {"draw_figures"}),
-        ("exports.py", FROM_PAGE | {"export_profiles"}),
-        ("report.py", FROM_REPORT),
-        ("audit.py", FROM_AUDIT),
-        ("profiles.py", FROM_PROFILES),
-        ("tradeoff.py", FROM_TRADEOFF),
-        ("capture.py", FROM_CAPTURE),
-        ("plan.py", FROM_PLAN),
-        ("snapshot.py", EVERYTHING),
-    ],
-)
-def test_a_changed_module_reruns_the_rules_that_use_it_and_what_follows(
-    finished: tuple[Path, str], module: str, stale: set[str]
+def test_a_comment_in_every_file_reruns_nothing_and_a_moved_module_reruns_what_uses_it(
+    finished: tuple[Path, str],
 ) -> None:
-    path = finished[0] / "src" / "auto_quantize_model" / module
-    with changed(path, path.read_text() + "# changed\n"):
-        assert planned(finished[0]) == stale
+    directory = finished[0]
+    old, new = (directory / "src" / "auto_quantize_model" / name for name in ("export/exports.py", "moved.py"))
+    script = directory / "scripts" / "export_profiles.py"
+    with contextlib.ExitStack() as files:
+        for path in [*(directory / "scripts").glob("*.py"), *(directory / "src").rglob("*.py")]:
+            files.enter_context(changed(path, f"# A comment.\n{path.read_text()}"))
+        files.enter_context(changed(script, script.read_text().replace(".export.exports", ".moved")))
+        old.rename(new)
+        files.callback(new.rename, old)
+        assert planned(directory) == FROM_PAGE | {"export_profiles"}
 
 
 @pytest.mark.slow
@@ -385,23 +385,6 @@ def test_inc_quantizes_by_a_profile_and_has_the_error_that_it_promised(finished:
     assert record["status"] == "bit_identical" and record["found"] == record["promised"]
     assert (made / "best_model.pt").stat().st_size
     assert planned(finished[0]) == set()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("template", "stale"),
-    [
-        ("report/templates/op_sensitivity.md.j2", FROM_REPORT),
-        ("export/templates/inc_quantize.py.j2", FROM_PAGE | {"export_profiles"}),
-        ("report/templates/op_sensitivity.html.j2", FROM_PAGE),
-    ],
-)
-def test_a_changed_template_reruns_what_is_made_from_it(
-    finished: tuple[Path, str], template: str, stale: set[str]
-) -> None:
-    path = finished[0] / "src" / "auto_quantize_model" / template
-    with changed(path, path.read_text() + "\n"):
-        assert planned(finished[0]) == stale
 
 
 @pytest.mark.slow
@@ -675,7 +658,7 @@ def test_of_an_unpacked_archive_of_another_config_a_target_makes_what_it_needs_a
     assert planned(restored, "quantize_model", *batches) == of_quantize | {"quantize_model"}
 
 
-@contextmanager
+@contextlib.contextmanager
 def away(path: Path) -> Iterator[None]:
     """Take a file away for a while."""
     elsewhere = path.parents[3] / f"{path.name}.away"

@@ -1,6 +1,7 @@
-"""Remove the results that Snakemake has records of, and name what stays below results/.
+"""Remove the score store, and the results that Snakemake has records of; name what stays below results/.
 
-Results of an unpacked archive have no records here, so they stay.
+Results of an unpacked archive have no records here, so they stay. With --scores, only the score store is removed: the
+next run measures every score again.
 """
 
 import argparse
@@ -8,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from auto_quantize_model import clean, cli, options
+from auto_quantize_model.folders import files_in
+from auto_quantize_model.measure.store import FOLDER, ScoreStore
 
 SHOWN = 12
 
@@ -15,14 +18,25 @@ SHOWN = 12
 def parser() -> argparse.ArgumentParser:
     made = options.parser(__doc__)
     made.add_argument("--root", type=Path, default=Path("."), help="the checkout")
+    made.add_argument("--scores", action="store_true", help=f"remove the score store ({FOLDER}) alone")
     return made
 
 
 def clean_results(args: argparse.Namespace) -> None:
-    left = clean.clean_results(args.root)
+    files, size = ScoreStore(args.root / FOLDER).empty()
+    if files or args.scores:
+        cli.say(f"removed {files} score files ({size / 1e6:.1f} MB) from {FOLDER}")
+    if not args.scores:
+        say_what_stays(clean.clean_results(args.root), "results/ keeps what Snakemake has no records of")
+    elif (args.root / FOLDER).is_dir():
+        left = list(files_in(args.root / FOLDER))
+        say_what_stays(left, f"{FOLDER} keeps files in use and files that the score store did not write")
+
+
+def say_what_stays(left: list[Path], reason: str) -> None:
     if left:
         shown = [str(path) for path in left[:SHOWN]] + [f"and {len(left) - SHOWN} more"] * (len(left) > SHOWN)
-        cli.say(f"results/ keeps what Snakemake has no records of: {', '.join(shown)}")
+        cli.say(f"{reason}: {', '.join(shown)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
