@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,9 @@ def make_qwen2_vl() -> None:
     import transformers
 
     from auto_quantize_model.export.exports import export
+    from auto_quantize_model.inc.plan import inventoried
+    from auto_quantize_model.models.coverage import cover
+    from auto_quantize_model.records import IncInt8, Plan, Profile, Profiles, Side
 
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -86,11 +90,10 @@ def make_qwen2_vl() -> None:
     batch |= {"pixel_values": torch.randn(16, 3 * 2 * 14 * 14), "image_grid_thw": torch.tensor([[1, 4, 4]])}
     torch.save(batch, FOLDER / "qwen2_vl.pt")
     kept = ["model.visual.blocks.0.mlp.fc1", "model.language_model.layers.0.self_attn.q_proj"]
-    point = Point(2, (), 0.0, None, None, 0.0, 1.0, None, 0)
-    two = Profile(**{key: value for key, value in vars(point).items() if key != "added"}, order="ranking", kept=tuple(kept), worse={})
+    two = Profile(2, 0.0, None, None, 0.0, 1.0, None, 0, "ranking", tuple(kept), {})
     modules = {name: type(module) for name, module in model.named_modules()}
     scheme = IncInt8("merger", "Linear", Side({}), Side({}))
-    idle = replace(inventoried("model.visual.merger.mlp.0", "Linear", dict(model.named_modules()), scheme), executions=(0,))
+    idle = inventoried("model.visual.merger.mlp.0", "Linear", dict(model.named_modules()), scheme)
     plan = Plan(
         model="qwen2_vl",
         engine="replay",
@@ -100,7 +103,7 @@ def make_qwen2_vl() -> None:
         reduce_range=False,
         reduce_range_by="config",
         measured_op="lm_head",
-        ops=(idle,),
+        ops=(replace(idle, executions=(0,)),),
         excluded=(),
         coverage=cover(model, [idle.op_name], []),
         inc_check={"status": "reproduces_fp32"},
