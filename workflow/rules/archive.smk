@@ -5,12 +5,11 @@ rule archive_results:
     same results would be the same bytes. The workflow itself is packed by `snakemake --archive`.
     """
     input:
+        **DESCRIBED,
         stale=made_again_where_stale("archive_results"),
-        manifest=rules.get_model.output.manifest,
-        calibration_manifest=rules.extract_calibration.output.manifest,
-        calibration=[
-            rules.extract_calibration.output.calibration,
-            rules.extract_calibration.output.heldout,
+        samples=[
+            rules.extract_calibration.output.calibration_set,
+            rules.extract_calibration.output.heldout_set,
         ],
         plan=rules.plan_quantization.output.plan,
         capture=rules.capture_sensitivity.output.capture,
@@ -21,9 +20,9 @@ rule archive_results:
         report=rules.render_report.output.json,
         texts=[
             rules.render_report.output.markdown,
-            rules.render_report.output.ranking,
-            rules.render_report.output.tradeoff,
-            rules.render_report.output.profiles,
+            rules.render_report.output.ranking_table,
+            rules.render_report.output.tradeoff_table,
+            rules.render_report.output.profiles_table,
         ],
         figures=rules.draw_figures.output,
         page=rules.render_page.output.html,
@@ -37,12 +36,10 @@ rule archive_results:
     params:
         code=code_digest("scripts/archive_results.py"),
         files=files_to_pack,
+        documents=documents_to_pack,
     shell:
         "exec python scripts/archive_results.py"
-        " --archive {output.archive:q}"
-        " --checksums {output.checksums:q}"
+        " --archive {output.archive:q} --checksums {output.checksums:q}"
         " --log {log:q}"
-        " --documents model_manifest={input.manifest:q} calibration_manifest={input.calibration_manifest:q}"
-        " plan={input.plan:q} capture={input.capture:q} audit={input.audit:q} tradeoff={input.tradeoff:q}"
-        " profiles={input.profiles:q} exports={input.exports:q} report={input.report:q}"
+        " --documents {params.documents:q}"
         " -- {params.files:q}"

@@ -8,23 +8,20 @@ rule extract_calibration:
         stale=made_again_where_stale("extract_calibration"),
         manifest=rules.get_model.output.manifest,
     output:
-        calibration=f"{RUN}/calibration/calibration.parquet",
-        heldout=f"{RUN}/calibration/heldout.parquet",
-        manifest=f"{RUN}/calibration_manifest.json",
+        calibration_set=f"{RUN}/calibration/calibration.parquet",
+        heldout_set=f"{RUN}/calibration/heldout.parquet",
+        calibration_manifest=f"{RUN}/calibration_manifest.json",
     log:
         f"{RUN}/logs/extract_calibration.log",
     benchmark:
         f"{RUN}/benchmarks/extract_calibration.tsv"
     params:
         code=code_digest("scripts/extract_calibration.py"),
+        files=file_options,
         spec=block("calibration"),
         config_digest=config_digest("extract_calibration"),
     shell:
-        "exec python scripts/extract_calibration.py"
-        " --manifest {input.manifest:q}"
+        "exec python scripts/extract_calibration.py {params.files}"
         " --spec {params.spec:q}"
-        " --calibration-set {output.calibration:q}"
-        " --heldout-set {output.heldout:q}"
-        " --calibration-manifest {output.manifest:q}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"

@@ -18,6 +18,7 @@ from auto_quantize_model.documents import why_stale
 from auto_quantize_model.escape import redacted
 from auto_quantize_model.files import InputError, digest_of, require_endpoint
 from auto_quantize_model.data.local_sources import why_other_samples, why_other_snapshot
+from auto_quantize_model.run import DOCUMENTS
 
 # The keys of the sensitivity block that the plan depends on; the others are read where they are used.
 PLAN_KEYS = ("engine", "confidence_batches", "maps", "reduce_range", "op_type_dict", "op_name_dict")
@@ -94,14 +95,30 @@ def folder_of_output(wildcards, output):
     return str(Path(output[0]).parent)
 
 
-def folder_of_exports(wildcards, input):
-    """The folder of the exports, whose index is the rule's input."""
-    return str(Path(input.exports).parent)
+def input_options(wildcards, input):
+    """A rule's inputs as options of its script. An input has the name of its option.
+
+    `stale` has no files, so it is no option. Snakemake does not rerun a job when such a param changes. It compares the
+    inputs themselves.
+    """
+    paths = {name: shlex.join([path] if isinstance(path, str) else path) for name, path in input.items()}
+    return " ".join(f"--{name.replace('_', '-')} {words}" for name, words in paths.items() if words)
+
+
+def file_options(wildcards, input, output):
+    """A rule's inputs and outputs as options of its script, as `input_options` writes them."""
+    return f"{input_options(wildcards, input)} {input_options(wildcards, output)}".strip()
 
 
 def files_to_pack(wildcards, input):
     """What an archive packs: the rule's inputs, and with the exports' index all of its folder."""
-    return [folder_of_exports(wildcards, input) if path == input.exports else path for path in input]
+    return [str(Path(path).parent) if path == input.exports else path for path in input]
+
+
+def documents_to_pack(wildcards, input):
+    """Those of an archive's files that have to be of one run, as KIND=FILE."""
+    kinds = {option: kind for option, kind in DOCUMENTS.items() if option in input.keys()}
+    return [f"{kind}={getattr(input, option)}" for option, kind in kinds.items()]
 
 
 def hub_flags(name):
@@ -198,12 +215,12 @@ def why_samples_stale(rule, made):
     why = why_document_stale(rule, made)
     if why or config["calibration"]["source"] != "local":
         return why
-    return why_other_samples(Path(made.output.manifest), Path(config["calibration"]["path"]))
+    return why_other_samples(Path(made.output.calibration_manifest), Path(config["calibration"]["path"]))
 
 
 def why_copy_stale(rule, made):
     """Which copy of a published report is one of another report."""
-    pairs = [(made.input.json, made.output.json), (made.input.markdown, made.output.markdown)]
+    pairs = [(made.input.json, made.output.into_json), (made.input.markdown, made.output.into_markdown)]
     for source, target in pairs:
         if Path(source).exists() and Path(target).exists() and not filecmp.cmp(source, target, shallow=False):
             return f"{target} is of another report than {source}"
@@ -237,3 +254,7 @@ def code_digest(script, *extra):
 def versions_of(*packages):
     """The versions of packages that a rule's output depends on."""
     return " ".join(f"{package}={version(package)}" for package in packages)
+
+
+# The params of a rule that replays the model.
+REPLAYED = dict(versions=versions_of(*MEASURING), device=DEVICE, flags=replay_flags())

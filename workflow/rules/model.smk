@@ -14,6 +14,7 @@ rule get_model:
         f"results/{MODEL}/benchmarks/get_model.tsv"
     params:
         code=code_digest("scripts/get_model.py"),
+        files=file_options,
         name=MODEL,
         source=config["model"]["source"],
         path=verbatim(config["model"]["path"]),
@@ -21,12 +22,11 @@ rule get_model:
         training=block("model", "training"),
         config_digest=config_digest("get_model"),
     shell:
-        "exec python scripts/get_model.py"
+        "exec python scripts/get_model.py {params.files}"
         " --name {params.name:q}"
         " --source {params.source:q}"
         " --path {params.path:q}"
         " {params.hub}"
         " --training-json {params.training:q}"
-        " --manifest {output.manifest:q}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"

@@ -4,12 +4,9 @@ rule quantize_model:
     Not part of `all`: ask for it by name, or by `make quantize PROFILE=moderate`.
     """
     input:
+        **MEASURED,
         stale=made_again_where_stale("quantize_model"),
-        manifest=rules.get_model.output.manifest,
-        calibration_manifest=rules.extract_calibration.output.manifest,
-        calibration=rules.extract_calibration.output.calibration,
-        heldout=rules.extract_calibration.output.heldout,
-        plan=rules.plan_quantization.output.plan,
+        heldout_set=rules.extract_calibration.output.heldout_set,
         tradeoff=rules.measure_tradeoff.output.tradeoff,
         profiles=rules.build_profiles.output.profiles,
         exports=rules.export_profiles.output.index,
@@ -23,22 +20,15 @@ rule quantize_model:
     threads: 64
     params:
         code=code_digest("scripts/quantize_model.py"),
+        files=input_options,
         versions=versions_of(*MEASURING),
         profile=config["quantize"]["profile"],
         directory=folder_of_output,
         config_digest=config_digest("quantize_model"),
     shell:
-        "exec python scripts/quantize_model.py"
-        " --manifest {input.manifest:q}"
-        " --calibration-manifest {input.calibration_manifest:q}"
-        " --calibration-set {input.calibration:q}"
-        " --heldout-set {input.heldout:q}"
-        " --plan {input.plan:q}"
-        " --tradeoff {input.tradeoff:q}"
-        " --profiles {input.profiles:q}"
-        " --exports {input.exports:q}"
+        "exec python scripts/quantize_model.py {params.files}"
+        " --record {output.record:q}"
         " --profile {params.profile:q}"
         " --directory {params.directory:q}"
-        " --record {output.record:q}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"

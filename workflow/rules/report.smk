@@ -15,14 +15,12 @@ rule build_profiles:
         f"{RUN}/benchmarks/build_profiles.tsv"
     params:
         code=code_digest("scripts/build_profiles.py"),
+        files=file_options,
         target=block("profiles"),
         config_digest=config_digest("build_profiles"),
     shell:
-        "exec python scripts/build_profiles.py"
-        " --tradeoff {input.tradeoff:q}"
-        " --plan {input.plan:q}"
+        "exec python scripts/build_profiles.py {params.files}"
         " --target {params.target:q}"
-        " --profiles {output.profiles:q}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"
 
@@ -33,9 +31,8 @@ rule export_profiles:
     An entry of index.json is a profile's export to one tool, with what was dropped or added for it.
     """
     input:
+        **DESCRIBED,
         stale=made_again_where_stale("export_profiles"),
-        manifest=rules.get_model.output.manifest,
-        calibration_manifest=rules.extract_calibration.output.manifest,
         plan=rules.plan_quantization.output.plan,
         capture=rules.capture_sensitivity.output.capture,
         profiles=rules.build_profiles.output.profiles,
@@ -48,16 +45,10 @@ rule export_profiles:
         f"{RUN}/benchmarks/export_profiles.tsv"
     params:
         code=code_digest("scripts/export_profiles.py", "src/auto_quantize_model/export/templates"),
+        files=input_options,
         directory=folder_of_output,
     shell:
-        "exec python scripts/export_profiles.py"
-        " --manifest {input.manifest:q}"
-        " --calibration-manifest {input.calibration_manifest:q}"
-        " --plan {input.plan:q}"
-        " --capture {input.capture:q}"
-        " --profiles {input.profiles:q}"
-        " --directory {params.directory:q}"
-        " --log {log:q}"
+        "exec python scripts/export_profiles.py {params.files}" " --directory {params.directory:q}" " --log {log:q}"
 
 
 rule render_report:
@@ -66,8 +57,7 @@ rule render_report:
     A row of the primary table is one op, least to most sensitive. All files are the same bytes for the same inputs.
     """
     input:
-        manifest=rules.get_model.output.manifest,
-        calibration_manifest=rules.extract_calibration.output.manifest,
+        **DESCRIBED,
         plan=rules.plan_quantization.output.plan,
         capture=rules.capture_sensitivity.output.capture,
         audit=rules.audit_capture.output.audit,
@@ -76,17 +66,17 @@ rule render_report:
     output:
         markdown=report(f"{REPORT}.md", caption="../report/report.rst", category="Report"),
         json=f"{REPORT}.json",
-        ranking=report(
+        ranking_table=report(
             f"{TABLES}/ranking.csv",
             caption="../report/table_ranking.rst",
             category="Tables",
         ),
-        tradeoff=report(
+        tradeoff_table=report(
             f"{TABLES}/tradeoff.csv",
             caption="../report/table_tradeoff.rst",
             category="Tables",
         ),
-        profiles=report(
+        profiles_table=report(
             f"{TABLES}/profiles.csv",
             caption="../report/profiles.rst",
             category="Tables",
@@ -103,21 +93,9 @@ rule render_report:
             "src/auto_quantize_model/report/templates/op_sensitivity.json.j2",
             "src/auto_quantize_model/report/schema.json",
         ),
+        files=file_options,
     shell:
-        "exec python scripts/render_report.py"
-        " --manifest {input.manifest:q}"
-        " --calibration-manifest {input.calibration_manifest:q}"
-        " --plan {input.plan:q}"
-        " --capture {input.capture:q}"
-        " --audit {input.audit:q}"
-        " --tradeoff {input.tradeoff:q}"
-        " --profiles {input.profiles:q}"
-        " --markdown {output.markdown:q}"
-        " --json {output.json:q}"
-        " --ranking-table {output.ranking:q}"
-        " --tradeoff-table {output.tradeoff:q}"
-        " --profiles-table {output.profiles:q}"
-        " --log {log:q}"
+        "exec python scripts/render_report.py {params.files}" " --log {log:q}"
 
 
 rule draw_figures:
@@ -126,7 +104,7 @@ rule draw_figures:
     What was not measured is a picture that says so, so that the same files are always there.
     """
     input:
-        json=rules.render_report.output.json,
+        report=rules.render_report.output.json,
     output:
         heat_map=report(
             f"{FIGURES}/heat_map.svg",
@@ -155,26 +133,24 @@ rule draw_figures:
         f"{RUN}/benchmarks/draw_figures.tsv"
     params:
         code=code_digest("scripts/draw_figures.py"),
+        files=input_options,
         versions=versions_of(*DRAWING),
         directory=folder_of_output,
     shell:
-        "exec python scripts/draw_figures.py"
-        " --report {input.json:q}"
-        " --directory {params.directory:q}"
-        " --log {log:q}"
+        "exec python scripts/draw_figures.py {params.files}" " --directory {params.directory:q}" " --log {log:q}"
 
 
 rule render_page:
     """Put the report into one HTML page that needs no network: pictures to point at, a table to sort and filter."""
     input:
-        json=rules.render_report.output.json,
+        report=rules.render_report.output.json,
         markdown=rules.render_report.output.markdown,
         tables=[
-            rules.render_report.output.ranking,
-            rules.render_report.output.tradeoff,
-            rules.render_report.output.profiles,
+            rules.render_report.output.ranking_table,
+            rules.render_report.output.tradeoff_table,
+            rules.render_report.output.profiles_table,
         ],
-        figures=rules.draw_figures.output,
+        files=rules.draw_figures.output,
         exports=rules.export_profiles.output.index,
     output:
         html=report(f"{REPORT}.html", caption="../report/page.rst", category="Report"),
@@ -184,16 +160,10 @@ rule render_page:
         f"{RUN}/benchmarks/render_page.tsv"
     params:
         code=code_digest("scripts/render_page.py", "src/auto_quantize_model/report/templates/op_sensitivity.html.j2"),
+        files=file_options,
         versions=versions_of(*DRAWING),
     shell:
-        "exec python scripts/render_page.py"
-        " --report {input.json:q}"
-        " --markdown {input.markdown:q}"
-        " --tables {input.tables:q}"
-        " --files {input.figures:q}"
-        " --exports {input.exports:q}"
-        " --html {output.html:q}"
-        " --log {log:q}"
+        "exec python scripts/render_page.py {params.files}" " --log {log:q}"
 
 
 rule publish_summary:
@@ -203,18 +173,14 @@ rule publish_summary:
         markdown=rules.render_report.output.markdown,
         json=rules.render_report.output.json,
     output:
-        markdown=f"context/summaries/inc-kb/{MODEL}_mse_sensitivity.md",
-        json=f"context/summaries/inc-kb/{MODEL}_mse_sensitivity.json",
+        into_markdown=f"context/summaries/inc-kb/{MODEL}_mse_sensitivity.md",
+        into_json=f"context/summaries/inc-kb/{MODEL}_mse_sensitivity.json",
     log:
         f"{RUN}/logs/publish_summary.log",
     benchmark:
         f"{RUN}/benchmarks/publish_summary.tsv"
     params:
         code=code_digest("scripts/publish_summary.py"),
+        files=file_options,
     shell:
-        "exec python scripts/publish_summary.py"
-        " --markdown {input.markdown:q}"
-        " --json {input.json:q}"
-        " --into-markdown {output.markdown:q}"
-        " --into-json {output.json:q}"
-        " --log {log:q}"
+        "exec python scripts/publish_summary.py {params.files}" " --log {log:q}"

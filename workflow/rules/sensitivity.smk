@@ -1,3 +1,10 @@
+# What describes the model and the samples.
+DESCRIBED = dict(
+    manifest=rules.get_model.output.manifest,
+    calibration_manifest=rules.extract_calibration.output.calibration_manifest,
+)
+
+
 rule plan_quantization:
     """Have INC plan the quantization, so that what is measured is INC's own choice.
 
@@ -5,10 +12,9 @@ rule plan_quantization:
     with the reason.
     """
     input:
+        **DESCRIBED,
         stale=made_again_where_stale("plan_quantization"),
-        manifest=rules.get_model.output.manifest,
-        calibration_manifest=rules.extract_calibration.output.manifest,
-        calibration=rules.extract_calibration.output.calibration,
+        calibration_set=rules.extract_calibration.output.calibration_set,
     output:
         plan=f"{RUN}/plan.json",
     log:
@@ -17,33 +23,35 @@ rule plan_quantization:
         f"{RUN}/benchmarks/plan_quantization.tsv"
     params:
         code=code_digest("scripts/plan_quantization.py"),
+        files=file_options,
         versions=versions_of(*MEASURING),
         spec=plan_spec,
         config_digest=config_digest("plan_quantization"),
     shell:
-        "exec python scripts/plan_quantization.py"
-        " --manifest {input.manifest:q}"
-        " --calibration-manifest {input.calibration_manifest:q}"
-        " --calibration-set {input.calibration:q}"
+        "exec python scripts/plan_quantization.py {params.files}"
         " --spec {params.spec:q}"
-        " --plan {output.plan:q}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"
+
+
+# What each measuring rule reads.
+MEASURED = dict(
+    **DESCRIBED,
+    calibration_set=rules.extract_calibration.output.calibration_set,
+    plan=rules.plan_quantization.output.plan,
+)
 
 
 rule capture_sensitivity:
     """Measure every op of the plan: the long step, so it holds the GPU's place.
 
     A record of a map is one op on one confidence batch, with the sum of squared errors at the measured op as INC's
-    number. Records are kept in a journal beside the output, so that a killed run goes on where it ended. What differs
-    from run to run, times and host, goes to the run record, which nothing downstream reads.
+    number. Records are kept, so a killed run resumes. Times and host differ from run to run: they go to the run record,
+    which no other rule reads.
     """
     input:
+        **MEASURED,
         stale=made_again_where_stale("capture_sensitivity"),
-        manifest=rules.get_model.output.manifest,
-        calibration_manifest=rules.extract_calibration.output.manifest,
-        calibration=rules.extract_calibration.output.calibration,
-        plan=rules.plan_quantization.output.plan,
     output:
         capture=f"{RUN}/capture_{DEVICE}.json",
         run_record=f"{REPORT}.run.json",
@@ -56,21 +64,14 @@ rule capture_sensitivity:
     resources:
         gpu=1 if DEVICE == "cuda" else 0,
     params:
+        **REPLAYED,
         code=code_digest("scripts/capture_sensitivity.py"),
-        versions=versions_of(*MEASURING),
-        device=DEVICE,
-        flags=replay_flags(),
+        files=file_options,
         config_digest=config_digest("capture_sensitivity"),
     shell:
-        "exec python scripts/capture_sensitivity.py"
-        " --manifest {input.manifest:q}"
-        " --calibration-manifest {input.calibration_manifest:q}"
-        " --calibration-set {input.calibration:q}"
-        " --plan {input.plan:q}"
+        "exec python scripts/capture_sensitivity.py {params.files}"
         " --device {params.device}"
         " {params.flags}"
-        " --capture {output.capture:q}"
-        " --run-record {output.run_record:q}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"
 
@@ -81,11 +82,8 @@ rule audit_capture:
     So INC measures at least once in every run, whatever the engine, and a report never rests on the replay alone.
     """
     input:
+        **MEASURED,
         stale=made_again_where_stale("audit_capture"),
-        manifest=rules.get_model.output.manifest,
-        calibration_manifest=rules.extract_calibration.output.manifest,
-        calibration=rules.extract_calibration.output.calibration,
-        plan=rules.plan_quantization.output.plan,
         capture=rules.capture_sensitivity.output.capture,
     output:
         audit=f"{RUN}/audit_{DEVICE}.json",
@@ -96,18 +94,13 @@ rule audit_capture:
     threads: 64
     params:
         code=code_digest("scripts/audit_capture.py"),
+        files=file_options,
         versions=versions_of(*MEASURING),
         ops=config["sensitivity"]["audit_ops"],
         config_digest=config_digest("audit_capture"),
     shell:
-        "exec python scripts/audit_capture.py"
-        " --manifest {input.manifest:q}"
-        " --calibration-manifest {input.calibration_manifest:q}"
-        " --calibration-set {input.calibration:q}"
-        " --plan {input.plan:q}"
-        " --capture {input.capture:q}"
+        "exec python scripts/audit_capture.py {params.files}"
         " --ops {params.ops}"
-        " --audit {output.audit:q}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"
 
@@ -115,16 +108,13 @@ rule audit_capture:
 rule measure_tradeoff:
     """Measure the mixed-precision model on held-out samples for growing keep-lists, along the ranking and controls.
 
-    A ranking has to earn its place: beside it stand random orders, the ranking turned round, and the largest weights
-    first. A point of a curve is one keep-list; each forward's record is journalled, so a killed run goes on.
+    The ranking is compared with random orders, the reversed ranking, and the largest weights first. A point of a curve
+    is one keep-list. The record of each forward is kept, so a killed run resumes.
     """
     input:
+        **MEASURED,
         stale=made_again_where_stale("measure_tradeoff"),
-        manifest=rules.get_model.output.manifest,
-        calibration_manifest=rules.extract_calibration.output.manifest,
-        calibration=rules.extract_calibration.output.calibration,
-        heldout=rules.extract_calibration.output.heldout,
-        plan=rules.plan_quantization.output.plan,
+        heldout_set=rules.extract_calibration.output.heldout_set,
         capture=rules.capture_sensitivity.output.capture,
     output:
         tradeoff=f"{RUN}/tradeoff_{DEVICE}.json",
@@ -136,27 +126,19 @@ rule measure_tradeoff:
     resources:
         gpu=1 if DEVICE == "cuda" else 0,
     params:
+        **REPLAYED,
         code=code_digest("scripts/measure_tradeoff.py"),
-        versions=versions_of(*MEASURING),
+        files=file_options,
         batches=config["tradeoff"]["heldout_batches"],
         candidates=config["tradeoff"]["greedy_candidates"],
         ops=config["tradeoff"]["greedy_ops"],
-        device=DEVICE,
-        flags=replay_flags(),
         config_digest=config_digest("measure_tradeoff"),
     shell:
-        "exec python scripts/measure_tradeoff.py"
-        " --manifest {input.manifest:q}"
-        " --calibration-manifest {input.calibration_manifest:q}"
-        " --calibration-set {input.calibration:q}"
-        " --heldout-set {input.heldout:q}"
-        " --plan {input.plan:q}"
-        " --capture {input.capture:q}"
+        "exec python scripts/measure_tradeoff.py {params.files}"
         " --batches {params.batches}"
         " --greedy-candidates {params.candidates}"
         " --greedy-ops {params.ops}"
         " --device {params.device}"
         " {params.flags}"
-        " --tradeoff {output.tradeoff:q}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"
