@@ -35,6 +35,7 @@ EVERYTHING = {
     "get_model",
     "extract_calibration",
     "plan_quantization",
+    "calibrate_scales",
     "capture_sensitivity",
     "audit_capture",
     "measure_tradeoff",
@@ -52,7 +53,8 @@ FROM_AUDIT = FROM_REPORT | {"audit_capture"}
 FROM_PROFILES = FROM_REPORT | {"build_profiles", "export_profiles"}
 FROM_TRADEOFF = FROM_PROFILES | {"measure_tradeoff"}
 FROM_CAPTURE = FROM_AUDIT | FROM_TRADEOFF | {"capture_sensitivity"}
-FROM_PLAN = FROM_CAPTURE | {"plan_quantization"}
+FROM_SCALES = FROM_CAPTURE | {"calibrate_scales"}
+FROM_PLAN = FROM_SCALES | {"plan_quantization"}
 TINY = {
     "model": {"name": "tiny", "source": "local", "path": "resources/models/tiny"},
     "calibration": {
@@ -222,7 +224,8 @@ def test_every_shipped_config_plans_every_rule(checkout: Path, names: list[str])
 
 
 # Of files of the library, the rules that use them, as their own code and not by way of other rules.
-MEASURING = {"plan_quantization", "capture_sensitivity", "audit_capture", "measure_tradeoff", "quantize_model"}
+MEASURING = {"plan_quantization", "calibrate_scales", "capture_sensitivity", "audit_capture", "measure_tradeoff"}
+MEASURING |= {"quantize_model"}
 USERS = {
     "archive.py": {"archive_results"},
     "report/page.py": {"render_page"},
@@ -237,6 +240,7 @@ USERS = {
     "inc/audit.py": {"audit_capture", "quantize_model"},
     "measure/heldout.py": {"measure_tradeoff", "quantize_model"},
     "inc/plan.py": MEASURING - {"measure_tradeoff"},
+    "measure/store.py": {"capture_sensitivity", "audit_capture", "measure_tradeoff", "quantize_model"},
     "models/snapshot.py": MEASURING | {"get_model", "extract_calibration", "export_profiles"},
     "cli.py": EVERYTHING | {"quantize_model"},
 }
@@ -409,12 +413,12 @@ def test_changed_audit_ops_rerun_the_audit_and_what_follows(finished: tuple[Path
 def test_a_gpu_that_is_asked_for_names_other_results_and_none_means_the_cpu(finished: tuple[Path, str]) -> None:
     config = finished[0] / "config" / "config.yaml"
     with changed(config, config.read_text().replace("device: auto", "device: cuda")):
-        assert planned(finished[0], "--resources", "gpu=1") == FROM_CAPTURE
+        assert planned(finished[0], "--resources", "gpu=1") == FROM_SCALES
         assert planned(finished[0], "--resources", "gpu=0") == set()
 
 
 @pytest.mark.slow
-def test_a_killed_capture_goes_on_and_ends_in_the_same_bytes(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_killed_capture_resumes_and_ends_in_the_same_bytes(finished: tuple[Path, str], tmp_path: Path) -> None:
     directory = finished[0]
     results = directory / "results" / "tiny" / "digits"
     command = [sys.executable, "scripts/capture_sensitivity.py", "--device", "cpu"]
@@ -423,6 +427,8 @@ def test_a_killed_capture_goes_on_and_ends_in_the_same_bytes(finished: tuple[Pat
         ("--calibration-manifest", results / "calibration_manifest.json"),
         ("--calibration-set", results / "calibration" / "calibration.parquet"),
         ("--plan", results / "plan.json"),
+        ("--scales", results / "scales_cpu.json"),
+        ("--scores", tmp_path / "scores"),
         ("--capture", tmp_path / "capture.json"),
         ("--run-record", tmp_path / "run.json"),
     ):
@@ -432,17 +438,20 @@ def test_a_killed_capture_goes_on_and_ends_in_the_same_bytes(finished: tuple[Pat
     # One thread, as Snakemake gave the run that it is compared with.
     environment = os.environ | {"PYTHONPATH": str(directory / "src"), "OMP_NUM_THREADS": "1"}
     killed = subprocess.Popen(command, cwd=directory, env=environment, stderr=subprocess.DEVNULL)
-    journal = tmp_path / "capture.json.journal"
-    while killed.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 10):
+
+    def scores() -> int:
+        return sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("scores/*.jsonl"))
+
+    while killed.poll() is None and scores() <= 10:
         time.sleep(0.01)
     killed.kill()
     assert killed.wait() != 0
     assert not (tmp_path / "capture.json").exists()
     ended = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert "capture: going on from" in ended.stdout
+    found = re.search(r"capture: (\d+) scores came from the store", ended.stdout)
+    assert found and int(found[1]) >= 9
     assert (tmp_path / "capture.json").read_bytes() == (results / "capture_cpu.json").read_bytes()
-    assert not journal.exists()
 
 
 @pytest.mark.slow
@@ -635,7 +644,7 @@ def test_another_file_of_a_local_source_reruns_the_rule_that_reads_it_and_what_f
         ({"profiles": {"min_sqnr_db": 40.0}}, FROM_PROFILES),
         ({"sensitivity": {"audit_ops": 3}}, FROM_AUDIT),
         ({"tradeoff": {"greedy_ops": 1}}, FROM_TRADEOFF),
-        ({"sensitivity": {"tf32": True}}, FROM_CAPTURE),
+        ({"sensitivity": {"tf32": True}}, FROM_SCALES),
         ({"sensitivity": {"confidence_batches": 2}}, FROM_PLAN),
         ({"calibration": {"seed": 1}}, EVERYTHING - {"get_model"}),
         ({"model": {"path": "resources/models/other"}}, EVERYTHING),
@@ -654,8 +663,7 @@ def test_an_unpacked_archive_of_another_config_is_measured_again_from_where_they
 def test_of_an_unpacked_archive_of_another_config_a_target_makes_what_it_needs_and_no_more(restored: Path) -> None:
     batches = ("--config", "sensitivity={confidence_batches: 2, audit_ops: 3}")
     assert planned(restored, "results/tiny/digits/plan.json", *batches) == {"plan_quantization"}
-    of_quantize = {"plan_quantization", "capture_sensitivity", "measure_tradeoff", "build_profiles", "export_profiles"}
-    assert planned(restored, "quantize_model", *batches) == of_quantize | {"quantize_model"}
+    assert planned(restored, "quantize_model", *batches) == (FROM_PLAN - FROM_AUDIT) | {"quantize_model"}
 
 
 @contextlib.contextmanager
@@ -682,6 +690,7 @@ def away(path: Path) -> Iterator[None]:
         ("exports_cpu/minimal/inc_quantize.py", FROM_PAGE | {"export_profiles"}),
         ("exports_cpu/index.json", FROM_PAGE | {"export_profiles"}),
         ("profiles_cpu.json", FROM_PROFILES),
+        ("scales_cpu.safetensors", FROM_SCALES),
         ("audit_cpu.json", FROM_AUDIT),
         ("../../archives/tiny-digits.tar", {"archive_results"}),
         ("../../archives/tiny-digits.tar.sha256.json", {"archive_results"}),

@@ -12,6 +12,8 @@ rule archive_results:
             rules.extract_calibration.output.heldout_set,
         ],
         plan=rules.plan_quantization.output.plan,
+        scales=rules.calibrate_scales.output.scales,
+        tensors=rules.calibrate_scales.output.tensors,
         capture=rules.capture_sensitivity.output.capture,
         audit=rules.audit_capture.output.audit,
         tradeoff=rules.measure_tradeoff.output.tradeoff,

@@ -147,6 +147,7 @@ ASKED = {
     },
     "extract_calibration": config["calibration"],
     "plan_quantization": {key: config["sensitivity"][key] for key in PLAN_KEYS},
+    "calibrate_scales": [DEVICE, replay_flags(), bool(config["tradeoff"]["heldout_batches"])],
     "capture_sensitivity": [DEVICE, replay_flags()],
     "audit_capture": config["sensitivity"]["audit_ops"],
     "measure_tradeoff": [config["tradeoff"], DEVICE, replay_flags()],

@@ -34,7 +34,6 @@ rule export_profiles:
         **DESCRIBED,
         stale=made_again_where_stale("export_profiles"),
         plan=rules.plan_quantization.output.plan,
-        capture=rules.capture_sensitivity.output.capture,
         profiles=rules.build_profiles.output.profiles,
     output:
         # A file, as Snakemake empties an output that is a folder before a job and after one that failed.

@@ -34,20 +34,63 @@ rule plan_quantization:
         " --log {log:q}"
 
 
-# What each measuring rule reads.
-MEASURED = dict(
+# What is calibrated and measured.
+PLANNED = dict(
     **DESCRIBED,
     calibration_set=rules.extract_calibration.output.calibration_set,
     plan=rules.plan_quantization.output.plan,
 )
 
 
+rule calibrate_scales:
+    """Calibrate each scored batch alone, as INC does for a score, and the whole set, as for a deployed model.
+
+    The tensors are scales and zero_points. The document lists what the observers saw: for each calibration and op the
+    minimum, the maximum and percentiles.
+    """
+    input:
+        **PLANNED,
+        stale=made_again_where_stale("calibrate_scales"),
+    output:
+        scales=f"{RUN}/scales_{DEVICE}.json",
+        tensors=f"{RUN}/scales_{DEVICE}.safetensors",
+    log:
+        f"{RUN}/logs/calibrate_scales.log",
+    benchmark:
+        f"{RUN}/benchmarks/calibrate_scales.tsv"
+    # As many as --cores allows; Snakemake lowers the number by itself.
+    threads: 64
+    resources:
+        gpu=1 if DEVICE == "cuda" else 0,
+    params:
+        **REPLAYED,
+        code=code_digest("scripts/calibrate_scales.py"),
+        files=file_options,
+        # The trade-off alone needs the scales of the whole set.
+        whole_set="--whole-set" if config["tradeoff"]["heldout_batches"] else "",
+        config_digest=config_digest("calibrate_scales"),
+    shell:
+        "exec python scripts/calibrate_scales.py {params.files}"
+        " {params.whole_set}"
+        " --device {params.device}"
+        " {params.flags}"
+        " --config-digest {params.config_digest}"
+        " --log {log:q}"
+
+
+# What each measuring rule reads.
+MEASURED = dict(
+    **PLANNED,
+    scales=rules.calibrate_scales.output.scales,
+)
+
+
 rule capture_sensitivity:
     """Measure every op of the plan: the long step, so it holds the GPU's place.
 
-    A record of a map is one op on one confidence batch, with the sum of squared errors at the measured op as INC's
-    number. Records are kept, so a killed run resumes. Times and host differ from run to run: they go to the run record,
-    which no other rule reads.
+    A row is one op of one map on one confidence batch, with the sum of squared errors at the measured op as INC's
+    number. The score store keeps each score, so a killed run resumes. Times and host differ from run to run: they go to
+    the run record, which no other rule reads.
     """
     input:
         **MEASURED,
@@ -109,7 +152,7 @@ rule measure_tradeoff:
     """Measure the mixed-precision model on held-out samples for growing keep-lists, along the ranking and controls.
 
     The ranking is compared with random orders, the reversed ranking, and the largest weights first. A point of a curve
-    is one keep-list. The record of each forward is kept, so a killed run resumes.
+    is one keep-list. The score store keeps the record of each forward, so a killed run resumes.
     """
     input:
         **MEASURED,
