@@ -239,7 +239,7 @@ USERS = {
     "decide/profiles.py": {"build_profiles"},
     "inc/audit.py": {"audit_capture", "quantize_model"},
     "measure/heldout.py": {"measure_tradeoff", "quantize_model"},
-    "inc/plan.py": MEASURING - {"measure_tradeoff"},
+    "inc/plan.py": MEASURING - {"calibrate_scales", "measure_tradeoff"},
     "measure/store.py": {"capture_sensitivity", "audit_capture", "measure_tradeoff", "quantize_model"},
     "models/snapshot.py": MEASURING | {"get_model", "extract_calibration", "export_profiles"},
     "cli.py": EVERYTHING | {"quantize_model"},

@@ -22,10 +22,9 @@ from auto_quantize_model.measure.heldout import (
     measure_tradeoff,
     model_bytes,
     orders,
-    right_answers,
     summary,
 )
-from auto_quantize_model.measure.metrics import Reference
+from auto_quantize_model.measure.metrics import Reference, right_answers
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.encode import Sample, answer_span, encode
 from auto_quantize_model.models.snapshot import load_model

@@ -17,6 +17,7 @@ from auto_quantize_model.measure.store import Shelf
 from auto_quantize_model.records import Plan
 from auto_quantize_model.replay.model import Batch
 
+CODE = code_digest_of_modules(["auto_quantize_model.inc.engine"])  # at import, as in `measure.capture`
 LABELS = {ALL: "all_int8"}  # the patching module's name of the state with every op quantized
 SECOND_PASS = "second_pass"
 
@@ -36,7 +37,7 @@ def measure_by_inc(work: Work, share: Share, on_progress: Progress) -> None:
     spec = spec_of(plan)
     conf = quant_config(spec.confidence_batches, ops_to_keep(model, work.batches, spec))
     base = context(model, plan, plan.ops, "inc")
-    base["code"] = code_digest_of_modules(["auto_quantize_model.inc.engine"])
+    base["code"] = CODE
     total = (sum(len(names) for label, names in share.items() if label != ALL) + 1) * len(work.batches)
     done = 0
 

@@ -20,8 +20,8 @@ from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.loader import CalibrationLoader
 from auto_quantize_model.inc_pytorch_mse_patching import copies_sharing_parameters, temporary_workspace
 from auto_quantize_model.machine import instruction_set
-from auto_quantize_model.measure.heldout import right_answers, sum_of_squares, summary
-from auto_quantize_model.measure.metrics import Reference, require_finite
+from auto_quantize_model.measure.heldout import sum_of_squares, summary
+from auto_quantize_model.measure.metrics import Reference, require_finite, right_answers
 from auto_quantize_model.records import Profile, Tradeoff
 from auto_quantize_model.replay.model import Batch
 

@@ -33,6 +33,10 @@ from auto_quantize_model.replay.scales import digest_of_scales
 from auto_quantize_model.schemes.inc_int8 import cpu_kernel
 from auto_quantize_model.schemes.scheme import INC_INT8, Assignment
 
+# Of the code that a score depends on, when this module is imported: files may change while a long run goes on.
+CODE = code_digest_of_modules(
+    f"auto_quantize_model.{name}" for name in ("replay.model", "measure.metrics", "models.snapshot")
+)
 Progress = Callable[[int, int], None]  # done and total, in runs of a block (replay) or ops (INC)
 Share = dict[str, list[str]]  # {map: ops}
 
@@ -259,7 +263,7 @@ def context(model: torch.nn.Module, plan: Plan, ops: Sequence[Any], engine: str 
         **asdict(arithmetic(device)),
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "code": code_digest_of_modules(["auto_quantize_model.replay.model", "auto_quantize_model.measure.metrics"]),
+        "code": CODE,
     }
 
 

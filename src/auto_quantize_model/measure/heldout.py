@@ -18,7 +18,7 @@ import torch
 from auto_quantize_model.files import InputError
 from auto_quantize_model.measure.aggregate import decibels
 from auto_quantize_model.measure.capture import arithmetic, context, digest_of_batch, state_key
-from auto_quantize_model.measure.metrics import Reference, require_finite
+from auto_quantize_model.measure.metrics import Reference, require_finite, right_answers
 from auto_quantize_model.measure.store import ScoreStore, Shelf
 from auto_quantize_model.records import Plan, Point, Scales, Tradeoff
 from auto_quantize_model.replay.model import Batch, Replay
@@ -279,23 +279,6 @@ def sum_of_squares(reference: Reference, index: int) -> float:
             " with it; check the weights, or set tradeoff.heldout_batches to 0"
         )
     return squares
-
-
-def right_answers(output: torch.Tensor, batch: Batch, spans: Sequence[range | None]) -> int:
-    """How many samples of a batch have every token of their answer as the most likely one, given those before it.
-
-    Args:
-        output: (samples, tokens, vocabulary) logits.
-        batch: its `input_ids`, int64 (samples, tokens).
-        spans: of each sample, the positions of its answer's tokens.
-    """
-    right = 0
-    for row, span in enumerate(spans):
-        if span is not None:
-            expected = batch["input_ids"][row, span.start : span.stop].to(output.device)
-            predicted = output[row, span.start - 1 : span.stop - 1].argmax(-1)
-            right += bool(torch.equal(predicted, expected))
-    return right
 
 
 def summary(records: Sequence[Mapping[str, Any]], references: Sequence[float], asked: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ In: the FP32 output at the measured op once, and another output. Out: one JSON-a
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -91,3 +92,20 @@ def kl_divergence(reference: torch.Tensor, output: torch.Tensor) -> float:
         log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
         total += (log_p.exp() * (log_p - log_q)).sum()
     return max(0.0, float(total) / rows[0].shape[0])  # rounding can leave -1e-17 where there is no divergence
+
+
+def right_answers(output: torch.Tensor, batch: Mapping[str, torch.Tensor], spans: Sequence[range | None]) -> int:
+    """How many samples of a batch have every token of their answer as the most likely one, given those before it.
+
+    Args:
+        output: (samples, tokens, vocabulary) logits.
+        batch: its `input_ids`, int64 (samples, tokens).
+        spans: of each sample, the positions of its answer's tokens.
+    """
+    right = 0
+    for row, span in enumerate(spans):
+        if span is not None:
+            expected = batch["input_ids"][row, span.start : span.stop].to(output.device)
+            predicted = output[row, span.start - 1 : span.stop - 1].argmax(-1)
+            right += bool(torch.equal(predicted, expected))
+    return right
