@@ -1,6 +1,7 @@
 """Small records for tests: each field that a test does not name has a plain value."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from auto_quantize_model.records import (
@@ -17,6 +18,7 @@ from auto_quantize_model.records import (
     Score,
     ScoredBatch,
     Side,
+    Tradeoff,
     digest_of_record,
 )
 
@@ -30,6 +32,7 @@ ACTIVATION = {
 }
 WEIGHT = ACTIVATION | {"name": "PerChannelMinMaxObserver", "dtype": "qint8", "qscheme": "per_channel_symmetric"}
 EMBEDDING = WEIGHT | {"dtype": "quint8", "qscheme": "per_channel_affine_float_qparams"}
+ARITHMETIC = Arithmetic("cpu", 1, "AVX2", "saturating")
 COVERAGE: Any = {"weights_total": 8, "weights_planned": 8, "weights_kept": 0, "share": 1.0, "left_out": []}
 
 
@@ -70,6 +73,11 @@ def a_plan(ops: Iterable[Op | str] = (), **changes: Any) -> Plan:
     return Plan(ops=found, excluded=tuple(excluded), **fields | changes)
 
 
+def a_score(mse_value: float, **metrics: float) -> Score:
+    """A score of one op in the isolated map of the first batch."""
+    return Score(0, "isolated", "inc_int8", "op", mse_value, **metrics)
+
+
 def a_capture(
     plan: Plan,
     scores: Mapping[str, Mapping[str, Sequence[Mapping[str, float] | None]]],
@@ -87,7 +95,7 @@ def a_capture(
     rows += [Score(batch, "all", "inc_int8", "", **record) for batch, record in enumerate(all_int8)]
     fields: dict[str, Any] = {
         "engine": plan.engine,
-        "arithmetic": Arithmetic("cpu", 1, "AVX2", "saturating"),
+        "arithmetic": ARITHMETIC,
         "tf32": False,
         "model": plan.model,
         "calibration": plan.calibration,
@@ -120,6 +128,29 @@ def a_point(keep: int, sqnr_db: float | None, added: Iterable[str] = (), **chang
         "weight_bytes": 100 + 10 * keep,
     }
     return Point(keep=keep, sqnr_db=sqnr_db, added=tuple(added), **fields | changes)
+
+
+def a_tradeoff(curves: Mapping[str, Iterable[Point]], ops: int, **changes: Any) -> Tradeoff:
+    """A measured trade-off of so many ops, with curves by order and no control to compare with."""
+    controls = ("random", "inverse", "weight_bytes")
+    fields: dict[str, Any] = {
+        **asdict(ARITHMETIC),
+        "calibration_batches": 4,
+        "batches": 2,
+        "answers": 10,
+        "random": [],
+        "gains_db": dict.fromkeys(controls),
+        "losses": {control: [] for control in controls},
+        "greedy_gain_db": None,
+    }
+    return Tradeoff(ops=ops, curves={order: list(curve) for order, curve in curves.items()}, **fields | changes)
+
+
+def with_point(tradeoff: Tradeoff, order: str, index: int, **changes: Any) -> Tradeoff:
+    """A trade-off in which one point of a curve differs."""
+    curve = list(tradeoff.curves[order])
+    curve[index] = replace(curve[index], **changes)
+    return replace(tradeoff, curves=tradeoff.curves | {order: curve})
 
 
 def a_profile(kept: Sequence[str], sqnr_db: float | None = 31.0, **changes: Any) -> Profile:

@@ -27,7 +27,7 @@ def clean_results(root: Path) -> list[Path]:
     for output in recorded_outputs(root / ".snakemake"):
         path = root / output
         if path.absolute().is_relative_to(results.absolute()) and ".." not in path.parts:
-            for file in (path, path.with_name(f"{path.name}.journal")):
+            for file in (path,):
                 if file.is_symlink() or file.is_file():
                     file.unlink()
             if path.parent.is_dir():

@@ -9,13 +9,15 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, Literal, NotRequired, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on
 
 from auto_quantize_model.documents import Document, make_again
 from auto_quantize_model.files import InputError, digest_of
 
 Record = TypeVar("Record")
+# Of the records that are read: an unknown field is an error, in the records that they hold as well.
+closed = with_config(ConfigDict(extra="forbid"))
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class Keep(TypedDict):
     op_name_dict: dict[str, str]
 
 
+@closed
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The inventory of a model and the schemes that each op can have.
@@ -235,6 +238,7 @@ class Arithmetic:
     int8_kernel: str
 
 
+@closed
 @dataclass(frozen=True, kw_only=True)
 class Capture:
     """The scores of a plan, one row each.
@@ -268,6 +272,7 @@ class Capture:
         return [score for score in self.scores if score.map == "all"]
 
 
+@closed
 @dataclass(frozen=True)
 class Audit:
     """What was measured again, and how that ended; see `inc.audit.audit_capture`."""
@@ -306,6 +311,7 @@ class Point:
     weight_bytes: int
 
 
+@closed
 @dataclass(frozen=True)
 class NotMeasured:
     """There is no trade-off, and why."""
@@ -314,6 +320,7 @@ class NotMeasured:
     reason: str
 
 
+@closed
 @dataclass(frozen=True, kw_only=True)
 class Tradeoff:
     """Keep-lists of growing length, measured on held-out samples; see `measure.heldout.measure_tradeoff`."""
@@ -328,7 +335,7 @@ class Tradeoff:
     batches: int
     answers: int
     curves: dict[str, list[Point]]
-    random: list[dict[str, float | None]]
+    random: list[dict[str, int | float | None]]
     gains_db: dict[str, float | None]
     losses: dict[str, list[int]]
     greedy_gain_db: float | None
@@ -359,6 +366,7 @@ class Profile:
         return {name: "inc_int8" for name in op_names if name not in self.kept}
 
 
+@closed
 @dataclass(frozen=True)
 class Profiles:
     """Named profiles, and why there is no recommended one; see `decide.profiles.build_profiles`."""
@@ -368,13 +376,17 @@ class Profiles:
     missed: str
     knee: Profile | None
     nearest: Profile | None
-    short: dict[str, float]
+    short: dict[str, float | int]
 
 
 def body_of(record: Any) -> dict[str, Any]:
-    """A record as the body of a document."""
-    body: dict[str, Any] = asdict(record)
+    """A record as the body of a document: JSON has lists where the record has tuples."""
+    body: dict[str, Any] = asdict(record, dict_factory=_with_lists)
     return body
+
+
+def _with_lists(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields}
 
 
 def digest_of_record(record: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from build import a_plan, a_profile, an_op, profiles_of
 from markdown_it import MarkdownIt
 from test_standin import write_snapshot
 
@@ -32,8 +33,6 @@ PATCHES = "model.visual.patch_embed.proj"
 Q_PROJ, K_PROJ, V_PROJ = (f"model.language_model.layers.0.self_attn.{name}_proj" for name in "qkv")
 UP_PROJ, GATE_PROJ = (f"model.visual.blocks.0.mlp.{name}_proj" for name in ("up", "gate"))
 KEPT = ["lm_head", PATCHES, Q_PROJ, UP_PROJ]
-BY_INC = {"reduce_range": True, "inc_check": {"status": "reproduces_fp32"}}
-HELD: dict[str, Any] = {"weights_total": 8, "weights_planned": 8, "weights_kept": 0, "share": 1.0, "left_out": []}
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +50,9 @@ def written(tmp_path: Path, tiny_snapshot: Path, modules: Any) -> tuple[Path, di
 def export_kept(
     directory: Path, kept: list[str], modules: Any, published: Any, excluded: Any = (), idle: Any = ()
 ) -> dict[str, Any]:
-    profiles = {"profiles": {"recommended": {"keep": len(kept), "kept": kept, "sqnr_db": 31.0}}, "missed": ""}
-    executions = dict.fromkeys(kept, [0, 1]) | dict.fromkeys(idle, [0, 0])
-    plan = {
-        "model": "tiny",
-        "ops": [{"op_name": name} for name in executions],
-        "excluded": [{"op_name": name} for name in excluded],
-        "coverage": HELD,
-    }
-    capture = {"executions": executions}
-    return export(directory, profiles, plan | BY_INC, capture, modules, published, 2)
+    executions = dict.fromkeys(kept, (0, 1)) | dict.fromkeys(idle, (0, 0))
+    plan = a_plan([an_op(name, executions=counts) for name, counts in executions.items()], excluded=excluded)
+    return export(directory, profiles_of({"recommended": a_profile(kept)}), plan, modules, published, 2)
 
 
 def linears(modules: dict[str, Any]) -> list[str]:
@@ -284,16 +276,9 @@ def test_a_strangers_name_is_a_literal_in_every_file_and_no_code(tmp_path: Path)
     kept = [f"model.{HOSTILE}", "model.x*[0]?"]
     modules: dict[str, type[torch.nn.Module]] = dict.fromkeys([*kept, "model.x10"], torch.nn.Linear)
     modules["model.conv"] = torch.nn.Conv3d
-    profile = {"keep": 2, "kept": [*kept, "model.conv"], "sqnr_db": 31.0, "worse": {}}
-    plan = {
-        "model": HOSTILE,
-        "ops": [{"op_name": name} for name in (*kept, "model.x10")],
-        "excluded": [],
-        "coverage": HELD,
-    } | BY_INC
-    capture = {"executions": {kept[0]: [1], kept[1]: [1], "model.x10": [0]}}
-    profiles = {"profiles": {"recommended": profile}, "missed": ""}
-    export(tmp_path / "exports", profiles, plan, capture, modules, [], 2)
+    ops = [*(an_op(name) for name in kept), an_op("model.x10", executions=(0,))]
+    profiles = profiles_of({"recommended": a_profile([*kept, "model.conv"])})
+    export(tmp_path / "exports", profiles, a_plan(ops, model=HOSTILE), modules, [], 2)
     directory = tmp_path / "exports" / "recommended"
     for path in directory.iterdir():
         assert path.suffix == ".json" or not set(path.read_text()) & set("\x1b\r\u2028")
@@ -318,10 +303,8 @@ def test_a_strangers_name_is_a_literal_in_every_file_and_no_code(tmp_path: Path)
 
 
 def test_a_profile_that_is_worse_than_all_int8_says_so_in_its_files(tmp_path: Path, modules: Any) -> None:
-    profile = {"keep": 1, "kept": [Q_PROJ], "sqnr_db": None, "top1_agreement": 0.5, "worse": {"top1_agreement": 0.75}}
-    plan = {"model": "tiny", "ops": [{"op_name": Q_PROJ}], "excluded": [], "coverage": HELD} | BY_INC
-    profiles = {"profiles": {"minimal": profile}, "missed": ""}
-    export(tmp_path / "exports", profiles, plan, {"executions": {Q_PROJ: [1]}}, modules, [], 2)
+    profile = a_profile([Q_PROJ], None, top1_agreement=0.5, worse={"top1_agreement": 0.75})
+    export(tmp_path / "exports", profiles_of({"minimal": profile}), a_plan([Q_PROJ]), modules, [], 2)
     for file in ("README.md", "inc_quantize.py", "llm_compressor_recipe.yaml"):
         text = (tmp_path / "exports" / "minimal" / file).read_text()
         assert "Profile minimal of tiny: 1 op in FP32, no error on held-out samples" in text
@@ -329,11 +312,8 @@ def test_a_profile_that_is_worse_than_all_int8_says_so_in_its_files(tmp_path: Pa
 
 
 def test_files_for_inc_say_so_where_inc_cannot_convert_the_model(tmp_path: Path, modules: Any) -> None:
-    profile = {"keep": 1, "kept": ["lm_head"], "sqnr_db": 31.0, "worse": {}}
-    profiles = {"profiles": {"one": profile}, "missed": ""}
-    plan = {"model": "tiny", "ops": [], "excluded": [], "coverage": HELD, "reduce_range": False}
-    plan |= {"inc_check": {"status": "cannot", "reason": "its model differs"}}
-    index = export(tmp_path / "exports", profiles, plan, {"executions": {}}, modules, [], 2)
+    plan = a_plan(reduce_range=False, inc_check={"status": "cannot", "reason": "its model differs"})
+    index = export(tmp_path / "exports", profiles_of({"one": a_profile(["lm_head"])}), plan, modules, [], 2)
     assert index["profiles"]["one"]["inc"]["notes"][0] == (
         "Do not use: INC 2.6 cannot convert this model (its model differs)."
     )

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from build import a_plan, a_profile, profiles_of
 from test_document import NAMES, parts
 
 from auto_quantize_model.escape import code, prose
@@ -120,8 +121,8 @@ def test_the_plan_says_what_it_holds(build: Any, share: float) -> None:
     model = build().requires_grad_(False)
     batch = {"input_ids": torch.arange(8)[None], "attention_mask": torch.ones(1, 8, dtype=torch.int64)}
     plan = build_plan(model, [batch], SensitivitySpec("replay", 1, ("isolated",)))
-    assert plan["coverage"] == cover(model, planned(model), [])
-    assert plan["coverage"]["share"] == pytest.approx(share, abs=0.02)
+    assert plan.coverage == cover(model, planned(model), [])
+    assert plan.coverage["share"] == pytest.approx(share, abs=0.02)
 
 
 @pytest.fixture
@@ -159,11 +160,8 @@ def test_no_sentence_speaks_of_the_model_as_quantized_where_much_is_left_out(par
 
 def test_every_export_names_what_is_left_alone(partial: dict[str, Any], tmp_path: Path) -> None:
     modules = {name: type(module) for name, module in mixtral().named_modules()}
-    profile = {"keep": 1, "kept": ["lm_head"], "sqnr_db": 31.0}
-    plan = {"model": "tiny", "ops": [{"op_name": "lm_head"}], "excluded": [], "coverage": partial}
-    plan |= {"reduce_range": True, "inc_check": {"status": "reproduces_fp32"}}
-    profiles = {"profiles": {"recommended": profile}, "missed": ""}
-    index = export(tmp_path / "e", profiles, plan, {"executions": {"lm_head": [1]}}, modules, [], 2)
+    profiles = profiles_of({"recommended": a_profile(["lm_head"])})
+    index = export(tmp_path / "e", profiles, a_plan(["lm_head"], coverage=partial), modules, [], 2)
     for tool in index["profiles"]["recommended"].values():
         assert any("Left alone" in note and "experts.down_proj (MixtralExperts" in note for note in tool["notes"])
     assert prose("model.layers.*.mlp.experts.gate_up_proj") in (tmp_path / "e/recommended/README.md").read_text()

@@ -1,26 +1,48 @@
 """The report ranks by the isolated map, says what each map means, and never gives a number to what did not run."""
 
-import copy
 import json
 import math
 import re
 from html import unescape
 
 import pytest
+from build import COVERAGE, a_capture, a_plan, a_score, an_audit, an_op
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from auto_quantize_model.decide.profiles import Target, build_profiles
-from auto_quantize_model.decide.ranking import score
+from auto_quantize_model.decide.ranking import aggregated
 from auto_quantize_model.escape import CONTROLS, one_line
-from auto_quantize_model.files import InputError, canonical_json, digest_of
+from auto_quantize_model.files import InputError, canonical_json
+from auto_quantize_model.records import Excluded, NotMeasured
 from auto_quantize_model.report.document import build_report, markdown_cell, render, tables, top_table
 
-UNMEASURED = {"status": "not_measured", "reason": "tradeoff.heldout_batches is 0"}
+UNMEASURED = NotMeasured("not_measured", "tradeoff.heldout_batches is 0")
 PROFILES = build_profiles(UNMEASURED, Target())
 MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 NAMES = ["visual.proj", "layers.0.mlp", "layers.1.mlp", "lm_head"]
+ERRORS = dict(zip(NAMES, ((3.0, 1.0), (0.5, 0.5), (0.5, 0.5), (8.0, 4.0)), strict=True))  # on two batches
+MANIFEST = {"model": "tiny", "source": "local", "architecture": "Qwen2_5_VL", "digest": "0" * 64, "details": {}}
+SAMPLE = {"id": "a|b", "sha256": "1" * 64, "tokens": 24, "image_tokens": 4}
+CALIBRATION = {
+    "calibration": "set",
+    "source": "local",
+    "seed": 0,
+    "batch_size": 1,
+    "text_only": False,
+    "answers": {"calibration": {"given": 2, "located": 2}, "heldout": {"given": 0, "located": 0}},
+    "image_backend": "pil",
+    "digest": "2" * 64,
+    "samples": {"calibration": [SAMPLE, SAMPLE], "heldout": []},
+}
+LEFT_OUT = [{"pattern": "norm|x", "class": "RMSNorm", "count": 1, "weights": 9, "bytes": 36}]
+PLAN = {
+    "coverage": COVERAGE | {"weights_total": 1000, "weights_planned": 991, "share": 0.991, "left_out": LEFT_OUT},
+    "config_digest": "3" * 64,
+    "maps": ("isolated", "fallback", "requantize"),
+    "excluded": [Excluded("norm|x", "RMSNorm", "kept")],
+}
 
 
 def record(mse_value):
@@ -29,72 +51,54 @@ def record(mse_value):
     return {"mse_value": mse_value, **at, "kl_divergence": 0.25, "top1_agreement": 0.5}
 
 
-def parts(**changes):
-    """Manifest, calibration manifest, plan, capture and audit of four ops on two batches."""
-    observers = {"dtype": "int8", "scheme": "sym", "granularity": "per_channel", "algorithm": "minmax"}
-    manifest = {"model": "tiny", "source": "local", "architecture": "Qwen2_5_VL", "digest": "0" * 64, "details": {}}
-    manifest["stand_in"] = changes.pop("stand_in", None)
-    sample = {"id": "a|b", "sha256": "1" * 64, "tokens": 24, "image_tokens": 4}
-    calibration = {
-        "calibration": "set",
-        "source": "local",
-        "seed": 0,
-        "batch_size": 1,
-        "text_only": False,
-        "answers": {"calibration": {"given": 2, "located": 2}, "heldout": {"given": 0, "located": 0}},
-        "image_backend": "pil",
-        "digest": "2" * 64,
-        "samples": {"calibration": [sample, sample], "heldout": []},
+def parts(
+    *,
+    stand_in=None,
+    calibration=None,
+    plan=None,
+    executions=None,
+    scores=None,
+    all_int8=(10.0, 10.0),
+    audit=None,
+    tradeoff=UNMEASURED,
+    profiles=PROFILES,
+    **capture,
+):
+    """What `build_report` takes: four ops on two batches, in three maps.
+
+    Args:
+        calibration, plan, audit, capture: what is different in each.
+        executions: {op: how often it runs on each batch}, where that is not once.
+        scores: {map: {op: a record per batch}}, where they are not those of `ERRORS`.
+        all_int8: of each batch, the squared error or the record with every op in INT8.
+    """
+    runs = dict.fromkeys(NAMES, (1, 1)) | (executions or {})
+    planned = a_plan([an_op(name, executions=runs[name]) for name in NAMES], **PLAN | (plan or {}))
+    usual = {name: [record(value) for value in errors] for name, errors in ERRORS.items()}
+    measured = {label: usual | (scores or {}).get(label, {}) for label in planned.maps}
+    ran = {
+        label: {
+            name: [found if count else None for found, count in zip(records, runs[name], strict=True)]
+            for name, records in of_one.items()
+        }
+        for label, of_one in measured.items()
     }
-    ops = [
-        {"op_name": name, "inc_name": name, "op_type": "Linear", "activation": observers, "weight": observers}
-        for name in NAMES
-    ]
-    left_out = [{"pattern": "norm|x", "class": "RMSNorm", "count": 1, "weights": 9, "bytes": 36}]
-    weights = {"weights_total": 1000, "weights_planned": 991, "weights_kept": 0, "share": 0.991}
-    plan = {
-        "model": "tiny",
-        "calibration": "set",
-        "coverage": weights | {"left_out": left_out},
-        "config_digest": "3" * 64,
-        "reduce_range": True,
-        "reduce_range_by": "inc",
-        "inc_check": {"status": "reproduces_fp32"},
-        "maps": ["isolated", "fallback", "requantize"],
-        "measured_op": "lm_head",
-        "ops": ops,
-        "excluded": [{"op_name": "norm|x", "op_type": "RMSNorm", "reason": "kept"}],
-    }
-    plan.update(changes.pop("plan", {}))
-    pairs = ([3.0, 1.0], [0.5, 0.5], [0.5, 0.5], [8.0, 4.0])
-    values = {name: [record(value) for value in pair] for name, pair in zip(NAMES, pairs, strict=True)}
-    audit = {"status": "bit_identical", "batch": 0, "ops": ["lm_head"], "maps": ["isolated"], "compared": 1}
-    capture = {
-        "plan_digest": digest_of(plan),
-        "engine": "replay",
-        "device": "cpu",
-        "threads": 1,
-        "instruction_set": "AVX2",
-        "int8_kernel": "saturating",
-        "tf32": False,
-        "versions": {"torch": "2.13.0"},
-        "batches": [
-            {
-                "batch": index,
-                "sample_ids": ["a|b"],
-                "tokens": 24,
-                "image_tokens": 4,
-                "reference": {"all": 1000.0, "image": 200.0, "text": 800.0},
-                "all_int8": record(10.0),
-            }
-            for index in range(2)
-        ],
-        "executions": {name: [1, 1] for name in NAMES},
-        "maps": {label: copy.deepcopy(values) for label in plan["maps"]},
-        "second_pass": [{}, {}],
-    }
-    capture.update(changes)
-    return manifest, calibration, plan, capture, audit | {"by": "inc", "rank_agreement": {}}, UNMEASURED, PROFILES
+    together = [record(value) if isinstance(value, float) else value for value in all_int8]
+    return (
+        MANIFEST | {"stand_in": stand_in},
+        CALIBRATION | (calibration or {}),
+        planned,
+        a_capture(planned, ran, together, **capture),
+        an_audit(**audit or {}),
+        tradeoff,
+        profiles,
+    )
+
+
+def by_inc():
+    """The scores of `ERRORS` as INC measures them, in every map: it gives no metric but its own."""
+    of_one = {name: [{"mse_value": value} for value in errors] for name, errors in ERRORS.items()}
+    return dict.fromkeys(PLAN["maps"], of_one)
 
 
 def test_the_primary_table_runs_from_least_to_most_sensitive_with_ties_in_plan_order():
@@ -122,18 +126,13 @@ def test_the_ten_most_sensitive_come_first():
 
 
 def test_answers_that_were_not_located_are_a_warning():
-    manifest, calibration, plan, capture, audit, *_ = parts()
-    calibration["answers"]["heldout"] = {"given": 8, "located": 0}
-    report = build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)
+    answers = {"calibration": {"given": 2, "located": 2}, "heldout": {"given": 8, "located": 0}}
+    report = build_report(*parts(calibration={"answers": answers}))
     assert report["warnings"][0].startswith("Answers were located in 0 of 8 held-out samples; accuracy is measured on")
 
 
 def test_an_op_that_never_ran_has_a_status_and_no_score():
-    manifest, calibration, plan, capture, audit, *_ = parts()
-    capture["executions"]["visual.proj"] = [0, 0]
-    for per_op in capture["maps"].values():
-        per_op["visual.proj"] = [None, None]
-    report = build_report(manifest, calibration | {"text_only": True}, plan, capture, audit, UNMEASURED, PROFILES)
+    report = build_report(*parts(executions={"visual.proj": (0, 0)}, calibration={"text_only": True}))
     assert {op["op_name"]: op["status"] for op in report["ops"]}["visual.proj"] == "not_exercised"
     assert all("visual.proj" not in {row["op_name"] for row in part["ops"]} for part in report["maps"].values())
     markdown, _ = render(report)
@@ -142,27 +141,21 @@ def test_an_op_that_never_ran_has_a_status_and_no_score():
 
 def test_an_op_that_ran_in_one_batch_is_scored_on_that_batch():
     references = [{"all": 1.0, "image": 0.0, "text": 1.0}, {"all": 50.0, "image": 0.0, "text": 50.0}]
-    row = score([None, record(5.0)], references)
+    row = aggregated([None, a_score(**record(5.0))], references)
     assert (row["mse_value"], row["relative_error"], row["sqnr_db"]) == (5.0, 0.1, 10.0)
     assert row["image_relative_error"] is None  # no image tokens
 
 
 def test_what_inc_alone_measured_has_no_other_metrics():
-    manifest, calibration, plan, capture, audit, *_ = parts()
-    for per_op in capture["maps"].values():
-        for name, records in per_op.items():
-            per_op[name] = [{"mse_value": entry["mse_value"]} for entry in records]
-    report = build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)
+    report = build_report(*parts(scores=by_inc()))
     row = report["maps"]["isolated"]["ops"][0]
     assert row["kl_divergence"] is row["top1_agreement"] is row["image_relative_error"] is None
     assert "| KL (nats) |" not in render(report)[0]
 
 
 def test_where_both_engines_measured_the_metrics_of_the_replay_are_shown_and_the_others_are_dashes():
-    manifest, calibration, plan, capture, audit, *_ = parts()
-    isolated = capture["maps"]["isolated"]
-    isolated["layers.0.mlp"] = [{"mse_value": 0.5}, {"mse_value": 0.5}]  # first in the table
-    markdown, _ = render(build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES))
+    one_by_inc = {"layers.0.mlp": [{"mse_value": 0.5}, {"mse_value": 0.5}]}  # first in the table
+    markdown, _ = render(build_report(*parts(scores={"isolated": one_by_inc})))
     table = markdown.split("## Isolated map")[1].split("\n## ")[0]
     first, second = (line for line in table.splitlines() if line[:3] in ("| 1", "| 2"))
     assert first.count("–") == 4 and "0.25" in second
@@ -185,8 +178,7 @@ def test_the_head_says_how_many_bits_activations_have_and_who_chose_them(reduced
 
 def test_a_model_that_inc_cannot_measure_is_the_first_warning():
     cannot = {"status": "cannot", "reason": "with no op in INT8, INC's model differs"}
-    *others, audit, tradeoff, profiles = parts(plan={"inc_check": cannot})
-    markdown, _ = render(build_report(*others, audit | {"by": "torch"}, tradeoff, profiles))
+    markdown, _ = render(build_report(*parts(plan={"inc_check": cannot}, audit={"by": "torch"})))
     head = markdown.split("## What to keep")[0]
     assert "> **Warning:** Intel Neural Compressor cannot measure this model: with no op in INT8, INC's model" in head
     assert "measured again by torch's own quantized modules in the FP32 model: every one is the same" in head
@@ -204,18 +196,15 @@ def test_a_model_that_inc_cannot_measure_is_the_first_warning():
     ],
 )
 def test_the_audit_stands_in_the_report(audit, words):
-    *others, usual, tradeoff, profiles = parts()
-    report = build_report(*others, usual | audit, tradeoff, profiles)
-    markdown, _ = render(report)
+    markdown, _ = render(build_report(*parts(audit=audit)))
     assert words in markdown
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_score_that_is_not_finite_is_refused_by_name(value):
-    manifest, calibration, plan, capture, audit, *_ = parts()
-    capture["maps"]["fallback"]["lm_head"][1]["mse_value"] = value
+    broken = {"lm_head": [record(8.0), record(4.0) | {"mse_value": value}]}
     with pytest.raises(InputError, match="map fallback, batch 1: the mse_value of lm_head"):
-        build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)
+        build_report(*parts(scores={"fallback": broken}))
 
 
 def test_a_capture_of_another_plan_is_refused():
@@ -224,17 +213,12 @@ def test_a_capture_of_another_plan_is_refused():
 
 
 def test_a_low_all_int8_sqnr_warns_of_the_fallback_map():
-    manifest, calibration, plan, capture, audit, *_ = parts()
-    for batch in capture["batches"]:
-        batch["all_int8"] = record(900.0)
-    (warning,) = build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)["warnings"]
+    (warning,) = build_report(*parts(all_int8=(900.0, 900.0)))["warnings"]
     assert "fallback map is mostly noise" in warning
 
 
 def test_an_op_without_error_has_no_sqnr_and_is_still_valid_json():
-    manifest, calibration, plan, capture, audit, *_ = parts()
-    capture["maps"]["isolated"]["visual.proj"] = [record(0.0), record(0.0)]
-    report = build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)
+    report = build_report(*parts(scores={"isolated": {"visual.proj": [record(0.0), record(0.0)]}}))
     assert report["maps"]["isolated"]["ops"][0]["sqnr_db"] is None
     render(report)
 
@@ -276,7 +260,7 @@ STRANGERS = [
 @pytest.mark.parametrize("text", STRANGERS)
 def test_no_text_of_a_stranger_is_markup_in_the_markdown_and_the_json_holds_it_raw(text):
     plain = build_report(*parts(stand_in="STRANGER"))
-    plain |= {"tradeoff": UNMEASURED | {"reason": "STRANGER"}}
+    plain["tradeoff"]["reason"] = "STRANGER"
     for block, key in (
         ("model", "model"),
         ("model", "architecture"),
@@ -284,7 +268,7 @@ def test_no_text_of_a_stranger_is_markup_in_the_markdown_and_the_json_holds_it_r
         ("measurement", "device"),
     ):
         plain[block][key] = "STRANGER"
-    plain["profiles"] = plain["profiles"] | {"missed": "STRANGER"}
+    plain["profiles"]["missed"] = "STRANGER"
     plain["audit"] |= {"ops": ["STRANGER"], "maps": ["STRANGER"]}
     plain["versions"] = {"STRANGER": "STRANGER"}
     plain["excluded"] = [dict.fromkeys(("op_name", "op_type", "reason"), "STRANGER")]
@@ -317,8 +301,7 @@ def test_tables_hold_no_formula():
 
 
 def test_a_map_that_was_not_measured_says_so():
-    manifest, calibration, plan, capture, audit, *_ = parts(plan={"maps": ["isolated"]})
-    report = build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)
+    report = build_report(*parts(plan={"maps": ("isolated",)}))
     assert list(report["maps"]) == ["isolated"]
     assert render(report)[0].count("Not measured.") == 2
 

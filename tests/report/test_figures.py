@@ -1,21 +1,21 @@
 """Every picture is drawn from any report, says why where nothing was measured, and takes op names as plain data."""
 
 import argparse
-import copy
 import importlib.util
 import itertools
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_document import NAMES, UNMEASURED, parts, record
+from build import a_point, a_tradeoff
+from test_document import NAMES, UNMEASURED, by_inc, parts, record
 
 from auto_quantize_model.decide.profiles import Target, build_profiles
 from auto_quantize_model.documents import write_document
 from auto_quantize_model.files import InputError
-from auto_quantize_model.measure.capture import arithmetic
 from auto_quantize_model.measure.heldout import keep_sizes
 from auto_quantize_model.report.document import build_report
 from auto_quantize_model.report.figures import figures, save
@@ -23,40 +23,38 @@ from auto_quantize_model.report.figures import figures, save
 HOSTILE = 'layers.0.<script>alert(1)</script>\'"\\datum["x"].{{7*7}}&amp;'
 VISION = ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 LANGUAGE = (*(f"self_attn.{one}_proj" for one in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-UNAVERAGED = ("added", "relative_error", "sqnr_db_lowest")
+AVERAGED = ("weight_bytes", "sqnr_db", "kl_divergence", "top1_agreement", "accuracy")
 FOUR = ["heat_map", "ranked_ops", "tradeoff", "modalities"]
 
 
 def point(keep, sqnr_db, added=()):
     """A keep-list of the trade-off."""
-    kept = {"keep": keep, "added": list(added), "weight_bytes": 1000 * (keep + 1)}
-    kept |= {"relative_error": 0.0 if sqnr_db is None else 10 ** (-sqnr_db / 10)}
-    kept |= {"sqnr_db_lowest": sqnr_db}
-    return kept | {"sqnr_db": sqnr_db, "kl_divergence": 0.5, "top1_agreement": 0.75, "accuracy": 0.9 if keep else 0.8}
+    return a_point(keep, sqnr_db, added, weight_bytes=1000 * (keep + 1), accuracy=0.9 if keep else 0.8)
 
 
 def tradeoff(curve=None, **changes):
     """A measured trade-off, of four ops where no curve is given; with all of them kept there is no error."""
     order = NAMES[::-1]
     curve = curve or [point(0, 20.0), point(1, 25.0, order[:1]), point(2, 31.0, order[1:2]), point(4, None, order[2:])]
-    chance = [{key: value for key, value in step.items() if key not in UNAVERAGED} for step in curve]
+    chance = [{"keep": step.keep} | {key: getattr(step, key) for key in AVERAGED} for step in curve]
     for step in chance:
-        step |= {f"{key}_std": 1.0 for key in list(step) if key != "keep"}
+        step |= {f"{key}_std": 1.0 for key in AVERAGED}
         step["sqnr_db_std"] = None if step["sqnr_db"] is None else 1.0
     orders = ("ranking", "inverse", "weight_bytes", *(f"random_{seed}" for seed in range(5)))
-    found = {"status": "measured", "device": "cpu", **arithmetic(), "ops": curve[-1]["keep"], "answers": 10}
-    found |= {"calibration_batches": 4, "batches": 2}
-    found |= {"curves": {name: copy.deepcopy(curve) for name in orders}, "random": chance}
-    found |= {"gains_db": {"random": 1.5, "inverse": 2.5, "weight_bytes": -0.5}, "greedy_gain_db": None}
-    found |= {"losses": {"random": [], "inverse": [], "weight_bytes": [1, 2]}}
-    return found | changes
+    gains = {"random": 1.5, "inverse": 2.5, "weight_bytes": -0.5}
+    losses = {"random": [], "inverse": [], "weight_bytes": [1, 2]}
+    found = {"random": chance, "gains_db": gains, "losses": losses} | changes
+    return a_tradeoff(found.pop("curves", dict.fromkeys(orders, curve)), curve[-1].keep, **found)
 
 
-def report_of(measured=UNMEASURED, target=None, stand_in=None, **changes):
-    """A report, and the profiles of its trade-off."""
-    manifest, calibration, plan, capture, audit, *_ = parts(stand_in=stand_in, **changes)
-    profiles = build_profiles(measured, target or Target())
-    return build_report(manifest, calibration, plan, capture, audit, measured, profiles)
+def with_greedy(found, curve):
+    """A trade-off whose ranking was refined, with that curve."""
+    return replace(found, curves=found.curves | {"greedy": curve})
+
+
+def report_of(measured=UNMEASURED, target=None, **changes):
+    """A report with a trade-off and its profiles; `changes` are those of `parts`."""
+    return build_report(*parts(tradeoff=measured, profiles=build_profiles(measured, target or Target()), **changes))
 
 
 def renamed(report, old, new):
@@ -66,11 +64,7 @@ def renamed(report, old, new):
 
 def from_inc():
     """A report of which INC measured all: it gives no metric but its own."""
-    manifest, calibration, plan, capture, audit, tradeoff, profiles = parts()
-    for per_op in capture["maps"].values():
-        for name, records in per_op.items():
-            per_op[name] = [{"mse_value": entry["mse_value"]} for entry in records]
-    return build_report(manifest, calibration, plan, capture, audit, tradeoff, profiles)
+    return report_of(scores=by_inc())
 
 
 def without_images():
@@ -85,12 +79,9 @@ def without_images():
 
 def without_error():
     """A report in which one op adds no error, and one never ran."""
-    manifest, calibration, plan, capture, audit, tradeoff, profiles = parts()
-    for per_op in capture["maps"].values():
-        per_op["layers.0.mlp"] = [record(0.0), record(0.0)]
-        per_op["layers.1.mlp"] = [None, None]
-    capture["executions"]["layers.1.mlp"] = [0, 0]
-    return build_report(manifest, calibration, plan, capture, audit, tradeoff, profiles)
+    no_error = {"layers.0.mlp": [record(0.0), record(0.0)]}
+    maps = ("isolated", "fallback", "requantize")
+    return report_of(scores=dict.fromkeys(maps, no_error), executions={"layers.1.mlp": (0, 0)})
 
 
 def no_error_at_all():
@@ -122,13 +113,13 @@ CASES = {
     "unmeasured trade-off": (report_of, {"tradeoff": "tradeoff.heldout_batches is 0", "ranked_ops": "lm_head"}),
     "measured trade-off": (lambda: report_of(tradeoff()), {"tradeoff": "largest weights first"}),
     "greedy as well": (
-        lambda: report_of(tradeoff(curves=tradeoff()["curves"] | {"greedy": tradeoff()["curves"]["ranking"][:2]})),
+        lambda: report_of(with_greedy(tradeoff(), tradeoff().curves["ranking"][:2])),
         {"tradeoff": "greedy"},
     ),
     "recommended": (lambda: report_of(tradeoff(), Target(min_sqnr_db=30)), {"tradeoff": "recommended: 2"}),
     "target missed": (lambda: report_of(tradeoff(), Target(max_weight_bytes=1)), {"tradeoff": "ranking"}),
     "no isolated map": (
-        lambda: report_of(plan={"maps": ["fallback"]}),
+        lambda: report_of(plan={"maps": ("fallback",)}),
         dict.fromkeys(("heat_map", "ranked_ops", "modalities"), "The isolated map was not measured"),
     ),
     "measured by INC": (from_inc, {"modalities": "were not measured", "heat_map": "layers", "ranked_ops": "lm_head"}),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from build import with_point
 from test_figures import HOSTILE, from_inc, no_error_at_all, point, renamed, report_of, tradeoff, without_images
 
 from auto_quantize_model.decide.profiles import Target
@@ -100,7 +101,7 @@ def test_the_page_shows_control_characters_and_has_no_empty_columns_of_images():
 def test_a_remark_a_broken_model_and_the_knee_stand_on_the_page():
     curve = [point(0, 4.0), point(1, 10.0, ["a"]), point(2, 11.0, ["b"]), point(4, 12.0, ["c", "d"])]
     found = tradeoff([*curve, point(8, None, ["e", "f", "g", "h"])])
-    found["curves"]["ranking"][0] |= {"top1_agreement": 0.9}
+    found = with_point(found, "ranking", 0, top1_agreement=0.9)
     said = rendered(report_of(found, Target(min_sqnr_db=45))).said()
     assert "INT8 breaks this model: with every op in INT8" in said
     assert "nearest to the target keeps 4 of 8 ops" in said and "At the knee are kept:" in said
@@ -120,9 +121,9 @@ def test_the_summary_says_what_to_keep_what_it_costs_and_how_sure_that_is():
 
 def test_that_int8_costs_nothing_measurable_is_said_in_words():
     found = tradeoff()
-    for curve in found["curves"].values():
-        for step in curve:
-            step |= {"accuracy": 0.9, "top1_agreement": 1.0}
+    for order, curve in found.curves.items():
+        for index in range(len(curve)):
+            found = with_point(found, order, index, accuracy=0.9, top1_agreement=1.0)
     said = rendered(report_of(found)).said()
     assert "INT8 costs nothing measurable in accuracy here" in said and "as many as in FP32" in said
     assert "nothing measurable in top-1" in said
@@ -144,7 +145,7 @@ def test_that_int8_costs_nothing_measurable_is_said_in_words():
             "It has the least error of the measured keep-lists",
         ),
         (lambda: report_of(tradeoff()), "The config's profiles block sets no target."),
-        (lambda: report_of(plan={"maps": ["fallback"]}), "The isolated map was not measured, so there is none."),
+        (lambda: report_of(plan={"maps": ("fallback",)}), "The isolated map was not measured, so there is none."),
         (from_inc, "were not measured"),
         (no_error_at_all, "every mse_value is 0"),
         (lambda: report_of(stand_in="made up"), "Warning: This is a stand-in for a published model: made up."),
@@ -328,6 +329,6 @@ def test_in_print_controls_are_hidden_and_pictures_fit_the_paper(opened):
 
 @pytest.mark.slow
 def test_a_page_of_every_kind_of_report_opens_without_complaint(opened):
-    reports = (report_of(plan={"maps": ["fallback"]}), from_inc(), without_images(), no_error_at_all())
+    reports = (report_of(plan={"maps": ("fallback",)}), from_inc(), without_images(), no_error_at_all())
     for report in reports:
         opened(report).close()

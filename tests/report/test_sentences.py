@@ -1,8 +1,9 @@
 """The report says in sentences what was measured, what was not, and what speaks against the ranking."""
 
 import pytest
-from test_document import PROFILES, UNMEASURED, parts, record
-from test_figures import point, report_of, tradeoff, without_images
+from build import with_point
+from test_document import NAMES, parts, record
+from test_figures import point, report_of, tradeoff, with_greedy, without_images
 
 from auto_quantize_model.decide.profiles import Target
 from auto_quantize_model.report import sentences
@@ -28,18 +29,17 @@ def test_without_a_curve_to_compare_nothing_is_said_of_chance():
 
 @pytest.mark.parametrize(("gained", "words_of_it"), [(0.5, "better than"), (-0.5, "no better than")])
 def test_the_greedy_refinement_is_judged_against_the_ranking(gained, words_of_it):
-    curves = tradeoff()["curves"]
-    found = tradeoff(greedy_gain_db=gained, curves=curves | {"greedy": curves["ranking"][:2]})
-    text = said(found)["Greedy refinement"]
+    found = tradeoff(greedy_gain_db=gained)
+    text = said(with_greedy(found, found.curves["ranking"][:2]))["Greedy refinement"]
     assert f"of up to 1 op are {words_of_it} those along the ranking ({gained:+.2f} dB)" in text
 
 
 def test_the_refinement_helps_where_one_keep_list_of_it_does_better():
-    curves = tradeoff()["curves"]
-    same = tradeoff(curves=curves | {"greedy": curves["ranking"][:2]})
-    assert not sentences.refinement_helps(report_of(same)) and not sentences.refinement_helps(report_of(tradeoff()))
-    better = [curves["ranking"][0], point(1, 26.0, ["layers.1.mlp"])]
-    found = report_of(tradeoff(curves=curves | {"greedy": better}), Target(min_sqnr_db=26))
+    usual = tradeoff()
+    same = with_greedy(usual, usual.curves["ranking"][:2])
+    assert not sentences.refinement_helps(report_of(same)) and not sentences.refinement_helps(report_of(usual))
+    better = [usual.curves["ranking"][0], point(1, 26.0, ["layers.1.mlp"])]
+    found = report_of(with_greedy(usual, better), Target(min_sqnr_db=26))
     assert sentences.refinement_helps(found)
     assert sentences.decision(found) == (
         "Keep 1 of 4 ops in FP32.",
@@ -54,44 +54,31 @@ def test_what_int8_does_on_held_out_samples_stands_beside_what_it_does_on_its_ow
 
 
 def test_a_fallback_map_on_which_batches_disagree_is_warned_of():
-    manifest, calibration, plan, capture, audit, *_ = parts()
     values = {"visual.proj": (1.0, 4.0), "layers.0.mlp": (2.0, 3.0), "layers.1.mlp": (3.0, 2.0), "lm_head": (4.0, 1.0)}
-    capture["maps"]["fallback"] = {name: [record(value) for value in pair] for name, pair in values.items()}
-    (warning,) = build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)["warnings"]
+    fallback = {name: [record(value) for value in pair] for name, pair in values.items()}
+    (warning,) = report_of(scores={"fallback": fallback})["warnings"]
     assert "agree on its order with a Kendall's tau of -1.00" in warning
 
 
 def test_held_out_samples_that_fare_far_worse_are_warned_of():
     found = tradeoff()
     assert report_of(found)["warnings"] == []
-    found["curves"]["ranking"][0] |= {"sqnr_db": 13.0}
-    (warning,) = report_of(found)["warnings"]
+    (warning,) = report_of(with_point(found, "ranking", 0, sqnr_db=13.0))["warnings"]
     assert "20.0 dB on the samples that set its scales and 13.0 dB on held-out ones" in warning
 
 
-@pytest.mark.parametrize(("maps", "warned"), [(["isolated"], False), (["isolated", "fallback"], True)])
+@pytest.mark.parametrize(("maps", "warned"), [(("isolated",), False), (("isolated", "fallback"), True)])
 def test_of_a_fallback_map_without_information_is_warned_where_there_is_one(maps, warned):
-    low = {"mse_value": 900.0, "image_error": 90.0, "text_error": 810.0, "kl_divergence": 1.0, "top1_agreement": 0.1}
-    batches = [
-        {
-            "batch": 0,
-            "sample_ids": ["a"],
-            "tokens": 24,
-            "image_tokens": 4,
-            "reference": {"all": 1000.0, "image": 200.0, "text": 800.0},
-            "all_int8": low,
-        }
-    ] * 2
-    found = report_of(plan={"maps": maps}, batches=batches)["warnings"]
+    found = report_of(plan={"maps": maps}, all_int8=(900.0, 900.0))["warnings"]
     assert any("fallback map is mostly noise" in warning for warning in found) is warned
 
 
 def with_states(int8=None, fp32=None, **changes):
     """A measured trade-off whose all-INT8 and FP32 states differ as given; the other points as they are."""
     found = tradeoff(**changes)
-    for curve in found["curves"].values():
-        curve[0] |= int8 or {}
-        curve[-1] |= fp32 or {}
+    for order in found.curves:
+        found = with_point(found, order, 0, **int8 or {})
+        found = with_point(found, order, -1, **fp32 or {})
     return found
 
 
@@ -152,8 +139,8 @@ def test_a_target_that_a_broken_model_reaches_is_said_to_be_too_low():
     assert sentences.decision(report)[0] == "Keep nothing: INT8 reaches the target as it is."
     assert sentences.breaks(report)[1] == "The target is too low to see that: ask more of it."
     low = with_states(BROKEN)
-    low["curves"]["ranking"][1] |= {"sqnr_db": 9.0, "relative_error": 10**-0.9}
-    low["curves"]["weight_bytes"][1] |= {"sqnr_db": 8.0, "relative_error": 10**-0.8}
+    low = with_point(low, "ranking", 1, sqnr_db=9.0, relative_error=10**-0.9)
+    low = with_point(low, "weight_bytes", 1, sqnr_db=8.0, relative_error=10**-0.8)
     report = report_of(low, Target(min_sqnr_db=8.5))
     assert sentences.breaks(report)[1] == (
         "The recommended profile does not mend that: it has an SQNR of 9 dB (below 10 dB). Ask more of the target."
@@ -161,11 +148,10 @@ def test_a_target_that_a_broken_model_reaches_is_said_to_be_too_low():
 
 
 def test_without_held_out_samples_the_calibration_batches_say_whether_int8_breaks_the_model():
-    batch = parts()[3]["batches"][0]
-    (sentence,) = sentences.breaks(report_of(batches=[batch | {"all_int8": record(400.0)}] * 2))
+    (sentence,) = sentences.breaks(report_of(all_int8=(400.0, 400.0)))
     assert "the output on the calibration batches has an SQNR of 3.979 dB (below 10 dB) and FP32's" in sentence
-    inc = [batch | {"all_int8": {"mse_value": 10.0}}] * 2  # INC's engine gives no top-1
-    assert sentences.breaks(report_of(batches=inc)) == []
+    by_inc = {"mse_value": 10.0}  # INC's engine gives no top-1
+    assert sentences.breaks(report_of(all_int8=(by_inc, by_inc))) == []
 
 
 CURVE = [point(0, 4.0), point(1, 10.0, ["a"]), point(2, 14.0, ["b"]), point(3, 15.0, ["c"]), point(4, 15.5, ["d"])]
@@ -234,9 +220,8 @@ def test_a_byte_budget_says_its_bytes_and_that_keeping_nothing_is_best_within_it
 
 
 def test_a_profile_worse_than_all_int8_in_another_metric_is_remarked_where_it_stands():
-    found = tradeoff()
-    found["curves"]["ranking"][1] |= {"top1_agreement": 0.7, "kl_divergence": 0.500001}
-    found["curves"]["weight_bytes"][1] |= {"relative_error": 0.5}
+    found = with_point(tradeoff(), "ranking", 1, top1_agreement=0.7, kl_divergence=0.500001)
+    found = with_point(found, "weight_bytes", 1, relative_error=0.5)
     report = report_of(found, Target(min_sqnr_db=24))
     sentence = "does worse than all-INT8 in top-1 (0.7, all-INT8 0.75) and KL divergence (0.500001, all-INT8 0.5)."
     assert f"recommended {sentence}" in sentences.remarks(report)
@@ -286,12 +271,8 @@ def test_what_is_said_of_the_ranking_fits_what_is_known_of_it(changes, ops, name
 
 
 def test_where_no_op_ran_that_is_said_and_no_map_is_called_unmeasured():
-    manifest, calibration, plan, capture, audit, *_ = parts()
-    capture["executions"] = dict.fromkeys(capture["executions"], [0, 0])
-    for per_op in capture["maps"].values():
-        per_op |= dict.fromkeys(per_op, [None, None])
-    audit |= {"ops": [], "compared": 0}
-    report = build_report(manifest, calibration, plan, capture, audit, UNMEASURED, PROFILES)
+    never = dict.fromkeys(NAMES, (0, 0))
+    report = build_report(*parts(executions=never, audit={"ops": (), "compared": 0}))
     assert sentences.certainty(report) == [("Ranking", "No op ran on the scored batches, so there is none.")]
     assert sentences.audited(report["audit"]) == "Nothing was measured again: no op ran on batch 0."
     assert top_table(report) == "no op ran on the scored batches: no ranking"

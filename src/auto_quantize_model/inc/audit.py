@@ -19,6 +19,7 @@ from auto_quantize_model.inc.engine import inc_scores, spec_of
 from auto_quantize_model.inc.plan import ops_to_keep, quant_config
 from auto_quantize_model.inc.torch_modules import torch_scores
 from auto_quantize_model.inc_pytorch_mse_patching import activations_reduced
+from auto_quantize_model.measure.states import ALL
 from auto_quantize_model.records import Audit, Capture, Plan, Scales, Score, digest_of_record
 from auto_quantize_model.replay.model import Batch, Replay
 from auto_quantize_model.replay.ops import SITES
@@ -30,9 +31,10 @@ AUDITORS = {"inc": "INC", "torch": "torch's own quantized modules"}
 
 def sample_ops(capture: Capture, batch: int, count: int) -> list[str]:
     """The least and the most sensitive op of a batch, and others drawn by the plan's digest, in the plan's order."""
-    maps = [score.map for score in capture.scores]
-    label = "isolated" if "isolated" in maps else maps[0]
-    values = {name: score.mse_value for name, scores in capture.of_map(label).items() if (score := scores[batch])}
+    of_batch = [score for score in capture.scores if score.batch == batch and score.map != ALL]
+    maps = [score.map for score in of_batch]
+    label = "isolated" if "isolated" in maps else next(iter(maps), "")
+    values = {score.op_name: score.mse_value for score in of_batch if score.map == label}
     ranked = sorted(values, key=values.__getitem__)
     extremes = [ranked[-1], ranked[0]][:count] if len(ranked) > 1 else ranked[:count]
     others = [name for name in ranked if name not in extremes]
