@@ -46,7 +46,7 @@ COMMAND = ["--cores", "1", "--resources", "gpu=1", "--configfile", "config/fault
 LIMIT = 600  # seconds that a run may take before it counts as a hang
 ENDING = 30  # seconds that processes may outlive a kill
 # What differs from run to run by its nature: times, hosts, and the records of Snakemake.
-VOLATILE = re.compile(r"(^|/)(logs|benchmarks|scores|\.snakemake)/|\.run\.json$|\.journal$|/\.[^/]*$")
+VOLATILE = re.compile(r"(^|/)(logs|benchmarks|scores|\.snakemake)/|\.run\.json$|/\.[^/]*$")
 # A file that this project writes before it has its name.
 LEFTOVER = re.compile(r"\.auto-quantize-[0-9a-f]+-[0-9a-f]{8}$")
 

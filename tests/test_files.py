@@ -365,7 +365,7 @@ def test_clean_removes_what_the_workflow_wrote_and_names_the_rest(tmp_path: Path
     write_folder(run / "exports_cpu", a="1")
     write_folder(run / "exports_cuda", a="1")
     shutil.copytree(ROOT / "workflow", tmp_path / "workflow")
-    ours = ["plan.json", "capture_cpu.json.journal", "logs/plan_quantization.log", "benchmarks/get_model.tsv"]
+    ours = ["plan.json", "capture_cpu.json", "logs/plan_quantization.log", "benchmarks/get_model.tsv"]
     mine = ["notes.txt", "logs/mine.log", "exports_cuda/mine.txt", "capture_cuda.json"]
     for name in ours + mine:
         write_text(run / name, name)

@@ -18,7 +18,7 @@ RULE = re.compile(r"^rule (\w+):", re.MULTILINE)
 def clean_results(root: Path) -> list[Path]:
     """Remove the results that were written in the checkout `root`; the files that stay, which it did not write.
 
-    Outputs are known by Snakemake's records, with the journal of each; logs and benchmarks by the names of the rules;
+    Outputs are known by Snakemake's records; logs and benchmarks by the names of the rules;
     what lies in a folder that a script wrote whole, by the folder's marker.
     """
     results = root / "results"
@@ -27,9 +27,8 @@ def clean_results(root: Path) -> list[Path]:
     for output in recorded_outputs(root / ".snakemake"):
         path = root / output
         if path.absolute().is_relative_to(results.absolute()) and ".." not in path.parts:
-            for file in (path,):
-                if file.is_symlink() or file.is_file():
-                    file.unlink()
+            if path.is_symlink() or path.is_file():
+                path.unlink()
             if path.parent.is_dir():
                 clear_leftovers(path)
     for marker in [file for file in files_in(results) if file.name == MARKER]:
