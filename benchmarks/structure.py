@@ -195,7 +195,7 @@ def measured(root: Path) -> Iterator[tuple[str, object]]:
     text = {path: path.read_text(encoding="utf-8") for path in python}
     yield "files in `src`", len(library)
     yield "lines in `src`", sum(text[path].count("\n") for path in library)
-    yield "rooms", len(rooms)
+    yield "rooms", len(rooms.keys() - {"package"})
     yield "imports between modules", len(edges)
     yield "imports between rooms", sum(room(module, names) != room(target, names) for module, target in edges)
     yield "pairs of rooms that these join", sum(map(len, rooms.values()))
@@ -222,8 +222,9 @@ def measured(root: Path) -> Iterator[tuple[str, object]]:
     found = [sentence for path in prose.files(root) for sentence in prose.sentences(path, root)]
     # Titles, names and numbers in cells are no sentences.
     words = [sentence.words for sentence in found if sentence.words >= 4]
+    longest = max(found, key=lambda sentence: sentence.words)
     yield "words in a sentence, on average", f"{mean(words):.1f}"
-    yield "words in the longest sentence", max(words)
+    yield "words in the longest sentence", f"{longest.words}: {longest.path}:{longest.line}"
     yield f"sentences over {prose.MOST_WORDS} words", f"{sum(sentence.is_long for sentence in found)} of {len(words)}"
     yield "worn words", sum(len(sentence.worn) for sentence in found)
 
