@@ -134,8 +134,8 @@ def code_lines(path: Path) -> list[str]:
 
 
 def shape(line: str) -> str:
-    """A line with `s` for each string, `n` for each name but keywords, and `0` for each number."""
-    line = re.sub(r"""[rbf]*("(\\.|[^"\\])*"|'(\\.|[^'\\])*')""", "s", line)
+    """A line with `""` for each string, `n` for each name but keywords, and `0` for each number."""
+    line = re.sub(r"""[rbf]*("(\\.|[^"\\])*"|'(\\.|[^'\\])*')""", '""', line)
     line = re.sub(r"\b\d[\w.]*", "0", line)
     return re.sub(r"\b[^\W\d]\w*", lambda match: match[0] if keyword.iskeyword(match[0]) else "n", line)
 
