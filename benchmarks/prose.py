@@ -3,7 +3,8 @@
     python benchmarks/prose.py [FILES...]    each violation with file and line; no FILES: every text of this checkout
 
 In: files. Out: sentences with their lines. A sentence has at most 25 words. A code span, a file name, a version number
-or a list of code spans counts as one word. Each list item and each table cell is a text of its own.
+or a list of code spans counts as one word. Each list item and each table cell is a text of its own. Lines that are
+indented by four spaces after a blank line are code. A value that code puts into a message counts as one word.
 """
 
 import argparse
