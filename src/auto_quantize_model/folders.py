@@ -23,6 +23,7 @@ from auto_quantize_model.files import (
     temporary_name,
 )
 
+SCORES = Path("results/scores")  # the score store of a checkout
 MOVE_AWAY = "name another folder, or move what is yours out of it"
 SNAKEMAKES = ".snakemake_timestamp"  # Snakemake puts it into a folder that is an output, as the exports once were
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from auto_quantize_model import cli
-from auto_quantize_model.measure.store import FOLDER
+from auto_quantize_model.folders import SCORES
 
 # Each file that a command reads or writes: what it holds, and how its name ends where a command writes it.
 FILES = {
@@ -54,7 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "scores": {
         "type": Path,
         "metavar": "FOLDER",
-        "default": FOLDER,
+        "default": SCORES,
         "help": "the store of all scores (%(default)s)",
     },
     "tf32": {"action": "store_true", "help": "let a GPU round float32 products to TF32"},

@@ -18,7 +18,7 @@ from auto_quantize_model.documents import why_stale
 from auto_quantize_model.escape import redacted
 from auto_quantize_model.files import InputError, digest_of, require_endpoint
 from auto_quantize_model.data.local_sources import why_other_samples, why_other_snapshot
-from auto_quantize_model.run import DOCUMENTS
+from auto_quantize_model.commands.run import DOCUMENTS
 
 # The keys of the sensitivity block that the plan depends on; the others are read where they are used.
 PLAN_KEYS = ("engine", "confidence_batches", "maps", "reduce_range", "op_type_dict", "op_name_dict")

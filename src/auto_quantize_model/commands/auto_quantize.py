@@ -14,6 +14,7 @@ COMMANDS = (
     "get_model",
     "extract_calibration",
     "plan_quantization",
+    "calibrate_scales",
     "capture_sensitivity",
     "audit_capture",
     "measure_tradeoff",

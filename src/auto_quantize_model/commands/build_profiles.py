@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from auto_quantize_model import cli, options
+from auto_quantize_model.commands.run import open_run
 from auto_quantize_model.files import from_block
 from auto_quantize_model.records import body_of
-from auto_quantize_model.run import open_run
 
 SHOWN = 12  # names on the terminal; the file and the report have them all
 

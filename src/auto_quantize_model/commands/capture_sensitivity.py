@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from auto_quantize_model import cli, options
+from auto_quantize_model.commands.run import open_run
 from auto_quantize_model.files import write_json
-from auto_quantize_model.run import open_run
 
 if TYPE_CHECKING:
     from auto_quantize_model.measure.capture import Engine

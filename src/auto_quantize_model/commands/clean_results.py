@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from auto_quantize_model import clean, cli, options
-from auto_quantize_model.folders import files_in
-from auto_quantize_model.measure.store import FOLDER, ScoreStore
+from auto_quantize_model.folders import SCORES, files_in
+from auto_quantize_model.measure.store import ScoreStore
 
 SHOWN = 12
 
@@ -18,19 +18,19 @@ SHOWN = 12
 def parser() -> argparse.ArgumentParser:
     made = options.parser(__doc__)
     made.add_argument("--root", type=Path, default=Path("."), help="the checkout")
-    made.add_argument("--scores", action="store_true", help=f"remove the score store ({FOLDER}) alone")
+    made.add_argument("--scores", action="store_true", help=f"remove the score store ({SCORES}) alone")
     return made
 
 
 def clean_results(args: argparse.Namespace) -> None:
-    files, size = ScoreStore(args.root / FOLDER).empty()
+    files, size = ScoreStore(args.root / SCORES).empty()
     if files or args.scores:
-        cli.say(f"removed {files} score files ({size / 1e6:.1f} MB) from {FOLDER}")
+        cli.say(f"removed {files} score files ({size / 1e6:.1f} MB) from {SCORES}")
     if not args.scores:
         say_what_stays(clean.clean_results(args.root), "results/ keeps what Snakemake has no records of")
-    elif (args.root / FOLDER).is_dir():
-        left = list(files_in(args.root / FOLDER))
-        say_what_stays(left, f"{FOLDER} keeps files in use and files that the score store did not write")
+    elif (args.root / SCORES).is_dir():
+        left = list(files_in(args.root / SCORES))
+        say_what_stays(left, f"{SCORES} keeps files in use and files that the score store did not write")
 
 
 def say_what_stays(left: list[Path], reason: str) -> None:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from auto_quantize_model import cli, options
-from auto_quantize_model.run import open_run
+from auto_quantize_model.commands.run import open_run
 
 
 def parser() -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from auto_quantize_model import cli, options
-from auto_quantize_model.run import open_run
+from auto_quantize_model.commands.run import open_run
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Sequence
 
 from auto_quantize_model import cli, options
+from auto_quantize_model.commands.run import open_run
 from auto_quantize_model.documents import write_document
 from auto_quantize_model.files import from_block
-from auto_quantize_model.run import open_run
 
 
 def parser() -> argparse.ArgumentParser:

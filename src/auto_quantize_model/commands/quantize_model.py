@@ -4,11 +4,11 @@ import argparse
 from collections.abc import Sequence
 
 from auto_quantize_model import cli, options
+from auto_quantize_model.commands.run import open_run
 from auto_quantize_model.documents import require_listed
 from auto_quantize_model.files import InputError, read_json
 from auto_quantize_model.folders import atomic_folder, require_own_folder
 from auto_quantize_model.records import Profile, Profiles, Tradeoff
-from auto_quantize_model.run import open_run
 
 
 def parser() -> argparse.ArgumentParser:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from auto_quantize_model import cli, options
+from auto_quantize_model.commands.run import open_run
 from auto_quantize_model.documents import files_of, require_listed
 from auto_quantize_model.files import write_text
-from auto_quantize_model.run import open_run
 
 
 def parser() -> argparse.ArgumentParser:

@@ -5,9 +5,9 @@ import json
 from collections.abc import Sequence
 
 from auto_quantize_model import cli, options
+from auto_quantize_model.commands.run import open_run
 from auto_quantize_model.documents import write_document
 from auto_quantize_model.files import write_text
-from auto_quantize_model.run import open_run
 
 TABLES = ("ranking", "tradeoff", "profiles")
 

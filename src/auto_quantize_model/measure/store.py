@@ -34,7 +34,6 @@ from auto_quantize_model.files import (
 
 VERSION = 1  # of a shelf's lines; a shelf of another version has another name
 NAME = re.compile(r"[0-9a-f]{24}\.jsonl")
-FOLDER = Path("results/scores")  # of the store in a checkout
 
 
 class ScoreStore:
