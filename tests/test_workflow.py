@@ -428,7 +428,7 @@ def test_a_killed_capture_resumes_and_ends_in_the_same_bytes(finished: tuple[Pat
         ("--calibration-set", results / "calibration" / "calibration.parquet"),
         ("--plan", results / "plan.json"),
         ("--scales", results / "scales_cpu.json"),
-        ("--scores", tmp_path / "scores"),
+        ("--score-store", tmp_path / "scores"),
         ("--capture", tmp_path / "capture.json"),
         ("--run-record", tmp_path / "run.json"),
     ):

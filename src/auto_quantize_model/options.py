@@ -51,7 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "directory": {"type": Path, "metavar": "FOLDER", "required": True, "help": "the folder to write into"},
     "device": {"choices": ["auto", "cpu", "cuda"], "default": "auto", "help": "where to replay (auto: a GPU if any)"},
-    "scores": {
+    "score_store": {
         "type": Path,
         "metavar": "FOLDER",
         "default": SCORES,

@@ -41,7 +41,7 @@ def capture_sensitivity(args: argparse.Namespace) -> None:
             run.model(device),
             batches,
             run.plan,
-            ScoreStore(args.scores),
+            ScoreStore(args.score_store),
             run.scales_of_batches(),
             on_progress,
             by_inc,
