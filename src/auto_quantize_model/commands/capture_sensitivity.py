@@ -13,18 +13,9 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
-    reads = (
-        "manifest",
-        "calibration_manifest",
-        "calibration_set",
-        "plan",
-        "scales",
-        "scores",
-        "device",
-        "tf32",
-        "nondeterministic",
-    )
-    return options.parser(__doc__, *reads, "config_digest", "log", writes=["capture", "run_record"])
+    reads = ("manifest", "calibration_manifest", "calibration_set", "plan", "scales")
+    settings = ("score_store", "device", "tf32", "nondeterministic", "config_digest", "log")
+    return options.parser(__doc__, *reads, *settings, writes=["capture", "run_record"])
 
 
 def capture_sensitivity(args: argparse.Namespace) -> None:
