@@ -18,7 +18,7 @@ find_python = for python in $(or $(PYTHON),python3.11 python3 python); do \
 	if [ -z "$$python" ]; then \
 	echo "error: no Python 3.11 found; install it, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 2; fi
 
-.PHONY: help setup run test lint quantize bench bench-3b bench-gpu bench-faults check-exports standin-3b dag archive lock clean
+.PHONY: help setup run test lint quantize bench bench-3b bench-gpu bench-faults check-exports standin-3b train-digits dag archive lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -73,10 +73,13 @@ check-exports: run ## load every export in its own tool (installs five of them i
 standin-3b: $(READY) ## write a stand-in of Qwen2.5-VL-3B and photographs for config/standin.yaml (8 GB of disk)
 	$(BIN)/python scripts/make_standin.py --snapshot resources/models/qwen2_5_vl_3b_standin --photos resources/photos
 
+train-digits: $(READY) ## train the embedded model again in a temporary folder, and compare it with the shipped snapshot
+	$(BIN)/python scripts/train_digits.py
+
 dag: $(READY) ## draw the rule graph into docs/rulegraph.svg and README.md
 	$(BIN)/python scripts/draw_rule_graph.py --svg docs/rulegraph.svg --readme README.md
 
-archive: $(READY) ## pack the workflow into ARCHIVE, without local samples and models (the results have a rule of their own)
+archive: $(READY) ## pack the workflow and the shipped model into ARCHIVE, without local samples and models
 	@mkdir -p "$(dir $(ARCHIVE))"
 	@# Snakemake does not replace an archive; what is no archive of this workflow is not removed for it.
 	@if [ -e "$(ARCHIVE)" ] && ! tar -tzf "$(ARCHIVE)" 2>/dev/null | grep 'workflow/Snakefile$$' >/dev/null; then \

@@ -10,7 +10,6 @@ import functools
 import json
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -22,11 +21,11 @@ from photos import photo_batch
 
 from auto_quantize_model import cli
 from auto_quantize_model.data.batches import CalibrationSpec, batches_of, extract
+from auto_quantize_model.data.digits import shipped_training
 from auto_quantize_model.files import write_json
 from auto_quantize_model.inc.engine import inc_scores
 from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, quant_config
 from auto_quantize_model.machine import instruction_set
-from auto_quantize_model.made.digits import train_snapshot
 from auto_quantize_model.made.shapes import SHAPES
 from auto_quantize_model.made.standin import build_once
 from auto_quantize_model.measure.states import states
@@ -40,6 +39,7 @@ MAPS = ("isolated", "fallback", "requantize")
 # INC measures single ops of `requantize` from the state before them.
 INC_MAP = {"isolated": "isolated", "fallback": "fallback", "requantize": "requantize_at"}
 FOLDER = Path("tmp/bench")
+DIGITS_VLM = Path("resources/models/digits_vlm")
 
 
 def main() -> int:
@@ -86,28 +86,25 @@ def replayed(model: Any, plan: Plan, batch: Any) -> dict[tuple[str, str], float]
 
 def equality(args: argparse.Namespace) -> dict[str, Any]:
     """All ops of the embedded default, three maps, two batches: how many values differ from INC's."""
-    with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(temporary) / "digits_vlm"
-        details = train_snapshot(directory, split_seed=0, seed=0, epochs=5, min_accuracy=0.95)
-        manifest = build_manifest(directory, "digits_vlm", "digits", details)
-        processor, model = load_processor(directory), load_model(directory)
-        spec = CalibrationSpec("digits", "digits", 4, 0, 0, 2, 3136, 3136, 512)
-        samples, _, calibration = extract(spec, processor, manifest)
-        batches = batches_of(samples, calibration, processor)
-        plan = build_plan(model, batches, SensitivitySpec("replay", 2, MAPS))
-        names = plan.op_names
-        compared = differing = 0
-        seconds = {"INC": 0.0, "replay": 0.0}
-        for batch in batches:
+    manifest = build_manifest(DIGITS_VLM, "digits_vlm", "digits", {"training": shipped_training(DIGITS_VLM)})
+    processor, model = load_processor(DIGITS_VLM), load_model(DIGITS_VLM)
+    spec = CalibrationSpec("digits", "digits", 4, 0, 0, 2, 3136, 3136, 512)
+    samples, _, calibration = extract(spec, processor, manifest)
+    batches = batches_of(samples, calibration, processor)
+    plan = build_plan(model, batches, SensitivitySpec("replay", 2, MAPS))
+    names = plan.op_names
+    compared = differing = 0
+    seconds = {"INC": 0.0, "replay": 0.0}
+    for batch in batches:
+        started = time.monotonic()
+        ours = replayed(model, plan, batch)
+        seconds["replay"] += time.monotonic() - started
+        for label in MAPS:
             started = time.monotonic()
-            ours = replayed(model, plan, batch)
-            seconds["replay"] += time.monotonic() - started
-            for label in MAPS:
-                started = time.monotonic()
-                theirs = inc_values(model, plan, batch, label, names)
-                seconds["INC"] += time.monotonic() - started
-                compared += len(theirs)
-                differing += sum(ours[label, name] != value for name, value in theirs.items())
+            theirs = inc_values(model, plan, batch, label, names)
+            seconds["INC"] += time.monotonic() - started
+            compared += len(theirs)
+            differing += sum(ours[label, name] != value for name, value in theirs.items())
     cli.say(
         f"digits_vlm, {len(names)} ops, {len(MAPS)} maps, {len(batches)} batches: {differing} of {compared} values"
         f" differ from INC's; INC took {seconds['INC']:.0f} s, replay {seconds['replay']:.1f} s"

@@ -28,6 +28,7 @@ from auto_quantize_model.files import InputError
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
 DEFAULT = yaml.safe_load((ROOT / "config" / "config.yaml").read_bytes())
+AS_LINK = f"model={{source: hub, repo_id: a/b, revision: '{'0' * 40}'}}"  # a source whose path need not exist
 SECONDS = 10  # that reading a config may take before it counts as a hang
 # Several problems of one config are a line each.
 OUTCOMES = ("accepted", "refused in one line", "traceback", "hang", "accepted wrongly", "refused wrongly")
@@ -148,10 +149,11 @@ def text_as_it_is(draw: random.Random) -> Mutant:
 
 
 def paths(draw: random.Random) -> Mutant:
-    place = (draw.choice(["model", "calibration"]), "path")
+    block = draw.choice(["model", "calibration"])
+    place, arguments = (block, "path"), [AS_LINK] if block == "model" else []
     path = draw.choice(["a{b}/c", "{x}", "a b", "~/models", "é/ü", "'\"$HOME`"])
     expected = path.replace("~", str(Path.home()))
-    return Mutant("path", changed(place, path), {place: expected})
+    return Mutant("path", changed(place, path), {place: expected}, arguments=arguments)
 
 
 def wrong_choice(draw: random.Random) -> Mutant:
@@ -183,6 +185,7 @@ def contradiction(draw: random.Random) -> Mutant:
             (("sensitivity", "confidence_batches"), 17, "confidence_batches (17) times"),
             (("tradeoff", "heldout_batches"), 33, "heldout_batches (33) times"),
             (("model", "source"), "hub", "model.repo_id"),
+            (("model", "path"), "models/mine", "set model.source: local"),
             (("calibration", "source"), "local", "calibration.path"),
         ]
     )
@@ -312,6 +315,8 @@ def read(mutant: Mutant, folder: Path) -> str:
 def dry_run(mutant: Mutant, folder: Path) -> str:
     """The outcome of a mutant that Snakemake reads as config/config.yaml; values that are read are not looked at."""
     (folder / "config").mkdir(exist_ok=True)
+    if not (folder / "resources").exists():  # the default config takes the shipped snapshot
+        (folder / "resources").symlink_to(ROOT / "resources", target_is_directory=True)
     (folder / "config" / "config.yaml").write_bytes(mutant.text)
     snakefile = str(ROOT / "workflow" / "Snakefile")
     command = [sys.executable, "-m", "snakemake", "--snakefile", snakefile, "--directory", str(folder), "--dry-run"]

@@ -28,10 +28,11 @@ from typing import Any
 import torch
 import transformers
 
+from auto_quantize_model.data.digits import LIMITS, digit_samples
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.plan import find_output_op
 from auto_quantize_model.made import standin
-from auto_quantize_model.made.digits import LIMITS, build_snapshot, build_tokenizer, digit_samples
+from auto_quantize_model.made.digits import build_snapshot, build_tokenizer
 from auto_quantize_model.made.shapes import SHAPES
 from auto_quantize_model.models.encode import Sample, encode
 from auto_quantize_model.models.snapshot import build_manifest, load_model, load_processor

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from auto_quantize_model.made.digits import LIMITS, build_snapshot, digit_samples
+from auto_quantize_model.data.digits import LIMITS, digit_samples
+from auto_quantize_model.made.digits import build_snapshot
 from auto_quantize_model.models.encode import collate, encode
 from auto_quantize_model.models.snapshot import Processor, load_processor
 

@@ -44,7 +44,7 @@ def test_reading_a_config_imports_no_torch() -> None:
             "sensitivity: {confidense_batches: 2}",
             "sensitivity.confidense_batches: no such key; did you mean confidence_batches?",
         ),
-        ("model: {zzz: 1}", "model.zzz: no such key; the keys are name, source, path, repo_id, revision, training"),
+        ("model: {zzz: 1}", "model.zzz: no such key; the keys are name, source, path, repo_id, revision"),
         ("calibratoin: {}", "calibratoin: no such key; did you mean calibration?"),
         ("num_samples: 4", "num_samples: no such key; did you mean calibration.num_samples?"),
         (
@@ -103,7 +103,16 @@ def test_reading_a_config_imports_no_torch() -> None:
             'model: {path: "a\\nb"}',
             "model.path: 'a\\nb' is more than a line of text; remove line breaks and control characters",
         ),
-        ("model: {path: ~no-such-user/x}", "model.path: ~no-such-user/x: no such user; write the path out"),
+        (
+            "model: {path: models/mine}",
+            "model.path: 'models/mine' is not the shipped snapshot resources/models/digits_vlm, which"
+            " model.source digits takes; set model.source: local to take your own",
+        ),
+        ("model: {training: {seed: 1}}", "model.training: no such key; the keys are name, source, path, repo_id"),
+        (
+            "model: {source: local, path: ~no-such-user/x}",
+            "model.path: ~no-such-user/x: no such user; write the path out",
+        ),
         ("calibration: {min_pixels: 6272}", "calibration.min_pixels is above calibration.max_pixels; raise max_pixels"),
         (
             "sensitivity: {confidence_batches: 17}",
@@ -178,8 +187,8 @@ def test_aliases_of_aliases_end_and_honest_ones_are_read(tmp_path: Path) -> None
     bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
     with pytest.raises(InputError, match="more than 10000 values"):
         read(tmp_path, bomb)
-    text = "model: {training: &t {seed: 3}}\ncalibration: {<<: *t, name: x}\n"
-    assert read(tmp_path, text)["calibration"]["seed"] == 3
+    text = "model: &t {name: x}\ncalibration: {<<: *t, seed: 3}\n"
+    assert read(tmp_path, text)["calibration"]["name"] == "x"
 
 
 def test_a_file_that_is_not_there_or_no_file_is_named(tmp_path: Path) -> None:
@@ -240,7 +249,7 @@ def test_json_is_read_as_json(tmp_path: Path) -> None:
 
 def test_a_home_in_a_path_is_expanded_and_braces_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
-    config = read(tmp_path, "model: {path: ~/models/a}\ncalibration: {path: 'a{b}/~'}")
+    config = read(tmp_path, "model: {source: local, path: ~/models/a}\ncalibration: {path: 'a{b}/~'}")
     assert (config["model"]["path"], config["calibration"]["path"]) == ("/home/someone/models/a", "a{b}/~")
 
 
@@ -267,6 +276,17 @@ def test_a_local_source_that_is_not_there_is_named_before_any_job(tmp_path: Path
     os.mkfifo(tmp_path / "c")
     with pytest.raises(InputError, match=r"\Aconfig: calibration.path: .*/c is neither a file nor a folder; .*\Z"):
         require_sources(config, tmp_path / "manifest.json", calibration_made=True)
+
+
+def test_a_shipped_snapshot_that_is_not_there_is_named_before_any_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = read(tmp_path, "model: {path: ./resources/models/digits_vlm/}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"\Aconfig: model.path: .* does not exist; run in the checkout, or restore"):
+        require_sources(config, tmp_path / "manifest.json")
+    (tmp_path / "manifest.json").touch()
+    require_sources(config, tmp_path / "manifest.json")
 
 
 @pytest.mark.parametrize(
@@ -368,7 +388,7 @@ def test_a_repository_is_owner_and_name_or_a_name(tmp_path: Path, repo_id: str) 
 
 def test_no_password_of_a_config_is_shown_also_where_the_value_is_cut(tmp_path: Path) -> None:
     address = f"https://user:{'pass-word-' * 20}@hub/a"
-    for config in ({"sensitivity": {"engine": address}}, {"model": {"training": [address]}}):
+    for config in ({"sensitivity": {"engine": address}}, {"model": {"source": [address]}}):
         with pytest.raises(InputError) as refused:
             read(tmp_path, yaml.safe_dump(config))
         assert "://***@" in str(refused.value) and "pass-word" not in str(refused.value)

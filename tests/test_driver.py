@@ -9,8 +9,8 @@ import jsonschema
 import pytest
 
 from auto_quantize_model.commands import inc_qwen2_5_vl_3b_sensitivity as driver
+from auto_quantize_model.data.digits import digit_samples
 from auto_quantize_model.files import InputError
-from auto_quantize_model.made.digits import digit_samples
 
 ROOT = Path(__file__).parents[1]
 DRIVER = ROOT / "scripts" / "qwen" / "inc_qwen2_5_vl_3b_sensitivity.py"

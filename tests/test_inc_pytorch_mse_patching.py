@@ -9,6 +9,7 @@ import torch
 from neural_compressor.config import options
 from torch.ao.quantization.fx.utils import assert_and_get_unique_device
 
+from auto_quantize_model.data.digits import LIMITS, digit_samples
 from auto_quantize_model.inc.loader import CalibrationLoader
 from auto_quantize_model.inc.plan import quant_config
 from auto_quantize_model.inc_pytorch_mse_patching import (
@@ -18,7 +19,7 @@ from auto_quantize_model.inc_pytorch_mse_patching import (
     with_measured_op_last,
     with_ops_in_fp32,
 )
-from auto_quantize_model.made.digits import LIMITS, build_snapshot, digit_samples
+from auto_quantize_model.made.digits import build_snapshot
 from auto_quantize_model.models.encode import collate, encode
 from auto_quantize_model.models.snapshot import load_model, load_processor
 

@@ -27,6 +27,7 @@ import yaml
 from loopback_hub import serving, write_captions
 
 from auto_quantize_model.code import code_digest
+from auto_quantize_model.commands import get_model
 from auto_quantize_model.made import standin
 from auto_quantize_model.made.shapes import SHAPES
 
@@ -110,7 +111,7 @@ def write_config(directory: Path, changes: dict[str, Any]) -> None:
 
 def write_samples(file: Path) -> None:
     """Write five digits as images, and the JSONL that names them."""
-    from auto_quantize_model.made.digits import digit_samples
+    from auto_quantize_model.data.digits import digit_samples
 
     file.parent.mkdir(parents=True)
     rows = []
@@ -221,6 +222,25 @@ def test_every_shipped_config_plans_every_rule(checkout: Path, names: list[str])
     (checkout / "resources" / "models" / "qwen2_5_vl_3b_standin").mkdir(parents=True, exist_ok=True)
     files = [f"config/{name}.yaml" for name in names]
     assert planned(checkout, "--configfile", *files) == EVERYTHING
+
+
+def test_the_shipped_snapshot_counts_by_its_content_and_not_by_its_times(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot, target = Path("resources/models/digits_vlm"), "results/digits_vlm/model_manifest.json"
+    printed = snakemake(checkout, "--dry-run", "--printshellcmds", target).stdout
+    found = re.search(r"python scripts/get_model\.py (.*) --log ", printed)
+    assert found, printed
+    command = found[1].split()
+    monkeypatch.chdir(checkout)
+    assert get_model.main(command) == 0
+    for path in snapshot.iterdir():
+        path.touch()
+    assert planned(checkout, target) == set()
+    with changed(snapshot / "generation_config.json", "{}"):
+        assert planned(checkout, target) == {"get_model"}
+        assert get_model.main(command) == 2
+    shutil.rmtree("results/digits_vlm")
 
 
 # Of files of the library, the rules that use them, as their own code and not by way of other rules.
@@ -769,6 +789,8 @@ def test_snakemake_archive_packs_the_workflow_with_its_code(finished: tuple[Path
     for name in ("workflow/Snakefile", "workflow/rules/common.smk", "config/config.yaml", "scripts/get_model.py"):
         assert name in names
     assert "src/auto_quantize_model/archive.py" in names
+    assert {"results/README.md", "resources/models/digits_vlm/model.safetensors"} <= names
+    assert not any(name.startswith("resources/models/tiny") for name in names)
 
 
 def test_the_rule_graph_of_the_readme_is_that_of_the_workflow_under_any_hash_seed(checkout: Path) -> None:

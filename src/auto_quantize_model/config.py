@@ -27,6 +27,7 @@ MAX_VALUES = 10_000  # a config has about 60; a few aliases of aliases can make 
 MAX_DEPTH = 20
 MAX_BYTES = 100_000  # blocks are handed to scripts as one argument, and Linux takes 128 KiB
 MAX_SHOWN = 20
+SHIPPED_MODEL = "resources/models/digits_vlm"  # the snapshot that is part of the repository
 
 MAPPING, SEQUENCE, SCALAR = (f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str"))
 NULLS = {"", "~", "null", "Null", "NULL"}
@@ -386,6 +387,11 @@ def contradictions(config: Mapping[str, Any]) -> Iterator[str]:
     size, batches, heldout = calibration["batch_size"], sensitivity["confidence_batches"], tradeoff["heldout_batches"]
     if sensitivity["engine"] != "replay" and sensitivity["device"] == "cuda":
         yield "sensitivity.engine inc and auto run INC, on the CPU only; set sensitivity.device to cpu"
+    if config["model"]["source"] == "digits" and Path(config["model"]["path"]) != Path(SHIPPED_MODEL):
+        yield (
+            f"model.path: {shown(config['model']['path'])} is not the shipped snapshot {SHIPPED_MODEL}, which"
+            " model.source digits takes; set model.source: local to take your own"
+        )
     if calibration["min_pixels"] > calibration["max_pixels"]:
         yield "calibration.min_pixels is above calibration.max_pixels; raise max_pixels"
     if batches * size > calibration["num_samples"]:
@@ -411,7 +417,7 @@ def contradictions(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def require_sources(config: Mapping[str, Any], model_manifest: Path, calibration_made: bool = False) -> None:
-    """Refuse a local model or calibration set that is not there.
+    """Refuse a shipped or local model, or a local calibration set, that is not there.
 
     Args:
         config: as `read_config` returns it.
@@ -423,8 +429,13 @@ def require_sources(config: Mapping[str, Any], model_manifest: Path, calibration
     """
     found = []
     model, calibration = config["model"], config["calibration"]
-    if model["source"] == "local" and not model_manifest.exists() and (why := unreadable(model["path"], folder=True)):
-        found.append(f"config: model.path: {why}; give a Hugging Face snapshot directory")
+    next_steps = {
+        "local": "give a Hugging Face snapshot directory",
+        "digits": f"run in the checkout, or restore the snapshot there (git checkout -- {SHIPPED_MODEL})",
+    }
+    step = next_steps.get(model["source"])
+    if step and not model_manifest.exists() and (why := unreadable(model["path"], folder=True)):
+        found.append(f"config: model.path: {why}; {step}")
     needed = calibration["source"] == "local" and not (calibration_made and not os.path.exists(calibration["path"]))
     if needed and (why := unreadable(calibration["path"])):
         found.append(f"config: calibration.path: {why}; give a JSONL, a Parquet file or an image folder")

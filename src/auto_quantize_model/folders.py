@@ -21,6 +21,7 @@ from auto_quantize_model.files import (
     named_errors,
     sha256_file,
     temporary_name,
+    visible,
 )
 
 SCORES = Path("results/scores")  # the score store of a checkout
@@ -90,6 +91,33 @@ def require_own_folder(path: Path, advice: str = MOVE_AWAY, beside: Collection[s
             if inner.is_symlink() or not inner.is_file() or written.get(name) != sha256_file(inner):
                 what = "was changed since it was written" if name in written else "was not written by this tool"
                 raise InputError(f"{path}: the folder is not replaced, because {name} in it {what}; {advice}")
+
+
+def require_unchanged(path: Path, advice: str) -> None:
+    """Refuse a folder whose visible files are not those that `atomic_folder` wrote.
+
+    Args:
+        path: the folder; its marker lists the files with their sha256.
+        advice: what a user may do.
+
+    Raises:
+        InputError: no such folder, no marker, or a file that is missing, added or changed.
+    """
+    with named_errors(path):
+        if not path.is_dir():
+            raise InputError(f"{path}: no such folder; {advice}")
+        written = _files_of_marker(path)
+        if not written:
+            raise InputError(f"{path}: the folder has no list of its files ({MARKER}); {advice}")
+        found = {file.relative_to(path).as_posix() for file in visible(path) if not file.is_dir()}
+        for name in sorted(written.keys() | found):
+            file = path / name
+            if name not in written:
+                raise InputError(f"{file}: {MARKER} does not list this file; {advice}")
+            if not file.is_file():
+                raise InputError(f"{file}: missing, and {MARKER} lists this file; {advice}")
+            if sha256_file(file) != written[name]:
+                raise InputError(f"{file}: differs from the sha256 in {MARKER}; {advice}")
 
 
 def files_in(folder: Path) -> Iterator[Path]:

@@ -30,10 +30,10 @@ from auto_quantize_model.data.batches import (
     remarks,
     write_samples,
 )
+from auto_quantize_model.data.digits import digit_samples, digits_split
 from auto_quantize_model.data.local_sources import samples_digest
 from auto_quantize_model.files import InputError, from_block
 from auto_quantize_model.inc.loader import CalibrationLoader
-from auto_quantize_model.made.digits import digit_samples, digits_split
 from auto_quantize_model.models.chat_template import renderer
 from auto_quantize_model.models.encode import prepare
 

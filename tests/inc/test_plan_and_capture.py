@@ -9,10 +9,10 @@ import neural_compressor.adaptor.pytorch as nc_pytorch
 import pytest
 import torch
 
+from auto_quantize_model.data.digits import LIMITS
 from auto_quantize_model.files import InputError, canonical_json
 from auto_quantize_model.inc.engine import measure_by_inc, require_same_plan
 from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, identify, matching
-from auto_quantize_model.made.digits import LIMITS
 from auto_quantize_model.measure.capture import capture_sensitivity, require_finite
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.encode import Sample, collate, encode

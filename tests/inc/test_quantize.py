@@ -12,6 +12,7 @@ import torch
 import transformers
 from build import a_plan, a_profile, profiles_of
 
+from auto_quantize_model.data.digits import LIMITS, digit_samples
 from auto_quantize_model.decide.profiles import Target, build_profiles
 from auto_quantize_model.export.exports import FP32, export
 from auto_quantize_model.files import InputError
@@ -26,7 +27,6 @@ from auto_quantize_model.inc.quantize import (
     modules_told_by_name,
     quantize,
 )
-from auto_quantize_model.made.digits import LIMITS, digit_samples
 from auto_quantize_model.measure.heldout import measure_tradeoff
 from auto_quantize_model.measure.metrics import Reference
 from auto_quantize_model.measure.store import ScoreStore

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from auto_quantize_model.data.digits import LIMITS, digit_samples
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.plan import SensitivitySpec, build_plan
-from auto_quantize_model.made.digits import LIMITS, digit_samples
 from auto_quantize_model.measure.heldout import (
     Greedy,
     _of_batch,

@@ -15,8 +15,9 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 
+from auto_quantize_model.data.digits import digit_samples
 from auto_quantize_model.files import InputError
-from auto_quantize_model.made.digits import SPECIAL_TOKENS, digit_samples
+from auto_quantize_model.made.digits import SPECIAL_TOKENS
 from auto_quantize_model.models.chat_template import renderer
 from auto_quantize_model.models.encode import (
     MARK,

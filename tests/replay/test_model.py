@@ -9,10 +9,11 @@ from build import an_op
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from auto_quantize_model.data.digits import LIMITS
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.engine import measure_by_inc
 from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, identify
-from auto_quantize_model.made.digits import LIMITS, build_snapshot
+from auto_quantize_model.made.digits import build_snapshot
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.states import ALL, states
 from auto_quantize_model.measure.store import ScoreStore

@@ -129,6 +129,16 @@ def hub_flags(name):
     return verbatim(f"--repo-id {repo_id} --revision {revision}")
 
 
+def shipped_snapshot(wildcards):
+    """The files of the shipped snapshot, which are part of the repository; the files of another model are not.
+
+    Their times do not count, because a clone has new ones: `why_model_stale` compares the contents.
+    """
+    if config["model"]["source"] != "digits":
+        return []
+    return [ancient(str(path)) for path in sorted(Path(config["model"]["path"]).glob("*"))]
+
+
 def replay_flags():
     """The options of a replay that are on, as its scripts take them."""
     flags = {
@@ -139,7 +149,7 @@ def replay_flags():
 
 
 # The keys of the model block that matter, by source.
-MODEL_KEYS = {"digits": ("training",), "local": (), "hub": ("repo_id", "revision")}
+MODEL_KEYS = {"digits": (), "local": (), "hub": ("repo_id", "revision")}
 # What each rule's document depends on of the config, apart from what reaches it by way of other documents.
 ASKED = {
     "get_model": {
@@ -204,9 +214,9 @@ def why_document_stale(rule, made):
 
 
 def why_model_stale(rule, made):
-    """As `why_document_stale`, or which file of a local snapshot is another than the manifest lists."""
+    """As `why_document_stale`, or which file of the snapshot is another than the manifest lists."""
     why = why_document_stale(rule, made)
-    if why or config["model"]["source"] != "local":
+    if why or config["model"]["source"] == "hub":
         return why
     return why_other_snapshot(Path(made.output.manifest), Path(config["model"]["path"]))
 

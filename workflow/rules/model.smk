@@ -6,6 +6,7 @@ rule get_model:
     """
     input:
         stale=made_again_where_stale("get_model"),
+        shipped=shipped_snapshot,
     output:
         manifest=f"results/{MODEL}/model_manifest.json",
     log:
@@ -14,19 +15,17 @@ rule get_model:
         f"results/{MODEL}/benchmarks/get_model.tsv"
     params:
         code=code_digest("scripts/get_model.py"),
-        files=file_options,
         name=MODEL,
         source=config["model"]["source"],
         path=verbatim(config["model"]["path"]),
         hub=hub_flags("model"),
-        training=block("model", "training"),
         config_digest=config_digest("get_model"),
     shell:
-        "exec python scripts/get_model.py {params.files}"
+        "exec python scripts/get_model.py"
         " --name {params.name:q}"
         " --source {params.source:q}"
         " --path {params.path:q}"
         " {params.hub}"
-        " --training-json {params.training:q}"
+        " --manifest {output.manifest:q}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"

@@ -29,6 +29,7 @@ COMMANDS = (
     "compare_sensitivity",
     "inc_qwen2_5_vl_3b_sensitivity",
     "make_standin",
+    "train_digits",
     "clean_results",
     "draw_rule_graph",
 )

@@ -6,19 +6,21 @@ from typing import Any
 
 from auto_quantize_model import cli, options
 from auto_quantize_model.documents import write_document
-from auto_quantize_model.files import InputError, from_block
+from auto_quantize_model.files import InputError
 
 
 def parser() -> argparse.ArgumentParser:
     made = options.parser(__doc__, "config_digest", "log", writes=["manifest"])
     made.add_argument("--name", required=True, help="the model's name in result paths")
     made.add_argument(
-        "--source", required=True, choices=["digits", "local", "hub"], help="train, take --path, or download"
+        "--source",
+        required=True,
+        choices=["digits", "local", "hub"],
+        help="take the shipped snapshot at --path, take another snapshot at --path, or download one",
     )
     made.add_argument("--path", type=cli.user_path, required=True, help="snapshot directory, or the link to it (hub)")
     made.add_argument("--repo-id", help="hub: the repository, as owner/name")
     made.add_argument("--revision", help="hub: its commit, 40 hexadecimal digits")
-    made.add_argument("--training-json", type=cli.json_value, help="digits: the config's model.training as JSON")
     return made
 
 
@@ -27,11 +29,9 @@ def get_model(args: argparse.Namespace) -> None:
 
     details: dict[str, Any] = {}
     if args.source == "digits":
-        from auto_quantize_model.made.digits import TrainingSpec, train_snapshot
+        from auto_quantize_model.data.digits import shipped_training
 
-        training = vars(from_block(TrainingSpec, args.training_json, "model.training"))
-        details = train_snapshot(args.path, **training, progress=lambda epochs: cli.progress(epochs, "training epochs"))
-        cli.say(f"{args.name}: held-out accuracy {details['training']['heldout_accuracy']:.1%}")
+        details = {"training": shipped_training(args.path)}
     elif args.source == "hub":
         if args.repo_id is None or args.revision is None:
             raise InputError("--source hub: which repository and commit is not said; add --repo-id and --revision")

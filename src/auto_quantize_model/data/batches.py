@@ -277,7 +277,7 @@ def _open_source(
     of its rows, one after the other.
     """
     if spec.source == "digits":
-        from auto_quantize_model.made.digits import DIGITS, digit_samples, digits_split
+        from auto_quantize_model.data.digits import DIGITS, digit_samples, digits_split
 
         split = model_manifest["details"].get("training", {}).get("split") or {"seed": 0, **digits_split(0)}
 

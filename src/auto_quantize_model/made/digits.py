@@ -5,42 +5,39 @@ the same path as any other model from there on.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen2VLImageProcessorPil,
 )
 
-from auto_quantize_model.files import InputError
-from auto_quantize_model.folders import atomic_folder
-from auto_quantize_model.models.encode import Limits, Sample, collate, encode
-from auto_quantize_model.models.snapshot import load_processor
+from auto_quantize_model.data.digits import IMAGE_SIDE, LIMITS, PROMPT, TRAINING, digit_samples, digits_split
+from auto_quantize_model.files import visible, write_json
+from auto_quantize_model.machine import instruction_set
+from auto_quantize_model.models.encode import Sample, collate, encode
+from auto_quantize_model.models.snapshot import load_model, load_processor
 
-PROMPT = "Which digit is this?"
-IMAGE_SIDE = 56  # pixels: two by two visual tokens of 28
-LIMITS = Limits(min_pixels=IMAGE_SIDE**2, max_pixels=IMAGE_SIDE**2, max_tokens=64)
-DIGITS = 1797
-SPLIT_SIZES = {"calibration": 200, "heldout": 300}  # the rest is for training
 BATCH_SIZE = 32
 LEARNING_RATE = 2e-3
 VARIANTS = 3  # turned and shifted copies of each training digit; they lift held-out accuracy from 96 to 98 %
 MAX_TURN = 12.0  # degrees
 MAX_SHIFT = 4.0  # pixels
-OWN_FOLDER = (
-    "set model.source: local to take the folder as it is, or name another model.path; a toy that an earlier version"
-    " trained there may be moved away"
-)
+TRAINED_WITH = ("torch", "transformers", "numpy", "scikit-learn", "pillow")  # the weights depend on these packages
+WEIGHTS = "model.safetensors"
 SPECIAL_TOKENS = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -61,27 +58,6 @@ CHAT_TEMPLATE = """\
 <|im_start|>assistant
 {% endif -%}
 """
-
-
-def digits_split(seed: int) -> dict[str, list[int]]:
-    """Disjoint, sorted indices into `load_digits` for `train`, `calibration` and `heldout`; the same for a seed."""
-    order = np.random.default_rng(seed).permutation(DIGITS).tolist()
-    split, start = {}, 0
-    for name, size in SPLIT_SIZES.items():
-        split[name] = sorted(order[start : start + size])
-        start += size
-    return {"train": sorted(order[start:]), **split}
-
-
-def digit_samples(indices: Iterable[int]) -> list[Sample]:
-    """The digits at `indices` as samples: a 56x56 RGB image, the question, and the digit as the answer."""
-    digits = load_digits()
-    samples = []
-    for index in indices:
-        pixels = (digits.images[index] * (255 / 16)).round().astype(np.uint8)
-        image = Image.fromarray(pixels).resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC).convert("RGB")
-        samples.append(Sample(f"digit-{index:04d}", PROMPT, image, str(digits.target[index])))
-    return samples
 
 
 def varied(sample: Sample, generator: np.random.Generator) -> Sample:
@@ -158,61 +134,48 @@ def build_snapshot(directory: Path, *, depth: int = 4, hidden: int = 64, seed: i
     )
 
 
-@dataclass(frozen=True)
-class TrainingSpec:
-    """The config's `model.training` block; `train_snapshot` says what each key means."""
-
-    split_seed: int
-    seed: int
-    epochs: int
-    min_accuracy: float
-
-
 def train_snapshot(
     directory: Path,
     *,
     split_seed: int,
     seed: int,
     epochs: int,
-    min_accuracy: float,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> dict[str, Any]:
-    """Train the digit reader and put its snapshot at `directory`, whole or not at all.
+    """Train the digit reader, and write its snapshot and the record of its training.
 
     Args:
-        directory: where the snapshot goes; one that was trained there before is replaced, and nothing else.
+        directory: an empty folder, or one that is made here.
         split_seed: seed of the split into training, calibration and held-out digits.
         seed: seed of the weights, of the order of the training samples and of their variants.
         epochs: passes over the training digits and their variants.
-        min_accuracy: held-out accuracy, from 0 to 1, below which nothing is written.
         progress: wraps the range of epochs to show how far it is.
 
     Returns:
-        The training record for the manifest, with the split and the held-out accuracy.
-
-    Raises:
-        InputError: something else than a snapshot that was trained there lies at `directory`, or the held-out accuracy
-            stays below `min_accuracy`.
+        The record: the arguments, the held-out accuracy from 0 to 1, and what of the machine the weights depend on.
     """
     split = digits_split(split_seed)
-    with atomic_folder(directory, OWN_FOLDER) as workplace:
-        build_snapshot(workplace, seed=seed)
-        processor = load_processor(workplace)
-        samples = {name: digit_samples(split[name]) for name in ("train", "heldout")}
-        generator = np.random.default_rng(seed)
-        samples["train"] += [varied(sample, generator) for _ in range(VARIANTS) for sample in samples["train"]]
-        encoded = {name: [encode(sample, processor, LIMITS) for sample in samples[name]] for name in samples}
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(workplace, dtype=torch.float32)
-        _train(model, encoded["train"], seed, epochs, progress)
-        accuracy = answer_accuracy(model.eval(), encoded["heldout"])
-        if accuracy < min_accuracy:
-            raise InputError(
-                f"held-out accuracy {accuracy:.3f} is below model.training.min_accuracy {min_accuracy}; raise"
-                " model.training.epochs or change model.training.seed"
-            )
-        model.save_pretrained(workplace)
-    record = {"split_seed": split_seed, "seed": seed, "epochs": epochs, "heldout_accuracy": accuracy}
-    return {"training": {**record, "split": {"seed": split_seed, **split}}}
+    build_snapshot(directory, seed=seed)
+    processor = load_processor(directory)
+    samples = {name: digit_samples(split[name]) for name in ("train", "heldout")}
+    generator = np.random.default_rng(seed)
+    samples["train"] += [varied(sample, generator) for _ in range(VARIANTS) for sample in samples["train"]]
+    encoded = {name: [encode(sample, processor, LIMITS) for sample in samples[name]] for name in samples}
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
+    _train(model, encoded["train"], seed, epochs, progress)
+    accuracy = answer_accuracy(model.eval(), encoded["heldout"])
+    model.save_pretrained(directory)
+    record = {
+        "split_seed": split_seed,
+        "seed": seed,
+        "epochs": epochs,
+        "heldout_accuracy": accuracy,
+        "instruction_set": instruction_set(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in TRAINED_WITH},
+    }
+    write_json(directory / TRAINING, record)
+    return record
 
 
 def _train(
@@ -241,9 +204,7 @@ def _train(
             schedule.step()
 
 
-def answer_logits(
-    model: Qwen2_5_VLForConditionalGeneration, batch: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def answer_logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (samples, vocabulary) that predict the digit, and the digits' token ids (samples,).
 
     A conversation ends in the digit, `<|im_end|>` and a newline, so the digit is the third token from the end.
@@ -253,10 +214,49 @@ def answer_logits(
 
 
 @torch.no_grad()
-def answer_accuracy(model: Qwen2_5_VLForConditionalGeneration, encoded: list[dict[str, torch.Tensor]]) -> float:
+def answer_accuracy(model: PreTrainedModel, encoded: list[dict[str, torch.Tensor]]) -> float:
     """The share of samples whose digit is the most likely token of the whole vocabulary."""
     right = 0
     for start in range(0, len(encoded), BATCH_SIZE):
         logits, answers = answer_logits(model, collate(encoded[start : start + BATCH_SIZE]))
         right += int((logits.argmax(-1) == answers).sum())
     return right / len(encoded)
+
+
+def heldout_accuracy(directory: Path, split_seed: int) -> float:
+    """The share of the held-out digits of a split that a snapshot reads right, from 0 to 1.
+
+    Raises:
+        InputError: the snapshot cannot be loaded.
+    """
+    processor, model = load_processor(directory), load_model(directory)
+    samples = digit_samples(digits_split(split_seed)["heldout"])
+    return answer_accuracy(model, [encode(sample, processor, LIMITS) for sample in samples])
+
+
+def differing_files(one: Path, other: Path) -> list[str]:
+    """The names of visible files that differ between two snapshots, or that one of them lacks.
+
+    Weights are left out, because `differing_tensors` compares them.
+    """
+    names = {path.name for folder in (one, other) for path in visible(folder)} - {WEIGHTS}
+
+    def content(path: Path) -> bytes | None:
+        return path.read_bytes() if path.is_file() else None
+
+    return sorted(name for name in names if content(one / name) != content(other / name))
+
+
+def differing_tensors(one: Path, other: Path) -> dict[str, float]:
+    """The largest absolute difference of each tensor that differs between two snapshots, the largest first.
+
+    It is infinite where one snapshot lacks the tensor, or has it in another shape.
+    """
+    left, right = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
+    found = {}
+    for name in left.keys() | right.keys():
+        if name not in left or name not in right or left[name].shape != right[name].shape:
+            found[name] = math.inf
+        elif not torch.equal(left[name], right[name]):
+            found[name] = float((left[name].double() - right[name].double()).abs().max())
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))

@@ -1,0 +1,68 @@
+"""scikit-learn's 1,797 handwritten digits as samples, their split, and the record of the shipped snapshot's training.
+
+In: indices, a seed, or the directory of the shipped snapshot. Out: samples, disjoint indices, or the record.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from auto_quantize_model.files import InputError, read_json
+from auto_quantize_model.folders import require_unchanged
+from auto_quantize_model.models.encode import Limits, Sample
+
+PROMPT = "Which digit is this?"
+IMAGE_SIDE = 56  # pixels: two by two visual tokens of 28
+LIMITS = Limits(min_pixels=IMAGE_SIDE**2, max_pixels=IMAGE_SIDE**2, max_tokens=64)
+DIGITS = 1797
+SPLIT_SIZES = {"calibration": 200, "heldout": 300}  # the rest is for training
+# In the shipped snapshot: how it was trained. The file is hidden, because the model's digest is over the visible files.
+TRAINING = ".training.json"
+
+
+def digits_split(seed: int) -> dict[str, list[int]]:
+    """Disjoint, sorted indices into `load_digits` for `train`, `calibration` and `heldout`; the same for a seed."""
+    order = np.random.default_rng(seed).permutation(DIGITS).tolist()
+    split, start = {}, 0
+    for name, size in SPLIT_SIZES.items():
+        split[name] = sorted(order[start : start + size])
+        start += size
+    return {"train": sorted(order[start:]), **split}
+
+
+def digit_samples(indices: Iterable[int]) -> list[Sample]:
+    """The digits at `indices` as samples: a 56x56 RGB image, the question, and the digit as the answer."""
+    digits = load_digits()
+    samples = []
+    for index in indices:
+        pixels = (digits.images[index] * (255 / 16)).round().astype(np.uint8)
+        image = Image.fromarray(pixels).resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC).convert("RGB")
+        samples.append(Sample(f"digit-{index:04d}", PROMPT, image, str(digits.target[index])))
+    return samples
+
+
+def shipped_training(directory: Path) -> dict[str, Any]:
+    """How the shipped snapshot was trained, and which digits its training left aside.
+
+    Args:
+        directory: the snapshot; its files have to be those that the repository lists.
+
+    Returns:
+        The record of `train_snapshot`, with the digits of each split under `split`.
+
+    Raises:
+        InputError: a file is missing, added or changed, or the record has no seed of the split.
+    """
+    advice = (
+        f"restore the shipped files (git checkout -- {directory}), or set model.source: local to take them as they are"
+    )
+    require_unchanged(directory, advice)
+    record = read_json(directory / TRAINING)
+    if not isinstance(record, dict) or type(record.get("split_seed")) is not int:
+        raise InputError(f"{directory / TRAINING}: no whole number under 'split_seed'; {advice}")
+    seed = record["split_seed"]
+    return {**record, "split": {"seed": seed, **digits_split(seed)}}
