@@ -10,6 +10,8 @@ READY := $(VENV)/.installed
 VERSION_CHECK := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 ARCHIVE ?= tmp/auto-quantize-model.tar.gz
 PROFILE ?= recommended
+CONFIG ?=
+VERBOSE ?=
 SCRATCH := tmp/bench tmp/check_exports tmp/faults tmp/auto-quantize-model.tar.gz
 
 # The first of these that starts and is 3.11; a version manager's shim may be there and start nothing.
@@ -17,6 +19,14 @@ find_python = for python in $(or $(PYTHON),python3.11 python3 python); do \
 	if "$$python" -c '$(VERSION_CHECK)' 2>/dev/null; then break; fi; python=; done; \
 	if [ -z "$$python" ]; then \
 	echo "error: no Python 3.11 found; install it, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 2; fi
+
+# One line for each step, and the decision at the end. VERBOSE=1 shows all that Snakemake and the steps say.
+define pipeline
+@for file in $(CONFIG); do if [ ! -f "$$file" ]; then \
+	echo "error: CONFIG=$$file: no such file; name a config file, such as config/qwen2_5_vl_3b.yaml" >&2; exit 2; fi; done; \
+$(if $(VERBOSE),,PIPELINE_QUIET=1) $(BIN)/snakemake $(1) --cores 1 --resources gpu=1 \
+	$(if $(CONFIG),--configfile $(CONFIG)) $(2)
+endef
 
 .PHONY: help setup run test lint quantize bench bench-3b bench-gpu bench-faults check-exports standin-3b train-digits dag archive lock clean
 
@@ -37,8 +47,8 @@ $(READY): envs/requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-run: $(READY) ## run the pipeline on config/config.yaml, one step at a time
-	$(BIN)/snakemake --cores 1 --resources gpu=1
+run: $(READY) ## run the pipeline on config/config.yaml and CONFIG=FILE, one step at a time (VERBOSE=1 shows all)
+	$(call pipeline)
 
 # Two processes on two cores: with a thread each, or their threads wait for one another.
 test: $(READY) ## run the tests
@@ -51,7 +61,7 @@ lint: $(READY) ## check style, types and the workflow
 	$(BIN)/snakemake --lint
 
 quantize: $(READY) ## have INC quantize the model by PROFILE (recommended), and compare its error with the promised one
-	$(BIN)/snakemake quantize_model --cores 1 --resources gpu=1 --config quantize='{profile: $(PROFILE)}'
+	$(call pipeline,quantize_model,--config quantize='{profile: $(PROFILE)}')
 
 bench: $(READY) ## measure equality with INC, speed beside it, and growth (20 minutes)
 	$(BIN)/python benchmarks/bench.py

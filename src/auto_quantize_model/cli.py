@@ -35,16 +35,27 @@ GRACE_SECONDS = 10  # after which work that was asked to end is ended
 _terminal: dict[str, TextIO] = {}
 
 
+def is_quiet() -> bool:
+    """Whether the workflow that runs this job shows one line for each step."""
+    return "PIPELINE_QUIET" in os.environ
+
+
 def say(text: str) -> None:
-    """Print a result on the terminal, also while chatter goes to a log."""
-    print(printable(redacted(text)), file=_terminal.get("out", sys.stdout), flush=True)
+    """Print a result on the terminal, also while library output goes to a log; into the log where all is quiet."""
+    stream = sys.stdout if is_quiet() else _terminal.get("out", sys.stdout)
+    print(printable(redacted(text)), file=stream, flush=True)
+
+
+def _bar_settings() -> dict[str, Any]:
+    """Where a progress bar is drawn and how often. Where all is quiet, a finished bar is removed."""
+    stream = _terminal.get("err", sys.stderr)
+    # A bar in a file or a CI page is a line for every update: far between then.
+    return {"file": stream, "mininterval": 0.5 if stream.isatty() else 15, "leave": not is_quiet()}
 
 
 def progress(steps: Sequence[Any], what: str) -> tqdm:
     """A progress bar with the time left, on the terminal, to iterate over."""
-    stream = _terminal.get("err", sys.stderr)
-    # A bar in a file or a CI page is a line for every update: far between then.
-    return tqdm(steps, desc=what, file=stream, mininterval=0.5 if stream.isatty() else 15, dynamic_ncols=True)
+    return tqdm(steps, desc=what, dynamic_ncols=True, **_bar_settings())
 
 
 def user_path(text: str) -> Path:
@@ -56,9 +67,8 @@ class TerminalBar(tqdm):
     """A bar for libraries that make their own from a class: on the terminal too, while chatter goes to a log."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        stream = _terminal.get("err", sys.stderr)
         kwargs.pop("name", None)  # huggingface_hub's, for groups of bars
-        super().__init__(*args, **kwargs | {"file": stream, "mininterval": 0.5 if stream.isatty() else 15})
+        super().__init__(*args, **kwargs | _bar_settings())
 
     def __str__(self) -> str:
         """The bar as it is drawn; its label holds names of files from the hub."""
@@ -230,11 +240,16 @@ def _guarded(work: Callable[[], None], log: Path | None) -> int:
 
 
 def _report(message: str, log: Path | None) -> None:
-    """Print one line on the terminal, and into the log where there is one; either may be full or gone."""
+    """Print one line into the log where there is one, and on the terminal; either may be full or gone.
+
+    Where all is quiet, the workflow shows the last line of the log when it ends, so the log is enough.
+    """
     message = one_line(redacted(message))
-    for stream in [_terminal.get("err", sys.stderr), *[sys.stderr] * ("err" in _terminal)]:
+    for stream in [sys.stderr, *[_terminal["err"]] * ("err" in _terminal)]:
         with contextlib.suppress(OSError):
             print(message, file=stream, flush=True)
+            if is_quiet():
+                return
 
 
 def _report_early_end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

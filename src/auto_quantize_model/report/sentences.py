@@ -135,6 +135,36 @@ def decision(report: Report) -> tuple[str, str]:
     return f"Keep {best['keep']} of {report['tradeoff']['ops']} ops in FP32.", why
 
 
+def closing(report: Report, page: str, exports: str, configs: str) -> list[str]:
+    """What a run says last: its warnings, the decision, the page and the next step.
+
+    Args:
+        report: of the run.
+        page: path of its HTML page.
+        exports: path of the folder of exports.
+        configs: the config files of the command line, with spaces between them; empty for the default config.
+    """
+    warnings = [f"warning: {sentence}" for sentence in (*report["warnings"], *breaks(report))]
+    what, why = decision(report)
+    again = f" CONFIG={configs}" if configs and " " not in configs else f' CONFIG="{configs}"' if configs else ""
+    if not report["profiles"]["profiles"].get("recommended"):
+        step = f"change the target in the config's profiles block, then run `make run{again}`"
+    elif report["measurement"]["inc_check"]["status"] == "cannot":
+        step = f"use an export in {exports}"
+    else:
+        step = f"make quantize PROFILE=recommended{again}"
+    return [*warnings, f"Decision: {what} {why}".strip(), f"The page: {page}", f"Next: {step}"]
+
+
+def quantized(record: dict[str, Any], folder: str) -> str:
+    """What INC's INT8 model is worth. It takes the record of the comparison and the folder of the model."""
+    if record["status"] == "bit_identical":
+        found = "its error on held-out samples is bit for bit the profile's"
+    else:
+        found = "its error cannot be compared bit for bit, because the profile was measured on another device or CPU"
+    return f"INC's INT8 model by the profile {record['profile']}: {folder}; {found}."
+
+
 def nothing(report: Report) -> str:
     """That no op is kept: of the model only where the planned ops are most of it."""
     if "coverage" in report and not coverage.is_partial(report["coverage"]):

@@ -1,0 +1,99 @@
+"""What the terminal shows: the decision or the failure last, and where `make run` asks for it, one line for each step."""
+
+import atexit
+import logging
+import os
+import sys
+from pathlib import Path
+
+from snakemake.common import NOTHING_TO_BE_DONE_MSG
+from snakemake.logging import logger
+from snakemake_interface_logger_plugins.common import LogEvent
+
+from auto_quantize_model.documents import read_document
+from auto_quantize_model.escape import printable, redacted
+from auto_quantize_model.files import InputError
+from auto_quantize_model.report import sentences
+
+QUIET = "PIPELINE_QUIET" in os.environ  # the jobs read it too
+# Errors of Snakemake that a failed job causes. The job's own sentence says more, and stands last.
+CAUSED = ("RuleException:\nCalledProcessError", "WorkflowError:\nAt least one job did", "Exiting because a job")
+
+
+class Steps(logging.Handler):
+    """Follows the jobs by Snakemake's messages.
+
+    Attributes:
+        failed: a line for each failed job's log, then the last line of that log.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.begun, self.total, self.failed = 0, 0, []
+
+    def emit(self, record):
+        event = getattr(record, "event", None)
+        if event == LogEvent.RUN_INFO:
+            self.total = sum(count for rule, count in record.stats.items() if rule not in ("all", "total"))
+        elif event == LogEvent.JOB_INFO and record.rule_name != "all":
+            self.begun += 1
+            if QUIET:
+                purpose = (workflow.get_rule(record.rule_name).docstring or "").strip().splitlines()[0]
+                say(f"[{self.begun:2}/{self.total}] {record.rule_name}: {purpose}", sys.stderr)
+        elif event == LogEvent.JOB_ERROR:
+            for log in map(Path, record.log):
+                lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+                self.failed += [f"{record.rule_name} failed; its log: {log}", *lines[-1:]]
+        elif record.getMessage() == NOTHING_TO_BE_DONE_MSG:
+            show_result()
+
+
+def say(text, stream=None):
+    """Print a line without secrets and control characters."""
+    print(printable(redacted(text)), file=stream or sys.stdout, flush=True)
+
+
+def is_news(record):
+    """Whether a message of Snakemake is for the terminal of `make run`."""
+    if record.levelno < logging.WARNING or getattr(record, "event", None) == LogEvent.JOB_ERROR:
+        return False
+    return not record.getMessage().startswith(CAUSED)
+
+
+def show_result():
+    """When Snakemake has ended, show the decision, the page and the next command, if the run was asked for them."""
+    if workflow.dryrun:
+        return
+    made = {job.rule.name: job for job in workflow.dag.jobs}
+    try:
+        if "render_page" in made:
+            step = made["render_page"]
+            exports = str(Path(step.input.exports).parent)
+            found = read_document(Path(step.input.report), "report")
+            lines = sentences.closing(found, step.output.html, exports, config_files())
+        elif "quantize_model" in made:
+            record = Path(made["quantize_model"].output.record)
+            lines = [sentences.quantized(read_document(record, "quantized"), str(record.parent))]
+        else:
+            return
+    except InputError as error:
+        lines = [f"error: {error}"]
+    atexit.register(say, "\n".join(lines))
+
+
+def show_failure():
+    """When Snakemake has ended, show which jobs failed, and last the sentence that says why."""
+    atexit.register(say, "\n".join(STEPS.failed), sys.stderr)
+
+
+def config_files():
+    """The config files of the command line, as make's CONFIG takes them."""
+    return " ".join(os.path.relpath(file) for file in workflow.config_settings.configfiles)
+
+
+STEPS = Steps()
+logger.addHandler(STEPS)
+if QUIET:
+    for handler in logger.handlers:
+        if handler.name == "DefaultStreamHandler":  # the file in .snakemake/log keeps all messages
+            handler.addFilter(is_news)
