@@ -28,15 +28,7 @@ MODULES = structure.modules(ROOT)
 GRAPH = structure.import_graph(ROOT)
 
 
-@pytest.mark.parametrize(
-    "room",
-    [
-        pytest.param(room, marks=pytest.mark.xfail(reason="the digits' images still lie in `made`"))
-        if room == "data"
-        else room
-        for room in BELOW
-    ],
-)
+@pytest.mark.parametrize("room", BELOW)
 def test_a_room_imports_from_the_rooms_below_it_alone(room: str) -> None:
     allowed = structure.reachable(BELOW)[room] | {room}
     upward = [
