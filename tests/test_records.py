@@ -1,0 +1,48 @@
+"""A record that was read is the one that was written, to the byte; a document with other fields is none."""
+
+import json
+
+import pytest
+from build import a_plan
+from test_document import UNMEASURED, parts
+from test_figures import tradeoff
+
+from auto_quantize_model.decide.profiles import Target, build_profiles
+from auto_quantize_model.documents import write_document
+from auto_quantize_model.files import InputError, canonical_json
+from auto_quantize_model.records import Audit, Capture, NotMeasured, Plan, Profiles, Tradeoff, as_record, body_of
+
+_, _, PLAN, CAPTURE, AUDIT, *_ = parts()
+# A budget of bytes that is missed, by a whole number of bytes.
+MISSED = build_profiles(tradeoff(), Target(max_weight_bytes=1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "record"),
+    [
+        (Plan, PLAN),
+        (Capture, CAPTURE),
+        (Audit, AUDIT),
+        (Tradeoff | NotMeasured, tradeoff()),
+        (Tradeoff | NotMeasured, UNMEASURED),
+        (Profiles, MISSED),
+    ],
+)
+def test_a_record_that_was_written_is_read_back_to_the_byte(kind, record):
+    written = canonical_json(body_of(record))
+    found = as_record(kind, json.loads(written))
+    assert (found, canonical_json(body_of(found))) == (record, written)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ops": 1}, r"plan\.json: ops: Input should be a valid tuple; make it again .*--forcerun plan_quantization"),
+        ({"more": 1}, r"plan\.json: more: Unexpected keyword argument; make it again"),
+        ({"excluded": [{"op_name": "a", "op_type": "b"}]}, r"plan\.json: excluded\.0\.reason: "),
+    ],
+)
+def test_a_document_with_other_fields_is_refused_by_the_place(tmp_path, changes, message):
+    document = write_document(tmp_path / "plan.json", "plan", body_of(a_plan(["a"])) | changes)
+    with pytest.raises(InputError, match=message):
+        as_record(Plan, document)
