@@ -21,7 +21,7 @@ def audit_capture(args: argparse.Namespace) -> None:
     from auto_quantize_model.inc import audit
 
     run = open_run(args)
-    batches = run.batches()
+    batches = run.batches(run.plan.confidence_batches)
     cli.say(audit.announce(run.plan, run.capture, args.ops))
     with cli.progress_bar("audit") as on_progress:
         scales = run.scales_of_batches()

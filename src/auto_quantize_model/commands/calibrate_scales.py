@@ -25,7 +25,7 @@ def calibrate_scales(args: argparse.Namespace) -> None:
 
     run = open_run(args)
     device = run.device
-    batches = run.batches()
+    batches = run.batches(None if args.whole_set else run.plan.confidence_batches)
     with explained_out_of_memory(device), cli.progress_bar("scales") as on_progress:
         found = calibrate(run.model(device), run.plan, batches, args.whole_set, on_progress)
     write_scales(args.tensors, found)

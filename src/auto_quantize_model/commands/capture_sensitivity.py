@@ -25,7 +25,7 @@ def capture_sensitivity(args: argparse.Namespace) -> None:
 
     run = open_run(args)
     device = run.device
-    batches = run.batches()
+    batches = run.batches(run.plan.confidence_batches)
     by_inc = inc_engine() if run.plan.engine != "replay" else None
     with explained_out_of_memory(device), cli.progress_bar("capture") as on_progress:
         captured, record = capture.capture_sensitivity(

@@ -159,11 +159,11 @@ class Run:
         backend = self.calibration["image_backend"] if "calibration_manifest" in self.has else None
         return load_processor(self.directory, backend)
 
-    def batches(self) -> list["Batch"]:
-        """The calibration batches."""
+    def batches(self, count: int | None = None) -> list["Batch"]:
+        """The first `count` calibration batches, or all."""
         from auto_quantize_model.data.batches import load_batches
 
-        return load_batches(self.options.calibration_set, self.calibration, self.processor)
+        return load_batches(self.options.calibration_set, self.calibration, self.processor, count)
 
     def heldout(self, count: int) -> tuple[list["Batch"], list[list[range | None]]]:
         """The first `count` held-out batches, and for each sample the positions of its answer's tokens."""

@@ -384,8 +384,8 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def read_samples(path: Path) -> list[Prepared]:
-    """The samples of a Parquet file that `sample_writer` wrote.
+def read_samples(path: Path, count: int | None = None) -> list[Prepared]:
+    """The first `count` samples of a Parquet file that `sample_writer` wrote, or all; no other image is decoded.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -394,7 +394,7 @@ def read_samples(path: Path) -> list[Prepared]:
         raise InputError(f"{path}: no such calibration set; run the calibration rule again")
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            return [_prepared(row, path) for row in file.read().to_pylist()]
+            return [_prepared(row, path) for row in file.read().to_pylist()[:count]]
     except (OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException) as error:
         raise InputError(f"{path}: not a calibration set ({error}); run the calibration rule again") from None
 
@@ -408,23 +408,29 @@ def _prepared(row: dict[str, Any], path: Path) -> Prepared:
     return Prepared(sample, tuple(row["input_ids"]), range(*row["answer_span"]) if row["answer_span"] else None)
 
 
-def load_batches(path: Path, manifest: dict[str, Any], processor: Processor) -> list[Batch]:
-    """The batches of a stored calibration set, in the manifest's order; an incomplete last batch is left out.
+def load_batches(path: Path, manifest: dict[str, Any], processor: Processor, count: int | None = None) -> list[Batch]:
+    """The first `count` batches of a stored calibration set, or all; an incomplete last batch is left out.
 
     Raises:
         InputError: the set is not the one that the manifest describes.
     """
-    return batches_of(load_samples(path, manifest, processor, "calibration"), manifest, processor)
+    samples = None if count is None else count * manifest["batch_size"]
+    return batches_of(load_samples(path, manifest, processor, "calibration", samples), manifest, processor)
 
 
-def load_samples(path: Path, manifest: dict[str, Any], processor: Processor, split: str) -> list[Prepared]:
-    """The samples of a stored split, `calibration` or `heldout`, with the token ids of their extraction.
+def load_samples(
+    path: Path, manifest: dict[str, Any], processor: Processor, split: str, count: int | None = None
+) -> list[Prepared]:
+    """The first `count` samples of a stored split, or all, with the token ids of their extraction.
+
+    Args:
+        split: `calibration` or `heldout`.
 
     Raises:
         InputError: they are not those that the manifest describes.
     """
-    samples = read_samples(path)
-    if [_describe(sample, processor) for sample in samples] != manifest["samples"][split]:
+    samples = read_samples(path, count)
+    if [_describe(sample, processor) for sample in samples] != manifest["samples"][split][:count]:
         raise InputError(f"{path}: not the samples of its manifest; run the calibration rule again")
     return samples
 
@@ -438,7 +444,7 @@ def load_heldout(
         InputError: they are not those that the manifest describes.
     """
     size = manifest["batch_size"]
-    samples = load_samples(path, manifest, processor, "heldout")[: count * size]
+    samples = load_samples(path, manifest, processor, "heldout", count * size)
     spans = [sample.answer_span for sample in samples]
     answers = [spans[start : start + size] for start in range(0, len(spans), size)]
     return batches_of(samples, manifest, processor), answers
