@@ -52,7 +52,7 @@ run: $(READY) ## run the pipeline on config/config.yaml and CONFIG=FILE, one ste
 
 # Two processes on two cores: with a thread each, or their threads wait for one another.
 test: $(READY) ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY) ## check style, types and the workflow
 	$(BIN)/ruff check .

@@ -16,7 +16,12 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
+# Files that take minutes, the longest first. They begin first: else one process works on the last of them alone.
+LONGEST = ["test_workflow", "test_hub", "test_accelerate", "test_plan_and_capture", "test_model", "test_inc_check"]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
