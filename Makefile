@@ -69,8 +69,10 @@ bench: $(READY) ## measure equality with INC, speed beside it, and growth (20 mi
 bench-3b: $(READY) ## measure the full Qwen2.5-VL-3B shape on the CPU (an hour, 24 GiB, 8 GB of disk)
 	$(BIN)/python benchmarks/real_shape.py --device cpu
 
-bench-gpu: $(READY) ## measure the full Qwen2.5-VL-3B shape on a GPU, all maps
-	$(BIN)/python benchmarks/real_shape.py --device cuda --maps isolated fallback requantize
+bench-gpu: run ## compare a GPU with the CPU, op for op, and measure the full Qwen2.5-VL-3B shape on it (8 GB of disk)
+	$(BIN)/python benchmarks/gpu_check.py prepare results/digits_vlm/digits
+	$(BIN)/python benchmarks/gpu_check.py trained
+	$(BIN)/python benchmarks/gpu_check.py standin
 
 bench-faults: $(READY) ## kill the pipeline and damage its inputs: configs, snapshots, files between steps (an hour)
 	$(BIN)/python benchmarks/faults.py

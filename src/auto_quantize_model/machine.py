@@ -24,7 +24,8 @@ def choose_device(name: str, *, tf32: bool = False, deterministic: bool = True) 
     Args:
         name: `auto` takes a GPU where torch sees one.
         tf32: let CUDA round float32 products to 10 bits of mantissa.
-        deterministic: ask torch for algorithms that give the same bits each time.
+        deterministic: ask torch for algorithms that give the same bits each time on a GPU. For the CPU the request is
+            taken back, since torch would refuse the INT8 kernels that INC and the replay need.
 
     Raises:
         InputError: a GPU was asked for and torch sees none.
@@ -41,9 +42,22 @@ def choose_device(name: str, *, tf32: bool = False, deterministic: bool = True) 
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
-        # On the CPU all this is deterministic anyway, and the switch would refuse kernels that INC needs.
-        torch.use_deterministic_algorithms(deterministic)
+    torch.use_deterministic_algorithms(deterministic and name == "cuda")
     return torch.device(name)
+
+
+@contextmanager
+def any_algorithm() -> Iterator[None]:
+    """Let torch run kernels that it does not list as deterministic, and set torch as before afterwards.
+
+    The INT8 kernels of the CPU are deterministic, but `torch.use_deterministic_algorithms` refuses them.
+    """
+    saved = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(saved)
 
 
 def require_memory(parameters: int, replay_on: torch.device | None = None) -> None:

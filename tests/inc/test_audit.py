@@ -7,7 +7,7 @@ import pytest
 from build import a_capture, a_plan
 
 from auto_quantize_model.files import InputError
-from auto_quantize_model.inc.audit import audit_capture, check_sites, rank_agreement, sample_ops
+from auto_quantize_model.inc.audit import audit_capture, rank_agreement, sample_ops
 from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, identify
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.store import ScoreStore
@@ -104,11 +104,3 @@ def test_where_inc_measured_nothing_is_left_to_audit(model, batches, plan, captu
 def test_a_capture_of_another_plan_is_refused(model, batches, plan, capture):
     with pytest.raises(InputError, match="made from another plan"):
         audit_capture(model, batches, replace(plan, confidence_batches=1), capture, 3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_sites_give_the_same_bits_on_the_device(model, batches, plan, device):
-    import torch
-
-    check_sites(model, batches[0], plan, plan.op_names, torch.device(device))

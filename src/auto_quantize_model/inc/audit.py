@@ -4,7 +4,6 @@ In: the model, one calibration batch, the plan and the capture. Out: what was co
 the CPU is an error, whatever its size. Where INC cannot measure the model, torch's own quantized modules stand in.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,10 +18,11 @@ from auto_quantize_model.inc.engine import inc_scores, spec_of
 from auto_quantize_model.inc.plan import ops_to_keep, quant_config
 from auto_quantize_model.inc.torch_modules import torch_scores
 from auto_quantize_model.inc_pytorch_mse_patching import activations_reduced
+from auto_quantize_model.machine import any_algorithm
 from auto_quantize_model.measure.states import ALL
 from auto_quantize_model.records import Audit, Capture, Plan, Scales, Score, digest_of_record
-from auto_quantize_model.replay.model import Batch, Replay
-from auto_quantize_model.replay.ops import SITES
+from auto_quantize_model.replay.devices import check_sites
+from auto_quantize_model.replay.model import Batch
 
 # `requantize` is a running total: INC is put into the state before the op instead of measuring all that precede it.
 HELPER_OF = {"isolated": "isolated", "fallback": "fallback", "requantize": "requantize_at"}
@@ -161,15 +161,13 @@ def rank_agreement(found: dict[str, float], expected: dict[str, float]) -> float
 def incs_surroundings(threads: int, reduce_range: bool) -> Iterator[None]:
     """As many threads as the capture had, on which float32 sums depend, the plan's `reduce_range`, and INC's kernels
     allowed, as a GPU's run may have asked torch for deterministic ones alone."""
-    saved = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    saved = torch.get_num_threads()
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
     try:
-        with activations_reduced(reduce_range):
+        with any_algorithm(), activations_reduced(reduce_range):
             yield
     finally:
-        torch.set_num_threads(saved[0])
-        torch.use_deterministic_algorithms(saved[1])
+        torch.set_num_threads(saved)
 
 
 def _by_inc(
@@ -201,45 +199,3 @@ def _by_torch(
 ) -> dict[str, dict[str, float]]:
     """The same by torch's own quantized modules in the FP32 model."""
     return torch_scores(model, batches[batch], plan, names, on_op)
-
-
-def check_sites(
-    model: torch.nn.Module,
-    batch: Batch,
-    plan: Plan,
-    names: Sequence[str],
-    device: torch.device,
-    scales: Scales | None = None,
-) -> None:
-    """Compare each named op's INT8 output on `device` with that on the CPU, for the same input, bit for bit.
-
-    Raises:
-        InputError: naming the op, and how many values differ.
-    """
-    modules = dict(model.named_modules())
-    inputs: dict[str, torch.Tensor] = {}
-    with Replay(model, plan.ops, plan.measured_op) as replay:
-        if scales is None:
-            scales = replay.calibrate(batch)
-        replay.set_scales(scales)
-        handles = [
-            modules[name].register_forward_pre_hook(lambda module, args, name=name: inputs.update({name: args[0]}))
-            for name in names
-        ]
-        replay.begin(batch)
-        for handle in handles:
-            handle.remove()
-    # After the replay, so that copies of the modules do not carry its forwards, and with them the model.
-    ops = {op.op_name: op for op in plan.ops}
-    for name in names:
-        on_cpu = replay.sites[name]
-        there = SITES[ops[name].op_type][1](copy.deepcopy(modules[name]).to(device), ops[name])
-        there.set_scales(scales[name])
-        with torch.no_grad():
-            expected = on_cpu.quantized(inputs[name])
-            output = there.quantized(inputs[name].to(device)).cpu()
-        if differing := int((output != expected).sum()):
-            raise InputError(
-                f"audit: {differing} of {output.numel()} INT8 outputs of {name} differ between {device.type} and CPU on"
-                " the same input; do not use this capture, and report the difference with the plan"
-            )

@@ -11,6 +11,7 @@ import torch
 from torch.ao.quantization import observer as observers
 
 from auto_quantize_model.files import InputError
+from auto_quantize_model.machine import any_algorithm
 
 ROWS_AT_ONCE = 16384  # of a weight while it is quantized, so that the FP32 temporaries of an lm_head stay small
 # Which observers the formulas hold for: {side: (observer, dtype, qscheme)}.
@@ -44,9 +45,20 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: int, wide: torch.
     float64 there (`wide`), where the product of two float32 numbers is exact.
     """
     wide = wide or (torch.float64 if x.is_cuda else torch.float32)
-    shift = torch.full((), zero_point, dtype=wide, device=x.device)
-    codes = torch.addcmul(shift, x.to(wide), scale.reciprocal().to(wide)).float()
-    return codes.round_().clamp_(0, 255).sub_(128).to(torch.int8)
+    if rounds_before_zero_point():
+        codes = (x * scale.reciprocal()).round_().add_(zero_point)
+    else:
+        shift = torch.full((), zero_point, dtype=wide, device=x.device)
+        codes = torch.addcmul(shift, x.to(wide), scale.reciprocal().to(wide)).float().round_()
+    return codes.clamp_(0, 255).sub_(128).to(torch.int8)
+
+
+@functools.cache
+def rounds_before_zero_point() -> bool:
+    """Whether this torch rounds x / scale before it adds the zero_point, as torch 2.11 does and torch 2.13 does not."""
+    with any_algorithm():
+        code = torch.quantize_per_tensor(torch.tensor([0.5]), 1.0, 1, torch.quint8).int_repr()
+    return int(code) == 1  # 0 + 1; otherwise 1.5 becomes 2
 
 
 def quantize_weight(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -110,7 +122,8 @@ def cpu_kernel() -> str:
     x[:8], weight[:8], weight[8:16] = 127, 127, -128
     scale, out_scale = torch.full((64,), 2.0**-8), 2.0**5  # powers of two: no product is rounded
     codes = torch._make_per_tensor_quantized_tensor((x.int() + 128).to(torch.uint8), 1.0, 0)
-    found = torch.ops.quantized.linear(codes, pack_linear(weight, scale, None), out_scale, 128).int_repr().int()
+    with any_algorithm():  # a run on a GPU asks torch for deterministic ones
+        found = torch.ops.quantized.linear(codes, pack_linear(weight, scale, None), out_scale, 128).int_repr().int()
     exact = (x.int() + 128) @ weight.int().t()
     for name, product in (("exact", exact), ("saturating", exact + saturation(x, weight))):
         if torch.equal(found, (product * 2.0**-13).round().add(128).clamp(0, 255).int()):
