@@ -23,10 +23,11 @@ log = Path(sys.argv[1]) if len(sys.argv) > 1 else None
 """
 
 
-def run_script(body: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run_script(body: str, *arguments: str | Path, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run `body`, which defines work(), as a script of its own: redirection is about a whole process."""
     code = f"{PREAMBLE}\n{body}\nraise SystemExit(cli.run(work, log))"
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
 
 
 CHATTER = """
@@ -47,6 +48,24 @@ def test_chatter_goes_to_the_log_and_words_to_the_terminal(tmp_path: Path) -> No
     log = (tmp_path / "logs" / "work.log").read_text()
     for line in ("python out", "python err", "logged before", "c library", "child process"):
         assert line in log
+
+
+def test_a_job_of_a_quiet_run_shows_its_bar_alone_and_its_words_are_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPELINE_QUIET", "1")
+    body = """
+def work():
+    for _ in cli.progress(range(3), "epochs"): pass
+    cli.say("three ops")
+    raise InputError("x.json: no such file; make it")
+"""
+    log = tmp_path / "work.log"
+    ended = run_script(body, log)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "epochs:   0%" in ended.stderr and "error" not in ended.stderr
+    assert log.read_text() == "three ops\nerror: x.json: no such file; make it\n"
+    assert run_script(body).stderr.endswith("error: x.json: no such file; make it\n")
 
 
 def test_without_a_log_nothing_is_redirected() -> None:
@@ -316,9 +335,10 @@ def test_an_input_of_another_user_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize("body", ["def work(): print('x' * 100_000)", "def work(): raise KeyError('weight')"])
 def test_a_log_on_a_full_disk_costs_no_traceback(body: str) -> None:
-    ended = run_script(body, "/dev/full")
-    assert ended.returncode in (1, 2)
-    assert len(ended.stderr.splitlines()) == 1 and "/dev/full" in ended.stderr
+    for settings in ({}, {"PIPELINE_QUIET": "1"}):
+        ended = run_script(body, "/dev/full", **settings)
+        assert ended.returncode in (1, 2)
+        assert len(ended.stderr.splitlines()) == 1 and "/dev/full" in ended.stderr
 
 
 def test_a_reader_that_has_ended_is_no_error() -> None:

@@ -143,8 +143,7 @@ def arguments(name: str) -> list[str]:
         pairs = [f"{kind}={NAMES[kind]}" for kind in kinds]
         return [*OTHERS[name], "--documents", *pairs, "--", *documents, "report.md", "exports/kept.json"]
     options = OPTIONS | ({"report": "--json"} if name == "publish_summary" else {})
-    paths = NAMES | ({"exports": "exports"} if name == "quantize_model" else {})
-    return [*OTHERS[name], *(word for kind in kinds for word in (options[kind], paths[kind]))]
+    return [*OTHERS[name], *(word for kind in kinds for word in (options[kind], NAMES[kind]))]
 
 
 def error_of(module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:

@@ -286,6 +286,22 @@ def digests(directory: Path) -> dict[str, str]:
     }
 
 
+def test_make_passes_a_config_on_and_refuses_one_that_is_not_there() -> None:
+    command = ["make", "run", "READY=", "CONFIG=config/gone.yaml"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode and ended.stderr.startswith("error: CONFIG=config/gone.yaml: no such file; ")
+    for words, expected in (
+        (["run", "CONFIG=config/standin.yaml"], "--resources gpu=1 --configfile config/standin.yaml"),
+        (["run", "VERBOSE=1"], "done; .venv/bin/snakemake --cores 1 --resources gpu=1"),
+        (
+            ["quantize", "PROFILE=max"],
+            "PIPELINE_QUIET=1 .venv/bin/snakemake quantize_model --cores 1 --resources gpu=1",
+        ),
+    ):
+        shown = subprocess.run(["make", "-n", *words, "READY="], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert expected in " ".join(shown.stdout.replace("\\\n", " ").split())
+
+
 @pytest.mark.slow
 def test_one_run_makes_the_report_the_summary_and_the_archive(finished: tuple[Path, str]) -> None:
     directory, printed = finished
@@ -307,6 +323,9 @@ def test_one_run_makes_the_report_the_summary_and_the_archive(finished: tuple[Pa
     for tool in (tool for tools in exports.values() for tool in tools.values()):
         assert tool["files"] and all((report.parent / file).is_file() for file in tool["files"])
     assert f"{len(EVERYTHING) + 1} of {len(EVERYTHING) + 1} steps (100%) done" in printed
+    *_, decision, page, step = printed.splitlines()
+    assert decision.startswith("Decision: ") and step.startswith("Next: ")
+    assert page == f"The page: {report.with_suffix('.html').relative_to(directory)}"
     assert not list(directory.rglob("nc_workspace"))
     for rule in EVERYTHING:
         assert len(list(directory.glob(f"results/**/logs/{rule}.log"))) == 1
@@ -378,8 +397,11 @@ def test_snakemakes_report_carries_pictures_and_tables_with_captions(
 
 
 @pytest.mark.slow
-def test_a_second_run_has_nothing_to_do(finished: tuple[Path, str]) -> None:
+def test_a_second_run_has_nothing_to_do_and_shows_the_decision_again(finished: tuple[Path, str]) -> None:
     assert planned(finished[0]) == set()
+    ended = snakemake(finished[0], "--cores", "1", PIPELINE_QUIET="1")
+    lines = [line for line in ended.stdout.splitlines() if not line.startswith(("Using workflow", "warning: "))]
+    assert lines == finished[1].splitlines()[-3:]
 
 
 @pytest.mark.slow
@@ -770,10 +792,17 @@ def test_a_document_edited_by_hand_ends_the_run_with_its_name_and_the_next_step(
     directory = Path(shutil.copytree(finished[0], tmp_path / "copy"))
     before = (directory / "context/summaries/inc-kb/tiny_mse_sensitivity.json").read_bytes()
     (directory / "results/tiny/digits" / name).write_text(text)
-    ended = snakemake(directory, "--cores", "1", "--resources", "gpu=1")
+    ended = snakemake(directory, "--cores", "1", "--resources", "gpu=1", PIPELINE_QUIET="1")
     assert ended.returncode != 0
+    assert "Traceback" not in ended.stdout and "exec python" not in ended.stdout
+    *_, where, last = ended.stdout.splitlines()
+    assert " failed; its log: results/tiny/digits/logs/" in where
     errors = [line for line in ended.stdout.splitlines() if line.startswith("error: ")]
-    assert errors and all(line.startswith(f"error: results/tiny/digits/{name}: no ") for line in errors), ended.stdout
+    assert (
+        errors
+        and errors[-1] == last
+        and all(line.startswith(f"error: results/tiny/digits/{name}: no ") for line in errors)
+    ), ended.stdout
     assert all(f"(snakemake --cores 1 --forcerun {rule})" in line for line in errors)
     published = directory / "context/summaries/inc-kb/tiny_mse_sensitivity.json"
     assert not published.exists() or published.read_bytes() == before

@@ -245,7 +245,7 @@ def _report(message: str, log: Path | None) -> None:
     Where all is quiet, the workflow shows the last line of the log when it ends, so the log is enough.
     """
     message = one_line(redacted(message))
-    for stream in [sys.stderr, *[_terminal["err"]] * ("err" in _terminal)]:
+    for stream in dict.fromkeys([sys.stderr, _terminal.get("err", sys.stderr)]):
         with contextlib.suppress(OSError):
             print(message, file=stream, flush=True)
             if is_quiet():

@@ -300,3 +300,28 @@ def test_a_share_is_rounded_to_all_or_nothing_only_where_it_is(value, text):
 def test_numbers_that_are_compared_have_the_digits_that_tell_them_apart():
     assert sentences.apart(9.99996, 10.0) == ("9.99996", "10")
     assert sentences.apart(0.5, 0.5) == ("0.5", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("target", "configs", "step"),
+    [
+        (Target(min_sqnr_db=26), "", "make quantize PROFILE=recommended"),
+        (Target(min_sqnr_db=26), "a.yaml b.yaml", 'make quantize PROFILE=recommended CONFIG="a.yaml b.yaml"'),
+        (
+            Target(min_sqnr_db=999),
+            "a.yaml",
+            "change the target in the config's profiles block, then `make run CONFIG=a.yaml`",
+        ),
+    ],
+)
+def test_a_run_ends_with_its_decision_its_page_and_the_next_step(target: Target, configs: str, step: str) -> None:
+    found = report_of(tradeoff(), target) | {"warnings": ["Beware."]}
+    *warnings, decision, page, last = sentences.closing(found, "page.html", "exports", configs)
+    assert warnings[0] == "warning: Beware." and page == "The page: page.html" and last == f"Next: {step}"
+    assert decision == f"Decision: {' '.join(sentences.decision(found))}"
+
+
+def test_where_inc_cannot_quantize_the_model_the_next_step_is_an_export() -> None:
+    found = report_of(tradeoff(), Target(min_sqnr_db=26))
+    found["measurement"]["inc_check"] = {"status": "cannot", "reason": "no reason"}
+    assert sentences.closing(found, "page.html", "exports", "")[-1] == "Next: use an export in exports"

@@ -39,7 +39,7 @@ class Steps(logging.Handler):
             self.begun += 1
             if QUIET:
                 purpose = (workflow.get_rule(record.rule_name).docstring or "").strip().splitlines()[0]
-                say(f"[{self.begun:2}/{self.total}] {record.rule_name}: {purpose}", sys.stderr)
+                say(f"[{self.begun:{len(str(self.total))}}/{self.total}] {record.rule_name}: {purpose}", sys.stderr)
         elif event == LogEvent.JOB_ERROR:
             for log in map(Path, record.log):
                 lines = log.read_text(errors="replace").splitlines() if log.is_file() else []

@@ -148,7 +148,7 @@ def closing(report: Report, page: str, exports: str, configs: str) -> list[str]:
     what, why = decision(report)
     again = f" CONFIG={configs}" if configs and " " not in configs else f' CONFIG="{configs}"' if configs else ""
     if not report["profiles"]["profiles"].get("recommended"):
-        step = f"change the target in the config's profiles block, then run `make run{again}`"
+        step = f"change the target in the config's profiles block, then `make run{again}`"
     elif report["measurement"]["inc_check"]["status"] == "cannot":
         step = f"use an export in {exports}"
     else:
