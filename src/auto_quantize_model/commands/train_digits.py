@@ -1,7 +1,7 @@
 """Train the embedded digit reader again, and compare it with the shipped snapshot.
 
-Weights differ between kinds of CPU, so a differing tensor is told and no failure. The exit code is 0 when the held-out
-accuracy is at least --min-accuracy and all files but the weights are equal. Training takes a few minutes on one thread.
+Weights differ between kinds of CPU. Differing tensors are listed, and are no failure. The exit code is 0 if the
+held-out accuracy is at least --min-accuracy and all files but the weights are equal. Training takes minutes.
 """
 
 import argparse
