@@ -10,7 +10,7 @@ from auto_quantize_model.records import NotMeasured
 
 def parser() -> argparse.ArgumentParser:
     reads = ("manifest", "calibration_manifest", "calibration_set", "heldout_set", "plan", "scales", "capture")
-    settings = ("score_store", "device", "tf32", "nondeterministic", "config_digest", "log")
+    settings = ("score_store", "device", "threads", "tf32", "nondeterministic", "config_digest", "log")
     made = options.parser(__doc__, *reads, *settings, writes=["tradeoff"])
     made.add_argument("--batches", type=int, required=True, help="held-out batches to measure on; 0: none at all")
     made.add_argument("--greedy-candidates", type=int, default=0, help="ops that each greedy step tries; 0: no steps")
