@@ -28,7 +28,7 @@ $(if $(VERBOSE),,PIPELINE_QUIET=1) $(BIN)/snakemake $(1) --cores 1 --resources g
 	$(if $(CONFIG),--configfile $(CONFIG)) $(2)
 endef
 
-.PHONY: help setup run test lint quantize bench bench-3b bench-gpu bench-faults check-exports standin-3b train-digits dag archive lock clean
+.PHONY: help setup run test lint quantize bench bench-3b bench-gpu bench-faults check-exports standin-3b train-digits dag config archive lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -90,6 +90,9 @@ train-digits: $(READY) ## train the embedded model again in a temporary folder, 
 
 dag: $(READY) ## draw the rule graph into docs/rulegraph.svg and README.md
 	$(BIN)/python scripts/draw_rule_graph.py --svg docs/rulegraph.svg --readme README.md
+
+config: $(READY) ## write config/config.yaml, its JSON schema and docs/config.md from the config models
+	$(BIN)/python scripts/write_config.py
 
 archive: $(READY) ## pack the workflow and the shipped model into ARCHIVE, without local samples and models
 	@mkdir -p "$(dir $(ARCHIVE))"

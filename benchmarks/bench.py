@@ -20,11 +20,12 @@ import torch
 from photos import photo_batch
 
 from auto_quantize_model import cli
-from auto_quantize_model.data.batches import CalibrationSpec, batches_of, extract
+from auto_quantize_model.config import Config, PlanSpec
+from auto_quantize_model.data.batches import batches_of, extract
 from auto_quantize_model.data.digits import shipped_training
 from auto_quantize_model.files import write_json
 from auto_quantize_model.inc.engine import inc_scores
-from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, quant_config
+from auto_quantize_model.inc.plan import build_plan, quant_config
 from auto_quantize_model.machine import instruction_set
 from auto_quantize_model.made.shapes import SHAPES
 from auto_quantize_model.made.standin import build_once
@@ -88,10 +89,10 @@ def equality(args: argparse.Namespace) -> dict[str, Any]:
     """All ops of the embedded default, three maps, two batches: how many values differ from INC's."""
     manifest = build_manifest(DIGITS_VLM, "digits_vlm", "digits", {"training": shipped_training(DIGITS_VLM)})
     processor, model = load_processor(DIGITS_VLM), load_model(DIGITS_VLM)
-    spec = CalibrationSpec("digits", "digits", 4, 0, 0, 2, 3136, 3136, 512)
+    spec = Config().calibration.model_copy(update={"num_samples": 4, "num_heldout": 0})
     samples, _, calibration = extract(spec, processor, manifest)
     batches = batches_of(samples, calibration, processor)
-    plan = build_plan(model, batches, SensitivitySpec("replay", 2, MAPS))
+    plan = build_plan(model, batches, PlanSpec(confidence_batches=2, maps=MAPS))
     names = plan.op_names
     compared = differing = 0
     seconds = {"INC": 0.0, "replay": 0.0}
@@ -117,7 +118,7 @@ def medium() -> tuple[Any, Plan, Any]:
     directory = build_once(SHAPES["medium"], FOLDER / "medium")
     batch = photo_batch(directory, 100)
     model = load_model(directory)
-    return model, build_plan(model, [batch], SensitivitySpec("replay", 1, MAPS)), batch
+    return model, build_plan(model, [batch], PlanSpec(confidence_batches=1, maps=MAPS)), batch
 
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
@@ -232,7 +233,7 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
         shape = SHAPES["medium"] | {"num_hidden_layers": depth, "vision_config": vision}
         directory = build_once(shape, FOLDER / f"medium_{depth}")
         batch, model = photo_batch(directory, tokens), load_model(directory)
-        plan = build_plan(model, [batch], SensitivitySpec("replay", 1, MAPS))
+        plan = build_plan(model, [batch], PlanSpec(confidence_batches=1, maps=MAPS))
         point: dict[str, Any] = {"ops": len(plan.ops), "tokens": batch["input_ids"].shape[1]}
         for label in ("isolated", "fallback"):
             started = time.monotonic()

@@ -22,11 +22,10 @@ from typing import Any
 import yaml
 from snakemake.cli import parse_config
 
-from auto_quantize_model.config import read_config
+from auto_quantize_model.config_text import read_config
 from auto_quantize_model.files import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
 DEFAULT = yaml.safe_load((ROOT / "config" / "config.yaml").read_bytes())
 AS_LINK = f"model={{source: hub, repo_id: a/b, revision: '{'0' * 40}'}}"  # a source whose path need not exist
 SECONDS = 10  # that reading a config may take before it counts as a hang
@@ -301,7 +300,7 @@ def read(mutant: Mutant, folder: Path) -> str:
     file.write_bytes(mutant.text)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        return judged(mutant, read_config([file], parse_config(mutant.arguments), SCHEMA), "")
+        return judged(mutant, read_config([file], parse_config(mutant.arguments)).model_dump(mode="json"), "")
     except InputError as error:
         return judged(mutant, None, str(error))
     except TimeoutError:

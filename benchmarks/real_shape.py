@@ -20,6 +20,7 @@ from photos import photo_batch
 from scipy.stats import spearmanr
 
 from auto_quantize_model import cli
+from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.files import read_json, write_json
 from auto_quantize_model.machine import GIB, choose_device
 from auto_quantize_model.made.shapes import SHAPES
@@ -107,9 +108,9 @@ def compare_devices(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_plan(path: Path, args: argparse.Namespace, model: Any, batch: Any) -> None:
-    from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, identify
+    from auto_quantize_model.inc.plan import build_plan, identify
 
-    spec = SensitivitySpec("replay", 1, ("isolated", "fallback", "requantize"))
+    spec = PlanSpec(confidence_batches=1, maps=("isolated", "fallback", "requantize"))
     manifest = {"model": args.shape, "digest": "0" * 64}
     calibration = {"calibration": "photo", "digest": "0" * 64}
     write_json(path, body_of(identify(build_plan(model, [batch], spec), manifest, calibration, "0" * 64)))

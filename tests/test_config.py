@@ -1,39 +1,48 @@
 """A config is answered in one line: what its keys take, what is refused, and what each message says."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 from snakemake.cli import parse_config
 
-from auto_quantize_model.config import read_config, require_sources
-from auto_quantize_model.decide.profiles import Target
-from auto_quantize_model.files import InputError, from_block, require_endpoint
+from auto_quantize_model.commands.write_config import generated
+from auto_quantize_model.config import Block, CalibrationSpec, Config, Target
+from auto_quantize_model.config_text import read_block, read_config, require_sources
+from auto_quantize_model.files import InputError, require_endpoint
 
 ROOT = Path(__file__).parents[1]
-SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
 DEFAULT = ROOT / "config" / "config.yaml"
 
 
-def read(folder: Path, text: str | bytes, *arguments: str, suffix: str = "yaml") -> dict[str, Any]:
+def read_typed(folder: Path, text: str | bytes, *arguments: str, suffix: str = "yaml") -> Config:
     """The default config, a file of `text` and arguments of --config, read as the Snakefile reads them."""
     file = folder / f"mine.{suffix}"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read_config([DEFAULT, file], parse_config(arguments), SCHEMA)
+    return read_config([DEFAULT, file], parse_config(arguments))
+
+
+def read(folder: Path, text: str | bytes, *arguments: str, suffix: str = "yaml") -> dict[str, Any]:
+    """The same as the mapping that the rules use."""
+    return read_typed(folder, text, *arguments, suffix=suffix).model_dump(mode="json")
 
 
 def test_the_default_config_is_read_as_yaml_reads_it() -> None:
-    assert read_config([DEFAULT], {}, SCHEMA) == yaml.safe_load(DEFAULT.read_bytes())
+    assert read_config([DEFAULT], {}).model_dump(mode="json") == yaml.safe_load(DEFAULT.read_bytes())
 
 
 def test_reading_a_config_imports_no_torch() -> None:
-    code = "import sys, auto_quantize_model.config; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import sys, auto_quantize_model.config_text; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -89,6 +98,11 @@ def test_reading_a_config_imports_no_torch() -> None:
             "sensitivity: {op_name_dict: {'(': fp32}}",
             "sensitivity.op_name_dict['(']: not a regular expression (missing ), ",
         ),
+        ("sensitivity: {device: auto}", "sensitivity.device: no such value 'auto'; write cpu or cuda"),
+        (
+            "sensitivity: {threads: 0}",
+            "sensitivity.threads: 0 is out of range; write a whole number from 1 to 1024 or null",
+        ),
         ("sensitivity: {engine: inc, device: cuda}", "sensitivity.engine inc and auto run INC, on the CPU only;"),
         ("calibration:", "calibration: null; write a block of keys"),
         ("calibration: text", "calibration: 'text' is text; write a block of keys"),
@@ -111,7 +125,7 @@ def test_reading_a_config_imports_no_torch() -> None:
         ("model: {training: {seed: 1}}", "model.training: no such key; the keys are name, source, path, repo_id"),
         (
             "model: {source: local, path: ~no-such-user/x}",
-            "model.path: ~no-such-user/x: no such user; write the path out",
+            "model.path: '~no-such-user/x': no such user; write the path out",
         ),
         ("calibration: {min_pixels: 6272}", "calibration.min_pixels is above calibration.max_pixels; raise max_pixels"),
         (
@@ -193,9 +207,9 @@ def test_aliases_of_aliases_end_and_honest_ones_are_read(tmp_path: Path) -> None
 
 def test_a_file_that_is_not_there_or_no_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="gone.yaml: No such file or directory; check the path"):
-        read_config([tmp_path / "gone.yaml"], {}, SCHEMA)
+        read_config([tmp_path / "gone.yaml"], {})
     with pytest.raises(InputError, match="not a file; name a YAML file"):
-        read_config([tmp_path], {}, SCHEMA)
+        read_config([tmp_path], {})
 
 
 def test_a_key_without_a_value_in_any_file_is_named(tmp_path: Path) -> None:
@@ -203,7 +217,7 @@ def test_a_key_without_a_value_in_any_file_is_named(tmp_path: Path) -> None:
     del default["calibration"]["seed"], default["quantize"]
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(default))
     with pytest.raises(InputError) as caught:
-        read_config([tmp_path / "mine.yaml"], {}, SCHEMA)
+        read_config([tmp_path / "mine.yaml"], {})
     assert sorted(str(caught.value).splitlines()) == [
         "config: calibration.seed: not set; add the key",
         "config: quantize: not set; add the key",
@@ -254,7 +268,7 @@ def test_a_home_in_a_path_is_expanded_and_braces_stay(tmp_path: Path, monkeypatc
 
 
 def test_a_local_source_that_is_not_there_is_named_before_any_job(tmp_path: Path) -> None:
-    config = read(
+    config = read_typed(
         tmp_path, f"model: {{source: local, path: {tmp_path}/m}}\ncalibration: {{source: local, path: {tmp_path}/c}}"
     )
     with pytest.raises(InputError) as caught:
@@ -281,7 +295,7 @@ def test_a_local_source_that_is_not_there_is_named_before_any_job(tmp_path: Path
 def test_a_shipped_snapshot_that_is_not_there_is_named_before_any_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = read(tmp_path, "model: {path: ./resources/models/digits_vlm/}")
+    config = read_typed(tmp_path, "model: {path: ./resources/models/digits_vlm/}")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"\Aconfig: model.path: .* does not exist; run in the checkout, or restore"):
         require_sources(config, tmp_path / "manifest.json")
@@ -294,26 +308,93 @@ def test_a_shipped_snapshot_that_is_not_there_is_named_before_any_job(
     [
         ({"min_sqnr_dB": 3}, "profiles.min_sqnr_dB: no such key; did you mean min_sqnr_db?"),
         ({"min_sqnr_db": float("nan")}, "profiles.min_sqnr_db: nan is not finite; write a finite number"),
-        ({"min_sqnr_db": "3"}, "profiles.min_sqnr_db: '3' is not a number or null; correct the value"),
+        (
+            {"min_sqnr_db": "3"},
+            "profiles.min_sqnr_db: '3' is text because of its quotes; write a number from -1000 to 1000 or null",
+        ),
         (
             {"max_weight_bytes": True},
-            "profiles.max_weight_bytes: True is not a whole number or null; correct the value",
+            "profiles.max_weight_bytes: true is a truth value; write a whole number from 1 to",
         ),
-        ([1], "profiles: no JSON object; write {key: value}"),
+        (
+            {"max_accuracy_drop": 5},
+            "profiles.max_accuracy_drop: 5 is out of range; write a number from 0 to 1",
+        ),
+        ([1], "profiles: [1] is a list; write a block of keys"),
     ],
 )
 def test_a_block_that_a_script_reads_by_hand_is_checked_alike(block: Any, said: str) -> None:
     with pytest.raises(InputError, match=re.escape(said)):
-        from_block(Target, block, "profiles")
+        read_block(Target, block, "profiles")
+
+
+def test_a_script_takes_whole_floats_as_integers_and_names_a_key_that_is_missing() -> None:
+    block = Config().calibration.model_dump() | {"seed": 2.0}
+    assert read_block(CalibrationSpec, block, "calibration").model_dump() == block | {"seed": 2}
+    del block["seed"]
+    with pytest.raises(InputError, match=r"\Acalibration.seed: not set; add the key\Z"):
+        read_block(CalibrationSpec, block, "calibration")
+
+
+def script(path: str) -> ModuleType:
+    """A script of this checkout as a module."""
+    specification = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+def keys_of(block: Block, above: str = "") -> Iterator[tuple[str, str]]:
+    """Each key of a block and of the blocks in it, with its description."""
+    for name, field in type(block).model_fields.items():
+        value = getattr(block, name)
+        if isinstance(value, Block):
+            yield f"{above}{name}", type(value).__doc__ or ""
+            yield from keys_of(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", field.description or ""
+
+
+def test_what_is_generated_from_the_models_is_what_is_checked_in() -> None:
+    for name, text in generated().items():
+        assert (ROOT / name).read_text(encoding="utf-8") == text, f"{name} differs from the models; run make config"
+
+
+def test_every_key_has_a_description_of_whole_sentences() -> None:
+    for key, description in keys_of(Config()):
+        assert description.endswith("."), f"{key}: {description}"
+
+
+def test_every_key_is_read_somewhere() -> None:
+    """By attribute or by name, in the library, the scripts or the rules; the modules of the config do not count."""
+    own = ("config", "config_text", "write_config")
+    files = [file for folder in ("src", "scripts", "workflow") for file in (ROOT / folder).rglob("*.[ps]*")]
+    code = [file for file in files if file.suffix in (".py", ".smk") and file.stem not in own]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in code)
+    for key, _ in keys_of(Config()):
+        name = key.rpartition(".")[2]
+        assert re.search(rf"\.{name}\b|[\"']{name}[\"']", text), f"nothing reads {key}"
+
+
+def test_the_schema_for_editors_accepts_each_config_of_the_project_and_knows_each_fault() -> None:
+    schema = json.loads((ROOT / "config" / "config.schema.json").read_bytes())
+    Draft202012Validator.check_schema(schema)
+    validator = Draft202012Validator(schema)
+    for file in (ROOT / "config").glob("*.yaml"):
+        assert list(validator.iter_errors(yaml.safe_load(file.read_bytes()))) == [], file.name
+    for fault in (
+        {"zzz": 1},
+        {"calibration": {"seed": -1}},
+        {"calibration": {"source": "local", "path": None}},
+        {"model": {"name": "a/b"}},
+        {"sensitivity": {"maps": ["isolated", "isolated"]}},
+    ):
+        assert not validator.is_valid(fault), fault
 
 
 def test_mutated_configs_are_refused_in_one_line_or_mean_what_they_say() -> None:
-    path = ROOT / "benchmarks" / "fuzz_configs.py"
-    specification = importlib.util.spec_from_file_location("fuzz_configs", path)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["fuzz_configs"] = module
-    specification.loader.exec_module(module)
-    counts, faults = module.fuzz(160, seed=11)
+    counts, faults = script("benchmarks/fuzz_configs.py").fuzz(160, seed=11)
     assert faults == []
     assert counts["accepted"] > 10 and counts["refused in one line"] > 100
 

@@ -21,6 +21,18 @@ def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
+def test_threads_are_set_before_work_and_none_leaves_them():
+    before = torch.get_num_threads()
+    try:
+        choose_device("cpu", threads=before + 1)
+        choose_device("cpu")
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(InputError, match="--threads: 0 is out of range; write a whole number of at least 1"):
+        choose_device("cpu", threads=0)
+
+
 def test_algorithms_on_a_gpu_are_deterministic_unless_asked_otherwise(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     choose_device("cuda")

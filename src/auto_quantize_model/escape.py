@@ -5,6 +5,7 @@ nothing more. JSON is left as it is: it holds the raw data.
 """
 
 import base64
+import json
 import os
 import re
 from functools import lru_cache
@@ -57,6 +58,15 @@ def printable_document(document: Any) -> Any:
     if isinstance(document, list):
         return [printable_document(value) for value in document]
     return printable(document) if isinstance(document, str) else document
+
+
+def quoted(value: Any) -> str:
+    """A value as a message shows it: short, on one line, without control characters and without passwords."""
+    as_python = isinstance(value, dict | list | str)
+    # Secrets first: a text that is cut may have lost the @ by which a password is known.
+    text = redacted(repr(value) if as_python else json.dumps(value, default=str))
+    most = 40 if isinstance(value, dict | list) else 60
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def redacted(text: str) -> str:

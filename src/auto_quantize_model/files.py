@@ -1,7 +1,6 @@
-"""Files in and out: hashes, atomic writes, canonical JSON, config blocks, and the error that is the user's to mend."""
+"""Files in and out: hashes, atomic writes, canonical JSON, and the error that is the user's to mend."""
 
 import contextlib
-import difflib
 import errno
 import fcntl
 import hashlib
@@ -13,17 +12,14 @@ import re
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from safetensors import SafetensorError
 
-Spec = TypeVar("Spec")
 MARKER = ".auto-quantize-model.json"  # in a folder that `folders` wrote: the names of its files and their sha256
 NEXT_STEPS = {
     errno.ENOSPC: "its disk is full; free some space, and run again",
@@ -350,52 +346,3 @@ def require_endpoint(url: str | None) -> None:
         raise InputError(
             "HF_ENDPOINT: no valid URL; write http://host:port, and in a password %2F for / and %40 for @, or unset it"
         )
-
-
-def no_such_key(key: str, known: Iterable[str]) -> str:
-    """What to say of a key that is not one of those `known`: the nearest of them, or all of them."""
-    near = difflib.get_close_matches(key, known := list(known), 1)
-    return f"no such key; did you mean {near[0]}?" if near else f"no such key; the keys are {', '.join(known)}"
-
-
-def from_block(spec: type[Spec], block: dict[str, Any], name: str) -> Spec:
-    """A dataclass from the block `name` of a config.
-
-    Raises:
-        InputError: a key is unknown or missing, or the dataclass refuses a value.
-    """
-    known = {field.name: field for field in fields(spec)}  # type: ignore[arg-type]
-    if not isinstance(block, dict):
-        raise InputError(f"{name}: no JSON object; write {{key: value}}")
-    if unknown := sorted(set(block) - set(known)):
-        raise InputError(f"{name}.{unknown[0]}: {no_such_key(unknown[0], known)}")
-    required = [key for key, field in known.items() if field.default is MISSING and field.default_factory is MISSING]
-    if missing := [key for key in required if key not in block]:
-        raise InputError(f"{name}.{missing[0]}: not set; add it")
-    hints = get_type_hints(spec)
-    for key, value in block.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{name}.{key}: {value} is not finite; write a finite number")
-        if not _is_of(value, hints[key]):
-            raise InputError(f"{name}.{key}: {value!r:.60} is not {_in_words(hints[key])}; correct the value")
-    return spec(**block)
-
-
-def _is_of(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of a dataclass field's type: a plain type, a union of them, a sequence or a dict."""
-    if isinstance(hint, UnionType):
-        return any(_is_of(value, choice) for choice in get_args(hint))
-    kind = get_origin(hint) or hint
-    if kind is Sequence:
-        return isinstance(value, list)
-    if kind is float:
-        return type(value) in (int, float)
-    return type(value) is kind
-
-
-def _in_words(hint: Any) -> str:
-    """The type of a dataclass field, in words."""
-    if isinstance(hint, UnionType):
-        return " or ".join(map(_in_words, get_args(hint)))
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "an object"}
-    return words.get(get_origin(hint) or hint, "null" if hint is NoneType else "a list")

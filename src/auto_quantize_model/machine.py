@@ -18,7 +18,9 @@ WORKING_BYTES = 2 * GIB  # kept block outputs, logits and activations
 LOWER = "lower calibration.batch_size, max_pixels or max_tokens, or measure on a machine with more memory"
 
 
-def choose_device(name: str, *, tf32: bool = False, deterministic: bool = True) -> torch.device:
+def choose_device(
+    name: str, *, tf32: bool = False, deterministic: bool = True, threads: int | None = None
+) -> torch.device:
     """The torch device for `auto`, `cpu` or `cuda`, set up so that float32 means float32.
 
     Args:
@@ -26,10 +28,15 @@ def choose_device(name: str, *, tf32: bool = False, deterministic: bool = True) 
         tf32: let CUDA round float32 products to 10 bits of mantissa.
         deterministic: ask torch for algorithms that give the same bits each time on a GPU. For the CPU the request is
             taken back, since torch would refuse the INT8 kernels that INC and the replay need.
+        threads: number of torch's CPU threads; None leaves the number of this process.
 
     Raises:
-        InputError: a GPU was asked for and torch sees none.
+        InputError: a GPU was asked for and torch sees none, or `threads` is below 1.
     """
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"--threads: {threads} is out of range; write a whole number of at least 1")
+        torch.set_num_threads(threads)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":

@@ -57,6 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "default": SCORES,
         "help": "the store of all scores (%(default)s)",
     },
+    "threads": {"type": int, "metavar": "N", "help": "CPU threads of torch (default: OMP_NUM_THREADS, or all cores)"},
     "tf32": {"action": "store_true", "help": "let a GPU round float32 products to TF32"},
     "nondeterministic": {"action": "store_true", "help": "let torch choose faster algorithms"},
     "config_digest": {"help": "digest of the config that asks for the output; the output records it"},

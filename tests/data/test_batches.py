@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 import weakref
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from auto_quantize_model.config import CalibrationSpec
 from auto_quantize_model.data import sources
 from auto_quantize_model.data.batches import (
-    CalibrationSpec,
     batches_of,
     extract,
     extract_into,
@@ -32,10 +32,10 @@ from auto_quantize_model.data.batches import (
 )
 from auto_quantize_model.data.digits import digit_samples, digits_split
 from auto_quantize_model.data.local_sources import samples_digest
-from auto_quantize_model.files import InputError, from_block
+from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.loader import CalibrationLoader
 from auto_quantize_model.models.chat_template import renderer
-from auto_quantize_model.models.encode import prepare
+from auto_quantize_model.models.encode import Limits, prepare
 
 SPEC = CalibrationSpec(
     name="set",
@@ -48,6 +48,7 @@ SPEC = CalibrationSpec(
     max_pixels=3136,
     max_tokens=64,
 )
+LIMITS = Limits(SPEC.min_pixels, SPEC.max_pixels, SPEC.max_tokens)
 UNTRAINED = {"details": {}}
 
 
@@ -63,7 +64,7 @@ def jsonl(tmp_path: Path) -> Path:
 
 
 def local(path: Path, **changes: object) -> CalibrationSpec:
-    return replace(SPEC, source="local", path=str(path), **changes)
+    return SPEC.model_copy(update={"source": "local", "path": str(path), **changes})
 
 
 @given(st.integers(min_value=0, max_value=2**32 - 1))
@@ -98,7 +99,7 @@ def test_digits_come_from_the_splits_that_training_left_aside(processor):
 
 
 def test_the_same_seed_draws_the_same_set_and_another_seed_another(processor):
-    manifests = [extract(replace(SPEC, seed=seed), processor, UNTRAINED)[2] for seed in (0, 0, 1)]
+    manifests = [extract(SPEC.model_copy(update={"seed": seed}), processor, UNTRAINED)[2] for seed in (0, 0, 1)]
     assert manifests[0] == manifests[1]
     assert manifests[0]["digest"] != manifests[2]["digest"]
 
@@ -129,8 +130,8 @@ def test_jsonl_folder_and_parquet_give_the_same_images(processor, jsonl, tmp_pat
     assert not {item.sample.id for item in from_jsonl} & {item.sample.id for item in heldout}
     from_folder, _, _ = extract(local(tmp_path), processor, UNTRAINED)
     stored = tmp_path / "stored.parquet"
-    limits, render = spec.limits, renderer(processor.tokenizer)
-    write_samples(stored, [prepare(sample, processor, limits, render) for sample in digit_samples(range(6))])
+    render = renderer(processor.tokenizer)
+    write_samples(stored, [prepare(sample, processor, LIMITS, render) for sample in digit_samples(range(6))])
     from_parquet, _, _ = extract(local(stored), processor, UNTRAINED)
     pixels = [[item.sample.image.tobytes() for item in samples] for samples in (from_jsonl, from_folder, from_parquet)]
     assert pixels[0] == pixels[1] == pixels[2]
@@ -192,7 +193,7 @@ def test_fewer_samples_than_asked_are_refused(processor, jsonl):
 
 def test_a_sample_over_the_token_limit_is_refused(processor):
     with pytest.raises(InputError, match="24 tokens, over the limit of 23"):
-        extract(replace(SPEC, max_tokens=23), processor, UNTRAINED)
+        extract(SPEC.model_copy(update={"max_tokens": 23}), processor, UNTRAINED)
 
 
 def test_samples_of_different_length_do_not_share_a_batch(processor, jsonl):
@@ -259,7 +260,7 @@ def test_a_parquet_file_is_read_anew_though_path_and_time_are_the_same(processor
     path = tmp_path / "set.parquet"
     for index in (0, 1):
         sample = digit_samples([index])[0]
-        write_samples(path, [prepare(sample, processor, SPEC.limits, renderer(processor.tokenizer))])
+        write_samples(path, [prepare(sample, processor, LIMITS, renderer(processor.tokenizer))])
         os.utime(path, (0, 0))
         assert read_samples(path)[0].sample.id == f"digit-{index:04d}"
 
@@ -298,28 +299,6 @@ def test_one_sample_in_both_splits_is_refused(processor, tmp_path):
     path.write_text('{"prompt": "x"}\n' * 2)
     with pytest.raises(InputError, match="are the same sample to the model, one drawn to calibrate on and one held"):
         extract(local(path, num_samples=1, num_heldout=1, batch_size=1), processor, UNTRAINED)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"source": "cloud"}, "calibration.source: 'cloud' is neither"),
-        ({"num_samples": "4"}, "calibration.num_samples: '4' is not a whole number"),
-        ({"num_samples": 1}, r"num_samples \(1\) is below calibration.batch_size \(2\)"),
-        ({"format": "auto"}, "calibration.format: 'auto' is neither chat nor plain"),
-        ({"min_pixels": 9999}, "min_pixels is above calibration.max_pixels"),
-        ({"sede": 0}, "calibration.sede: no such key"),
-    ],
-)
-def test_a_wrong_config_block_is_refused(change, message):
-    with pytest.raises(InputError, match=message):
-        from_block(CalibrationSpec, asdict(SPEC) | change, "calibration")
-
-
-def test_a_key_that_is_missing_is_named():
-    with pytest.raises(InputError, match="calibration.seed: not set"):
-        without_seed = {name: value for name, value in asdict(SPEC).items() if name != "seed"}
-        from_block(CalibrationSpec, without_seed, "calibration")
 
 
 def test_inc_can_iterate_the_loader_again_and_again(processor):
@@ -471,7 +450,8 @@ def test_one_image_is_in_memory_at_a_time(processor, tmp_path, monkeypatch):
 def test_answers_that_cannot_be_located_are_told(processor):
     changed = copy.deepcopy(processor.tokenizer)
     changed.chat_template = changed.chat_template.replace("{{ part.text }}", "{{ part.text | replace('1', 'one') }}")
-    manifest = extract(replace(SPEC, num_samples=20, batch_size=1), replace(processor, tokenizer=changed), UNTRAINED)[2]
+    spec = SPEC.model_copy(update={"num_samples": 20, "batch_size": 1})
+    manifest = extract(spec, replace(processor, tokenizer=changed), UNTRAINED)[2]
     digits = [int(entry["id"].removeprefix("digit-")) for entry in manifest["samples"]["calibration"]]
     ones = sum(sample.answer == "1" for sample in digit_samples(digits))
     assert 0 < ones < 20
@@ -520,7 +500,7 @@ def test_a_model_without_a_chat_template_takes_plain_text(processor, tmp_path):
     spec = local(path, num_samples=1, num_heldout=0, batch_size=1)
     with pytest.raises(InputError, match="no chat template .*set calibration.format to plain"):
         extract(spec, processor, UNTRAINED)
-    (item,), _, manifest = extract(replace(spec, format="plain"), processor, UNTRAINED)
+    (item,), _, manifest = extract(spec.model_copy(update={"format": "plain"}), processor, UNTRAINED)
     assert plain.decode(item.input_ids) == "One and one is two."
     assert manifest["format"] == "plain" and manifest["answers"]["calibration"] == {"given": 1, "located": 1}
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from build import a_plan, a_point, a_tradeoff, with_point
 
-from auto_quantize_model.decide.profiles import Target, build_profiles
+from auto_quantize_model.config import Target
+from auto_quantize_model.decide.profiles import build_profiles
 from auto_quantize_model.documents import write_document
-from auto_quantize_model.files import InputError
 from auto_quantize_model.records import NotMeasured, Point, Tradeoff, body_of
 
 SQNR = {0: 5.0, 1: 12.0, 2: 11.0, 4: 25.0, 8: 40.0, 20: None}
@@ -78,8 +78,6 @@ def test_the_largest_weights_first_are_taken_where_they_do_better_and_random_lis
 def test_all_ops_in_fp32_are_no_profile() -> None:
     found = build_profiles(tradeoff(), Target(min_sqnr_db=99.0))
     assert "recommended" not in found.profiles and "leaves an op in INT8" in found.missed
-    with pytest.raises(InputError, match="min_sqnr_db: inf is no number"):
-        Target(min_sqnr_db=float("inf"))
 
 
 def test_a_byte_budget_alone_is_filled_with_what_leaves_the_least_error() -> None:
@@ -95,11 +93,6 @@ def test_without_a_target_nothing_is_recommended() -> None:
 def test_without_a_measurement_there_are_no_profiles() -> None:
     found = build_profiles(NotMeasured("not_measured", "tradeoff.heldout_batches is 0"), Target())
     assert found.profiles == {} and "heldout_batches is 0" in found.missed
-
-
-def test_a_target_out_of_range_is_refused() -> None:
-    with pytest.raises(InputError, match="profiles.max_accuracy_drop: 5 is no share"):
-        Target(max_accuracy_drop=5)
 
 
 def test_a_greedy_keep_list_is_recommended_where_it_is_smaller_or_better() -> None:

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 from build import a_capture, a_plan
 
+from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.audit import audit_capture, rank_agreement, sample_ops
-from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, identify
+from auto_quantize_model.inc.plan import build_plan, identify
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.snapshot import load_model
@@ -24,7 +25,7 @@ def model(tiny_snapshot):
 @pytest.fixture(scope="module")
 def plan(model, batches):
     maps = ("isolated", "fallback", "requantize")
-    return identify(build_plan(model, batches, SensitivitySpec("replay", 2, maps)), *IDENTITY)
+    return identify(build_plan(model, batches, PlanSpec(confidence_batches=2, maps=maps)), *IDENTITY)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_a_true_capture_is_bit_identical_in_every_map(audited):
 @pytest.mark.parametrize("reduced", [True, False])
 def test_a_capture_is_bit_identical_with_7_and_with_8_bits_of_activation(model, batches, tmp_path, reduced):
     """Whatever INC itself would choose on this CPU."""
-    spec = SensitivitySpec("replay", 1, ("isolated", "fallback"), reduce_range=reduced)
+    spec = PlanSpec(confidence_batches=1, maps=("isolated", "fallback"), reduce_range=reduced)
     planned = identify(build_plan(model, batches, spec), *IDENTITY)
     captured, _ = capture_sensitivity(model, batches, planned, ScoreStore(tmp_path))
     assert audit_capture(model, batches, planned, captured, 2).status == "bit_identical"

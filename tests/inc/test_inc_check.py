@@ -7,11 +7,12 @@ import pytest
 import torch
 import transformers
 
+from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc import plan as planning
 from auto_quantize_model.inc.audit import announce, audit_capture
 from auto_quantize_model.inc.engine import require_inc
-from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, described, identify, require_measurable
+from auto_quantize_model.inc.plan import build_plan, described, identify, require_measurable
 from auto_quantize_model.inc.torch_modules import torch_scores
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.store import ScoreStore
@@ -45,7 +46,7 @@ def ids():
 
 @pytest.fixture(scope="module")
 def scattering_plan(scattering, ids):
-    return identify(build_plan(scattering, ids, SensitivitySpec("auto", 1, MAPS)), *IDENTITY)
+    return identify(build_plan(scattering, ids, PlanSpec(engine="auto", confidence_batches=1, maps=MAPS)), *IDENTITY)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_a_number_of_audited_ops_above_that_of_all_ops_is_said(scattering_plan, 
 def test_mamba_is_refused_with_what_inc_raises_and_what_to_keep(ids):
     model = made("Mamba", vocab_size=61, hidden_size=16, state_size=2, num_hidden_layers=1, bos_token_id=1)
     with pytest.raises(InputError) as refused:
-        build_plan(model, ids, SensitivitySpec("auto", 1, ("isolated",)))
+        build_plan(model, ids, PlanSpec(engine="auto", confidence_batches=1, maps=("isolated",)))
     assert str(refused.value).startswith(
         "INC cannot measure this model: with every op in INT8, INC's model ends with RuntimeError (empty_strided not"
     )
@@ -129,13 +130,15 @@ def test_mamba_is_refused_with_what_inc_raises_and_what_to_keep(ids):
         "The replay does not cover 1 of 7 ops, first backbone.layers.0.mixer.conv1d: no site for op type Conv1d; keep"
         " them in FP32 with sensitivity.op_type_dict {Conv1d: fp32}"
     )
-    plan = build_plan(model, ids, SensitivitySpec("auto", 1, ("isolated",), op_type_dict={"Conv1d": "fp32"}))
+    plan = build_plan(
+        model, ids, PlanSpec(engine="auto", confidence_batches=1, maps=("isolated",), op_type_dict={"Conv1d": "fp32"})
+    )
     assert (len(plan.ops), plan.inc_check["status"]) == (6, "cannot")
 
 
 @pytest.mark.slow
 def test_a_model_that_inc_converts_rightly_says_so(ids):
-    plan = build_plan(made("Qwen2", **SHAPE), ids, SensitivitySpec("inc", 1, ("isolated",)))
+    plan = build_plan(made("Qwen2", **SHAPE), ids, PlanSpec(engine="inc", confidence_batches=1, maps=("isolated",)))
     assert plan.inc_check == {"status": "reproduces_fp32"}
 
 
@@ -145,7 +148,7 @@ def test_what_inc_raises_while_it_plans_is_one_sentence(ids, monkeypatch):
 
     monkeypatch.setattr(planning, "build_strategy", fail)
     with pytest.raises(InputError) as refused:
-        build_plan(made("Qwen2", **SHAPE), ids, SensitivitySpec("auto", 1, ("isolated",)))
+        build_plan(made("Qwen2", **SHAPE), ids, PlanSpec(engine="auto", confidence_batches=1, maps=("isolated",)))
     assert str(refused.value) == (
         "INC cannot plan this model: it raised AttributeError (no such thing); no engine can measure a model without"
         " INC's plan, so choose another model.path"

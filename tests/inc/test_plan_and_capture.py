@@ -9,10 +9,11 @@ import neural_compressor.adaptor.pytorch as nc_pytorch
 import pytest
 import torch
 
+from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.data.digits import LIMITS
 from auto_quantize_model.files import InputError, canonical_json
 from auto_quantize_model.inc.engine import measure_by_inc, require_same_plan
-from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, identify, matching
+from auto_quantize_model.inc.plan import build_plan, identify, matching
 from auto_quantize_model.measure.capture import capture_sensitivity, require_finite
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.encode import Sample, collate, encode
@@ -32,7 +33,7 @@ def model(tiny_snapshot):
 
 
 def spec(**changes):
-    return SensitivitySpec(**{"confidence_batches": 1, "maps": ["isolated"], **changes})
+    return PlanSpec(**{"confidence_batches": 1, "maps": ["isolated"], **changes})
 
 
 def test_the_plan_holds_every_op_and_measures_at_the_output(model, batches):

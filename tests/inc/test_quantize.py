@@ -12,12 +12,13 @@ import torch
 import transformers
 from build import a_plan, a_profile, profiles_of
 
+from auto_quantize_model.config import PlanSpec, Target
 from auto_quantize_model.data.digits import LIMITS, digit_samples
-from auto_quantize_model.decide.profiles import Target, build_profiles
+from auto_quantize_model.decide.profiles import build_profiles
 from auto_quantize_model.export.exports import FP32, export
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.loader import CalibrationLoader
-from auto_quantize_model.inc.plan import SensitivitySpec, build_plan
+from auto_quantize_model.inc.plan import build_plan
 from auto_quantize_model.inc.quantize import (
     WEIGHTS,
     compared,
@@ -53,7 +54,7 @@ def heldout(processor: Processor) -> dict[str, torch.Tensor]:
 def tradeoff(tiny_snapshot: Path, batches: Any, heldout: Any, tmp_path_factory: pytest.TempPathFactory) -> Tradeoff:
     """The trade-off of the tiny model, measured on the held-out digit with the scales of two batches."""
     model = load_model(tiny_snapshot)
-    plan = build_plan(model, batches, SensitivitySpec("replay", 1, ("isolated",)))
+    plan = build_plan(model, batches, PlanSpec(confidence_batches=1, maps=("isolated",)))
     store = ScoreStore(tmp_path_factory.mktemp("tradeoff"))
     return measure_tradeoff(model, plan, plan.op_names, batches, [heldout], ANSWERS, store)
 

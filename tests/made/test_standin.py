@@ -10,9 +10,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_image
 
+from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.audit import audit_capture
-from auto_quantize_model.inc.plan import SensitivitySpec, build_plan
+from auto_quantize_model.inc.plan import build_plan
 from auto_quantize_model.made import standin
 from auto_quantize_model.made.digits import build_tokenizer
 from auto_quantize_model.made.shapes import SHAPES
@@ -88,7 +89,7 @@ def test_every_op_of_a_family_is_planned_executed_and_bit_identical(
     sample = Sample("gradient", "Which digit is this?", image, "3")
     batch = collate([encode(sample, load_processor(directory), LIMITS)])
     # Each value of the fallback map has all other ops in INT8, so a wrong bit of any op shows in few values already.
-    plan = build_plan(model, [batch], SensitivitySpec("replay", 1, ("fallback",)))
+    plan = build_plan(model, [batch], PlanSpec(confidence_batches=1, maps=("fallback",)))
     capture, _ = capture_sensitivity(model, [batch], plan, ScoreStore(tmp_path / "scores"))
     assert len(plan.ops) == number
     assert all(op.executions == (1,) for op in plan.ops)

@@ -9,14 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from auto_quantize_model.config import PlanSpec, TradeoffSpec
 from auto_quantize_model.data.digits import LIMITS, digit_samples
 from auto_quantize_model.files import InputError
-from auto_quantize_model.inc.plan import SensitivitySpec, build_plan
+from auto_quantize_model.inc.plan import build_plan
 from auto_quantize_model.measure.heldout import (
-    Greedy,
     _of_batch,
     gain,
     greedy_order,
+    greedy_runs,
     keep_sizes,
     losses,
     measure_tradeoff,
@@ -40,7 +41,7 @@ def model(tiny_snapshot: Path) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def plan(model: torch.nn.Module, batches: Any) -> Plan:
-    return build_plan(model, batches, SensitivitySpec("replay", 1, ("isolated",)))
+    return build_plan(model, batches, PlanSpec(confidence_batches=1, maps=("isolated",)))
 
 
 def lines_of(folder: Path) -> int:
@@ -171,17 +172,17 @@ def test_the_greedy_refinement_names_a_value_that_is_no_number(tmp_path: Path) -
             InputError, match="^greedy refinement: mse_value of the model with a in FP32 is inf; keep the ops"
         ),
     ):
-        greedy_order(replay, reference, ["a", "b"], Greedy(2, 1), shelf, print)
+        greedy_order(replay, reference, ["a", "b"], TradeoffSpec(greedy_candidates=2, greedy_ops=1), shelf, print)
 
 
 def test_an_interrupted_measurement_goes_on_and_gives_the_same(
     model: Any, plan: Any, batches: Any, tmp_path: Path
 ) -> None:
-    ranking, greedy = plan.op_names, Greedy(candidates=2, ops=2)
+    ranking, greedy = plan.op_names, TradeoffSpec(greedy_candidates=2, greedy_ops=2)
     data = (model, plan, ranking, batches[:1], batches[1:], [[None]])
 
     def stop_half_way(done: int, total: int) -> None:
-        if 2 * done > total > greedy.runs(len(ranking)):
+        if 2 * done > total > greedy_runs(greedy, len(ranking)):
             raise KeyboardInterrupt
 
     stopped, whole = ScoreStore(tmp_path / "stopped"), ScoreStore(tmp_path / "whole")
@@ -222,7 +223,7 @@ def test_the_curves_begin_and_end_together(model: Any, plan: Any, batches: Any, 
 
 def test_greedy_keeps_what_helps_most_in_the_state_reached(model: Any, plan: Any, batches: Any, tmp_path: Path) -> None:
     ranking = plan.op_names
-    ops, greedy = frozenset(ranking), Greedy(candidates=3, ops=2)
+    ops, greedy = frozenset(ranking), TradeoffSpec(greedy_candidates=3, greedy_ops=2)
     found = measure_tradeoff(model, plan, ranking, batches[:1], batches[1:], [[None]], ScoreStore(tmp_path), greedy)
     chosen = [name for point in found.curves["greedy"] for name in point.added]
     with Replay(model, plan.ops, plan.measured_op) as replay:
@@ -236,7 +237,7 @@ def test_greedy_keeps_what_helps_most_in_the_state_reached(model: Any, plan: Any
         left = [name for name in ranking if name != first][:3]
         assert chosen == [first, min(left, key=lambda name: error({first, name}))]
     assert [point.keep for point in found.curves["greedy"]] == [0, 1, 2]
-    assert found.greedy_gain_db is not None and greedy.runs(len(ranking)) == 6
+    assert found.greedy_gain_db is not None and greedy_runs(greedy, len(ranking)) == 6
 
 
 def test_the_lengths_are_named_at_which_another_curve_does_better() -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from auto_quantize_model.decide.profiles import Target, build_profiles
+from auto_quantize_model.config import PlanSpec, Target
+from auto_quantize_model.decide.profiles import build_profiles
 from auto_quantize_model.decide.ranking import most_sensitive_first
-from auto_quantize_model.inc.plan import SensitivitySpec, build_plan
+from auto_quantize_model.inc.plan import build_plan
 from auto_quantize_model.made.digits import build_snapshot
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.heldout import measure_tradeoff
@@ -66,7 +67,7 @@ def usual(
     directory = tmp_path_factory.mktemp("usual")
     build_snapshot(directory / "snapshot", depth=2, hidden=32, seed=request.param)
     model = model_of(directory / "snapshot")
-    plan = build_plan(model, batches, SensitivitySpec("replay", 1, ("isolated",)))
+    plan = build_plan(model, batches, PlanSpec(confidence_batches=1, maps=("isolated",)))
     ranking, tradeoff = measured(model, plan, batches, directory / "scores")
     sqnr_db = tradeoff.curves["ranking"][0].sqnr_db
     assert sqnr_db is not None

@@ -9,10 +9,11 @@ from build import an_op
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.data.digits import LIMITS
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.engine import measure_by_inc
-from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, identify
+from auto_quantize_model.inc.plan import build_plan, identify
 from auto_quantize_model.made.digits import build_snapshot
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.states import ALL, states
@@ -37,7 +38,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plan(model, batches):
-    return identify(build_plan(model, batches, SensitivitySpec("replay", 2, MAPS)), *IDENTITY)
+    return identify(build_plan(model, batches, PlanSpec(confidence_batches=2, maps=MAPS)), *IDENTITY)
 
 
 def start(model, plan, **options):
@@ -56,7 +57,7 @@ def mse_values(capture):
 def tiny(tiny_snapshot, batches):
     """A model small enough for INC to measure all of it, and its plan for one batch."""
     model = load_model(tiny_snapshot)
-    return model, identify(build_plan(model, batches, SensitivitySpec("replay", 1, MAPS)), *IDENTITY)
+    return model, identify(build_plan(model, batches, PlanSpec(confidence_batches=1, maps=MAPS)), *IDENTITY)
 
 
 @pytest.mark.slow

@@ -9,9 +9,10 @@ import transformers
 from build import a_plan, a_profile, profiles_of
 from test_document import NAMES, parts
 
+from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.escape import code, prose
 from auto_quantize_model.export.exports import export
-from auto_quantize_model.inc.plan import SensitivitySpec, build_plan
+from auto_quantize_model.inc.plan import build_plan
 from auto_quantize_model.made.digits import build_config, build_tokenizer
 from auto_quantize_model.models.coverage import cover
 from auto_quantize_model.report import coverage, sentences
@@ -120,7 +121,7 @@ def test_ninety_percent_are_enough_and_less_than_all_is_never_said_to_be_all(
 def test_the_plan_says_what_it_holds(build: Any, share: float) -> None:
     model = build().requires_grad_(False)
     batch = {"input_ids": torch.arange(8)[None], "attention_mask": torch.ones(1, 8, dtype=torch.int64)}
-    plan = build_plan(model, [batch], SensitivitySpec("replay", 1, ("isolated",)))
+    plan = build_plan(model, [batch], PlanSpec(confidence_batches=1, maps=("isolated",)))
     assert plan.coverage == cover(model, planned(model), [])
     assert plan.coverage["share"] == pytest.approx(share, abs=0.02)
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from auto_quantize_model.decide.profiles import Target, build_profiles
+from auto_quantize_model.config import Target
+from auto_quantize_model.decide.profiles import build_profiles
 from auto_quantize_model.decide.ranking import aggregated
 from auto_quantize_model.escape import CONTROLS, one_line
 from auto_quantize_model.files import InputError, canonical_json

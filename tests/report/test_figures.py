@@ -13,7 +13,8 @@ import pytest
 from build import a_point, a_tradeoff
 from test_document import NAMES, UNMEASURED, by_inc, parts, record
 
-from auto_quantize_model.decide.profiles import Target, build_profiles
+from auto_quantize_model.config import Target
+from auto_quantize_model.decide.profiles import build_profiles
 from auto_quantize_model.documents import write_document
 from auto_quantize_model.files import InputError
 from auto_quantize_model.measure.heldout import keep_sizes

@@ -13,7 +13,7 @@ import pytest
 from build import with_point
 from test_figures import HOSTILE, from_inc, no_error_at_all, point, renamed, report_of, tradeoff, without_images
 
-from auto_quantize_model.decide.profiles import Target
+from auto_quantize_model.config import Target
 from auto_quantize_model.documents import write_document
 from auto_quantize_model.files import read_json, write_text
 from auto_quantize_model.report import sentences

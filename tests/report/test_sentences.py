@@ -5,7 +5,7 @@ from build import with_point
 from test_document import NAMES, parts, record
 from test_figures import point, report_of, tradeoff, with_greedy, without_images
 
-from auto_quantize_model.decide.profiles import Target
+from auto_quantize_model.config import Target
 from auto_quantize_model.report import sentences
 from auto_quantize_model.report.document import build_report, render, tables, top_table
 

@@ -4,7 +4,6 @@ import filecmp
 import json
 import os
 import shlex
-import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -13,15 +12,15 @@ from snakemake.logging import logger
 
 from auto_quantize_model.archive import why_outdated
 from auto_quantize_model.code import code_digest as digest_of_code
-from auto_quantize_model.config import require_sources
+from auto_quantize_model.config import PlanSpec
+from auto_quantize_model.config_text import require_sources
 from auto_quantize_model.documents import why_stale
 from auto_quantize_model.escape import redacted
 from auto_quantize_model.files import InputError, digest_of, require_endpoint
 from auto_quantize_model.data.local_sources import why_other_samples, why_other_snapshot
 from auto_quantize_model.commands.run import DOCUMENTS
 
-# The keys of the sensitivity block that the plan depends on; the others are read where they are used.
-PLAN_KEYS = ("engine", "confidence_batches", "maps", "reduce_range", "op_type_dict", "op_name_dict")
+PLAN_KEYS = tuple(PlanSpec.model_fields)  # the other keys of the block sensitivity are read where they are used
 
 # The packages that scores depend on, and those that draw.
 MEASURING = ("neural-compressor", "torch", "transformers", "numpy")
@@ -29,21 +28,9 @@ DRAWING = ("altair", "vl-convert-python")
 
 
 def chosen_device():
-    """The device that the capture runs on, which is part of the names of its results.
-
-    INC's quantized kernels exist on the CPU only, so where INC measures it is the CPU; `--resources gpu=0` means the CPU
-    as well; `auto` takes a GPU that torch can use.
-    """
+    """The device of the capture, which is part of the names of its results: the config's, or with `--resources gpu=0` cpu."""
     gpus = getattr(workflow, "global_resources", {}).get("gpu")
-    if config["sensitivity"]["engine"] != "replay" or (gpus is not None and gpus.value == 0):
-        return "cpu"
-    if config["sensitivity"]["device"] != "auto":
-        return config["sensitivity"]["device"]
-    if not shutil.which("nvidia-smi"):
-        return "cpu"
-    import torch  # seconds, so on machines with a GPU only
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cpu" if gpus is not None and gpus.value == 0 else config["sensitivity"]["device"]
 
 
 def require_device():
@@ -141,9 +128,11 @@ def shipped_snapshot(wildcards):
 
 def replay_flags():
     """The options of a replay that are on, as its scripts take them."""
+    threads = config["sensitivity"]["threads"]
     flags = {
         "--tf32": config["sensitivity"]["tf32"],
         "--nondeterministic": not config["sensitivity"]["deterministic"],
+        f"--threads {threads}": threads is not None,
     }
     return " ".join(flag for flag, on in flags.items() if on)
 
@@ -179,7 +168,7 @@ def is_made(rule, document):
 try:
     require_endpoint(os.environ.get("HF_ENDPOINT") or None)
     require_sources(
-        config,
+        checked,
         Path(f"results/{MODEL}/model_manifest.json"),
         is_made("extract_calibration", f"{RUN}/calibration_manifest.json"),
     )

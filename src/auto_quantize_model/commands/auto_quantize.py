@@ -32,6 +32,7 @@ COMMANDS = (
     "train_digits",
     "clean_results",
     "draw_rule_graph",
+    "write_config",
 )
 
 

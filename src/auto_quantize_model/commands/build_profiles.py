@@ -6,7 +6,6 @@ from typing import Any
 
 from auto_quantize_model import cli, options
 from auto_quantize_model.commands.run import open_run
-from auto_quantize_model.files import from_block
 from auto_quantize_model.records import body_of
 
 SHOWN = 12  # names on the terminal; the file and the report have them all
@@ -19,11 +18,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def build_profiles(args: argparse.Namespace) -> None:
+    from auto_quantize_model.config import Target
+    from auto_quantize_model.config_text import read_block
     from auto_quantize_model.decide import profiles
     from auto_quantize_model.report import coverage, sentences
 
     run = open_run(args)
-    found = profiles.build_profiles(run.tradeoff, from_block(profiles.Target, args.target, "profiles"))
+    found = profiles.build_profiles(run.tradeoff, read_block(Target, args.target, "profiles"))
     run.write("profiles", args.profiles, found)
     known: dict[str, Any] = {"profiles": body_of(found), "tradeoff": body_of(run.tradeoff)}
     if "plan" in run.has:  # without the plan no share of the weights is known

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     reads = ("manifest", "calibration_manifest", "calibration_set", "plan", "scales")
-    settings = ("score_store", "device", "tf32", "nondeterministic", "config_digest", "log")
+    settings = ("score_store", "device", "threads", "tf32", "nondeterministic", "config_digest", "log")
     return options.parser(__doc__, *reads, *settings, writes=["capture", "run_record"])
 
 

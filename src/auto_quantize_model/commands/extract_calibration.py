@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from auto_quantize_model import cli, options
 from auto_quantize_model.commands.run import open_run
 from auto_quantize_model.documents import write_document
-from auto_quantize_model.files import from_block
 
 
 def parser() -> argparse.ArgumentParser:
@@ -15,11 +14,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def extract_calibration(args: argparse.Namespace) -> None:
-    from auto_quantize_model.data.batches import CalibrationSpec, extract_into, remarks, sample_writer
+    from auto_quantize_model.config import CalibrationSpec
+    from auto_quantize_model.config_text import read_block
+    from auto_quantize_model.data.batches import extract_into, remarks, sample_writer
 
     run = open_run(args)
     processor = run.processor
-    spec = from_block(CalibrationSpec, args.spec, "calibration")
+    spec = read_block(CalibrationSpec, args.spec, "calibration")
     with sample_writer(args.calibration_set) as calibration, sample_writer(args.heldout_set) as heldout:
         stores = {"calibration": calibration, "heldout": heldout}
         manifest = extract_into(

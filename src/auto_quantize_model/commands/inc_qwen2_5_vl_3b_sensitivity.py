@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from auto_quantize_model import cli, options
+from auto_quantize_model.config import CalibrationSpec, PlanSpec, Target
+from auto_quantize_model.config_text import read_block
 from auto_quantize_model.documents import Document, write_document
 from auto_quantize_model.files import digest_of, write_json, write_text
 from auto_quantize_model.records import NotMeasured, body_of
@@ -58,18 +60,37 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def calibration_spec(args: argparse.Namespace) -> CalibrationSpec:
+    """The options about the samples, as a block of the config."""
+    numbers = ("num_samples", "seed", "batch_size", "min_pixels", "max_pixels", "max_tokens")
+    asked = {"name": "local", "source": "local", "path": args.calibration, "num_heldout": 0}
+    spec = read_block(CalibrationSpec, asked | {key: getattr(args, key) for key in numbers}, "calibration")
+    # The name of a file need not be a name of the config: no path is made of it here.
+    return spec.model_copy(update={"name": Path(args.calibration).stem})
+
+
+def plan_spec(args: argparse.Namespace) -> PlanSpec:
+    """The options about the plan, as keys of the config's block."""
+    asked = {key: getattr(args, key) for key in ("engine", "confidence_batches", "maps")}
+    asked |= {"reduce_range": REDUCE_RANGE[args.reduce_range]}
+    asked |= {"op_type_dict": dict.fromkeys(args.keep_type, "fp32")}
+    asked |= {"op_name_dict": dict.fromkeys(args.keep_name, "fp32")}
+    return read_block(PlanSpec, asked, "sensitivity")
+
+
 def measure(args: argparse.Namespace) -> None:
-    from auto_quantize_model.data.batches import CalibrationSpec, batches_of, extract, remarks
-    from auto_quantize_model.decide.profiles import Target, build_profiles
+    from auto_quantize_model.data.batches import batches_of, extract, remarks
+    from auto_quantize_model.decide.profiles import build_profiles
     from auto_quantize_model.inc.audit import announce, audit_capture
     from auto_quantize_model.inc.engine import measure_by_inc
-    from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, identify
+    from auto_quantize_model.inc.plan import build_plan, identify
     from auto_quantize_model.machine import choose_device, explained_out_of_memory, require_memory
     from auto_quantize_model.measure.capture import capture_sensitivity, described, news
     from auto_quantize_model.measure.store import ScoreStore
     from auto_quantize_model.models.snapshot import build_manifest, count_parameters, load_model, load_processor
     from auto_quantize_model.report.document import build_report, render, top_table
 
+    draw, spec = calibration_spec(args), plan_spec(args)
     device = choose_device(args.device if args.engine == "replay" else "cpu")
     name = f"{REPORT}_{device.type}"
     targets = [args.output / name] + [PUBLISHED / f"{args.name}_mse_sensitivity"] * args.publish
@@ -82,30 +103,12 @@ def measure(args: argparse.Namespace) -> None:
     manifest = build_manifest(args.model, args.name, "local", {})
     require_memory(count_parameters(args.model), device)
     processor = load_processor(args.model)
-    draw = CalibrationSpec(
-        name=Path(args.calibration).stem,
-        source="local",
-        path=args.calibration,
-        num_samples=args.num_samples,
-        num_heldout=0,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        min_pixels=args.min_pixels,
-        max_pixels=args.max_pixels,
-        max_tokens=args.max_tokens,
-    )
     samples, _, calibration = extract(draw, processor, manifest)
     for remark in remarks(calibration):
         cli.say(f"calibration: {remark}")
     batches = batches_of(samples, calibration, processor)
     model: Any = load_model(args.model)
-    keep = {
-        "op_type_dict": dict.fromkeys(args.keep_type, "fp32"),
-        "op_name_dict": dict.fromkeys(args.keep_name, "fp32"),
-    }
-    reduce_range = REDUCE_RANGE[args.reduce_range]
-    spec = SensitivitySpec(args.engine, args.confidence_batches, args.maps, **keep, reduce_range=reduce_range)
-    plan = identify(build_plan(model, batches, spec), manifest, calibration, digest_of(vars(spec)))
+    plan = identify(build_plan(model, batches, spec), manifest, calibration, digest_of(spec.model_dump()))
     store = ScoreStore(args.output / "scores")
     with explained_out_of_memory(device), cli.progress_bar("capture") as on_progress:
         captured, record = capture_sensitivity(

@@ -10,7 +10,7 @@ from auto_quantize_model.records import NotMeasured
 
 def parser() -> argparse.ArgumentParser:
     reads = ("manifest", "calibration_manifest", "calibration_set", "heldout_set", "plan", "scales", "capture")
-    settings = ("score_store", "device", "tf32", "nondeterministic", "config_digest", "log")
+    settings = ("score_store", "device", "threads", "tf32", "nondeterministic", "config_digest", "log")
     made = options.parser(__doc__, *reads, *settings, writes=["tradeoff"])
     made.add_argument("--batches", type=int, required=True, help="held-out batches to measure on; 0: none at all")
     made.add_argument("--greedy-candidates", type=int, default=0, help="ops that each greedy step tries; 0: no steps")
@@ -19,6 +19,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def measure_tradeoff(args: argparse.Namespace) -> None:
+    from auto_quantize_model.config import TradeoffSpec
+    from auto_quantize_model.config_text import read_block
     from auto_quantize_model.decide.ranking import most_sensitive_first
     from auto_quantize_model.machine import explained_out_of_memory
     from auto_quantize_model.measure import heldout
@@ -26,13 +28,15 @@ def measure_tradeoff(args: argparse.Namespace) -> None:
     from auto_quantize_model.replay.model import refusals
     from auto_quantize_model.replay.scales import ALL_BATCHES
 
+    greedy = {"greedy_candidates": args.greedy_candidates, "greedy_ops": args.greedy_ops}
+    spec = read_block(TradeoffSpec, {"heldout_batches": args.batches, **greedy}, "tradeoff")
     run = open_run(args)
-    if not args.batches:
+    if not spec.heldout_batches:
         run.write("tradeoff", args.tradeoff, NotMeasured("not_measured", "tradeoff.heldout_batches is 0"))
         return
     device = run.device
     batches = run.batches()
-    samples, answers = run.heldout(args.batches)
+    samples, answers = run.heldout(spec.heldout_batches)
     model = run.model()
     if refused := refusals(model, run.plan.ops):
         reason = f"{len(refused)} ops, such as {min(refused)}, cannot be replayed"
@@ -48,7 +52,7 @@ def measure_tradeoff(args: argparse.Namespace) -> None:
             samples,
             answers,
             ScoreStore(args.score_store),
-            heldout.Greedy(args.greedy_candidates, args.greedy_ops),
+            spec,
             run.scales[ALL_BATCHES],
             on_progress,
         )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from auto_quantize_model import cli, options
 from auto_quantize_model.commands.run import open_run
-from auto_quantize_model.files import digest_of, from_block
+from auto_quantize_model.files import digest_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -16,12 +16,14 @@ def parser() -> argparse.ArgumentParser:
 def plan_quantization(args: argparse.Namespace) -> None:
     import torch
 
-    from auto_quantize_model.inc.plan import SensitivitySpec, build_plan, identify
+    from auto_quantize_model.config import PlanSpec
+    from auto_quantize_model.config_text import read_block
+    from auto_quantize_model.inc.plan import build_plan, identify
     from auto_quantize_model.machine import require_memory
     from auto_quantize_model.report import coverage, sentences
 
     run = open_run(args)
-    spec = from_block(SensitivitySpec, args.spec, "sensitivity")
+    spec = read_block(PlanSpec, args.spec, "sensitivity")
     # INC's conversion with every op in INT8 takes what a replay on the CPU takes.
     require_memory(run.parameters, torch.device("cpu"))
     batches = run.batches()

@@ -146,7 +146,10 @@ class Run:
         from auto_quantize_model.machine import choose_device, require_memory
 
         device = choose_device(
-            self.options.device, tf32=self.options.tf32, deterministic=not self.options.nondeterministic
+            self.options.device,
+            tf32=self.options.tf32,
+            deterministic=not self.options.nondeterministic,
+            threads=self.options.threads,
         )
         require_memory(self.parameters, device)
         return device

@@ -9,7 +9,6 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 from PIL import Image
 
+from auto_quantize_model.config import CalibrationSpec
 from auto_quantize_model.data.images import open_picture
 from auto_quantize_model.data.local_sources import samples_digest
-from auto_quantize_model.data.sources import COLUMNS, Progress, Source, conversation, every, listed, read_local, stream
+from auto_quantize_model.data.sources import Progress, Source, conversation, every, listed, read_local, stream
 from auto_quantize_model.files import InputError, atomic_path, digest_of, sha256_bytes
 from auto_quantize_model.models.chat_template import limited_renderer
 from auto_quantize_model.models.encode import (
@@ -52,78 +52,9 @@ FEATURES = Features(
     }
 )
 ROWS_AT_ONCE = 16  # prepared samples that wait in memory to be written
-MINIMA = {
-    "num_samples": 1,
-    "num_heldout": 0,
-    "seed": 0,
-    "batch_size": 1,
-    "min_pixels": 1,
-    "max_pixels": 1,
-    "max_tokens": 1,
-}
 SPLITS = ("calibration", "heldout")
 Batch = dict[str, torch.Tensor]
 Store = Callable[[Prepared], None]
-
-
-@dataclass(frozen=True)
-class CalibrationSpec:
-    """The `calibration` block of the config; `prompt` is asked of each image without a prompt of its own.
-
-    `format` says how a sample becomes text: `chat` by the model's chat template, `plain` without one.
-
-    Raises:
-        InputError: a number is out of its range, the source is unknown, or the samples do not fill one batch.
-    """
-
-    name: str
-    source: str
-    num_samples: int
-    num_heldout: int
-    seed: int
-    batch_size: int
-    min_pixels: int
-    max_pixels: int
-    max_tokens: int
-    path: str | None = None
-    prompt: str = "Describe this image."
-    repo_id: str | None = None
-    revision: str | None = None
-    split: str | None = None
-    columns: dict[str, str | None] = field(default_factory=dict)
-    format: str = "chat"
-
-    def __post_init__(self) -> None:
-        # The schema checks a config; scripts run by hand come here without it.
-        if self.source not in ("digits", "local", "hub"):
-            raise InputError(f"calibration.source: {self.source!r} is neither digits, local nor hub")
-        if self.format not in ("chat", "plain"):
-            raise InputError(f"calibration.format: {self.format!r} is neither chat nor plain")
-        if self.source == "hub" and not (self.repo_id and self.revision and self.split):
-            raise InputError("calibration.repo_id, revision and split: not all set; calibration.source hub needs them")
-        if unknown := sorted(set(self.columns) - set(COLUMNS)):
-            raise InputError(f"calibration.columns.{unknown[0]}: no such key; the keys are {', '.join(COLUMNS)}")
-        for name, least in MINIMA.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise InputError(f"calibration.{name}: {value!r} is not a whole number of at least {least}")
-        if self.num_samples < self.batch_size:
-            raise InputError(
-                f"calibration.num_samples ({self.num_samples}) is below calibration.batch_size ({self.batch_size}): not"
-                " one batch; raise num_samples"
-            )
-        if self.min_pixels > self.max_pixels:
-            raise InputError("calibration.min_pixels is above calibration.max_pixels; raise max_pixels")
-
-    @property
-    def limits(self) -> Limits:
-        """The limits that every sample has to keep."""
-        return Limits(self.min_pixels, self.max_pixels, self.max_tokens)
-
-    @property
-    def place(self) -> str:
-        """Where the samples come from, for messages."""
-        return self.path or self.repo_id or f"calibration.source {self.source}"
 
 
 def extract(
@@ -170,6 +101,7 @@ def extract_into(
             f"{model_manifest.get('path', 'the model')}: no chat template (chat_template.jinja, chat_template.json, or"
             " in tokenizer_config.json); complete the snapshot, or set calibration.format to plain"
         )
+    limits = Limits(spec.min_pixels, spec.max_pixels, spec.max_tokens)
     # Before anything is read: what changes meanwhile makes the set stale.
     source_digest = samples_digest(Path(spec.path)) if spec.source == "local" and spec.path else None
     pools, source = _open_source(spec, model_manifest, progress)
@@ -181,7 +113,7 @@ def extract_into(
     def take(item: tuple[int, Callable[[], tuple[Sample, str | None]]]) -> None:
         number, open_row = item
         sample, first_frame = open_row()
-        prepared = prepare(sample, processor, spec.limits, render if spec.format == "chat" else None)
+        prepared = prepare(sample, processor, limits, render if spec.format == "chat" else None)
         encoded = tensors(prepared, processor)
         split = split_of[number]
         entries[split].append(_describe(prepared, processor))
@@ -200,7 +132,7 @@ def extract_into(
         require_equal(shapes[start : start + spec.batch_size])
     content = {
         "samples": entries,
-        "limits": vars(spec.limits),
+        "limits": vars(limits),
         "batch_size": spec.batch_size,
         "format": spec.format,
     }
@@ -292,10 +224,9 @@ def _open_source(
             )
         source = read_local(Path(spec.path), spec.prompt)
     else:
-        columns = dict.fromkeys(COLUMNS) | spec.columns
         place = str(spec.repo_id), str(spec.revision), str(spec.split)
         wanted = spec.num_samples + spec.num_heldout
-        source = stream(*place, columns, spec.prompt, spec.seed, wanted, progress)
+        source = stream(*place, spec.columns.model_dump(), spec.prompt, spec.seed, wanted, progress)
     return dict.fromkeys(SPLITS, range(source.count)), source
 
 

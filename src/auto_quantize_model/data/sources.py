@@ -23,7 +23,6 @@ from auto_quantize_model.models import hub
 from auto_quantize_model.models.chat_template import TemplateStopped
 from auto_quantize_model.models.encode import Sample, Turn
 
-COLUMNS = ("id", "image", "prompt", "answer")
 # A stream is shuffled within a buffer: this many rows are fetched for each that is drawn, and no more than these.
 ROWS_PER_DRAWN = 10
 ROWS_AT_MOST = 1000

@@ -6,9 +6,9 @@ the statement that no list does.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
-from auto_quantize_model.files import InputError
+from auto_quantize_model.config import Target
 from auto_quantize_model.records import NotMeasured, Point, Profile, Profiles, Tradeoff
 
 # The share of ops that a profile may keep; at least one op.
@@ -20,30 +20,6 @@ ORDERS = ("ranking", "greedy", "weight_bytes")
 STRAIGHT = 0.05
 
 
-@dataclass(frozen=True)
-class Target:
-    """The config's `profiles` block: what `recommended` has to reach, each null where it does not matter.
-
-    `min_sqnr_db` is of the output on held-out samples; `max_accuracy_drop` a share of the answers that FP32 gets
-    right; `max_weight_bytes` bounds the model's weights.
-
-    Raises:
-        InputError: a value is out of its range.
-    """
-
-    min_sqnr_db: float | None = None
-    max_accuracy_drop: float | None = None
-    max_weight_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.min_sqnr_db is not None and not math.isfinite(self.min_sqnr_db):
-            raise InputError(f"profiles.min_sqnr_db: {self.min_sqnr_db} is no number of decibels")
-        if self.max_accuracy_drop is not None and not 0 <= self.max_accuracy_drop <= 1:
-            raise InputError(f"profiles.max_accuracy_drop: {self.max_accuracy_drop} is no share from 0 to 1")
-        if self.max_weight_bytes is not None and self.max_weight_bytes < 1:
-            raise InputError(f"profiles.max_weight_bytes: {self.max_weight_bytes} is no number of bytes")
-
-
 def build_profiles(tradeoff: Tradeoff | NotMeasured, target: Target) -> Profiles:
     """Profiles out of the curves of `ORDERS`, each as measured.
 
@@ -53,7 +29,7 @@ def build_profiles(tradeoff: Tradeoff | NotMeasured, target: Target) -> Profiles
     nearest to it, and `short` is the gap of that list, by part of the target.
     """
     if isinstance(tradeoff, NotMeasured):
-        return Profiles(vars(target), {}, f"nothing was measured: {tradeoff.reason}", None, None, {})
+        return Profiles(target.model_dump(), {}, f"nothing was measured: {tradeoff.reason}", None, None, {})
     curves = {order: whole(order, tradeoff.curves.get(order, [])) for order in ORDERS}
     int8, *_, fp32 = curves["ranking"]
     profiles = [
@@ -70,7 +46,7 @@ def build_profiles(tradeoff: Tradeoff | NotMeasured, target: Target) -> Profiles
     if best:
         found["recommended"] = best
     near, short = nearest(profiles, fp32, target) if not best else (None, {})
-    return Profiles(vars(target), found, missed, knee(profiles, tradeoff.ops), near, short)
+    return Profiles(target.model_dump(), found, missed, knee(profiles, tradeoff.ops), near, short)
 
 
 def worse_than(profile: Profile, int8: Profile) -> dict[str, float]:
@@ -115,7 +91,7 @@ def nearest(points: Sequence[Profile], fp32: Profile, target: Target) -> tuple[P
     A budget of bytes comes first, then the SQNR, then the accuracy. None where the target is none, or asks for an
     accuracy that was not measured.
     """
-    if set(vars(target).values()) == {None} or (target.max_accuracy_drop is not None and not fp32.accuracy):
+    if target == Target() or (target.max_accuracy_drop is not None and not fp32.accuracy):
         return None, {}
 
     def lacking(point: Profile) -> dict[str, float]:
@@ -138,7 +114,7 @@ def recommended(points: Sequence[Profile], fp32: Profile, target: Target) -> tup
     Of equally small ones it is the one with the least error. Of a byte budget alone every list within it would do, the
     empty one first of all; there the one with the least error is meant.
     """
-    if set(vars(target).values()) == {None}:
+    if target == Target():
         return None, "the config's profiles block sets no target"
     if target.max_accuracy_drop is not None and fp32.accuracy is None:
         return None, f"no held-out sample has an answer: the target is {described(target)}"
@@ -200,4 +176,5 @@ def described(target: Target) -> str:
         "max_accuracy_drop": "an accuracy drop of at most {}",
         "max_weight_bytes": "weights of at most {} bytes",
     }
-    return " and ".join(text.format(value) for name, text in words.items() if (value := vars(target)[name]) is not None)
+    asked = target.model_dump(exclude_none=True)
+    return " and ".join(text.format(asked[name]) for name, text in words.items() if name in asked)

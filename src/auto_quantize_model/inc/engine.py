@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from auto_quantize_model.code import code_digest_of_modules
+from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.loader import CalibrationLoader
-from auto_quantize_model.inc.plan import SensitivitySpec, ops_to_keep, plan_ops, quant_config, run_in_fp32
+from auto_quantize_model.inc.plan import ops_to_keep, plan_ops, quant_config, run_in_fp32
 from auto_quantize_model.inc_pytorch_mse_patching import activations_reduced, run_single_mse_v2_sensitivity_pass
 from auto_quantize_model.measure.capture import Progress, Share, Work, context, digest_of_batch, require_finite
 from auto_quantize_model.measure.metrics import Reference
@@ -140,6 +141,7 @@ def require_inc(plan: Plan) -> None:
         )
 
 
-def spec_of(plan: Plan) -> SensitivitySpec:
+def spec_of(plan: Plan) -> PlanSpec:
     """The sensitivity block that a plan was made from."""
-    return SensitivitySpec(plan.engine, plan.confidence_batches, plan.maps, **plan.keep, reduce_range=plan.reduce_range)
+    keys = {key: getattr(plan, key) for key in ("engine", "confidence_batches", "maps", "reduce_range")}
+    return PlanSpec.model_validate(keys | plan.keep)

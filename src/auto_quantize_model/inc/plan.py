@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from neural_compressor.adaptor.pytorch import _cfg_to_qconfig
 from neural_compressor.config import AccuracyCriterion, PostTrainingQuantConfig, TuningCriterion
 from neural_compressor.strategy.mse_v2 import MSE_V2TuneStrategy
 
+from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.loader import CalibrationLoader
 from auto_quantize_model.inc_pytorch_mse_patching import (
@@ -60,23 +61,6 @@ INC_ERRORS = (
 CHECKED_STATES = {"no_op": "no op", "all_int8": "every op"}
 
 
-@dataclass(frozen=True)
-class SensitivitySpec:
-    """What the plan needs of the config's `sensitivity` block.
-
-    `engine` is `replay`, `inc`, or `auto`: replay, and INC for what replay does not cover. `op_type_dict` and
-    `op_name_dict` name what stays in FP32: an op type, or a regular expression that a module's whole name must match.
-    `reduce_range` says whether activations take 7 bits of 8; None is INC's own choice for this CPU.
-    """
-
-    engine: str = "replay"
-    confidence_batches: int = 2
-    maps: Sequence[str] = ("isolated", "fallback", "requantize")
-    op_type_dict: dict[str, str] = field(default_factory=dict)
-    op_name_dict: dict[str, str] = field(default_factory=dict)
-    reduce_range: bool | None = None
-
-
 def versions() -> dict[str, str]:
     """The versions that the numbers depend on."""
     return {name: version(name) for name in PACKAGES}
@@ -97,13 +81,13 @@ def quant_config(confidence_batches: int, kept: Iterable[str] = ()) -> PostTrain
     )
 
 
-def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: SensitivitySpec) -> Plan:
+def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -> Plan:
     """Have INC plan the quantization of `model`, and check that INC can measure it.
 
     Args:
         model: FP32, eval mode, on the CPU.
         batches: the calibration batches; the first `confidence_batches` are the ones that will be scored.
-        spec: the config's sensitivity block.
+        spec: the keys of the config that the plan depends on.
 
     Raises:
         InputError: as `plan_ops` says, or an engine that cannot measure this model.
@@ -145,7 +129,7 @@ class Planned(NamedTuple):
     tune_cfg: dict[str, Any]
 
 
-def plan_ops(model: torch.nn.Module, batches: Sequence[Batch], spec: SensitivitySpec) -> Planned:
+def plan_ops(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -> Planned:
     """INC's plan of `model`, which says nothing yet about whether INC can carry it out.
 
     Raises:
@@ -326,7 +310,7 @@ def find_output_op(model: torch.nn.Module, batch: Batch) -> str:
     return next((name for name, output in reversed(outputs.items()) if output is logits), "")
 
 
-def ops_to_keep(model: torch.nn.Module, batches: Sequence[Batch], spec: SensitivitySpec) -> dict[str, str]:
+def ops_to_keep(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -> dict[str, str]:
     """INC's names of the ops that the config keeps in FP32, each with the entry that says so.
 
     Raises:

@@ -10,11 +10,12 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from auto_quantize_model.config import TradeoffSpec
 from auto_quantize_model.files import InputError
 from auto_quantize_model.measure.aggregate import decibels
 from auto_quantize_model.measure.capture import arithmetic, context, digest_of_batch, state_key
@@ -74,17 +75,9 @@ def model_bytes(model: torch.nn.Module, assignment: Assignment) -> int:
     return int8 + 4 * sum(in_fp32.values())
 
 
-@dataclass(frozen=True)
-class Greedy:
-    """The config's greedy refinement: `ops` are chosen one after another, each out of the next `candidates` of the
-    ranking; 0 candidates choose none."""
-
-    candidates: int = 0
-    ops: int = 0
-
-    def runs(self, ops: int) -> int:
-        """How many forwards it takes with a ranking of so many ops."""
-        return sum(min(self.candidates, ops - kept) for kept in range(min(self.ops, ops)))
+def greedy_runs(spec: TradeoffSpec, ops: int) -> int:
+    """How many forwards the greedy steps take with a ranking of so many ops."""
+    return sum(min(spec.greedy_candidates, ops - kept) for kept in range(min(spec.greedy_ops, ops)))
 
 
 def measure_tradeoff(
@@ -95,7 +88,7 @@ def measure_tradeoff(
     heldout: Sequence[Batch],
     answers: Sequence[list[range | None]],
     store: ScoreStore,
-    greedy: Greedy = Greedy(),  # noqa: B008  frozen
+    spec: TradeoffSpec = TradeoffSpec(),  # noqa: B008  frozen
     scales: Scales | None = None,
     on_progress: Progress = lambda done, total: None,
 ) -> Tradeoff:
@@ -109,8 +102,8 @@ def measure_tradeoff(
         heldout: batches that nothing was calibrated on.
         answers: for each held-out batch, of each sample, the positions of its answer's tokens; None without an answer.
         store: keeps the record of each forward; a record that it holds already is not measured again.
-        greedy: how far the ranking is refined. It chooses on the last calibration batch, so the held-out ones stay
-            unseen.
+        spec: the config's block tradeoff. Its greedy steps choose on the last calibration batch, so the held-out
+            batches stay unseen.
         scales: of all calibration batches together; None calibrates here.
         on_progress: called after each forward.
 
@@ -123,11 +116,11 @@ def measure_tradeoff(
     Raises:
         InputError: a number is not finite.
     """
-    sizes = keep_sizes(len(ranking), greedy.ops if greedy.candidates else 0)
+    sizes = keep_sizes(len(ranking), spec.greedy_ops if spec.greedy_candidates else 0)
     weights = {op.op_name: op.weight_bytes for op in plan.ops}
     kept_by = orders(ranking, weights)
     asked = sum(span is not None for spans in answers for span in spans)
-    done, total = itertools.count(1), greedy.runs(len(ranking))
+    done, total = itertools.count(1), greedy_runs(spec, len(ranking))
 
     def step() -> None:
         on_progress(next(done), total)
@@ -140,7 +133,7 @@ def measure_tradeoff(
         if total:
             with store.shelf(base | {"batch": digest_of_batch(calibration[-1])}) as shelf:
                 reference = Reference(replay.begin(calibration[-1]), calibration[-1].get("mm_token_type_ids"))
-                kept_by["greedy"] = greedy_order(replay, reference, ranking, greedy, shelf, step)
+                kept_by["greedy"] = greedy_order(replay, reference, ranking, spec, shelf, step)
         # Orders share states, those with no op and with all ops among them: each state is measured once.
         states = {
             frozenset(names[:size]): f"{order}/{size}"
@@ -198,7 +191,7 @@ def greedy_order(
     replay: Replay,
     reference: Reference,
     ranking: Sequence[str],
-    greedy: Greedy,
+    spec: TradeoffSpec,
     shelf: Shelf,
     on_step: Callable[[], None],
 ) -> list[str]:
@@ -211,9 +204,9 @@ def greedy_order(
     """
     kept: list[str] = []
     left = list(ranking)
-    while left and len(kept) < greedy.ops:
+    while left and len(kept) < spec.greedy_ops:
         errors = {}
-        for name in left[: greedy.candidates]:
+        for name in left[: spec.greedy_candidates]:
             assignment = quantized(ranking, frozenset({*kept, name}))
             key = state_key(assignment)
             if (record := shelf.get(key)) is None:
