@@ -7,7 +7,8 @@ from build import a_plan
 from test_document import UNMEASURED, parts
 from test_figures import tradeoff
 
-from auto_quantize_model.decide.profiles import Target, build_profiles
+from auto_quantize_model.config import Target
+from auto_quantize_model.decide.profiles import build_profiles
 from auto_quantize_model.documents import write_document
 from auto_quantize_model.files import InputError, canonical_json
 from auto_quantize_model.records import Audit, Capture, NotMeasured, Plan, Profiles, Tradeoff, as_record, body_of

@@ -12,6 +12,7 @@ import torch
 from build import ACTIVATION, a_plan, an_op
 from scipy.stats import spearmanr
 
+from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.files import InputError
 from auto_quantize_model.machine import choose_device, explained_out_of_memory
 from auto_quantize_model.measure.capture import capture_sensitivity
@@ -56,12 +57,11 @@ def torchs_settings():
 @pytest.mark.skipif(not find_spec("neural_compressor"), reason="INC is not installed")
 @pytest.mark.slow
 def test_the_plan_of_these_tests_is_incs(model, batches):
-    from auto_quantize_model.config import PlanSpec
     from auto_quantize_model.inc.plan import plan_ops
     from auto_quantize_model.inc_pytorch_mse_patching import activations_reduced
 
     with activations_reduced(True):
-        by_inc = plan_ops(model, batches, PlanSpec(engine="replay", confidence_batches=2, maps=MAPS)).ops
+        by_inc = plan_ops(model, batches, PlanSpec(confidence_batches=2, maps=MAPS)).ops
     ours = {op.op_name: op for op in planned(model, reduced=True).ops}
     for op in by_inc:
         theirs, mine = op.inc_int8, ours.pop(op.op_name).inc_int8
