@@ -111,7 +111,7 @@ def test_reading_a_config_imports_no_torch() -> None:
         ("calibration: {prompt: ' '}", "calibration.prompt: ' ' is blank; write what to ask"),
         (
             'calibration: {prompt: "\\ud83d"}',
-            "calibration.prompt: '\\ud83d' is no valid Unicode; write the character itself",
+            "calibration.prompt: '\\ud83d' is not valid Unicode; write the character itself",
         ),
         (
             'model: {path: "a\\nb"}',
@@ -181,7 +181,7 @@ def test_a_name_that_is_no_folder_of_ones_own_is_refused(tmp_path: Path, block: 
         (b"model:\n  name: \xff\n", "byte 15 is not UTF-8; save the file as UTF-8"),
         (b"model: {name: a,\n name: b}\n", "line 2: model.name is set twice; remove one of the two"),
         (b"model: {name: a}\nmodel: {path: b}\n", "line 2: model is set twice; remove one of the two"),
-        (b"model: {? [a] : 3}\n", "line 1: a key of model is no text; write a name"),
+        (b"model: {? [a] : 3}\n", "line 1: a key of model is not text; write a name"),
         (
             b"model: !!python/name:os.system\n",
             "line 1: model has the tag 'tag:yaml.org,2002:python/name:os.system'; remove the tag",
@@ -448,7 +448,7 @@ def test_an_endpoint_that_is_a_url_is_taken(url: str | None) -> None:
     require_endpoint(url)
 
 
-REPOSITORY = "is no repository of the hub; write owner/name, without an address"
+REPOSITORY = "is not a repository of the hub; write owner/name, without an address"
 
 
 @pytest.mark.parametrize(

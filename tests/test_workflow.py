@@ -165,6 +165,12 @@ def test_the_workflow_passes_snakemakes_own_linter_and_its_formatter(checkout: P
     assert formatted.returncode == 0, formatted.stderr
 
 
+def test_the_threads_of_the_config_reach_each_step_that_measures(checkout: Path) -> None:
+    told = snakemake(checkout, "--dry-run", "--printshellcmds", "--config", "sensitivity={threads: 3}").stdout
+    steps = re.findall(r"exec python scripts/(\w+)\.py [^\n]* --threads 3 ", told)
+    assert sorted(steps) == ["calibrate_scales", "capture_sensitivity", "measure_tradeoff"]
+
+
 def test_a_bad_config_ends_before_any_job_with_a_line_for_each_problem_and_no_traceback(
     checkout: Path, tmp_path: Path
 ) -> None:

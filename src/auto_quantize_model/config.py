@@ -83,7 +83,7 @@ Name = Annotated[
     Field(max_length=64),
     Matching(
         r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9_-])?",
-        "no name; write letters, digits, '_', '-' and '.', with a letter or digit first and no '.' last",
+        "not a name; write letters, digits, '_', '-' and '.', with a letter or digit first and no '.' last",
     ),
     AfterValidator(free),
 ]
@@ -99,7 +99,7 @@ Repository = Annotated[  # the hub's own rule
     Matching(
         r"(?!.*(--|\.\.))([A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?/)?"
         r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?(?<!\.git)",
-        "no repository of the hub; write owner/name, without an address",
+        "not a repository of the hub; write owner/name, without an address",
     ),
 ]
 Prompt = Annotated[

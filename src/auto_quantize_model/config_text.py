@@ -128,7 +128,7 @@ def read_file(path: Path) -> dict[str, Any]:
     """The mapping that a YAML or JSON file holds; scalars without quotes are `Plain`.
 
     Raises:
-        InputError: the file cannot be read, is not YAML, is no mapping, names a key twice, or unfolds without end.
+        InputError: the file cannot be read, is not YAML, is not a mapping, names a key twice, or unfolds without end.
     """
     name = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
     try:
@@ -187,7 +187,7 @@ class Unfolding:
         merged: dict[str, Any] = {}
         for key, item in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise InputError(f"{self.line(key)}: a key of {place(keys)} is no text; write a name")
+                raise InputError(f"{self.line(key)}: a key of {place(keys)} is not text; write a name")
             if key.value == "<<" and key.style is None:
                 for base in item.value if isinstance(item, yaml.SequenceNode) else [item]:
                     if not isinstance(base, yaml.MappingNode):
@@ -301,7 +301,7 @@ def sentences(error: ErrorDetails, schema: Schema, above: tuple[str, ...]) -> It
     elif isinstance(value, float) and not math.isfinite(value):
         yield f"{where}: {value} is not finite; write a finite number"
     elif kind == "string_unicode":
-        yield f"{where}: {quoted(value)} is no valid Unicode; write the character itself"
+        yield f"{where}: {quoted(value)} is not valid Unicode; write the character itself"
     elif kind in ("greater_than_equal", "less_than_equal"):
         yield f"{where}: {quoted(value)} is out of range; write {asked(part)}"
     elif kind == "literal_error":
@@ -369,7 +369,7 @@ def mistyped(value: Any, kinds: Sequence[str]) -> str:
     if value is None:
         return "null"
     if isinstance(value, str) and "object" in kinds and value.startswith("{"):
-        return f"{quoted(value)} is no YAML mapping (quote a text that holds ': ' or a brace)"
+        return f"{quoted(value)} is not a YAML mapping (quote a text that holds ': ' or a brace)"
     if isinstance(value, str) and scalar(value, []) != value:
         return f"{quoted(value)} is text because of its quotes"
     if isinstance(value, float) and "integer" in kinds:
