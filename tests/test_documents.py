@@ -32,11 +32,12 @@ READS: dict[str, tuple[str, ...]] = {
     "model_manifest": (),
     "calibration_manifest": ("model_manifest",),
     "plan": ("model_manifest", "calibration_manifest"),
-    "capture": ("model_manifest", "calibration_manifest", "plan"),
-    "audit": ("model_manifest", "calibration_manifest", "plan", "capture"),
-    "tradeoff": ("model_manifest", "calibration_manifest", "plan", "capture"),
+    "scales": ("model_manifest", "calibration_manifest", "plan"),
+    "capture": ("model_manifest", "calibration_manifest", "plan", "scales"),
+    "audit": ("model_manifest", "calibration_manifest", "plan", "scales", "capture"),
+    "tradeoff": ("model_manifest", "calibration_manifest", "plan", "scales", "capture"),
     "profiles": ("tradeoff",),
-    "exports": ("model_manifest", "calibration_manifest", "plan", "capture", "profiles"),
+    "exports": ("model_manifest", "calibration_manifest", "plan", "profiles"),
     "report": ("model_manifest", "calibration_manifest", "plan", "capture", "audit", "tradeoff", "profiles"),
     "quantized": ("model_manifest", "calibration_manifest", "plan", "tradeoff", "profiles", "exports"),
 }
@@ -46,10 +47,11 @@ OPTIONS = {
     "calibration_manifest": "--calibration-manifest",
     "exports": "--exports",
     "report": "--report",
-} | {kind: f"--{kind}" for kind in ("plan", "capture", "audit", "tradeoff", "profiles")}
+} | {kind: f"--{kind}" for kind in ("plan", "scales", "capture", "audit", "tradeoff", "profiles")}
 SCRIPTS = {
     "extract_calibration": READS["calibration_manifest"],
     "plan_quantization": READS["plan"],
+    "calibrate_scales": READS["scales"],
     "capture_sensitivity": READS["capture"],
     "audit_capture": READS["audit"],
     "measure_tradeoff": READS["tradeoff"],
@@ -66,6 +68,7 @@ SETS = ["--calibration-set", "a.parquet"]
 OTHERS = {
     "extract_calibration": ["--spec", "{}", *SETS, "--heldout-set", "b.parquet", "--calibration-manifest", "made.json"],
     "plan_quantization": ["--spec", "{}", *SETS, "--plan", "made.json"],
+    "calibrate_scales": [*SETS, "--scales", "made.json", "--tensors", "made.safetensors"],
     "capture_sensitivity": [*SETS, "--capture", "made.json", "--run-record", "made.json"],
     "audit_capture": [*SETS, "--audit", "made.json"],
     "measure_tradeoff": [*SETS, "--heldout-set", "b.parquet", "--batches", "0", "--tradeoff", "made.json"],
@@ -261,7 +264,7 @@ def test_a_document_comes_back_as_it_was_written_and_says_what_it_was_made_from(
         require_listed(found, plan.path)
 
 
-@pytest.mark.parametrize(("version", "named"), [(None, 0), (2, 2)])
+@pytest.mark.parametrize(("version", "named"), [(None, 0), (1, 1)])
 def test_a_document_of_another_version_is_refused_and_stale(tmp_path: Path, version: int | None, named: int) -> None:
     """Its digest is right; without the version a reader would miss a key in the middle of its work."""
     body = {"value": 1}
@@ -270,7 +273,7 @@ def test_a_document_of_another_version_is_refused_and_stale(tmp_path: Path, vers
     path = tmp_path / "plan.json"
     path.write_text(json.dumps({HEAD: {**head, "digest": digest}, **body}))
     message = (
-        f"plan.json: written by another version of this code \\(format {named}, and this one reads 1\\); make it again"
+        f"plan.json: written by another version of this code \\(format {named}, and this one reads 2\\); make it again"
     )
     with pytest.raises(InputError, match=message):
         read_document(path, "plan")

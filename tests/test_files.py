@@ -5,18 +5,18 @@ import base64
 import errno
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from build import a_plan, profiles_of
 
 from auto_quantize_model.clean import clean_results
+from auto_quantize_model.commands import clean_results as clean_command
 from auto_quantize_model.files import InputError, atomic_path, explained, require_writable, write_text
 from auto_quantize_model.folders import MARKER, atomic_folder, require_own_folder
 from auto_quantize_model.measure.store import ScoreStore
@@ -386,7 +386,7 @@ def test_clean_removes_what_the_workflow_wrote_and_names_the_rest(tmp_path: Path
 def test_clean_empties_the_score_store_and_can_do_that_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clean = runpy.run_path(str(ROOT / "scripts" / "clean_results.py"))["clean"]
+    clean = clean_command.clean_results
     scores = tmp_path / "results" / "scores"
     for alone in (True, False):
         with ScoreStore(scores).shelf({"weights": "a"}) as shelf:
@@ -418,12 +418,10 @@ def test_photos_and_exports_never_mix_with_what_is_the_users(tmp_path: Path) -> 
     from auto_quantize_model.made.standin import build, write_photos
 
     foreign(tmp_path / "mine")
-    profiles: dict[str, Any] = {"profiles": {}, "missed": None}
-    plan: dict[str, Any] = {"model": "m", "excluded": [], "ops": [], "coverage": {"left_out": []}}
     for write in (
         write_photos,
         lambda path: build(SHAPES["tiny"], path),
-        lambda path: export(path, profiles, plan, {"executions": {}}, {}, [], 1, tmp_path),
+        lambda path: export(path, profiles_of({}), a_plan(), {}, [], 1),
     ):
         with pytest.raises(InputError, match=r"config\.json in it was not written by this tool"):
             write(tmp_path / "mine")
