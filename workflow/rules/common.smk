@@ -179,8 +179,8 @@ except InputError as error:
 def made_again_where_stale(rule):
     """An input function without files, which checks the rule's outputs when Snakemake asks for its inputs.
 
-    Outputs go on Snakemake's list of files to make again if another config or other local files made them, if files are
-    missing, or if a copy is outdated. Times do not show this, because all files of an unpacked archive have the same
+    Outputs of another config or of other local files go on Snakemake's list of files to make again. So do outputs that
+    lack files, and outdated copies. Times do not show this, because all files of an unpacked archive have the same
     time. Snakemake's own records know the parameters of a job, but no archive holds them.
     """
 
