@@ -11,7 +11,8 @@ from snakemake.cli import parse_args
 
 from auto_quantize_model.commands import auto_quantize
 from auto_quantize_model.commands.draw_rule_graph import BEGIN, END, reduced
-from auto_quantize_model.config import read_config
+from auto_quantize_model.config import Config
+from auto_quantize_model.config_text import read_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -80,9 +81,8 @@ def test_a_command_that_does_not_exist_is_noticed(command: str, monkeypatch: pyt
         check(command.split())
 
 
-def read_with_the_defaults(*files: Path) -> dict[str, object]:
-    schema = ROOT / "workflow" / "schemas" / "config.schema.yaml"
-    return read_config([ROOT / "config" / "config.yaml", *files], {}, schema)
+def read_with_the_defaults(*files: Path) -> Config:
+    return read_config([ROOT / "config" / "config.yaml", *files], {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
