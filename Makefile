@@ -1,4 +1,4 @@
-# Everything that a checkout needs: `make` lists the targets. Only Python 3.11, make and git have to be there.
+# Everything that a checkout needs. `make` lists the targets. Only Python 3.11, make and git must be installed.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -14,7 +14,7 @@ CONFIG ?=
 VERBOSE ?=
 SCRATCH := tmp/bench tmp/check_exports tmp/faults tmp/auto-quantize-model.tar.gz
 
-# The first of these that starts and is 3.11; a version manager's shim may be there and start nothing.
+# The first of these that starts and is 3.11. A version manager's shim may exist and start nothing.
 find_python = for python in $(or $(PYTHON),python3.11 python3 python); do \
 	if "$$python" -c '$(VERSION_CHECK)' 2>/dev/null; then break; fi; python=; done; \
 	if [ -z "$$python" ]; then \
@@ -40,17 +40,17 @@ $(READY): envs/requirements.lock pyproject.toml
 	@$(find_python); \
 	if ! $(BIN)/python -c '$(VERSION_CHECK)' 2>/dev/null; then \
 		if [ -e $(VENV) ] && [ ! -e $(VENV)/.made-by-make ] && [ ! -e $(READY) ]; then \
-		echo "error: $(VENV) is there and holds no Python 3.11; move it away, and make makes its own" >&2; exit 2; fi; \
+		echo "error: $(VENV) exists without Python 3.11; move it away, and make creates its own" >&2; exit 2; fi; \
 		mkdir -p $(VENV); touch $(VENV)/.made-by-make; "$$python" -m venv --clear $(VENV); touch $(VENV)/.made-by-make; fi
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r envs/requirements.lock
-	@# setuptools is in the lock, so nothing unpinned has to be fetched to build the package itself.
+	@# setuptools is in the lock, so building the package fetches nothing that is not pinned.
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 run: $(READY) ## run the pipeline on config/config.yaml and CONFIG=FILE, one step at a time (VERBOSE=1 shows all)
 	$(call pipeline)
 
-# Two processes on two cores: with a thread each, or their threads wait for one another.
+# Two processes on two cores, with one thread each: more threads would wait for each other.
 test: $(READY) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
@@ -60,10 +60,10 @@ lint: $(READY) ## check style, types and the workflow
 	$(BIN)/snakefmt --check workflow
 	$(BIN)/snakemake --lint
 
-quantize: $(READY) ## have INC quantize the model by PROFILE (recommended), and compare its error with the promised one
+quantize: $(READY) ## have INC quantize the model by PROFILE (recommended), and compare its error with the profile's
 	$(call pipeline,quantize_model,--config quantize='{profile: $(PROFILE)}')
 
-bench: $(READY) ## measure equality with INC, speed beside it, and growth (20 minutes)
+bench: $(READY) ## measure equality with INC, speed next to INC, and growth (20 minutes)
 	$(BIN)/python benchmarks/bench.py
 
 bench-3b: $(READY) ## measure the full Qwen2.5-VL-3B shape on the CPU (an hour, 24 GiB, 8 GB of disk)
@@ -79,7 +79,7 @@ bench-faults: $(READY) ## kill the pipeline and damage its inputs: configs, snap
 	$(BIN)/python benchmarks/fuzz_configs.py
 	$(BIN)/python benchmarks/fuzz_snapshots.py
 
-check-exports: run ## load every export in its own tool (installs five of them into tmp/, 6 GB)
+check-exports: run ## load every export in its own tool (installs five tools into tmp/, 6 GB)
 	$(BIN)/python benchmarks/check_exports.py
 
 standin-3b: $(READY) ## write a stand-in of Qwen2.5-VL-3B and photographs for config/standin.yaml (8 GB of disk)
@@ -96,13 +96,13 @@ config: $(READY) ## write config/config.yaml, its JSON schema and docs/config.md
 
 archive: $(READY) ## pack the workflow and the shipped model into ARCHIVE, without local samples and models
 	@mkdir -p "$(dir $(ARCHIVE))"
-	@# Snakemake does not replace an archive; what is no archive of this workflow is not removed for it.
+	@# Snakemake does not replace an archive. Another kind of file is not removed.
 	@if [ -e "$(ARCHIVE)" ] && ! tar -tzf "$(ARCHIVE)" 2>/dev/null | grep 'workflow/Snakefile$$' >/dev/null; then \
-		echo "error: $(ARCHIVE) is no archive of this workflow; move it away, or name another ARCHIVE=" >&2; exit 2; fi
+		echo "error: $(ARCHIVE) is not an archive of this workflow; move it away, or name another ARCHIVE=" >&2; exit 2; fi
 	@rm -f "$(ARCHIVE)"
 	$(BIN)/snakemake --archive "$(ARCHIVE)"
 
-# A build's local label (+cpu) is this machine's; the lock names the release, and each machine finds its own build.
+# The local label of a build (+cpu) belongs to this machine. The lock names the release, so each machine finds its build.
 lock: ## write envs/requirements.lock from envs/requirements.in
 	@$(find_python); \
 	tools=$$(mktemp -d); trap 'rm -rf "$$tools"' EXIT; \
@@ -115,13 +115,13 @@ lock: ## write envs/requirements.lock from envs/requirements.in
 		> "$$tools/requirements.lock"; \
 	mv "$$tools/requirements.lock" requirements.lock
 
-# Below results/ only the score store and what Snakemake has records of go, and below tmp/ only what is named here: the
-# rest is the user's. Without records, only the store is known to be of this workflow.
-clean: ## remove what runs here wrote: results that Snakemake has records of, scores, caches (not .venv, not models)
-	@if [ ! -d .snakemake ]; then only=--scores; echo "no run is recorded in .snakemake, so results/ stays, but for scores"; fi; \
+# In results/ this removes the score store and the files that Snakemake has records of. In tmp/ it removes the names in
+# SCRATCH. All else belongs to the user. Without records, only the store is known to be of this workflow.
+clean: ## remove results that Snakemake has records of, scores and caches (not .venv, not models)
+	@if [ ! -d .snakemake ]; then only=--scores; echo "no run is recorded in .snakemake, so results/ stays, except for the scores"; fi; \
 	if [ ! -d .snakemake ] && [ ! -d results/scores ]; then true; \
-	elif [ ! -x $(BIN)/python ]; then echo "error: only $(VENV) can tell what the workflow wrote: make setup" >&2; exit 2; \
+	elif [ ! -x $(BIN)/python ]; then echo "error: without $(VENV) the files of the workflow are not known; run make setup" >&2; exit 2; \
 	else $(BIN)/python scripts/clean_results.py $${only:-}; fi
 	rm -rf .snakemake $(SCRATCH) .pytest_cache .mypy_cache .ruff_cache
 	@if [ -d tmp ]; then rmdir --ignore-fail-on-non-empty tmp; fi
-	@if [ -d tmp ]; then echo "tmp/ keeps what no target of this Makefile wrote: $$(ls -A tmp | head -12 | tr '\n' ' ')"; fi
+	@if [ -d tmp ]; then echo "tmp/ keeps files that no target of this Makefile wrote: $$(ls -A tmp | head -12 | tr '\n' ' ')"; fi

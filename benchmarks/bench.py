@@ -1,8 +1,8 @@
-"""Equality with INC, speed beside INC, and how the cost grows: printed as Markdown, for docs/performance.md.
+"""Measure equality with INC, speed next to INC, and the growth of the cost; print Markdown for docs/performance.md.
 
     python benchmarks/bench.py [equality] [speed] [kernel] [growth]
 
-Every figure is measured in this run. Speed is the ratio of seconds an op, INC and replay taking turns in one process.
+Every figure is measured in this run. Speed is a ratio of seconds for one op. INC and replay take turns in one process.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def machine() -> str:
-    """Where and with what these figures were measured."""
+    """The machine and the versions of these figures."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("neural-compressor", "torch", "transformers"))
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
     adds = f"{instruction_set()}, INT8 products {cpu_kernel()}"
@@ -74,7 +74,7 @@ def inc_values(model: Any, plan: Plan, batch: Any, label: str, names: list[str])
 
 
 def replayed(model: Any, plan: Plan, batch: Any) -> dict[tuple[str, str], float]:
-    """Every value of every map by replay: {(map, op): value}."""
+    """Every value of every map, by replay: {(map, op): value}."""
     with Replay(model, plan.ops, plan.measured_op) as replay:
         replay.calibrate(batch)
         reference = replay.measured
@@ -122,10 +122,10 @@ def medium() -> tuple[Any, Plan, Any]:
 
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds an op of the fallback map, INC and replay taking turns; the values of all maps have to be the same.
+    """Seconds for one op of the fallback map. INC and replay take turns. The values of all maps must be equal.
 
-    INC's time is from the moment it takes up one op to the moment it takes up the next: its planning, its FP32 run and
-    its second pass are left out. Replay's is a whole map by its number of ops, with its own FP32 run and calibration.
+    INC's time runs from the start of one op to the start of the next op. INC's planning, its FP32 run and its second
+    pass are left out. The replay's time is a whole map, with FP32 run and calibration, divided by the number of ops.
     """
     model, plan, batch = medium()
     names = plan.op_names
@@ -181,10 +181,11 @@ def one_map(model: Any, plan: Plan, batch: Any, label: str) -> dict[tuple[str, s
 
 
 def kernel(args: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of one INT8 linear by four ways, and of a whole forward with every op in INT8 against FP32.
+    """Milliseconds of one INT8 linear in four ways, and of a whole forward in INT8 and in FP32.
 
-    The replay calls torch's quantized kernel, as INC's model does. `_int_mm` and float32 products of codes in pieces of
-    at most 1,024 columns (exact, as every partial sum stays below 2^24) give the product alone, without roundings.
+    The replay calls torch's quantized kernel, as INC's model does. Two other ways give the product alone, without
+    roundings: `_int_mm`, and float32 products of codes in pieces of at most 1,024 columns. The latter are exact,
+    because every partial sum stays below 2^24.
     """
     rows = []
     for tokens, columns, outputs in ((96, 576, 1536), (96, 1536, 576), (114, 1024, 2752), (114, 2752, 1024)):

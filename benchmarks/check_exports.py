@@ -1,10 +1,10 @@
-"""Every export loaded by its own tool: the tool quantizes the model, and leaves exactly the kept modules alone.
+"""Load every export in its own tool, quantize the model, and check that only the kept modules stay as they are.
 
     python benchmarks/check_exports.py [TOOL ...]
 
-Two models: `digits_vlm`, so run `make run` before, and a tiny Qwen2-VL. Each tool gets a virtual environment of its own
-below tmp/, so gigabytes are installed. INC's export is checked by `make quantize`. What cannot be installed or fails is
-printed as such and ends the check with 1.
+There are two models: `digits_vlm`, so run `make run` before, and a tiny Qwen2-VL. Each tool gets a virtual environment
+of its own in tmp/, which takes gigabytes. `make quantize` checks INC's export. A tool that cannot be installed, or that
+fails, is printed, and the exit code is 1.
 """
 
 import argparse
@@ -27,7 +27,7 @@ MODELS = {
     "digits_vlm": (Path("resources/models/digits_vlm"), RUN / "exports_cpu"),
     "qwen2_vl": (FOLDER / "qwen2_vl", FOLDER / "qwen2_vl_exports"),
 }
-# What pip is asked for, one call after another.
+# The arguments of pip, one call after another.
 PACKAGES = {
     "compressed-tensors": [["compressed-tensors"]],
     # Its requirements bound torch and transformers below this project's versions, so it comes without them.
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def keep_batch() -> None:
-    """One calibration batch of `digits_vlm` on disk: the tools' environments have no means to make one."""
+    """Write one calibration batch of `digits_vlm`, because the tools' environments cannot make one."""
     from auto_quantize_model.data.batches import load_batches
     from auto_quantize_model.files import read_json
     from auto_quantize_model.models.snapshot import load_processor
@@ -113,7 +113,7 @@ def make_qwen2_vl() -> None:
 
 
 def in_its_environment(tool: str) -> int:
-    """Install a tool beside this project's torch and transformers, and run the check there."""
+    """Install a tool together with this project's torch and transformers, and run the check there."""
     environment = FOLDER / tool
     python = environment / "bin" / "python"
     pins = [f"{package}=={version(package).partition('+')[0]}" for package in ("torch", "transformers")]
@@ -137,7 +137,7 @@ def in_its_environment(tool: str) -> int:
         if subprocess.run(step, stdout=subprocess.DEVNULL).returncode:
             print(f"{tool}: NOT CHECKED, it could not be installed ({' '.join(map(str, step[-2:]))})", flush=True)
             return 1
-    # NNCF compiles an extension and by default gives up after a minute; llm-compressor logs to stdout.
+    # NNCF compiles an extension and stops after a minute by default; llm-compressor logs to stdout.
     surroundings = os.environ | {"NNCF_EXTENSION_LOAD_TIMEOUT": "0", "LLM_COMPRESSOR_LOG_DISABLED": "true"}
     ended = subprocess.run([python, __file__, tool, "--inside"], stdout=subprocess.PIPE, text=True, env=surroundings)
     print(ended.stdout if not ended.returncode else f"{tool}: FAILED\n{ended.stdout}", end="", flush=True)
@@ -145,7 +145,7 @@ def in_its_environment(tool: str) -> int:
 
 
 def check(tool: str) -> int:
-    """Quantize each model by each profile's export and compare what is left in FP32 with the export's index."""
+    """Quantize each model by each profile's export, and compare the modules in FP32 with the export's index."""
     import transformers
 
     package = {"modelopt": "nvidia-modelopt"}.get(tool, tool)
@@ -203,7 +203,7 @@ def by_llmcompressor(model: torch.nn.Module, folder: Path, batch: Any) -> set[st
 
 
 def with_scheme(model: torch.nn.Module) -> set[str]:
-    """What compressed-tensors is to quantize; lm_head never is, as vLLM would not load it."""
+    """The modules that compressed-tensors quantizes; never lm_head, because vLLM would not load it."""
     found = {name for name, module in model.named_modules() if hasattr(module, "quantization_scheme")}
     assert "lm_head" in dict(model.named_modules()) and "lm_head" not in found  # noqa: S101
     return found
@@ -229,7 +229,7 @@ def by_nncf(model: torch.nn.Module, folder: Path, batch: Any) -> set[str]:
     from nncf.torch.function_hook import get_hook_storage
 
     scope = imported(folder / "nncf_ignored_scope.py").ignored_scope(model, batch)
-    # A node is named by its place among those of its name, so each module's own node is asked for by itself.
+    # The name of a node depends on the other nodes of that name, so each module's node is asked for alone.
     node_of = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv3d | torch.nn.Embedding):

@@ -51,13 +51,13 @@ def folder(path: Path) -> None:
 
 
 def pipe(path: Path) -> None:
-    """Put a named pipe in place of the file: who opens it waits for ever."""
+    """Put a named pipe in place of the file: a process that opens it waits without end."""
     path.unlink()
     os.mkfifo(path)
 
 
 def body_alone(path: Path) -> None:
-    """Take the head away, as in a file of an older version."""
+    """Remove the head, as in a file of an older version."""
     edited(lambda document: document.pop(HEAD))(path)
 
 
@@ -83,7 +83,7 @@ def first_key_removed(document: dict[str, Any]) -> None:
 def of_another_run(path: Path) -> None:
     """Put a whole document of the same kind and of another run in place of this one.
 
-    A step that reads nothing else of the run takes it for good, and rightly: nothing says that it is another one.
+    A step that reads no other document of the run accepts it, because nothing shows that it is of another run.
     """
     document = read_document(path)
     beside = [path.parent / name for name in document.files]

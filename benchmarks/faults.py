@@ -45,15 +45,15 @@ CONFIG: dict[str, Any] = {
 COMMAND = ["--cores", "1", "--resources", "gpu=1", "--configfile", "config/faults.yaml"]
 LIMIT = 600  # seconds that a run may take before it counts as a hang
 ENDING = 30  # seconds that processes may outlive a kill
-# What differs from run to run by its nature: times, hosts, and the records of Snakemake.
+# Files that differ from run to run: times, hosts, and the records of Snakemake.
 VOLATILE = re.compile(r"(^|/)(logs|benchmarks|scores|\.snakemake)/|\.run\.json$|/\.[^/]*$")
-# A file that this project writes before it has its name.
+# The temporary name of a file that this project writes.
 LEFTOVER = re.compile(r"\.auto-quantize-[0-9a-f]+-[0-9a-f]{8}$")
 
 
 @dataclass
 class Tally:
-    """What one kind of kill did."""
+    """The results of one kind of kill."""
 
     kills: int = 0
     rules: Counter[str] = field(default_factory=Counter)
@@ -202,7 +202,7 @@ def sweep(
 
 
 def next_rule(process: subprocess.Popen[bytes], log: Path, waiting: set[str]) -> str | None:
-    """The first rule of `waiting` that a run begins; None where the run ends, or takes too long, without."""
+    """The first rule of `waiting` that a run begins; None if the run ends or takes too long before."""
     until = time.monotonic() + LIMIT
     while time.monotonic() < until:
         ended = process.poll() is not None
@@ -216,17 +216,17 @@ def next_rule(process: subprocess.Popen[bytes], log: Path, waiting: set[str]) ->
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Snakemake and its job at once, as the kernel does for a container that is stopped."""
+    """Kill Snakemake and its job at once, as the kernel does for a container that is stopped."""
     os.killpg(process.pid, signal.SIGKILL)
 
 
 def kill_snakemake(process: subprocess.Popen[bytes]) -> None:
-    """Snakemake alone, its job goes on."""
+    """Kill Snakemake alone; its job continues."""
     process.kill()
 
 
 def kill_job(process: subprocess.Popen[bytes]) -> None:
-    """The job alone, as the kernel does where memory ran out."""
+    """Kill the job alone, as the kernel does when memory runs out."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):
             if any("scripts/" in word for word in child.cmdline()):
@@ -237,7 +237,7 @@ KILLS = {"the group": kill_group, "Snakemake alone": kill_snakemake, "the job al
 
 
 def outliving(checkout: Path, process: subprocess.Popen[bytes]) -> int:
-    """How many processes of the workflow there are still, half a minute after a kill; they are ended then."""
+    """The number of processes of the workflow half a minute after a kill; they are ended then."""
     until = time.monotonic() + ENDING
     while left := list(processes_in(checkout)):
         if time.monotonic() > until:
@@ -334,7 +334,7 @@ WRITTEN = {
 
 
 def options_read(command: str) -> Iterator[str]:
-    """The words of a command that name files which the script reads."""
+    """The words of a command that name the files that the script reads."""
     words = shlex.split(command)
     written = WRITTEN.get(Path(words[1]).name, set())
     option = ""
@@ -346,7 +346,7 @@ def options_read(command: str) -> Iterator[str]:
 
 
 def tried(checkout: Path, path: Path, damage: Damage, command: str) -> tuple[str, str]:
-    """How a script ends on a damaged file, and the last line of what it says; everything is put back afterwards."""
+    """The end of a script on a damaged file, and the last line of its output; all files are restored afterwards."""
     kept = path.read_bytes()
     made = {found: found.read_bytes() for found in checkout.glob("results/**/*") if found.is_file()}
     damage(path)

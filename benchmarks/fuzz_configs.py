@@ -1,4 +1,4 @@
-"""Try configs with one fault each: a fault is refused in one line, and what is only unusual means what it says.
+"""Try configs with one fault or one unusual value each: a fault is refused in one line, an unusual value is read.
 
 Every mutant is the default config with one change of a kind, drawn by a seed, with the outcome that a user expects. The
 function that the Snakefile calls reads all of them; `snakemake --dry-run` reads a sample as a user's config.
@@ -39,7 +39,7 @@ class Mutant:
     """A config with one fault or one unusual value.
 
     `text` is the file, `arguments` are those of `--config`. `expected` holds the values that must be read, by place;
-    None says that the config must be refused. `named` has to stand in the message.
+    None: the config must be refused. The message must contain `named`.
     """
 
     kind: str
@@ -305,14 +305,14 @@ def read(mutant: Mutant, folder: Path) -> str:
         return judged(mutant, None, str(error))
     except TimeoutError:
         return "hang"
-    except Exception:  # what this script is there to count
+    except Exception:  # this script counts them
         return "traceback"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def dry_run(mutant: Mutant, folder: Path) -> str:
-    """The outcome of a mutant that Snakemake reads as config/config.yaml; values that are read are not looked at."""
+    """The outcome of a mutant that Snakemake reads as config/config.yaml; the values are not compared."""
     (folder / "config").mkdir(exist_ok=True)
     if not (folder / "resources").exists():  # the default config takes the shipped snapshot
         (folder / "resources").symlink_to(ROOT / "resources", target_is_directory=True)

@@ -1,10 +1,19 @@
 """Damage small real snapshots at random, and count how the checks of `get_model` answer.
 
-Each case is a copy of a snapshot with one change, drawn from a seed: a value of a JSON file replaced, removed or given
-twice, bytes of a header flipped, a file cut, emptied, renamed or replaced by a pipe, a directory or a link to itself.
-A case counts as refused (InputError of `get_model`), refused by the plan (InputError once the model runs on a sample),
-accepted and runs (finite logits), accepted wrongly (another error then), traceback (another error of `get_model`) or
-hang. The last three must be 0.
+Each case is a copy of a snapshot with one change, drawn from a seed:
+
+- a value of a JSON file is replaced, removed or given twice
+- bytes of a header are flipped
+- a file is cut, emptied, renamed, or replaced by a pipe, a directory or a link to itself
+
+A case has one of these outcomes. The last three must be 0.
+
+- refused: InputError of `get_model`
+- refused by the plan: InputError when the model runs on a sample
+- accepted and runs: finite logits
+- accepted wrongly: another error when the model runs
+- traceback: another error of `get_model`
+- hang
 
     python benchmarks/fuzz_snapshots.py --number 500 --seed 0
 """
@@ -42,7 +51,7 @@ WRONG, TRACEBACK, HANG = "accepted wrongly", "traceback", "hang"
 KINDS = (REFUSED, LATER, RUNS, WRONG, TRACEBACK, HANG)
 VALUES: list[Any] = [None, True, False, -1, 0, 1, 3, 10**7, 10**12, 10**18, 2**64, 1.5, 1e308, "", "text", "64"]
 VALUES += ["../x", "a\nb", "\ud800", [], ["a"], [1, "a"], {}, {"a": 1}]
-MEMORY = 32 << 30  # bytes of address space for a case; a bomb ends in MemoryError and not in the kernel's killer
+MEMORY = 32 << 30  # bytes of address space for a case; a file that unpacks to too much ends in MemoryError
 
 
 def build_snapshots(directory: Path) -> list[Path]:
@@ -67,7 +76,7 @@ def build_snapshots(directory: Path) -> list[Path]:
 
 
 def damage(directory: Path, generator: random.Random) -> str:
-    """Change one thing in a snapshot, and say what."""
+    """Change one thing in a snapshot, and describe the change."""
     files = sorted(path for path in directory.iterdir() if path.is_file())
     documents = [path for path in files if path.suffix == ".json"]
     weights = [path for path in files if path.suffix == ".safetensors"]
@@ -156,7 +165,7 @@ def change_file(path: Path, generator: random.Random) -> str:
 
 
 def answer(directory: Path) -> tuple[str, str]:
-    """How the checks answer to a snapshot, and the message or the traceback."""
+    """The outcome of the checks on a snapshot, and the message or the traceback."""
     try:
         build_manifest(directory, "fuzz", "local", {})
     except InputError as error:
@@ -182,7 +191,7 @@ def in_child(directory: Path, sender: Connection) -> None:
 
 
 def judged(directory: Path, seconds: float) -> tuple[str, str]:
-    """The answer, from a process of its own, which is ended after `seconds`."""
+    """The outcome, from a process of its own, which is ended after `seconds`."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=in_child, args=(directory, sender))
     process.start()
@@ -197,7 +206,7 @@ def judged(directory: Path, seconds: float) -> tuple[str, str]:
 
 
 def fuzz(snapshots: list[Path], seed: int, number: int, seconds: float) -> Iterator[tuple[str, str, str]]:
-    """Cases of a seed: what was changed, the answer, and its message."""
+    """The cases of a seed: the change, the outcome, and its message."""
     generator = random.Random(seed)
     with tempfile.TemporaryDirectory() as temporary:
         for case in range(number):
@@ -213,7 +222,7 @@ def main() -> int:
     parser.add_argument("--number", type=int, default=500, help="cases (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the cases (default: 0)")
     parser.add_argument("--seconds", type=float, default=60, help="after which a case is a hang (default: 60)")
-    parser.add_argument("--all", action="store_true", help="print every case, not those alone that must not be")
+    parser.add_argument("--all", action="store_true", help="print every case, not only those that must be 0")
     args = parser.parse_args()
     torch.set_num_threads(1)
     counts: Counter[str] = Counter()

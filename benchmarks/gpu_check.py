@@ -1,4 +1,4 @@
-"""The replay on a GPU beside the CPU of the same machine: the bits of every op, ranks, times and memory.
+"""Compare the replay on a GPU with the CPU of the same machine: the bits of every op, ranks, times and memory.
 
     python benchmarks/gpu_check.py prepare results/digits_vlm/digits   # where the pipeline has run
     python benchmarks/gpu_check.py trained                             # on the machine with the GPU

@@ -92,7 +92,7 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def compare_devices(args: argparse.Namespace) -> dict[str, Any]:
-    """Spearman's rank correlation and the largest relative difference of CPU and GPU, per map, where both were run."""
+    """Rank correlation (Spearman) and largest relative difference of CPU and GPU, for each map that both measured."""
     files = [args.folder / f"capture_{args.shape}_{device}.json" for device in ("cpu", "cuda")]
     if not all(path.exists() for path in files):
         return {"not_run": "one device only"}

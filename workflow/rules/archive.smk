@@ -1,8 +1,8 @@
 rule archive_results:
-    """Pack the results of this model and calibration set into one tar file, with a sha256 per member beside it.
+    """Pack the results of this model and calibration set into one tar file, and list the sha256 of each member in a second file.
 
-    The run record, logs and benchmarks stay out: they hold times and the host, and with them no two archives of the
-    same results would be the same bytes. The workflow itself is packed by `snakemake --archive`.
+    The run record, logs and benchmarks stay out. They hold times and the host, so archives of the same results would
+    differ. The workflow itself is packed by `snakemake --archive`.
     """
     input:
         **DESCRIBED,

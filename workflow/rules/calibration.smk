@@ -1,8 +1,8 @@
 rule extract_calibration:
     """Draw calibration and held-out samples, and check each of them against the model's own processor.
 
-    It needs the model because limits in pixels and tokens mean something only through that model's image processor
-    and chat template. A row of either set is one sample: an image or none, a prompt, an answer or none.
+    The model is an input because its image processor and chat template give limits in pixels and tokens a meaning. A
+    row of a set is one sample: a prompt, and perhaps an image and an answer.
     """
     input:
         stale=made_again_where_stale("extract_calibration"),

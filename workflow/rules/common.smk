@@ -1,4 +1,4 @@
-"""Names of a run, and the functions that tell Snakemake what a job depends on apart from its inputs."""
+"""Names of a run, and functions that tell Snakemake what a job depends on apart from its inputs."""
 
 import filecmp
 import json
@@ -34,7 +34,7 @@ def chosen_device():
 
 
 def require_device():
-    """End a run whose GPU is missing before its first job; jobs on other machines find out by themselves."""
+    """End a run without its GPU before the first job. Jobs on other machines check for themselves."""
     jobs = workflow.dag.needrun_jobs()
     if DEVICE != "cuda" or not workflow.local_exec or not any(getattr(job.resources, "gpu", 0) for job in jobs):
         return
@@ -73,19 +73,19 @@ def block(*keys):
 
 
 def plan_spec(wildcards):
-    """What the plan needs of the sensitivity block, as JSON."""
+    """The keys of the sensitivity block that the plan depends on, as JSON."""
     return json.dumps({key: config["sensitivity"][key] for key in PLAN_KEYS}, sort_keys=True)
 
 
 def folder_of_output(wildcards, output):
-    """Where a rule's files lie that are written side by side."""
+    """The folder of a rule's outputs, which lie in one folder."""
     return str(Path(output[0]).parent)
 
 
 def input_options(wildcards, input):
     """A rule's inputs as options of its script. An input has the name of its option.
 
-    `stale` has no files, so it is no option. Snakemake does not rerun a job when such a param changes. It compares the
+    `stale` has no files, so it makes no option. Snakemake does not rerun a job when such a param changes. It compares the
     inputs themselves.
     """
     paths = {name: shlex.join([path] if isinstance(path, str) else path) for name, path in input.items()}
@@ -98,12 +98,12 @@ def file_options(wildcards, input, output):
 
 
 def files_to_pack(wildcards, input):
-    """What an archive packs: the rule's inputs, and with the exports' index all of its folder."""
+    """The files of an archive: the rule's inputs, and for the index of the exports its whole folder."""
     return [str(Path(path).parent) if path == input.exports else path for path in input]
 
 
 def documents_to_pack(wildcards, input):
-    """Those of an archive's files that have to be of one run, as KIND=FILE."""
+    """The documents of an archive, which must be of one run, as KIND=FILE."""
     kinds = {option: kind for option, kind in DOCUMENTS.items() if option in input.keys()}
     return [f"{kind}={getattr(input, option)}" for option, kind in kinds.items()]
 
@@ -139,7 +139,7 @@ def replay_flags():
 
 # The keys of the model block that matter, by source.
 MODEL_KEYS = {"digits": (), "local": (), "hub": ("repo_id", "revision")}
-# What each rule's document depends on of the config, apart from what reaches it by way of other documents.
+# The part of the config that each rule's document depends on, apart from the parts that other documents depend on.
 ASKED = {
     "get_model": {
         key: config["model"][key] for key in ("name", "source", "path", *MODEL_KEYS[config["model"]["source"]])
@@ -156,12 +156,12 @@ ASKED = {
 
 
 def config_digest(rule):
-    """The digest of what a rule's document depends on of the config; the document records it."""
+    """The digest of the part of the config that a rule's document depends on. The document records it."""
     return digest_of(ASKED[rule])
 
 
 def is_made(rule, document):
-    """Whether a rule's document is there, and made by this config."""
+    """Whether a rule's document exists and was made by this config."""
     return Path(document).exists() and not why_stale(Path(document), config_digest(rule))
 
 
@@ -177,11 +177,11 @@ except InputError as error:
 
 
 def made_again_where_stale(rule):
-    """No input, but a look at what the rule made, while Snakemake asks for the rule's inputs.
+    """An input function without files, which checks the rule's outputs when Snakemake asks for its inputs.
 
-    What was made by another config or from other local files, lacks files, or is a copy of something else, is put on
-    Snakemake's list of files to make again. Times cannot tell, as all files of an unpacked archive have the same one;
-    and Snakemake's own records, which know the parameters of a job, are in no archive.
+    Outputs of another config or of other local files go on Snakemake's list of files to make again. So do outputs that
+    lack files, and outdated copies. Times do not show this, because all files of an unpacked archive have the same
+    time. Snakemake's own records know the parameters of a job, but no archive holds them.
     """
 
     def look(wildcards):
@@ -196,14 +196,14 @@ def made_again_where_stale(rule):
 
 
 def why_document_stale(rule, made):
-    """Why the documents of a rule have to be made again, in words, or nothing."""
+    """Why the documents of a rule must be made again, as text; empty if they are good."""
     documents = [Path(output) for output in made.output if Path(output).exists()]
     digest = config_digest(rule) if rule in ASKED else None
     return next(filter(None, (why_stale(document, digest) for document in documents)), "")
 
 
 def why_model_stale(rule, made):
-    """As `why_document_stale`, or which file of the snapshot is another than the manifest lists."""
+    """As `why_document_stale`, or which file of the snapshot differs from the manifest."""
     why = why_document_stale(rule, made)
     if why or config["model"]["source"] == "hub":
         return why
@@ -211,7 +211,7 @@ def why_model_stale(rule, made):
 
 
 def why_samples_stale(rule, made):
-    """As `why_document_stale`, or that the files of a local calibration source are others than those drawn from."""
+    """As `why_document_stale`, or that the files of a local calibration source have changed since the draw."""
     why = why_document_stale(rule, made)
     if why or config["calibration"]["source"] != "local":
         return why
@@ -219,7 +219,7 @@ def why_samples_stale(rule, made):
 
 
 def why_copy_stale(rule, made):
-    """Which copy of a published report is one of another report."""
+    """Which published copy differs from the report, as text; empty if none does."""
     pairs = [(made.input.json, made.output.into_json), (made.input.markdown, made.output.into_markdown)]
     for source, target in pairs:
         if Path(source).exists() and Path(target).exists() and not filecmp.cmp(source, target, shallow=False):
@@ -228,7 +228,7 @@ def why_copy_stale(rule, made):
 
 
 def why_archive_stale(rule, made):
-    """What an archive of results lacks, or holds otherwise than it lies here."""
+    """Which file an archive lacks, or holds with other content than the file has now."""
     return why_outdated(Path(made.output.checksums), [Path(path) for path in made.input if not callable(path)])
 
 
@@ -243,7 +243,7 @@ WHY_STALE = {
 def code_digest(script, *extra):
     """The digest of a script, of the library's code that it imports, and of files and folders that the code reads.
 
-    Content decides and not time, so a fresh clone reruns nothing. A comment or a docstring reruns nothing either.
+    Content counts, not time: a fresh clone reruns nothing. A comment or a docstring reruns nothing either.
     """
     try:
         return digest_of_code(ROOT, script, *extra)

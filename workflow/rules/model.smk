@@ -1,8 +1,8 @@
 rule get_model:
-    """Get the model as a local snapshot, and write the manifest that stands for it from here on.
+    """Get the model as a local snapshot, and write the manifest that represents it in all later steps.
 
-    The weights are no declared output: a manifest of kilobytes with a sha256 per file can be restored, compared and
-    archived where gigabytes cannot. A row of `files` is one file of the snapshot.
+    The weights are not a declared output. A manifest of kilobytes with a sha256 per file is easy to restore, compare
+    and archive; gigabytes are not. A row of `files` is one file of the snapshot.
     """
     input:
         stale=made_again_where_stale("get_model"),

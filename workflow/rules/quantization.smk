@@ -1,7 +1,7 @@
 rule quantize_model:
-    """Have INC itself quantize the model by a profile, and see that its error is the one that the profile promised.
+    """Have INC itself quantize the model by a profile, and check that its error is the error of the profile.
 
-    Not part of `all`: ask for it by name, or by `make quantize PROFILE=moderate`.
+    `all` does not include this rule. Name it, or run `make quantize PROFILE=moderate`.
     """
     input:
         **MEASURED,

@@ -1,7 +1,7 @@
 rule build_profiles:
     """Name measured keep-lists: `minimal`, `moderate`, `aggressive`, `max`, and the smallest that reaches the target.
 
-    A profile is a point of a measured curve with all the ops that it keeps.
+    A profile is a point of a measured curve, with all ops that it keeps in FP32.
     """
     input:
         stale=made_again_where_stale("build_profiles"),
@@ -26,9 +26,9 @@ rule build_profiles:
 
 
 rule export_profiles:
-    """Write each profile in the words of the tools that apply it, checked against the model's module names.
+    """Write each profile as files for the tools that apply it, checked against the model's module names.
 
-    An entry of index.json is a profile's export to one tool, with what was dropped or added for it.
+    An entry of index.json is the export of a profile to one tool, with the ops that were dropped or added for the tool.
     """
     input:
         **DESCRIBED,
@@ -36,7 +36,7 @@ rule export_profiles:
         plan=rules.plan_quantization.output.plan,
         profiles=rules.build_profiles.output.profiles,
     output:
-        # A file, as Snakemake empties an output that is a folder before a job and after one that failed.
+        # A file: Snakemake empties an output that is a folder, before a job and after a job that failed.
         index=f"{RUN}/exports_{DEVICE}/index.json",
     log:
         f"{RUN}/logs/export_profiles.log",
@@ -51,9 +51,9 @@ rule export_profiles:
 
 
 rule render_report:
-    """Turn the capture into the report, for people (Markdown), for programs (JSON) and for spreadsheets (CSV).
+    """Write the report for people (Markdown), for programs (JSON) and for spreadsheets (CSV).
 
-    A row of the primary table is one op, least to most sensitive. All files are the same bytes for the same inputs.
+    A row of the primary table is one op. All files are the same bytes for the same inputs.
     """
     input:
         **DESCRIBED,
@@ -85,7 +85,7 @@ rule render_report:
     benchmark:
         f"{RUN}/benchmarks/render_report.tsv"
     params:
-        # Templates are part of the code: as inputs they would have new times in every fresh clone.
+        # Templates are part of the code. As inputs they would have new times in every fresh clone.
         code=code_digest(
             "scripts/render_report.py",
             "src/auto_quantize_model/report/templates/op_sensitivity.md.j2",
@@ -100,7 +100,7 @@ rule render_report:
 rule draw_figures:
     """Draw the report's pictures: sensitivity by block, all ops ranked, the trade-off, image against text tokens.
 
-    What was not measured is a picture that says so, so that the same files are always there.
+    The same files are always written. If something was not measured, its picture says so.
     """
     input:
         report=rules.render_report.output.json,
@@ -140,7 +140,7 @@ rule draw_figures:
 
 
 rule render_page:
-    """Put the report into one HTML page that needs no network: pictures to point at, a table to sort and filter."""
+    """Put the report into one HTML page that needs no network, with pictures and a table to sort and filter."""
     input:
         report=rules.render_report.output.json,
         markdown=rules.render_report.output.markdown,
@@ -166,7 +166,7 @@ rule render_page:
 
 
 rule publish_summary:
-    """Copy the report to its stable place, whose path does not change with the calibration set or the device."""
+    """Copy the report to a path that does not change with the calibration set or the device."""
     input:
         stale=made_again_where_stale("publish_summary"),
         markdown=rules.render_report.output.markdown,

@@ -1,4 +1,4 @@
-# What describes the model and the samples.
+# The documents that describe the model and the samples.
 DESCRIBED = dict(
     manifest=rules.get_model.output.manifest,
     calibration_manifest=rules.extract_calibration.output.calibration_manifest,
@@ -6,10 +6,10 @@ DESCRIBED = dict(
 
 
 rule plan_quantization:
-    """Have INC plan the quantization, so that what is measured is INC's own choice.
+    """Have INC plan the quantization, so that the measured ops are INC's own choice.
 
-    A row of `ops` is one op that is quantized, with its observers and schemes; a row of `excluded` is one that is not,
-    with the reason.
+    A row of `ops` is an op that INC quantizes, with its observers and schemes. A row of `excluded` is a module that
+    stays in FP32, with the reason.
     """
     input:
         **DESCRIBED,
@@ -34,7 +34,7 @@ rule plan_quantization:
         " --log {log:q}"
 
 
-# What is calibrated and measured.
+# The inputs of the rules that calibrate or measure.
 PLANNED = dict(
     **DESCRIBED,
     calibration_set=rules.extract_calibration.output.calibration_set,
@@ -58,7 +58,7 @@ rule calibrate_scales:
         f"{RUN}/logs/calibrate_scales.log",
     benchmark:
         f"{RUN}/benchmarks/calibrate_scales.tsv"
-    # As many as --cores allows; Snakemake lowers the number by itself.
+    # As many as --cores allows: Snakemake lowers the number.
     threads: 64
     resources:
         gpu=1 if DEVICE == "cuda" else 0,
@@ -78,7 +78,7 @@ rule calibrate_scales:
         " --log {log:q}"
 
 
-# What each measuring rule reads.
+# The inputs of each rule that measures.
 MEASURED = dict(
     **PLANNED,
     scales=rules.calibrate_scales.output.scales,
@@ -86,11 +86,11 @@ MEASURED = dict(
 
 
 rule capture_sensitivity:
-    """Measure every op of the plan: the long step, so it holds the GPU's place.
+    """Measure every op of the plan. This is the long step, and it reserves the GPU.
 
-    A row is one op of one map on one confidence batch, with the sum of squared errors at the measured op as INC's
-    number. The score store keeps each score, so a killed run resumes. Times and host differ from run to run: they go to
-    the run record, which no other rule reads.
+    A row is one op of one map on one confidence batch. INC's number is the sum of squared errors at the measured op.
+    The score store keeps each score, so a killed run resumes. Times and host differ from run to run. They go to the run
+    record, which no other rule reads.
     """
     input:
         **MEASURED,
@@ -102,7 +102,7 @@ rule capture_sensitivity:
         f"{RUN}/logs/capture_sensitivity.log",
     benchmark:
         f"{RUN}/benchmarks/capture_sensitivity.tsv"
-    # As many as --cores allows; Snakemake lowers the number by itself.
+    # As many as --cores allows: Snakemake lowers the number.
     threads: 64
     resources:
         gpu=1 if DEVICE == "cuda" else 0,
@@ -122,7 +122,8 @@ rule capture_sensitivity:
 rule audit_capture:
     """Have INC's unmodified helpers measure a sample of ops again: on the CPU every bit has to be the same.
 
-    So INC measures at least once in every run, whatever the engine, and a report never rests on the replay alone.
+    INC measures in every run, with every engine, so no report depends on the replay alone. If INC cannot measure the
+    model, torch's own quantized modules do.
     """
     input:
         **MEASURED,
@@ -149,7 +150,7 @@ rule audit_capture:
 
 
 rule measure_tradeoff:
-    """Measure the mixed-precision model on held-out samples for growing keep-lists, along the ranking and controls.
+    """Measure the mixed-precision model on held-out samples, for keep-lists of growing length.
 
     The ranking is compared with random orders, the reversed ranking, and the largest weights first. A point of a curve
     is one keep-list. The score store keeps the record of each forward, so a killed run resumes.

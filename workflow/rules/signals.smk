@@ -1,6 +1,7 @@
 """How Snakemake ends: a signal ends its jobs too, and the lock of a killed Snakemake does not stop the next run.
 
-By itself Snakemake waits for its jobs on SIGTERM, SIGHUP leaves its lock, and after kill -9 it asks for --unlock.
+Without this file, Snakemake waits for its jobs on SIGTERM, leaves its lock on SIGHUP, and asks for --unlock after
+kill -9.
 """
 
 import contextlib
@@ -21,8 +22,8 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def remove_lock_of_the_killed():
     """Remove Snakemake's lock where no Snakemake of this workflow lives, as `--unlock` does.
 
-    Each of them holds a shared flock on one file until its process ends, and the kernel takes the flock back however it
-    ends. So who gets the flock alone knows that nobody else lives. Where a file system has no flock, the lock stays.
+    Each of them holds a shared flock on one file until its process ends. The kernel releases the flock at any end. So a
+    process that gets the exclusive flock knows that it is alone. On a file system without flock, the lock stays.
     """
     with contextlib.suppress(OSError):
         Path(".snakemake").mkdir(exist_ok=True)
@@ -35,7 +36,7 @@ def remove_lock_of_the_killed():
 
 
 def unlock_on_signals():
-    """Until the first job starts, have signals end Snakemake by an exception, so that it gives up its lock."""
+    """Until the first job starts, have signals end Snakemake by an exception, so that it removes its lock."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
@@ -44,14 +45,14 @@ def unlock_on_signals():
 def stop_jobs_on_signals():
     """From the first job on, have a signal end all running jobs and start no more.
 
-    Each job keeps its journal (see `cli`). Snakemake takes the jobs for failed, gives up its lock and ends with 1. A
-    signal that nohup ignores stays ignored. A second Ctrl-C interrupts Snakemake itself, as it always did.
+    The score store keeps all scores. Snakemake treats the jobs as failed, removes its lock and ends with 1. A signal
+    that nohup ignores stays ignored. A second Ctrl-C interrupts Snakemake itself, as without this file.
     """
     start_no_more = signal.getsignal(signal.SIGTERM)  # Snakemake's own
 
     def stop(number, frame):
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        # In a thread: Snakemake's handler takes a lock that the interrupted thread may hold.
+        # In a thread, because Snakemake's handler takes a lock that the interrupted thread may hold.
         threading.Thread(target=end_jobs, args=(start_no_more,), daemon=True).start()
 
     for number in STOPPING:
@@ -60,7 +61,7 @@ def stop_jobs_on_signals():
 
 
 def end_jobs(start_no_more):
-    """Have all jobs end, and those that were about to start; a thread that ends with the process."""
+    """End all jobs, and those that are about to start. This runs in a thread that ends with the process."""
     start_no_more(signal.SIGTERM, None)
     told = set()
     while True:

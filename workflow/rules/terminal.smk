@@ -1,4 +1,4 @@
-"""What the terminal shows: the decision or the failure last, and where `make run` asks for it, one line for each step."""
+"""The output on the terminal: the decision or the failure comes last. `make run` shows one line for each step."""
 
 import atexit
 import logging
@@ -16,7 +16,7 @@ from auto_quantize_model.files import InputError
 from auto_quantize_model.report import sentences
 
 QUIET = "PIPELINE_QUIET" in os.environ  # the jobs read it too
-# Errors of Snakemake that a failed job causes. The job's own sentence says more, and stands last.
+# Errors of Snakemake that a failed job causes. The job's own sentence says more, and comes last.
 CAUSED = ("RuleException:\nCalledProcessError", "WorkflowError:\nAt least one job did", "Exiting because a job")
 
 
@@ -61,7 +61,7 @@ def is_news(record):
 
 
 def show_result():
-    """When Snakemake has ended, show the decision, the page and the next command, if the run was asked for them."""
+    """When Snakemake has ended, show the decision, the page and the next command, if the run made them."""
     if workflow.dryrun:
         return
     made = {job.rule.name: job for job in workflow.dag.jobs}
@@ -82,7 +82,7 @@ def show_result():
 
 
 def show_failure():
-    """When Snakemake has ended, show which jobs failed, and last the sentence that says why."""
+    """When Snakemake has ended, show the failed jobs, and last the sentence with the cause."""
     atexit.register(say, "\n".join(STEPS.failed), sys.stderr)
 
 

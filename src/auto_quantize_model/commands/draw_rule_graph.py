@@ -1,11 +1,15 @@
-"""Draw the workflow's rule graph as SVG, and as Mermaid into the README; the same bytes each time."""
+"""Draw the workflow's rule graph as SVG, and as Mermaid into the README; the same bytes each time.
+
+The graph shows the shortest set of edges: an edge that a longer path implies is left out, and so is rule `all`.
+"""
 
 import argparse
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 from auto_quantize_model import cli, options
@@ -37,7 +41,10 @@ def draw_rule_graph(args: argparse.Namespace) -> None:
 
 
 def rule_edges() -> list[tuple[str, str]]:
-    """The rule graph's edges by rule name, sorted: Snakemake's own order and numbering follow Python's hash seed."""
+    """The edges of the rule graph by rule name, reduced and sorted.
+
+    Sorted, because Snakemake's own order and numbering follow Python's hash seed.
+    """
     dot = subprocess.run(
         [sys.executable, "-m", "snakemake", "--rulegraph", "dot"],
         env={**os.environ, "PYTHONHASHSEED": "0"},
@@ -45,12 +52,35 @@ def rule_edges() -> list[tuple[str, str]]:
         text=True,
     )
     if dot.returncode:
-        raise InputError(f"snakemake --rulegraph ended with {dot.returncode}; its message stands above")
+        raise InputError(f"snakemake --rulegraph ended with {dot.returncode}; read its message above")
     names = dict(NODE.findall(dot.stdout))
     edges = {(names[source], names[target]) for source, target in EDGE.findall(dot.stdout)}
-    # `all` asks for every file by name; of the rules that lead there by way of others, no second arrow is drawn.
-    lead_on = {source for source, target in edges if target != "all"}
-    return sorted(edge for edge in edges if edge[1] != "all" or edge[0] not in lead_on)
+    # `all` makes nothing, it only asks for files.
+    return reduced(edge for edge in edges if edge[1] != "all")
+
+
+def reduced(edges: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The transitive reduction: the edges without those that a longer path implies, sorted.
+
+    Args:
+        edges: of a graph without circles, as (source, target).
+    """
+    targets: dict[str, set[str]] = {}
+    for source, target in edges:
+        targets.setdefault(source, set()).add(target)
+
+    @cache
+    def reachable(node: str) -> frozenset[str]:
+        """The nodes that a path from `node` reaches."""
+        nexts = targets.get(node, set())
+        return frozenset(nexts).union(*map(reachable, nexts))
+
+    return sorted(
+        (source, target)
+        for source, nexts in targets.items()
+        for target in nexts
+        if not any(target in reachable(other) for other in nexts)
+    )
 
 
 def mermaid(edges: list[tuple[str, str]]) -> str:
@@ -64,7 +94,7 @@ def insert_block(readme: Path, block: str) -> str:
     """The text of `readme` with everything between the two markers replaced by `block`."""
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise InputError(f"{readme}: needs the line {BEGIN} and, after it, the line {END}, once each; put them in")
+        raise InputError(f"{readme}: must hold the line {BEGIN} once and, after it, the line {END} once; add them")
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
 
