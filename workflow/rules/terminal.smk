@@ -1,4 +1,4 @@
-"""What the terminal shows: the decision or the failure last, and where `make run` asks for it, one line for each step."""
+"""What the terminal shows: the decision or the failure last, and one line for each step if `make run` asks for it."""
 
 import atexit
 import logging
