@@ -1,21 +1,20 @@
 """A document that was changed, mixed up or damaged is refused by every script that reads it, by name, in one line."""
 
-import importlib.util
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import damages
 import pytest
 
 from auto_quantize_model import cli
+from auto_quantize_model.commands import auto_quantize
 from auto_quantize_model.documents import (
     CONFIG,
     HEAD,
     RULES,
+    VERSION,
     Document,
     read_document,
     read_documents,
@@ -25,7 +24,6 @@ from auto_quantize_model.documents import (
 )
 from auto_quantize_model.files import InputError, digest_of
 
-ROOT = Path(__file__).parents[1]
 # Where each kind lies, and the kinds that its step reads.
 NAMES = {kind: f"{kind}.json" for kind in RULES} | {"exports": "exports/index.json"}
 READS: dict[str, tuple[str, ...]] = {
@@ -86,17 +84,6 @@ OTHERS = {
 CASES = [(script, kind) for script, kinds in SCRIPTS.items() for kind in kinds]
 
 
-def module_of(folder: str, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-damages = module_of("benchmarks", "damages")
-
-
 def write_run(folder: Path) -> dict[str, Document]:
     """One document of each kind, of one run, in `folder`, with the files of exports and report."""
     made: dict[str, Document] = {}
@@ -128,16 +115,6 @@ def run(run_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path / "run"
 
 
-@pytest.fixture(scope="module")
-def script() -> Callable[[str], ModuleType]:
-    loaded: dict[str, ModuleType] = {}
-
-    def load(name: str) -> ModuleType:
-        return loaded.setdefault(name, loaded.get(name) or module_of("scripts", name))
-
-    return load
-
-
 def arguments(name: str) -> list[str]:
     """The command line of a script on the run in the current folder."""
     kinds = SCRIPTS[name]
@@ -149,11 +126,10 @@ def arguments(name: str) -> list[str]:
     return [*OTHERS[name], *(word for kind in kinds for word in (options[kind], NAMES[kind]))]
 
 
-def error_of(module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:
+def error_of(name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:
     """What a script prints as its error; it has to end as one that the user can mend, with one line."""
     monkeypatch.setattr(cli, "end_with_parent", lambda: None)  # here the parent is the test runner's
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments(name)])
-    assert module.main() == 2
+    assert auto_quantize.command(name).main(arguments(name)) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert len(lines) == 1 and not list(Path().glob("made*"))
     return lines[0]
@@ -161,13 +137,13 @@ def error_of(module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch, cap
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_every_script_refuses_every_damage_of_every_document_by_name(
-    script: Any, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str, kind: str
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str, kind: str
 ) -> None:
-    module, path = script(name), run / NAMES[kind]
+    path = run / NAMES[kind]
     whole = path.read_bytes()
     for damage, apply in damages.DAMAGES.items():
         apply(path)
-        error = error_of(module, name, monkeypatch, capsys)
+        error = error_of(name, monkeypatch, capsys)
         assert error.startswith(f"error: {NAMES[kind]}: "), f"{damage}: {error}"
         assert f"(snakemake --cores 1 --forcerun {RULES[kind]})" in error, f"{damage}: {error}"
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -176,12 +152,12 @@ def test_every_script_refuses_every_damage_of_every_document_by_name(
 
 @pytest.mark.parametrize("name", [name for name, words in OTHERS.items() if "a.parquet" in words][1:])
 def test_every_script_refuses_a_changed_set_before_it_loads_a_model(
-    script: Any, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str
 ) -> None:
     for stored in ("a.parquet", "b.parquet"):
         if stored in OTHERS[name]:
             (run / stored).write_bytes(b"PAR1 sampler PAR1")
-            error = error_of(script(name), name, monkeypatch, capsys)
+            error = error_of(name, monkeypatch, capsys)
             assert error.startswith(f"error: {stored}: changed since it was written, as calibration_manifest.json says")
             (run / stored).write_bytes(b"PAR1 samples PAR1")
 
@@ -195,13 +171,12 @@ def closure(kind: str) -> set[str]:
     ("name", "kind"), [(name, kind) for name, kind in CASES if any(kind in closure(other) for other in SCRIPTS[name])]
 )
 def test_every_script_refuses_a_document_of_another_run(
-    script: Any, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str, kind: str
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str, kind: str
 ) -> None:
     """It is whole, so two files are named: which of them is the right one, nobody can say."""
-    module = script(name)
     damages.of_another_run(run / NAMES[kind])
     others = [other for other in SCRIPTS[name] if kind in closure(other)]
-    error = error_of(module, name, monkeypatch, capsys)
+    error = error_of(name, monkeypatch, capsys)
     assert NAMES[kind] in error and any(NAMES[other] in error for other in others), error
     assert any(f"(snakemake --cores 1 --forcerun {RULES[other]})" in error for other in others), error
 
@@ -224,27 +199,26 @@ def test_two_documents_of_different_origin_are_refused_though_the_origin_is_not_
 @pytest.mark.parametrize(("name", "file"), [("publish_summary", "report.md"), ("render_page", "report.md")])
 @pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_text("# Another\n")])
 def test_a_text_that_is_not_the_reports_is_not_published(
-    script: Any, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str, file: str, change: Any
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str, file: str, change: Any
 ) -> None:
     change(run / file)
-    error = error_of(script(name), name, monkeypatch, capsys)
+    error = error_of(name, monkeypatch, capsys)
     assert error.startswith(f"error: {file}: ") and "--forcerun render_report)" in error
 
 
 @pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_text("[]\n")])
 @pytest.mark.parametrize("name", ["render_page", "archive_results"])
 def test_an_export_that_was_changed_is_neither_shown_nor_packed(
-    script: Any, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str, change: Any
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str, change: Any
 ) -> None:
     change(run / "exports" / "kept.json")
-    error = error_of(script(name), name, monkeypatch, capsys)
+    error = error_of(name, monkeypatch, capsys)
     assert error.startswith("error: exports/kept.json: ") and "--forcerun export_profiles)" in error
 
 
-def test_a_whole_run_is_packed_and_published(script: Any, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_run_is_packed_and_published(run: Path) -> None:
     for name in ("publish_summary", "archive_results"):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments(name)])
-        assert script(name).main() == 0
+        assert auto_quantize.command(name).main(arguments(name)) == 0
     assert Path("made.md").read_bytes() == Path("report.md").read_bytes()
     assert Path("made.tar").stat().st_size
 
@@ -264,7 +238,7 @@ def test_a_document_comes_back_as_it_was_written_and_says_what_it_was_made_from(
         require_listed(found, plan.path)
 
 
-@pytest.mark.parametrize(("version", "named"), [(None, 0), (1, 1)])
+@pytest.mark.parametrize(("version", "named"), [(None, 0), (VERSION + 1, VERSION + 1)])
 def test_a_document_of_another_version_is_refused_and_stale(tmp_path: Path, version: int | None, named: int) -> None:
     """Its digest is right; without the version a reader would miss a key in the middle of its work."""
     body = {"value": 1}
@@ -273,7 +247,8 @@ def test_a_document_of_another_version_is_refused_and_stale(tmp_path: Path, vers
     path = tmp_path / "plan.json"
     path.write_text(json.dumps({HEAD: {**head, "digest": digest}, **body}))
     message = (
-        f"plan.json: written by another version of this code \\(format {named}, and this one reads 2\\); make it again"
+        f"plan.json: written by another version of this code \\(format {named}, and this one reads {VERSION}\\);"
+        " make it again"
     )
     with pytest.raises(InputError, match=message):
         read_document(path, "plan")

@@ -38,7 +38,7 @@ class Steps(logging.Handler):
         elif event == LogEvent.JOB_INFO and record.rule_name != "all":
             self.begun += 1
             if QUIET:
-                purpose = (workflow.get_rule(record.rule_name).docstring or "").strip().splitlines()[0]
+                purpose = (workflow.get_rule(record.rule_name).docstring or "").strip().partition("\n")[0]
                 say(f"[{self.begun:{len(str(self.total))}}/{self.total}] {record.rule_name}: {purpose}", sys.stderr)
         elif event == LogEvent.JOB_ERROR:
             for log in map(Path, record.log):
@@ -83,7 +83,8 @@ def show_result():
 
 def show_failure():
     """When Snakemake has ended, show the failed jobs, and last the sentence with the cause."""
-    atexit.register(say, "\n".join(STEPS.failed), sys.stderr)
+    if STEPS.failed:
+        atexit.register(say, "\n".join(STEPS.failed), sys.stderr)
 
 
 def config_files():

@@ -4,9 +4,11 @@
 """
 
 import argparse
+import ast
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 # In the order of the workflow; then those that a person runs.
@@ -41,8 +43,14 @@ def command(name: str) -> ModuleType:
     return import_module(f"auto_quantize_model.commands.{name.replace('-', '_')}")
 
 
+def purpose(name: str) -> str:
+    """The first line of a command's docstring, read without an import: the list of all commands is there at once."""
+    text = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+
+
 def parser() -> argparse.ArgumentParser:
-    names = {name.replace("_", "-"): (command(name).__doc__ or "").splitlines()[0] for name in COMMANDS}
+    names = {name.replace("_", "-"): purpose(name) for name in COMMANDS}
     width = max(map(len, names))
     told = "\n".join(f"  {name:{width}}  {line}" for name, line in names.items())
     made = argparse.ArgumentParser(
