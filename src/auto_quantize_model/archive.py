@@ -1,6 +1,6 @@
-"""Results packed for keeping: a tar file that is the same bytes for the same files, and a list of their sha256.
+"""Pack results into a tar file that has the same bytes for the same files, and list the files with their sha256.
 
-In: result files below the current directory. Out: an uncompressed tar and a JSON document of checksums beside it.
+In: result files below the current directory. Out: an uncompressed tar, and a JSON document of the checksums.
 """
 
 import io
@@ -17,10 +17,10 @@ MEMBER_MODE = 0o644
 
 
 def archive_results(archive: Path, checksums: Path, files: Iterable[Path]) -> dict[str, Any]:
-    """Pack `files` into `archive` and write their checksums; both whole or not at all.
+    """Pack `files` into `archive` and write their checksums. Both files are written whole or not at all.
 
-    Only names and contents reach the tar: members are sorted, and times, owners and modes are fixed. It is not
-    compressed, because a compressor's bytes differ between its versions.
+    Only names and contents reach the tar: members are sorted, and times, owners and modes are fixed. The tar is not
+    compressed, because the bytes of a compressor differ between its versions.
 
     Args:
         archive: the tar file to write.
@@ -31,8 +31,8 @@ def archive_results(archive: Path, checksums: Path, files: Iterable[Path]) -> di
         {archive, bytes, sha256, files: [{name, bytes, sha256}]}, as written to `checksums`.
 
     Raises:
-        InputError: no files, a file that is missing or no regular file, one outside the current directory, or one
-            named twice.
+        InputError: there are no files, or a file is missing, is not a regular file, lies outside the current directory
+            or is named twice.
     """
     members = _members(files)
     entries = []
@@ -53,12 +53,12 @@ def archive_results(archive: Path, checksums: Path, files: Iterable[Path]) -> di
 
 
 def why_outdated(checksums: Path, files: Iterable[Path] = ()) -> str:
-    """Which file an archive lacks, or holds otherwise than it lies here, in words; empty if there is none.
+    """Which file the archive lacks or holds with other content, in words; empty if there is no such file.
 
     Args:
         checksums: as `archive_results` writes them; without them there is nothing to compare.
-        files: files that have to be in it, below the current directory and relative to it. Model `a-b` with set `c` and
-            model `a` with set `b-c` have one name, so an archive of that name may be of the other pair.
+        files: files that the archive must hold, below the current directory and relative to it. The archive's name is
+            not enough: model `a-b` with set `c` and model `a` with set `b-c` have the same name.
     """
     try:
         entries = {entry["name"]: entry["sha256"] for entry in read_json(checksums)["files"]}
@@ -78,7 +78,7 @@ def _members(files: Iterable[Path]) -> list[tuple[str, Path]]:
     root = Path.cwd()
     members: dict[str, Path] = {}
     for path in (inner for named in files for inner in _files_of(named)):
-        # Not resolved: a link keeps its own name, and what it points to is what is packed.
+        # Not resolved: a link keeps its own name, and the archive holds the file that the link points to.
         name = PurePosixPath(root / path)
         if not name.is_relative_to(root.as_posix()) or ".." in name.parts:
             raise InputError(f"{path}: outside {root}, so without a name in the archive; run from a folder above it")
@@ -99,7 +99,7 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def _header(name: str, size: int) -> tarfile.TarInfo:
-    """A member's header with nothing in it that could differ between two machines or two days."""
+    """The header of a member, without anything that could differ between two machines or two days."""
     header = tarfile.TarInfo(name)
     header.size = size
     header.mtime = MEMBER_TIME

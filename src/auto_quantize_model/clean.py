@@ -1,6 +1,6 @@
-"""What the workflow wrote below `results/`, removed by its own records; what anyone else put there stays.
+"""Remove what the workflow wrote below `results/`, by the workflow's own records; files of anyone else stay.
 
-In: Snakemake's records in `.snakemake`, and the markers of `folders`. Out: the files that are left, to be named.
+In: Snakemake's records in `.snakemake`, and the markers of `folders`. Out: the paths of the files that stay.
 """
 
 import base64
@@ -16,10 +16,10 @@ RULE = re.compile(r"^rule (\w+):", re.MULTILINE)
 
 
 def clean_results(root: Path) -> list[Path]:
-    """Remove the results that were written in the checkout `root`; the files that stay, which it did not write.
+    """Remove the results that were written in the checkout `root`, and return the files that stay.
 
-    Outputs are known by Snakemake's records; logs and benchmarks by the names of the rules;
-    what lies in a folder that a script wrote whole, by the folder's marker.
+    Snakemake's records name the outputs. The names of the rules name the logs and benchmarks. Where a script wrote a
+    whole folder, the folder's marker names its files.
     """
     results = root / "results"
     if not results.is_dir():
@@ -32,7 +32,7 @@ def clean_results(root: Path) -> list[Path]:
             if path.parent.is_dir():
                 clear_leftovers(path)
     for marker in [file for file in files_in(results) if file.name == MARKER]:
-        with contextlib.suppress(InputError):  # a file of the user's lies among them: all of the folder stays
+        with contextlib.suppress(InputError):  # the folder holds a file of the user: the whole folder stays
             require_own_folder(marker.parent)
             shutil.rmtree(marker.parent)
     rules = [name for file in (root / "workflow" / "rules").glob("*.smk") for name in RULE.findall(file.read_text())]
@@ -41,18 +41,18 @@ def clean_results(root: Path) -> list[Path]:
             if file.stem in rules:
                 file.unlink()
     for place in sorted(results.rglob("*"), reverse=True):
-        with contextlib.suppress(OSError):  # a file, a link, or not empty
+        with contextlib.suppress(OSError):  # a file, a link, or a folder that is not empty
             place.rmdir()
     return [file for file in files_in(results) if file != results / "README.md"]
 
 
 def recorded_outputs(records: Path) -> list[str]:
-    """The outputs that Snakemake has records of, finished or begun: their names are those of the records, in base64."""
+    """The outputs that Snakemake has records of, finished or begun. A record's name is the output's path in base64."""
     names = []
     for kind in ("metadata", "incomplete"):
         for record in (path for path in (records / kind).rglob("*") if path.is_file()):
-            # A long name is cut into folders, each but the last marked by an @.
+            # Snakemake cuts a long name into folders, and marks each of them but the last with an @.
             encoded = "".join(part.removeprefix("@") for part in record.relative_to(records / kind).parts)
-            with contextlib.suppress(ValueError):  # something else than a record
+            with contextlib.suppress(ValueError):  # not a record
                 names.append(base64.urlsafe_b64decode(encoded).decode())
     return names

@@ -1,4 +1,4 @@
-"""What every script shares: chatter into the log, progress and results on the terminal, errors in one line."""
+"""Run a command: library output goes into the log, progress and results to the terminal, an error takes one line."""
 
 import argparse
 import contextlib
@@ -31,25 +31,25 @@ from auto_quantize_model.files import (
 
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-GRACE_SECONDS = 10  # after which work that was asked to end is ended
+GRACE_SECONDS = 10  # for work to end after a signal; then the kernel ends the work
 _terminal: dict[str, TextIO] = {}
 
 
 def is_quiet() -> bool:
-    """Whether the workflow that runs this job shows one line for each step."""
+    """Whether the workflow that runs this job shows one line for each step (quiet mode)."""
     return "PIPELINE_QUIET" in os.environ
 
 
 def say(text: str) -> None:
-    """Print a result on the terminal, also while library output goes to a log; into the log where all is quiet."""
+    """Print a result on the terminal, also while library output goes to a log; in quiet mode, print into the log."""
     stream = sys.stdout if is_quiet() else _terminal.get("out", sys.stdout)
     print(printable(redacted(text)), file=stream, flush=True)
 
 
 def _bar_settings() -> dict[str, Any]:
-    """Where a progress bar is drawn and how often. Where all is quiet, a finished bar is removed."""
+    """Where a progress bar is drawn, and how often. In quiet mode, a finished bar is removed."""
     stream = _terminal.get("err", sys.stderr)
-    # A bar in a file or a CI page is a line for every update: far between then.
+    # In a file or on a CI page each update is a new line, so updates are rare there.
     return {"file": stream, "mininterval": 0.5 if stream.isatty() else 15, "leave": not is_quiet()}
 
 
@@ -59,12 +59,12 @@ def progress(steps: Sequence[Any], what: str) -> tqdm:
 
 
 def user_path(text: str) -> Path:
-    """A path as a person gives it: `~` is the home folder, also where no shell has seen it."""
+    """A path as a person writes it. `~` is the home folder, even if no shell has expanded it."""
     return Path(os.path.expanduser(text))
 
 
 class TerminalBar(tqdm):
-    """A bar for libraries that make their own from a class: on the terminal too, while chatter goes to a log."""
+    """A bar for libraries that make their bars from a class; shown on the terminal while other output goes to a log."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.pop("name", None)  # huggingface_hub's, for groups of bars
@@ -77,7 +77,7 @@ class TerminalBar(tqdm):
 
 @contextlib.contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for work that says itself how far it is: call what is yielded with what is done and the total."""
+    """A bar for work that counts its own progress: call the yielded function with the number done and the total."""
     with progress((), what) as bar:
 
         def show(done: int, total: int) -> None:
@@ -88,7 +88,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def json_value(text: str) -> Any:
-    """A value of a script's command line as JSON: a `type` of argparse, which prints the message in one line."""
+    """A JSON value from a command line: a `type` of argparse, which prints the message in one line."""
     try:
         return parse_json(text)
     except ValueError as error:
@@ -96,11 +96,11 @@ def json_value(text: str) -> Any:
 
 
 def end_with_parent() -> None:
-    """Have the kernel end a job of the workflow when the workflow ends, so that no orphan goes on writing.
+    """Have the kernel end a job of the workflow when the workflow ends, so that no orphan process keeps writing.
 
-    The workflow says who it is in the environment: it may have ended while this process was still importing. A script
-    that a person started is no job, and lives as long as any program. Linux alone has that signal; elsewhere the
-    journal's lock still keeps a second writer out.
+    The workflow names itself in the environment, because it may have ended while this process was still importing. A
+    script that a person started is not a job, and does not end with any other program. Only Linux has that signal. On
+    other systems the score store's lock keeps a second writer out.
     """
     workflow = os.environ.get("PIPELINE_PID", "")
     if sys.platform != "linux" or not workflow.isdecimal():
@@ -115,7 +115,7 @@ def end_with_parent() -> None:
 
 
 class Stopped(BaseException):
-    """A signal asks this process to end. As no Exception, it passes through every `except Exception`."""
+    """A signal asks this process to end. It is not an `Exception`, so it passes through every `except Exception`."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -124,10 +124,10 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Turn the signals that end a process into `Stopped`, so that temporary files go and the terminal is told.
+    """Turn the signals that end a process into `Stopped`, so that temporary files go and the terminal shows a line.
 
-    A signal that is ignored, as nohup ignores SIGHUP, stays ignored. A library may swallow the exception or wait for
-    its threads: the kernel ends such work after GRACE_SECONDS.
+    A signal that is ignored stays ignored, such as SIGHUP under nohup. A library may swallow the exception or wait for
+    its threads, so the kernel ends such work after GRACE_SECONDS.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -152,14 +152,14 @@ def _stopped_by_signals() -> Iterator[None]:
 
 
 def require_outputs(args: argparse.Namespace, **suffixes: str) -> None:
-    """Refuse, before long work, an output that would destroy a file of another kind or could not be written.
+    """Refuse, before long work, an output path that would destroy a file of another kind or cannot be written.
 
     Args:
-        args: of the script; each path that is no output counts as an input.
-        suffixes: for each output, by its name in `args`, how its name ends; an output that is None is left out.
+        args: the script's options; each path that is not an output counts as an input.
+        suffixes: for each output, by its name in `args`, the ending of its name; an output that is None is left out.
 
     Raises:
-        InputError: another suffix, a folder or device, an input of the same step, or a place that cannot be written.
+        InputError: the suffix is another one, or the path is a folder, a device or an input, or cannot be written.
     """
     given = [value for name, value in vars(args).items() if name not in {*suffixes, "log"}]
     inputs = [path for value in given for path in (value if isinstance(value, list) else [value])]
@@ -176,12 +176,12 @@ def require_place(path: Path, inputs: Iterable[Path], option: str = "") -> None:
     """Refuse, before long work, a path at which an output cannot or must not be written.
 
     Args:
-        path: of the output.
+        path: the output's path.
         inputs: what the step reads.
-        option: stands before the message where an option names the path.
+        option: begins the message where an option names the path.
 
     Raises:
-        InputError: a folder or device, one of the inputs, or a place that cannot be written.
+        InputError: the path is a folder, a device or one of the inputs, or cannot be written.
     """
     with named_errors(path):
         require_file(path)
@@ -193,12 +193,12 @@ def require_place(path: Path, inputs: Iterable[Path], option: str = "") -> None:
 def run(work: Callable[[], None], log: Path | None) -> int:
     """Run `work` and return the exit code.
 
-    0: done. 2: an input or a disk that the user can mend. 128 and the signal's number: stopped. 1: anything else. A
-    job of the workflow ends with the workflow.
+    0: done. 2: the user can correct an input or the disk. 128 plus the signal's number: a signal stopped the work. 1:
+    any other error. A job of the workflow ends with the workflow.
 
     Args:
-        work: the script's job.
-        log: where standard output and error go meanwhile, those of C libraries too; None leaves them on the terminal.
+        work: the script's work.
+        log: the file for standard output and error during the work, those of C libraries too; None: the terminal.
     """
     with contextlib.ExitStack() as chatter, _streams_redacted():
 
@@ -223,26 +223,26 @@ def _guarded(work: Callable[[], None], log: Path | None) -> int:
     except InputError as error:
         _report(f"error: {error}", log)
         return 2
-    except BrokenPipeError:  # who read the output has ended, as `head` does; what is still buffered goes nowhere
+    except BrokenPipeError:  # the reader of the output has ended, such as `head`; the buffered rest is dropped
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
-    except Exception as error:  # the outermost frame: whatever it is, it is logged whole and named in one line
-        # Outputs name themselves; what else is written are the log and libraries' temporary files.
+    except Exception as error:  # the outermost frame: the log gets the full traceback, the terminal one line
+        # Errors of outputs name the output. All other files are the log and the temporary files of libraries.
         if message := explained(error, Path(tempfile.gettempdir()) if log is None else log):
             _report(f"error: {message}", log)
             return 2
         with contextlib.suppress(OSError):
             print(printable(traceback.format_exc()), end="", file=sys.stderr)
-        where = f"; the whole story is in {log}" if log else ""
+        where = f"; full traceback in {log}" if log else ""
         _report(f"error: {type(error).__name__}: {error}{where}", log)
         return 1
     return 0
 
 
 def _report(message: str, log: Path | None) -> None:
-    """Print one line into the log where there is one, and on the terminal; either may be full or gone.
+    """Print one line into the log where there is one, and on the terminal. Either may be full or closed.
 
-    Where all is quiet, the workflow shows the last line of the log when it ends, so the log is enough.
+    In quiet mode the workflow shows the last line of the log when it ends, so the log is enough.
     """
     message = one_line(redacted(message))
     for stream in dict.fromkeys([sys.stderr, _terminal.get("err", sys.stderr)]):
@@ -253,7 +253,7 @@ def _report(message: str, log: Path | None) -> None:
 
 
 def _report_early_end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Report in one line that Ctrl-C ended a script before `run`, while its libraries were imported."""
+    """Report in one line that Ctrl-C ended a script before `run`, while the script imported its libraries."""
     if issubclass(kind, KeyboardInterrupt):
         _report("stopped by SIGINT; run again", None)
     else:
@@ -265,9 +265,9 @@ sys.excepthook = _report_early_end  # scripts import this module first
 
 @contextlib.contextmanager
 def _streams_redacted() -> Iterator[None]:
-    """Hide secrets in what Python writes to its standard streams: libraries print URLs with passwords.
+    """Hide secrets in what Python writes to its standard streams, because libraries print URLs with passwords.
 
-    The streams themselves are patched and not replaced, as handlers of loggers hold them already.
+    The streams are patched and not replaced, because handlers of loggers already hold the streams.
     """
     with contextlib.ExitStack() as stack:
         for stream in (sys.stdout, sys.stderr):
@@ -296,7 +296,7 @@ def _chatter_into(log: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # C's own buffer too, or its chatter would come out on the terminal at exit. The log's disk may be full.
+        # C's own buffer too: its content would otherwise appear on the terminal at exit. The log's disk may be full.
         for flush in (sys.stdout.flush, sys.stderr.flush, lambda: ctypes.CDLL(None).fflush(None)):
             with contextlib.suppress(OSError):
                 flush()
@@ -304,5 +304,5 @@ def _chatter_into(log: Path) -> Iterator[None]:
         os.dup2(saved[0], 1)
         os.dup2(saved[1], 2)
         for stream in terminal:
-            with contextlib.suppress(OSError):  # a reader that has ended
+            with contextlib.suppress(OSError):  # the reader has ended
                 stream.close()

@@ -27,7 +27,7 @@ class Contradiction(ValueError):
 
 @dataclass(frozen=True)
 class Matching:
-    """Text that must match a pattern as a whole; `fault` says what any other text is, and what to write."""
+    """Text that must match a pattern as a whole; `fault` describes text that does not match, and says what to write."""
 
     pattern: str
     fault: str
@@ -46,7 +46,7 @@ class Matching:
 
 
 def free(name: str) -> str:
-    """`name`, where neither the pipeline below results/ nor a file system uses that name itself."""
+    """`name`, after a check that neither the pipeline below results/ nor a file system uses that name itself."""
     if RESERVED.match(name):
         raise ValueError(
             f"{quoted(name)} is a name that the pipeline or a file system uses itself; choose another name"
@@ -63,7 +63,7 @@ def expanded(path: str) -> str:
 
 
 def regular_expression(pattern: str) -> str:
-    """`pattern`, where Python can compile it."""
+    """`pattern`, after a check that Python can compile it."""
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
@@ -72,7 +72,7 @@ def regular_expression(pattern: str) -> str:
 
 
 def each_once(maps: tuple[str, ...]) -> tuple[str, ...]:
-    """`maps`, where none stands in it twice."""
+    """`maps`, after a check that no entry is repeated."""
     if len(set(maps)) < len(maps):
         raise ValueError("an entry is there twice; remove one of the two")
     return maps
@@ -368,7 +368,7 @@ class Config(Block):
 
 
 class _OfFiles(GenerateJsonSchema):
-    """The schema of a file, which may name a part of the keys; without titles, which only repeat the keys."""
+    """The schema of a file, which may hold only some of the keys; without titles, which only repeat the keys."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False

@@ -1,7 +1,7 @@
-"""Configs as text: files, the command line and the blocks that scripts take become checked models.
+"""Configs as text: files, the command line and the options of scripts become checked models.
 
 In: YAML or JSON files, the values of `--config`, JSON on a script's command line. Out: the models of `config`, or one
-line for each problem. The Snakefile imports this module, so nothing here imports torch.
+line for each problem. The Snakefile imports this module, so the module must not import torch.
 """
 
 import difflib
@@ -27,9 +27,9 @@ Spec = TypeVar("Spec", bound=Block)
 Schema = Mapping[str, Any]
 
 MAX_FILE_BYTES = 1 << 20
-MAX_VALUES = 10_000  # a config has about 60; a few aliases of aliases can make billions
+MAX_VALUES = 10_000  # a config has about 60; nested aliases can make billions
 MAX_DEPTH = 20
-MAX_BYTES = 100_000  # blocks are handed to scripts as one argument, and Linux takes 128 KiB
+MAX_BYTES = 100_000  # scripts take blocks as one argument, and Linux allows 128 KiB
 MAX_SHOWN = 20
 
 MAPPING, SEQUENCE, SCALAR = (f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str"))
@@ -56,7 +56,7 @@ class Bounded(yaml.BaseLoader):
 
 
 class Plain(str):
-    """A scalar without quotes, as it is written: whether it is a number or text depends on its key."""
+    """A scalar without quotes, as written; its key decides whether it is a number or text."""
 
 
 def read_config(files: Sequence[Path], overrides: Mapping[str, Any]) -> Config:
@@ -64,7 +64,7 @@ def read_config(files: Sequence[Path], overrides: Mapping[str, Any]) -> Config:
 
     Args:
         files: YAML or JSON files; a later one overrides the keys that it names.
-        overrides: the values of `--config`, which override all files; Snakemake hands most of them over as text.
+        overrides: the values of `--config`, which override all files; Snakemake passes most of them as text.
 
     Raises:
         InputError: a line for each problem, with its key, the fault, and the next step.
@@ -128,7 +128,7 @@ def read_file(path: Path) -> dict[str, Any]:
     """The mapping that a YAML or JSON file holds; scalars without quotes are `Plain`.
 
     Raises:
-        InputError: the file cannot be read, is not YAML, is not a mapping, names a key twice, or unfolds without end.
+        InputError: the file cannot be read, is not a YAML mapping, repeats a key, or expands without end.
     """
     name = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
     try:
@@ -142,7 +142,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     if path.suffix == ".json":
-        text = text.replace("\t", " ")  # a tab is space between JSON values, never part of one, and no YAML
+        text = text.replace("\t", " ")  # a tab is space between JSON values, never part of one; YAML forbids tabs
     try:
         node = yaml.compose(text, Loader=Bounded)
     except yaml.MarkedYAMLError as error:
@@ -159,7 +159,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 class Unfolding:
-    """The values of a YAML document, with a limit on what its aliases unfold to."""
+    """The values of a YAML document, with a limit on the size that its aliases expand to."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -192,7 +192,7 @@ class Unfolding:
                 for base in item.value if isinstance(item, yaml.SequenceNode) else [item]:
                     if not isinstance(base, yaml.MappingNode):
                         raise InputError(f"{self.line(base)}: << merges mappings alone; name an anchor of a mapping")
-                    merged = self.value(base, (*keys, "<<")) | merged  # a level: a mapping may merge itself
+                    merged = self.value(base, (*keys, "<<")) | merged  # one level deeper: a mapping may merge itself
                 continue
             if key.value in own:
                 raise InputError(f"{self.line(key)}: {place((*keys, key.value))} is set twice; remove one of the two")
@@ -222,14 +222,14 @@ def merge(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
 def typed(value: Any, part: Schema, schema: Schema, *, terminal: bool = False) -> Any:
     """`value` with scalars of the types that `part` of the schema asks for.
 
-    A key that takes text alone keeps what is written: a prompt `5` and a commit of digits stay text. Integers are
-    ints, also where the config says `2.0`.
+    A key that takes only text keeps the text as written, so a prompt `5` and a commit of digits stay text. Integers
+    become ints, even if the config says `2.0`.
 
     Args:
         value: a value of a file, or of the command line.
-        part: the schema of the value.
+        part: the schema of this value.
         schema: the whole schema, for its definitions.
-        terminal: the value is of the command line, where Snakemake has removed the quotes.
+        terminal: the value comes from the command line, where Snakemake has removed the quotes.
     """
     part = resolved(part, schema)
     if isinstance(value, Mapping):
@@ -269,7 +269,7 @@ def kinds_of(part: Schema) -> list[str]:
 
 
 def scalar(text: str, kinds: Sequence[str]) -> Any:
-    """What a scalar without quotes means for a key that takes `kinds`."""
+    """The value of a scalar without quotes, for a key that takes `kinds`."""
     if text in NULLS:
         return None
     if "string" in kinds:
@@ -281,13 +281,13 @@ def scalar(text: str, kinds: Sequence[str]) -> Any:
     if not NUMBER.fullmatch(text):
         return str(text)
     digits = text.replace("_", "")
-    # Above 18 digits every integer of a config is out of range, and Python refuses to read above 4300.
+    # Above 18 digits every integer of a config is out of range, and Python refuses to read more than 4300 digits.
     return int(digits) if re.fullmatch(r"[-+]?[0-9]{1,18}", digits) else float(digits)
 
 
 def sentences(error: ErrorDetails, schema: Schema, above: tuple[str, ...]) -> Iterator[str]:
-    """An error of pydantic in words; a contradiction may have a line for each of several keys."""
-    keys = tuple(key for key in error["loc"] if key != "[key]")  # pydantic's mark of an error in the key itself
+    """An error of pydantic in words; a contradiction can have one line for each of several keys."""
+    keys = tuple(key for key in error["loc"] if key != "[key]")  # pydantic marks an error in the key itself so
     part, value, kind = part_at(keys, schema), error["input"], error["type"]
     where = place((*above, *keys))
     if kind == "value_error" and isinstance(cause := error["ctx"]["error"], Contradiction):
@@ -312,7 +312,7 @@ def sentences(error: ErrorDetails, schema: Schema, above: tuple[str, ...]) -> It
         yield f"{where}: empty; write text"
     elif kind == "string_too_long":
         yield f"{where}: {len(value)} characters; write at most {error['ctx']['max_length']}"
-    else:  # of another type
+    else:  # the value has another type
         yield f"{where}: {mistyped(value, kinds_of(part))}; write {asked(part)}"
 
 
@@ -325,7 +325,7 @@ def part_at(keys: Iterable[str | int], schema: Schema) -> Schema:
 
 
 def no_such_key(keys: tuple[Any, ...], known: Iterable[str], schema: Schema) -> str:
-    """What to say of a key that its block does not have: the nearest of the block's keys, or all of them."""
+    """The message for a key that its block does not have: the nearest of the block's keys, or all of them."""
     key, known = keys[-1], list(known)
     homes = [name for name in known if len(keys) == 1 and key in part_at([name], schema).get("properties", {})]
     near = [f"{homes[0]}.{key}"] if homes else difflib.get_close_matches(key, known, 1)
@@ -333,12 +333,12 @@ def no_such_key(keys: tuple[Any, ...], known: Iterable[str], schema: Schema) -> 
 
 
 def asked(part: Schema) -> str:
-    """What a key takes, in words."""
+    """The values that a key takes, in words."""
     return listed(choices(part))
 
 
 def choices(part: Schema) -> list[str]:
-    """What a key takes, by value or by type."""
+    """The values that a key takes, by value or by type."""
     if "anyOf" in part:
         return [words for inner in part["anyOf"] for words in choices(inner)]
     if "const" in part or "enum" in part:
@@ -365,7 +365,7 @@ def listed(words: Sequence[str]) -> str:
 
 
 def mistyped(value: Any, kinds: Sequence[str]) -> str:
-    """A clause that says why a value has another type than those of `kinds`."""
+    """A clause that says which other type than `kinds` the value has."""
     if value is None:
         return "null"
     if isinstance(value, str) and "object" in kinds and value.startswith("{"):
@@ -379,7 +379,7 @@ def mistyped(value: Any, kinds: Sequence[str]) -> str:
 
 
 def place(keys: Iterable[Any]) -> str:
-    """A key path as one word: `sensitivity.maps[2]`, `sensitivity.op_name_dict['a.*']`."""
+    """A key path as one word, such as `sensitivity.maps[2]` or `sensitivity.op_name_dict['a.*']`."""
     path = ""
     for key in keys:
         if isinstance(key, int):
@@ -392,15 +392,15 @@ def place(keys: Iterable[Any]) -> str:
 
 
 def require_sources(config: Config, model_manifest: Path, calibration_made: bool = False) -> None:
-    """Refuse a shipped or local model, or a local calibration set, that is not there.
+    """Refuse a config whose shipped or local model, or local calibration set, is missing.
 
     Args:
         config: the config of the run.
-        model_manifest: the path of the model's manifest. Where it exists, only later steps read the model itself.
+        model_manifest: the path of the model's manifest. Where the manifest exists, only later steps read the model.
         calibration_made: whether the calibration set of this config exists. Then its source may be absent.
 
     Raises:
-        InputError: a line for each that is missing.
+        InputError: one line for each missing source.
     """
     found = []
     model, calibration = config.model, config.calibration
@@ -419,13 +419,13 @@ def require_sources(config: Config, model_manifest: Path, calibration_made: bool
 
 
 def unreadable(path: str, *, folder: bool = False) -> str:
-    """Why a file or folder cannot be read, as a clause; empty where it can."""
+    """Why a file or folder cannot be read, as a clause; empty if it can be read."""
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
             os.scandir(path).close()
         elif folder:
-            return f"{path} is no directory"
+            return f"{path} is not a directory"
         elif stat.S_ISREG(mode):
             open(path, "rb").close()
         else:

@@ -1,11 +1,11 @@
-"""Documents: the JSON files that one step hands to the next, each with a head that says where it came from.
+"""Documents: the JSON files that one step hands to the next. Each has a head that says where the document came from.
 
-The head stands under the key `document`: the kind, the version of the format, the digests of all that the document was
-made from, the sha256 of the files that belong to it, and the digest of everything else in the document. All other keys
-are the body.
+The head stands under the key `document`. It holds the kind, the version of the format, and the digests of all documents
+that this one was made from. It also holds the sha256 of the files that belong to the document, and the digest of
+everything else in the document. All other keys are the body.
 
-In: a body and the documents that it was made from. Out: a file; and, read back, a body that is seen to be whole and of
-the same run as the other documents of the step.
+In: a body, and the documents that it was made from. Out: a file. Read back, the file gives the body, after checks that
+the document is unchanged and that all documents of a step are of one run.
 """
 
 import json
@@ -18,8 +18,8 @@ from typing import Any
 from auto_quantize_model.files import InputError, canonical_json, digest_of, read_json, sha256_file, write_text
 
 HEAD = "document"
-CONFIG = "config"  # in `made_from`: the digest of the config's part that the step reads
-# Of what a body holds, whatever its kind; raise it when readers need a key that older documents lack.
+CONFIG = "config"  # a key of `made_from`: the digest of the config's part that the step reads
+# The version of all bodies, of whatever kind. Raise it when readers need a key that older documents lack.
 VERSION = 2
 HEAD_KEYS = {"kind": str, "version": int, "made_from": dict, "files": dict, "digest": str}
 # Each kind with the rule that makes it, in the order of the workflow.
@@ -39,18 +39,18 @@ RULES = {
 
 
 class OtherVersion(InputError):
-    """A document was written by a version of this code that gives documents other keys."""
+    """The document was written by a version of this code that gives documents other keys."""
 
 
 class Document(dict[str, Any]):
-    """The body of a document. Its attributes are its place and its head.
+    """The body of a document; the attributes hold its place and its head.
 
     Attributes:
-        path: where it lies.
+        path: of the file.
         kind: one of `RULES`.
-        made_from: {kind: digest} of every document that it was made from, also by way of others; under `config` the
-            digest of the config's part that its step read, where a config was read.
-        files: {path relative to the document's folder: sha256} of the files that were written with it.
+        made_from: {kind: digest} of every document that this one was made from, directly or by way of others. The key
+            `config` holds the digest of the config's part that the step read; absent where the step read none.
+        files: {path relative to the document's folder: sha256} of the files that were written with the document.
         digest: SHA-256 of body and head, without this digest.
     """
 
@@ -71,7 +71,7 @@ class Document(dict[str, Any]):
 
 
 def make_again(kind: str) -> str:
-    """The next step where a document of a kind is no good."""
+    """The next step where a document of a kind is missing or unusable."""
     return f"make it again (snakemake --cores 1 --forcerun {RULES[kind]})"
 
 
@@ -95,7 +95,7 @@ def write_document(
         kind: one of `RULES`.
         body: JSON-able, without NaN and infinity.
         made_from: the documents that the body was made from.
-        config: the digest of the config's part that the step read; None where it was asked for by hand.
+        config: the digest of the config's part that the step read; None where a person asked for the document.
         files: files that were written with the document and belong to it.
     """
     origin: dict[str, str] = {}
@@ -105,23 +105,23 @@ def write_document(
     if config:
         origin[CONFIG] = config
     listed = {_name_of(file, path): sha256_file(file) for file in sorted(files)}
-    # As it will be read back: JSON turns keys into text and tuples into lists.
+    # The body as it will be read back: JSON turns keys into text, and tuples into lists.
     document = Document(path, json.loads(canonical_json(body)), kind, origin, listed)
     write_text(path, document.text())
     return document
 
 
 def read_document(path: Path, kind: str | None = None) -> Document:
-    """The document at `path`, seen to be as it was written.
+    """The document at `path`, after a check that it is as it was written.
 
     Args:
         path: the file.
-        kind: what it has to be; None takes any kind.
+        kind: the kind that the document must have; None takes any kind.
 
     Raises:
-        InputError: there is no such file, or it is no JSON, no document, of another kind, or was changed since it was
+        InputError: the file is missing, is not JSON, is not a document, has another kind, or was changed since it was
             written. The message names the file and the rule that makes it.
-        OtherVersion: another version of this code wrote it.
+        OtherVersion: another version of this code wrote the document.
     """
     again = make_again(kind) if kind else "make it again with the rule that writes it"
     wanted = named(kind) if kind else "document"
@@ -155,7 +155,7 @@ def read_document(path: Path, kind: str | None = None) -> Document:
 
 
 def _is_head(head: Any) -> bool:
-    """Whether a value is a head of any version; the first ones had no version."""
+    """Whether a value is a head of any version; heads of the first version do not name their version."""
     if isinstance(head, dict):
         head = {"version": 0, **head}
     return (
@@ -167,7 +167,7 @@ def _is_head(head: Any) -> bool:
 
 
 def read_documents(paths: Mapping[str, Path]) -> list[Document]:
-    """The documents of a step, {kind: path}, in that order, seen to be of one run.
+    """The documents of a step, {kind: path}, in that order, after a check that they are of one run.
 
     Raises:
         InputError: as `read_document` and `require_one_run` say.
@@ -178,10 +178,10 @@ def read_documents(paths: Mapping[str, Path]) -> list[Document]:
 
 
 def require_one_run(documents: Sequence[Document]) -> None:
-    """Refuse documents of which one was made from another version of what is here, or two from different ones.
+    """Refuse documents that were made from other versions than those that are here, or than each other.
 
     Raises:
-        InputError: naming both files, and the rule that makes the later one again.
+        InputError: the message names both files, and the rule that makes the later one again.
     """
     in_order = sorted(documents, key=lambda document: list(RULES).index(document.kind))
     for earlier, later in combinations(in_order, 2):
@@ -199,10 +199,10 @@ def require_one_run(documents: Sequence[Document]) -> None:
 
 
 def require_listed(document: Document, path: Path) -> None:
-    """Refuse a file that is not the one that was written with a document.
+    """Refuse a file that differs from the one that was written with a document.
 
     Raises:
-        InputError: it is not there, or its sha256 is not the one that the document lists.
+        InputError: the file is missing, or its sha256 is not the one that the document lists.
     """
     again = make_again(document.kind)
     if not path.is_file():
@@ -222,14 +222,14 @@ def files_of(document: Document) -> list[Path]:
 
 
 def why_stale(path: Path, config: str | None) -> str:
-    """Why the document at `path` has to be made again before anything reads it, in words; empty if there is no reason.
+    """Why the document at `path` must be made again before any step reads it, in words; empty if there is no reason.
 
-    A damaged document is no reason, as the script that reads it says what is wrong with it; nor is a file of another
-    sort.
+    A damaged document is not a reason, because the script that reads the document reports the damage. A file of another
+    sort is not a reason either.
 
     Args:
-        path: the file that may be a document.
-        config: the digest of the config's part that its step reads today; None where it reads none.
+        path: a file, which may be a document.
+        config: the digest of the config's part that the step reads today; None where the step reads none.
     """
     if path.suffix != ".json":
         return ""

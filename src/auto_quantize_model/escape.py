@@ -1,7 +1,7 @@
-"""Text of strangers made safe for the place where it is shown: terminal, log, Markdown, spreadsheet.
+"""Untrusted text made safe for the place that shows it: terminal, log, Markdown or spreadsheet.
 
-In: any text, such as a sample's id, a model's name, or a library's error. Out: text that is shown as it is and does
-nothing more. JSON is left as it is: it holds the raw data.
+In: any text, such as a sample's id, a model's name or a library's error. Out: text that is shown as it is and has no
+other effect. JSON files are not changed, because they hold the raw data.
 """
 
 import base64
@@ -19,7 +19,7 @@ HIDDEN = "***"
 CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]"
 )
-# Without the scheme: to look for one takes time that grows with the square of a long word.
+# Without the scheme: a search for a scheme takes time that grows with the square of a long word.
 USER_IN_URL = re.compile(r"(://)[^\s/?#\"'<>]*@")
 SIGNED = re.compile(
     r"([?&#][\w-]*(?:signature|token|credential|passw(?:or)?d|pwd|secret|policy|sig|key|auth)=)[^&\s\"'<>]+",
@@ -28,15 +28,15 @@ SIGNED = re.compile(
 HEADER = re.compile(r"(authorization\W{1,8}(?:b[\"'])?(?:(?:basic|bearer|token)\s+)?)[\w.~+/=-]+", re.IGNORECASE)
 BEARER = re.compile(r"(\bbearer\s+)[\w.~+/=-]{16,}", re.IGNORECASE)
 HUB_TOKEN = re.compile(r"()\bhf_\w{8,}")
-# Not those of TOKENIZERS_PARALLELISM, HF_TOKEN_PATH and HF_HUB_DISABLE_IMPLICIT_TOKEN: ordinary words and a path.
+# Without TOKENIZERS_PARALLELISM, HF_TOKEN_PATH and HF_HUB_DISABLE_IMPLICIT_TOKEN: they hold ordinary words and a path.
 SECRET_NAME = re.compile("(?<!IMPLICIT_)TOKEN(?!IZ|_PATH)|PASSWORD|SECRET|API_?KEY", re.IGNORECASE)
-SHORTEST_SECRET = 4  # characters; what is shorter would hide parts of ordinary text
+SHORTEST_SECRET = 4  # characters; hiding a shorter secret would hide parts of ordinary text
 
-# What can begin Markdown: markup, tables, HTML, mathematics, links that GitHub makes by itself.
+# Characters that can begin Markdown: markup, tables, HTML, mathematics, and links that GitHub makes by itself.
 IN_MARKDOWN = re.compile(
     r"[\\`*\[\]<>&|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=\S)|(?<=www)\.|@(?=\w)|#(?=\w)", re.IGNORECASE
 )
-# Names that a code span holds as they are, in a table as well.
+# Names that a code span can hold unchanged, in a table as well.
 PLAIN = re.compile(r"[\w .,;()/+=-]+")
 FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
 
@@ -52,7 +52,7 @@ def one_line(text: str) -> str:
 
 
 def printable_document(document: Any) -> Any:
-    """A JSON-able document with every text in it, keys too, as `printable` returns it."""
+    """A JSON-able document in which every text, keys too, is as `printable` returns it."""
     if isinstance(document, dict):
         return {printable_document(key): printable_document(value) for key, value in document.items()}
     if isinstance(document, list):
@@ -61,18 +61,18 @@ def printable_document(document: Any) -> Any:
 
 
 def quoted(value: Any) -> str:
-    """A value as a message shows it: short, on one line, without control characters and without passwords."""
+    """A value as a message shows it: short, on one line, without control characters and passwords."""
     as_python = isinstance(value, dict | list | str)
-    # Secrets first: a text that is cut may have lost the @ by which a password is known.
+    # Secrets first: a cut text may have lost the @ that marks a password.
     text = redacted(repr(value) if as_python else json.dumps(value, default=str))
     most = 40 if isinstance(value, dict | list) else 60
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def redacted(text: str) -> str:
-    """The text without passwords and tokens: in URLs, in headers, and wherever one of the environment's stands."""
+    """The text without passwords and tokens: those in URLs and headers, and those that the environment holds."""
     values = (value for name, value in os.environ.items() if SECRET_NAME.search(name) or "://" in value)
-    if known := _known_secrets(tuple(values)):  # first: of a decoded password with a slash, a URL shows the end
+    if known := _known_secrets(tuple(values)):  # first: a URL with a decoded slash in its password would keep a part
         text = known.sub(HIDDEN, text)
     text = USER_IN_URL.sub(rf"\1{HIDDEN}@", text)
     for secret in (SIGNED, HEADER, BEARER, HUB_TOKEN):
@@ -82,25 +82,25 @@ def redacted(text: str) -> str:
 
 @lru_cache(maxsize=4)
 def _known_secrets(values: tuple[str, ...]) -> re.Pattern[str] | None:
-    """One pattern for the secrets in values of environment variables, as such and as URLs and headers encode them."""
+    """One pattern for the secrets in environment variables, plain and as URLs and headers encode them."""
     secrets: set[str] = set()
     for value in values:
         secrets |= _credentials(value) if "://" in value else {value.strip()}
     forms = {form for secret in secrets for form in (secret, unquote(secret), quote(secret, safe=""))}
     forms |= {base64.b64encode(unquote(secret).encode()).decode() for secret in secrets}
     longest_first = sorted((form for form in forms if len(form) >= SHORTEST_SECRET), key=len, reverse=True)
-    # A word of the text that merely contains a short password is no secret; a percent-encoded colon is part of no word.
+    # A word that only contains a short password is not a secret. A percent-encoded colon does not belong to a word.
     begin = r"(?:(?<!\w)|(?<=%[0-9A-Fa-f]{2}))"
     return re.compile(begin + f"(?:{'|'.join(map(re.escape, longest_first))})" + r"(?!\w)") if longest_first else None
 
 
 def _credentials(url: str) -> set[str]:
-    """User and password of a URL, the password alone, and the parts of one that broke the URL, as `/` and `@` do."""
+    """User and password of a URL, the password alone, and the parts of a password that broke the URL, as `/` may."""
     _, _, rest = url.partition("://")
     authority = re.split("[/?#]", rest)[0]
     if "@" in authority:
         user = authority.rpartition("@")[0]
-    elif "@" in rest and re.search(r":(?!\d*$)", authority):  # what stands behind the colon is no port
+    elif "@" in rest and re.search(r":(?!\d*$)", authority):  # the text behind the colon is not a port
         user = rest.rpartition("@")[0]
     else:
         return set()
@@ -110,10 +110,10 @@ def _credentials(url: str) -> set[str]:
 
 
 def prose(text: str) -> Markup:
-    """The text for a sentence of GitHub's Markdown, on one line, with all that could be markup as entities.
+    """The text for a sentence of GitHub's Markdown, on one line; all characters that could be markup are entities.
 
-    An entity is shown as its character and never begins markup. `<wbr>` separates what GitHub reads in the shown text,
-    such as mentions and addresses of mail.
+    An entity is shown as its character and never begins markup. `<wbr>` separates texts that GitHub would turn into
+    links, such as mentions and mail addresses.
     """
 
     def entity(found: re.Match[str]) -> str:
@@ -129,6 +129,6 @@ def code(text: str) -> Markup:
 
 
 def spreadsheet_cell(text: str) -> str:
-    """A text that spreadsheets show and do not compute: one that reads like a formula begins with a quote."""
+    """A text that a spreadsheet shows and does not compute: a text that reads like a formula begins with a quote."""
     text = printable(text)
     return f"'{text}" if FORMULA.match(text) else text

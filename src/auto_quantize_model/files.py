@@ -1,4 +1,4 @@
-"""Files in and out: hashes, atomic writes, canonical JSON, and the error that is the user's to mend."""
+"""Files in and out: hashes, atomic writes, canonical JSON, and the error for faults that the user can correct."""
 
 import contextlib
 import errno
@@ -20,27 +20,27 @@ from urllib.parse import urlsplit
 
 from safetensors import SafetensorError
 
-MARKER = ".auto-quantize-model.json"  # in a folder that `folders` wrote: the names of its files and their sha256
+MARKER = ".auto-quantize-model.json"  # in a folder that `folders` wrote: the names and sha256 of its files
 NEXT_STEPS = {
     errno.ENOSPC: "its disk is full; free some space, and run again",
     errno.EDQUOT: "your quota on its disk is used up; free some space, and run again",
     errno.EROFS: "its file system is read-only; name a place that can be written",
     errno.ENOENT: "no such file or folder; correct the path, or make it",
-    errno.ENOTDIR: "a part of this path is a file, and no folder; correct the path",
+    errno.ENOTDIR: "a part of this path is a file, not a folder; correct the path",
     errno.EEXIST: "a file, where a folder is needed; move the file away, or name another path",
     errno.EISDIR: "a folder, where a file is needed; name a file",
     errno.ENAMETOOLONG: "the name is too long for its file system; choose a shorter one",
-    errno.ELOOP: "its links lead round in a circle; correct the links",
+    errno.ELOOP: "its links form a circle; correct the links",
     errno.EBUSY: "in use, or the root of a mounted disk; name another path, such as a folder in it",
     errno.EFBIG: "too large for its file system; name a place on another disk",
     errno.EIO: "the disk reports an input/output error; check the disk, and run again",
-    errno.ESTALE: "the file server changed it meanwhile; run again",
+    errno.ESTALE: "the file server changed the file in the meantime; run again",
     errno.EMFILE: "too many files are open; raise the limit (ulimit -n), and run again",
 }
 
 
 class InputError(Exception):
-    """Something the user gave is wrong: the message names the thing, the place and the next step."""
+    """Something that the user gave is wrong. The message names the thing, the place and the next step."""
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -58,7 +58,7 @@ def canonical_json(document: Any) -> str:
     """`document` as JSON text that is the same bytes for the same values.
 
     Raises:
-        ValueError: it holds NaN or infinity, which JSON cannot say.
+        ValueError: the document holds NaN or infinity, which JSON cannot express.
     """
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -69,11 +69,11 @@ def digest_of(document: Any) -> str:
 
 
 def explained(error: BaseException, path: Path | str | None = None) -> str | None:
-    """One line that names the file and the next step, for an error that a disk or its owner causes; else None.
+    """One line with the file and the next step, for an error that a disk or its owner causes; None for other errors.
 
     Args:
-        error: an OSError, or the error of a library that hides one, as those of safetensors and torch.save do.
-        path: the file that is named where the error names none.
+        error: an OSError, or a library's error that hides an OSError, such as those of safetensors and torch.save.
+        path: the file to name where the error names none.
     """
     number = error.errno if isinstance(error, OSError) else _hidden_errno(error)
     named = getattr(error, "filename", None) or path
@@ -86,15 +86,15 @@ def explained(error: BaseException, path: Path | str | None = None) -> str | Non
 
 
 def _hidden_errno(error: BaseException) -> int | None:
-    """The system's error number that a library gives as text alone."""
+    """The system's error number, where a library gives the number only as text."""
     if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, tokenizers
         return int(found[1])
-    # torch.save says where its writing stopped, and not why.
+    # torch.save reports where its writing stopped, and not why.
     return errno.ENOSPC if "inline_container.cc" in str(error) and "unexpected pos" in str(error) else None
 
 
 def _who_may_help(path: Path) -> str:
-    """Whose right it is to open or to write `path`, as an advice: the owner of what exists of it."""
+    """Advice on who may grant the right to open or write `path`: the owner of the part of the path that exists."""
     for place in (path, *path.absolute().parents):
         with contextlib.suppress(OSError):
             owner = place.lstat().st_uid
@@ -112,7 +112,7 @@ def named_errors(path: Path, hidden: Path | None = None) -> Iterator[None]:
 
     Args:
         path: the file or folder that is written or read.
-        hidden: a temporary path that stands for `path` and that no user knows.
+        hidden: a temporary path that stands for `path` and that the user does not know.
     """
     try:
         yield
@@ -130,10 +130,10 @@ def named_errors(path: Path, hidden: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; move it into place on success, remove it on any exception.
+    """Yield a temporary path in the folder of `path`; move it into place on success, remove it on any exception.
 
-    What a killed process left of this very output is removed first. The file's mode follows the umask. A link at
-    `path` is replaced, and what it leads to stays as it is.
+    Leftovers that a killed process left of this output are removed first. The file's mode follows the umask. A link at
+    `path` is replaced, and the file that the link points to stays unchanged.
 
     Raises:
         InputError: `path` is a folder or a device, or it cannot be written.
@@ -153,10 +153,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def require_file(path: Path) -> None:
-    """Refuse an output path at which something else than a file lies: a folder, a device, a pipe.
+    """Refuse an output path at which a folder, a device or a pipe lies.
 
     Raises:
-        InputError: as said.
+        InputError: one of these lies there.
     """
     if path.is_dir():
         raise InputError(f"{path}: a folder, where a file is to be written; name a file")
@@ -165,10 +165,10 @@ def require_file(path: Path) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Refuse a folder in which no file can be made, or which cannot be made itself.
+    """Refuse a folder that cannot be made, or in which no file can be made.
 
     Raises:
-        InputError: naming what exists of it.
+        InputError: the message names the part of the path that exists.
     """
     there = next(place for place in (folder, *folder.parents) if place.exists())
     with named_errors(there):
@@ -180,24 +180,24 @@ def require_writable(folder: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A new name beside `path` that says whose it is and of which output; its length does not grow with `path`."""
+    """A new name in the folder of `path` that marks its writer and its output; its length does not depend on `path`."""
     return path.with_name(f".auto-quantize-{_short_digest(path)}-{secrets.token_hex(4)}")
 
 
 def clear_leftovers(path: Path) -> None:
-    """Remove what killed processes left of the output `path`; what a live process holds the lock of stays.
+    """Remove what killed processes left of the output `path`; files whose lock a live process holds stay.
 
-    Where a file system has no locks, as some network file systems have none, nothing is removed.
+    Where a file system has no locks, as some network file systems, nothing is removed.
     """
     leftover = re.compile(rf"\.auto-quantize-{_short_digest(path)}-[0-9a-f]{{8}}")
-    with contextlib.suppress(PermissionError):  # a folder may be writable and its names unreadable
+    with contextlib.suppress(PermissionError):  # a folder may be writable and not readable
         _clear(path.parent, leftover)
 
 
 def _clear(folder: Path, leftover: re.Pattern[str]) -> None:
     for found in list(folder.iterdir()):
         if leftover.fullmatch(found.name) and not found.is_symlink():
-            with contextlib.suppress(OSError):  # another process was faster, or it belongs to another user
+            with contextlib.suppress(OSError):  # another process removed it first, or it belongs to another user
                 _remove_unless_held(found)
 
 
@@ -207,7 +207,7 @@ def _remove_unless_held(leftover: Path) -> None:
     elif (leftover / MARKER).exists():
         held = os.open(leftover / MARKER, os.O_RDWR)
     else:
-        leftover.rmdir()  # killed before it held anything; a folder that is not empty stays
+        leftover.rmdir()  # its writer was killed before it wrote a file; a folder that is not empty stays
         return
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -217,16 +217,16 @@ def _remove_unless_held(leftover: Path) -> None:
 
 
 def claimed(path: Path, folder: bool = False) -> tuple[Path, int]:
-    """A new temporary file or folder beside `path`, and the open file whose lock says that its writer lives."""
+    """A new temporary file or folder next to `path`, and an open file whose lock shows that the writer is alive."""
     try:
         return _claimed(path, folder)
     except OSError as error:
-        error.filename = os.fspath(path)  # no user knows the temporary name
+        error.filename = os.fspath(path)  # the user does not know the temporary name
         raise
 
 
 def _claimed(path: Path, folder: bool) -> tuple[Path, int]:
-    # Another process may take the empty folder for a leftover, before the marker lies in it.
+    # Before the marker lies in the folder, another process may take the empty folder for a leftover.
     vanished = [FileNotFoundError] if folder else []
     while True:
         temporary = temporary_name(path)
@@ -234,11 +234,11 @@ def _claimed(path: Path, folder: bool) -> tuple[Path, int]:
             temporary.mkdir()
         with contextlib.suppress(*vanished):
             lock = os.open(temporary / MARKER if folder else temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            with contextlib.suppress(OSError):  # a file system without locks: nobody clears there
+            with contextlib.suppress(OSError):  # a file system without locks, where no process clears
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if os.fstat(lock).st_nlink:
                 return temporary, lock
-            os.close(lock)  # another process took it for a leftover, between its making and its lock
+            os.close(lock)  # another process removed it as a leftover before it was locked
 
 
 def _short_digest(path: Path) -> str:
@@ -257,22 +257,22 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def parse_json(text: str, infinity: bool = False) -> Any:
-    """The JSON value that `text` is.
+    """The JSON value of a text.
 
     Args:
         text: the document.
-        infinity: take `Infinity`, which is no JSON, and which transformers writes into configs.
+        infinity: accept `Infinity`, which JSON does not have and which transformers writes into configs.
 
     Raises:
-        ValueError: it is not JSON, holds NaN, infinity or a number too large for float64, names a key of an object
-            twice, or has too many levels.
+        ValueError: the text is not JSON, or holds NaN, infinity or a number too large for float64. Or the text repeats
+            a key of an object, or has too many levels.
     """
 
     def constant(name: str) -> float:
         return float(name) if infinity and name != "NaN" else refuse(name)
 
     def refuse(number: str) -> NoReturn:
-        raise ValueError(f"{number} is no JSON number")
+        raise ValueError(f"{number} is not a JSON number")
 
     def finite(digits: str) -> float:
         return value if math.isfinite(value := float(digits)) else refuse(digits)
@@ -281,7 +281,7 @@ def parse_json(text: str, infinity: bool = False) -> Any:
         found = dict(pairs)
         if len(found) < len(pairs):
             (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-            raise ValueError(f"the key {twice!r} stands in it twice")
+            raise ValueError(f"the key {twice!r} is there twice")
         return found
 
     try:
@@ -294,30 +294,30 @@ def read_json(path: Path) -> Any:
     """The JSON document at `path`.
 
     Raises:
-        InputError: there is no such file, or `parse_json` refuses its text.
+        InputError: the file is missing, or `parse_json` refuses its text.
     """
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except IsADirectoryError:
-        raise InputError(f"{path}: a directory, where a JSON file is asked for") from None
+        raise InputError(f"{path}: a directory, where a JSON file is needed") from None
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}); restore the file") from None
 
 
 def named_path(text: str, folder: Path) -> Path:
-    """The path that a file in `folder` gives as `text`: relative to `folder`, and `~/` is the home folder."""
+    """The path that a file in `folder` gives as `text`, relative to `folder`; `~/` is the home folder."""
     return folder / (os.path.expanduser(text) if text.startswith("~/") else text)
 
 
 def shown(path: Path) -> str:
-    """A path as text that can be printed, also where its name is no UTF-8."""
+    """A path as printable text, even if its name is not UTF-8."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def visible(folder: Path) -> list[Path]:
-    """The entries below a folder at any depth, in order; hidden ones, and all in hidden folders, are left out."""
+    """The entries below a folder at any depth, in order, without hidden entries and the entries of hidden folders."""
 
     def hidden(path: Path) -> bool:
         return any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -326,14 +326,14 @@ def visible(folder: Path) -> list[Path]:
 
 
 def require_endpoint(url: str | None) -> None:
-    """Refuse a value of HF_ENDPOINT that no hub can have; some of them break huggingface_hub as soon as it is imported.
+    """Refuse a value of HF_ENDPOINT that no hub can have; with some values the import of huggingface_hub fails.
 
     Args:
         url: the value, None where the variable is not set.
 
     Raises:
-        InputError: no http or https, no host, no valid port, a query, white space or control characters. The URL itself
-            is not named, because it may hold a password.
+        InputError: the URL has no http or https, no host, no valid port, a query, white space or control characters.
+            The message does not show the URL, because the URL may hold a password.
     """
     if url is None:
         return

@@ -1,7 +1,7 @@
-"""Folders written whole or not at all, and never in place of what belongs to the user.
+"""Folders that are written whole or not at all, and that never replace files of the user.
 
-A folder that is written here holds a marker, which lists its files with their sha256. Only such a folder is replaced,
-and only while all that lies in it is as it was written.
+A folder that this module writes holds a marker, which lists the folder's files with their sha256. Only such a folder is
+replaced, and only while all its files are as they were written.
 """
 
 import json
@@ -26,23 +26,23 @@ from auto_quantize_model.files import (
 
 SCORES = Path("results/scores")  # the score store of a checkout
 MOVE_AWAY = "name another folder, or move what is yours out of it"
-SNAKEMAKES = ".snakemake_timestamp"  # Snakemake puts it into a folder that is an output, as the exports once were
+SNAKEMAKES = ".snakemake_timestamp"  # Snakemake's own file in a folder that is an output; older exports have one
 
 
 @contextmanager
 def atomic_folder(path: Path, advice: str = MOVE_AWAY, beside: Collection[str] = ()) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; move it into place on success, remove it on any exception.
+    """Yield a temporary folder next to `path`; move it into place on success, remove it on any exception.
 
     Only an empty folder, or one that this function wrote and nobody changed since, is replaced: `MARKER` in it lists
-    its files with their sha256. Modes follow the umask, whatever the libraries do that write into it.
+    its files with their sha256. File modes follow the umask, whatever the libraries set that write into the folder.
 
     Args:
         path: the folder to write.
-        advice: what a user may do where `path` may not be replaced.
-        beside: names of files in `path` that the caller writes later and that may go with the old folder.
+        advice: what the user can do where `path` may not be replaced.
+        `beside`: names of files in `path` that the caller writes later, and that may be removed with the old folder.
 
     Raises:
-        InputError: something of the user's lies at `path`, or it cannot be written.
+        InputError: files of the user lie at `path`, or `path` cannot be written.
     """
     require_own_folder(path, advice, beside)
     with named_errors(path):
@@ -61,19 +61,19 @@ def atomic_folder(path: Path, advice: str = MOVE_AWAY, beside: Collection[str] =
 
 
 def require_own_folder(path: Path, advice: str = MOVE_AWAY, beside: Collection[str] = ()) -> None:
-    """Refuse a folder that `atomic_folder` may not replace; to be called before long work too.
+    """Refuse a folder that `atomic_folder` may not replace. Callers also call this function before long work.
 
     Raises:
-        InputError: a link, a file, the current folder or one above it, or a folder with a file that `atomic_folder`
-            did not write or that was changed since, or with an empty folder.
+        InputError: the path is a link, a file, the current folder or a folder above it. Or the folder holds an empty
+            folder, or a file that `atomic_folder` did not write or that was changed since.
     """
     with named_errors(path):
         if path.is_symlink():
-            raise InputError(f"{path}: a link to {os.readlink(path)}, and no link is replaced by a folder; {advice}")
+            raise InputError(f"{path}: a link to {os.readlink(path)}, and a folder does not replace a link; {advice}")
         if not path.exists():
             return
         if not path.is_dir():
-            raise InputError(f"{path}: a file lies there, and it is not replaced by a folder; {advice}")
+            raise InputError(f"{path}: a file lies there, and a folder does not replace a file; {advice}")
         if Path.cwd().is_relative_to(path.resolve()):
             raise InputError(f"{path}: the current folder lies in it, so it is not replaced; {advice}")
         written = _files_of_marker(path)
@@ -94,14 +94,14 @@ def require_own_folder(path: Path, advice: str = MOVE_AWAY, beside: Collection[s
 
 
 def require_unchanged(path: Path, advice: str) -> None:
-    """Refuse a folder whose visible files are not those that `atomic_folder` wrote.
+    """Refuse a folder whose visible files differ from those that `atomic_folder` wrote.
 
     Args:
         path: the folder; its marker lists the files with their sha256.
-        advice: what a user may do.
+        advice: what the user can do.
 
     Raises:
-        InputError: no such folder, no marker, or a file that is missing, added or changed.
+        InputError: the folder or its marker is missing, or a file is missing, added or changed.
     """
     with named_errors(path):
         if not path.is_dir():
@@ -121,7 +121,7 @@ def require_unchanged(path: Path, advice: str) -> None:
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """All that is no folder, at any depth, links among them; an unreadable folder is an error and not skipped."""
+    """All files and links below a folder, at any depth; an unreadable folder raises an error and is not skipped."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -133,7 +133,7 @@ def files_in(folder: Path) -> Iterator[Path]:
 
 def _files_of_marker(folder: Path) -> dict[str, str]:
     """{name: sha256} of the files that `atomic_folder` wrote into a folder; empty where it wrote none."""
-    if not (folder / MARKER).is_file():  # a pipe of that name would never end
+    if not (folder / MARKER).is_file():  # reading a pipe of that name would never end
         return {}
     try:
         files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
@@ -153,7 +153,7 @@ def _finish_folder(folder: Path, marker: int) -> None:
 
 
 def _swap_folders(new: Path, path: Path) -> None:
-    """Put `new` at `path`; a folder that lies there goes once `new` stands, and comes back if it cannot."""
+    """Put `new` at `path`. An old folder is removed after `new` is in place, and restored if `new` cannot be moved."""
     old = temporary_name(path)
     try:
         if path.exists():

@@ -1,8 +1,9 @@
-"""INC 2.6's mse_v2 helpers, run unmodified, with the scores they keep to themselves captured at run time.
+"""INC 2.6's mse_v2 helpers, run unmodified, with a capture of the scores that the helpers do not return.
 
-INC computes the error of every op in `get_mse_order_per_fp32` and `get_mse_order_per_int8` and returns only the order
-of the names. Both look up `sorted` and `tqdm` as names of their module, so setting those two names there sees the
-complete map through the sort key and bounds the ops that are scored. INC's code is neither edited nor copied.
+INC computes the error of every op in `get_mse_order_per_fp32` and `get_mse_order_per_int8`, and returns only the order
+of the names. Both helpers look up `sorted` and `tqdm` as names of their module, so this module replaces the two names
+there. The new `sorted` sees all scores through the sort key; the new `tqdm` limits the ops that are scored. INC's code
+is neither edited nor copied.
 """
 
 import builtins
@@ -31,12 +32,12 @@ TORCH_NAMES = (torch.dtype, torch.qscheme)
 
 @dataclass
 class HelperCall:
-    """What one call of one of INC's helpers computed.
+    """The scores that one call of one of INC's helpers computed.
 
     `helper` is `fallback` (get_mse_order_per_fp32) or `requantize` (get_mse_order_per_int8). `scores` maps each op to
     INC's sum of squared errors at the measured output, in the order in which INC computed them. `second_pass` holds
-    what the fallback helper may rescore with the worst op in FP32 as well (at most 5 ops, another state, so never to
-    be mixed with `scores`). `order` is what the helper returned.
+    the fallback helper's second scores of at most 5 ops, with the worst op in FP32 as well. They belong to another
+    state, so they must not be mixed with `scores`. `order` is what the helper returned.
     """
 
     helper: str
@@ -47,7 +48,7 @@ class HelperCall:
 
 @dataclass
 class Capture:
-    """The calls seen while `capture_mse_v2_sensitivity` was in force, in order."""
+    """The calls that were seen while `capture_mse_v2_sensitivity` was active, in order."""
 
     calls: list[HelperCall] = field(default_factory=list)
 
@@ -55,7 +56,7 @@ class Capture:
         """The latest call of a helper.
 
         Raises:
-            LookupError: it was never called.
+            LookupError: the helper was never called.
         """
         for call in reversed(self.calls):
             if call.helper == helper:
@@ -67,12 +68,12 @@ class Capture:
 def capture_mse_v2_sensitivity(
     only: Collection[str] | None = None, on_op: Callable[[str], None] | None = None
 ) -> Iterator[Capture]:
-    """Install the patch on INC, yield what it captures, and put everything back, whatever happens in between.
+    """Install the patch on INC, yield the capture, and restore everything, whatever happens in between.
 
-    Restored on success and on any exception: INC's helpers, its `sorted` and `tqdm`, its global `op_cfg_mapping` (which
-    would otherwise carry one model's qconfigs into the next), the hooks the helpers leave on the model, and
-    `torch.nn.Parameter.__deepcopy__`. May be nested and used again; an inner capture sees its own calls, and so does
-    the outer one.
+    Restored on success and on any exception: INC's helpers, its `sorted` and `tqdm`, the hooks that the helpers leave
+    on the model, and `torch.nn.Parameter.__deepcopy__`. INC's global `op_cfg_mapping` is restored too, because it would
+    carry one model's qconfigs into the next. Captures may be nested and used again. Both an inner and an outer capture
+    see the calls during the inner one.
 
     Args:
         only: names of the ops to score; None scores all.
@@ -94,7 +95,7 @@ def capture_mse_v2_sensitivity(
 
 @contextmanager
 def copies_sharing_parameters() -> Iterator[None]:
-    """INC deep-copies the model for every op; the weights are only read there, so the copies may share them."""
+    """INC copies the model for every op (deepcopy). The weights are only read there, so the copies may share them."""
 
     def share(parameter: torch.nn.Parameter, memo: dict[int, Any]) -> torch.nn.Parameter:
         memo[id(parameter)] = parameter
@@ -110,7 +111,7 @@ def copies_sharing_parameters() -> Iterator[None]:
 
 @contextmanager
 def replaced_names(**values: Any) -> Iterator[None]:
-    """Set names of INC's module for the duration, and put back what was there, or that there was nothing."""
+    """Set names of INC's module for the duration, and restore the old values, or that the name was absent."""
     saved = {name: getattr(nc_util, name, MISSING) for name in values}
     for name, value in values.items():
         setattr(nc_util, name, value)
@@ -131,7 +132,7 @@ def _capturing(
     only: Collection[str] | None,
     on_op: Callable[[str], None] | None,
 ) -> Callable[..., list[OpKey]]:
-    """A function that INC calls in place of `original`: it delegates, captures, and returns the same order."""
+    """The function that INC calls in place of `original`: it delegates, captures, and returns the same order."""
 
     def patched(adaptor: Any, model: torch.nn.Module, example_input: Any, tune_cfg: dict[str, Any]) -> list[OpKey]:
         call = HelperCall(helper)
@@ -144,7 +145,7 @@ def _capturing(
 
         def bounding_tqdm(items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
             for name, value in within["tqdm"](items):
-                # torch caches this function by module and so keeps every quantized copy of the model alive.
+                # torch caches this function by module, and so keeps every quantized copy of the model alive.
                 assert_and_get_unique_device.cache_clear()
                 if only is None or name in only:
                     if on_op is not None:
@@ -152,8 +153,8 @@ def _capturing(
                     yield name, value
 
         outer: dict[str, Any] = {name: getattr(nc_util, name, MISSING) for name in ("sorted", "tqdm")}
-        # In a nested capture the names are already taken: the inner capture's stay in force within these. INC's own
-        # tqdm is left out, since progress is the caller's to show.
+        # In a nested capture the names are already replaced; the inner capture's names stay active within these. INC's
+        # own tqdm is left out, because the caller shows progress.
         within: dict[str, Any] = {"sorted": builtins.sorted, "tqdm": iter} if outer["sorted"] is MISSING else outer
         hooks = {module: list(module._forward_hooks) for module in model.modules()}
         try:
@@ -178,7 +179,7 @@ def activations_reduced(wanted: bool | None) -> Iterator[bool]:
     CPU without VNNI, whose 8-bit products can saturate. `PostTrainingQuantConfig.reduce_range` reaches ONNX alone.
 
     Yields:
-        Which of the two is in force.
+        Which of the two is active.
     """
     saved = nc_pytorch.REDUCE_RANGE
     nc_pytorch.REDUCE_RANGE = saved if wanted is None else wanted
@@ -215,7 +216,7 @@ def build_strategy(
         in INC's order.
     """
     config = _Config(quantization=conf, benchmark=None, pruning=None, distillation=None, nas=None)
-    # INC copies the model here too, to see which parts of it can be traced.
+    # INC copies the model here too, to find which of its parts can be traced.
     with temporary_workspace(), copies_sharing_parameters():
         strategy = MSE_V2TuneStrategy(model=Model(model, conf=conf), conf=config, q_dataloader=calib_dataloader)
         strategy._prepare_tuning()
@@ -224,7 +225,7 @@ def build_strategy(
 
 
 def describe_observers(qconfig: Any) -> dict[str, dict[str, Any]]:
-    """A qconfig as JSON: the observer class of `activation` and `weight` under `name`, beside its arguments."""
+    """A qconfig as JSON: for `activation` and `weight`, the observer's class under `name`, and its arguments."""
     sides = {"activation": qconfig.activation, "weight": qconfig.weight}
     return {
         side: {"name": factory.p.func.__name__}
@@ -237,9 +238,9 @@ def describe_observers(qconfig: Any) -> dict[str, dict[str, Any]]:
 
 
 def fused_patterns(adaptor: Any, model: torch.nn.Module, tune_cfg: dict[str, Any]) -> dict[str, str]:
-    """The class that each op's module has once INC has prepared the model: FX fuses a Linear and its ReLU, say.
+    """The class of each op's module after INC has prepared the model. FX fuses a Linear and its ReLU, for example.
 
-    INC's names to class names. Calibrates nothing, and copies the model without its weights.
+    Out: {INC's name of the op: class name}. Nothing is calibrated, and the model is copied without its weights.
     """
     with copies_sharing_parameters():
         prepared = copy.deepcopy(model)
@@ -256,14 +257,14 @@ def fused_patterns(adaptor: Any, model: torch.nn.Module, tune_cfg: dict[str, Any
 def module_name(model: torch.nn.Module, op_name: str) -> str:
     """The name of the module that INC calls `op_name`.
 
-    INC traces a lone Linear inside a QuantWrapper and keeps the wrapper's `.module` in the name of the op.
+    INC traces a single Linear inside a QuantWrapper, and keeps the wrapper's `.module` in the name of the op.
     """
     names = dict(model.named_modules())
     return op_name if op_name in names else op_name.removesuffix(".module")
 
 
 def with_measured_op_last(tune_cfg: dict[str, Any], measured_op: str) -> dict[str, Any]:
-    """A copy of `tune_cfg` in which `measured_op` is the last op: INC measures the error at the last one.
+    """A copy of `tune_cfg` with `measured_op` as the last op, because INC measures the error at the last op.
 
     Raises:
         LookupError: the plan has no such op.
@@ -277,7 +278,7 @@ def with_measured_op_last(tune_cfg: dict[str, Any], measured_op: str) -> dict[st
 
 
 def with_ops_in_fp32(tune_cfg: dict[str, Any], only: Collection[str] | None = None) -> dict[str, Any]:
-    """A copy of `tune_cfg` with all ops, or those in `only`, in FP32: from there INC's second helper quantizes."""
+    """A copy of `tune_cfg` with all ops, or those in `only`, in FP32; INC's second helper quantizes from there."""
     result = copy.deepcopy(tune_cfg)
     for (name, _), configuration in result["op"].items():
         if only is None or name in only:
@@ -296,20 +297,20 @@ def run_single_mse_v2_sensitivity_pass(
     only: Collection[str] | None = None,
     on_op: Callable[[str, str], None] | None = None,
 ) -> dict[str, HelperCall]:
-    """One bounded sensitivity pass over the first batch of `calib_dataloader`, by way of INC's own strategy.
+    """One bounded sensitivity pass over the first batch of `calib_dataloader`, with INC's own strategy.
 
-    `MSE_V2TuneStrategy` makes the plan and `calculate_op_sensitivity` runs both helpers, whatever the accuracy
-    criterion says; nothing is tuned and no quantized model is produced.
+    `MSE_V2TuneStrategy` makes the plan, and `calculate_op_sensitivity` runs both helpers, whatever the accuracy
+    criterion says. Nothing is tuned, and no quantized model is produced.
 
     Args:
         model: an FP32 model in eval mode on the CPU; left as it was.
         conf: INC's configuration, `strategy="mse_v2"`.
         calib_dataloader: yields `(inputs, label)`; the first batch both calibrates and scores, as in INC.
         measured_op: module name of the op at whose output the error is measured; the model's output op.
-        maps: which maps to capture: `fallback` (the op FP32, all others INT8), `requantize` (ops quantized one after
-            another and never reset), `isolated` (only this op INT8), `requantize_at` (the values of `requantize`, each
-            on its own: this op and all before it INT8), and two of one score, under the last op that the plan
-            quantizes: `no_op` (the error of INC's conversion with no op INT8) and `all_int8` (with every planned op).
+        maps: which maps to capture. `fallback`: the op FP32, all others INT8. `requantize`: ops quantized one after
+            another and never reset. `isolated`: only this op INT8. `requantize_at`: the values of `requantize`, each
+            on its own, with this op and all before it INT8. Two maps have one score, under the last op that the plan
+            quantizes. `no_op`: the error of INC's conversion with no op INT8. `all_int8`: with every planned op INT8.
         only: module names of the ops to score; None scores all that the plan quantizes.
         on_op: called with the map and INC's name of the op before it is scored.
 
@@ -331,10 +332,10 @@ def run_planned_pass(
     only: Collection[str] | None = None,
     on_op: Callable[[str, str], None] | None = None,
 ) -> dict[str, HelperCall]:
-    """The same pass by a strategy that there is already, as `build_strategy` returns it.
+    """The same pass with an existing strategy, as `build_strategy` returns it.
 
     Args:
-        strategy: of the model.
+        strategy: the model's strategy.
         tune_cfg: its configuration, with the measured op last.
         calib_dataloader: as in `run_single_mse_v2_sensitivity_pass`, and so are the others.
         maps: which maps to capture.
@@ -342,14 +343,14 @@ def run_planned_pass(
         on_op: called with the map and INC's name of the op before it is scored.
     """
     modules = {name: module_name(strategy.model.model, name) for name, _ in tune_cfg["op"]}
-    # An op kept in FP32 stands in tune_cfg as well; "requantizing" it would score a change that is none.
+    # tune_cfg also holds ops kept in FP32; "requantizing" such an op would score a change that changes nothing.
     in_order = [name for (name, _), cfg in tune_cfg["op"].items() if cfg["weight"]["dtype"] != "fp32"]
     wanted = [name for name in in_order if only is None or modules[name] in only]
 
     def score(label: str, cfg: dict[str, Any], ops: Collection[str], fallback: bool) -> HelperCall:
         notify = None if on_op is None else lambda name: on_op(label, name)
         with capture_mse_v2_sensitivity(ops, notify) as capture:
-            # Without a qconfig INC converts an op to what it is already.
+            # Without a qconfig, INC's conversion leaves an op as it is.
             nc_util.op_cfg_mapping.update(dict.fromkeys(qconfigs) if label == "no_op" else qconfigs)
             strategy.adaptor.calculate_op_sensitivity(
                 strategy.model, calib_dataloader, copy.deepcopy(cfg), None, 1, fallback=fallback
@@ -361,7 +362,7 @@ def run_planned_pass(
         later = in_order[in_order.index(name) :]
         return score(label, with_ops_in_fp32(tune_cfg, later), [name], fallback=False)
 
-    # What the first helper leaves behind for the second one: the qconfig of every planned op.
+    # The state that the first helper leaves for the second one: the qconfig of every planned op.
     qconfigs = {name: qconfig for name, qconfig in _cfg_to_qconfig(tune_cfg, tune_cfg["approach"]).items() if qconfig}
     fp32_cfg = with_ops_in_fp32(tune_cfg)
     results: dict[str, HelperCall] = {}

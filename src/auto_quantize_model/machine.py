@@ -1,4 +1,4 @@
-"""Where a replay runs: the device by name, exact arithmetic on it, and enough memory before long work begins."""
+"""Where a replay runs: the device by name, exact arithmetic on that device, and enough memory before long work."""
 
 import os
 import platform
@@ -21,13 +21,13 @@ LOWER = "lower calibration.batch_size, max_pixels or max_tokens, or measure on a
 def choose_device(
     name: str, *, tf32: bool = False, deterministic: bool = True, threads: int | None = None
 ) -> torch.device:
-    """The torch device for `auto`, `cpu` or `cuda`, set up so that float32 means float32.
+    """The torch device for `auto`, `cpu` or `cuda`, set up so that float32 products are not rounded to fewer bits.
 
     Args:
         name: `auto` takes a GPU where torch sees one.
         tf32: let CUDA round float32 products to 10 bits of mantissa.
         deterministic: ask torch for algorithms that give the same bits each time on a GPU. For the CPU the request is
-            taken back, since torch would refuse the INT8 kernels that INC and the replay need.
+            withdrawn, because torch would refuse the INT8 kernels that INC and the replay need.
         threads: number of torch's CPU threads; None leaves the number of this process.
 
     Raises:
@@ -45,7 +45,7 @@ def choose_device(
                 f"no GPU that this build of torch ({torch.__version__}) can use; set sensitivity.device to cpu, pass"
                 " --resources gpu=0, or install a CUDA build"
             )
-        # cuBLAS is deterministic only with a workspace of fixed size, read when it starts.
+        # cuBLAS is deterministic only with a workspace of fixed size. It reads that size when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
@@ -55,7 +55,7 @@ def choose_device(
 
 @contextmanager
 def any_algorithm() -> Iterator[None]:
-    """Let torch run kernels that it does not list as deterministic, and set torch as before afterwards.
+    """Let torch run kernels that it does not list as deterministic, and restore torch's setting afterwards.
 
     The INT8 kernels of the CPU are deterministic, but `torch.use_deterministic_algorithms` refuses them.
     """
@@ -72,10 +72,10 @@ def require_memory(parameters: int, replay_on: torch.device | None = None) -> No
 
     Args:
         parameters: number of the model's weights; each takes 4 bytes in FP32 and, in a replay, 1 as an INT8 code.
-        replay_on: the device of the replay, if there is to be one; weights pass through the host's memory to a GPU.
+        replay_on: the device of the replay; None without a replay. Weights pass through the host's memory to a GPU.
 
     Raises:
-        InputError: with what is needed, what there is, and what to lower.
+        InputError: the message says what is needed, what is free, and what to lower.
     """
     loaded, replayed = 4 * parameters, 5 * parameters + WORKING_BYTES
     on_cpu = replay_on is not None and replay_on.type == "cpu"
@@ -91,14 +91,14 @@ def require_memory(parameters: int, replay_on: torch.device | None = None) -> No
 
 
 def require_free(wanted: float, what: str) -> None:
-    """Refuse work that will not fit into this machine's memory, before it begins.
+    """Refuse work that will not fit into this machine's memory, before the work begins.
 
     Args:
         wanted: bytes.
         what: the work, as the subject of a sentence.
 
     Raises:
-        InputError: with what is needed and what there is.
+        InputError: the message says what is needed and what is free.
     """
     free = psutil.virtual_memory().available
     if wanted > free:
@@ -110,10 +110,10 @@ def require_free(wanted: float, what: str) -> None:
 
 @contextmanager
 def explained_out_of_memory(device: torch.device) -> Iterator[None]:
-    """Turn torch's out-of-memory error into one that says what there was and what to lower.
+    """Turn torch's out-of-memory error into an error that says what was free and what to lower.
 
     Raises:
-        InputError: in its place.
+        InputError: in place of torch's error.
     """
     try:
         yield
@@ -128,7 +128,7 @@ def explained_out_of_memory(device: torch.device) -> Iterator[None]:
 
 
 def has_vnni() -> bool:
-    """Whether this CPU has AVX-512 VNNI, with which INT8 products are exact and oneDNN's convolution is taken."""
+    """Whether this CPU has AVX-512 VNNI. With VNNI, INT8 products are exact and torch takes oneDNN's convolution."""
     return bool(torch.cpu.get_capabilities().get("avx512_vnni", False))
 
 
@@ -141,7 +141,7 @@ def instruction_set() -> str:
 
 
 def usage(device: torch.device) -> dict[str, Any]:
-    """What a run took and where: for the run record, never for a report."""
+    """What a run took, and where it ran: for the run record, never for a report."""
     record: dict[str, Any] = {
         "host": platform.node(),
         "platform": platform.platform(),

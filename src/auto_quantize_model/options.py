@@ -1,6 +1,6 @@
-"""The options of the commands, each defined once, and how a command starts.
+"""The options of the commands, each defined once, and the start of a command.
 
-In: names of options. Out: a parser; and, by `start`, the exit code of a command.
+In: names of options. Out: a parser; and, from `start`, the exit code of a command.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from typing import Any
 from auto_quantize_model import cli
 from auto_quantize_model.folders import SCORES
 
-# Each file that a command reads or writes: what it holds, and how its name ends where a command writes it.
+# Each file that a command reads or writes: its content, and the ending of its name where a command writes it.
 FILES = {
     "manifest": ("the model's manifest", ".json"),
     "calibration_manifest": ("the calibration set's manifest", ".json"),
@@ -41,7 +41,7 @@ FILES = {
     "svg": ("the picture", ".svg"),
     "readme": ("the page, whose marked block is replaced", ".md"),
 }
-# What else several commands take, as keywords of `add_argument`.
+# Other options that several commands take, as keywords of `add_argument`.
 SETTINGS: dict[str, dict[str, Any]] = {
     "spec": {
         "type": cli.json_value,
@@ -92,11 +92,11 @@ def parser(
 def start(
     parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None
 ) -> int:
-    """Parse a command line, check where the outputs go, and work; returns the exit code of `cli.run`.
+    """Parse a command line, check the places of the outputs, do the work, and return the exit code of `cli.run`.
 
     Args:
-        parser: as `parser` makes it.
-        work: the command's job.
+        parser: as `parser` returns it.
+        work: the command's work.
         argv: the command line without the command; None takes that of the process.
     """
     args = parser.parse_args(argv)

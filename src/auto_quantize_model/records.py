@@ -1,4 +1,4 @@
-"""The records that one room hands to the next, and the one place that reads, checks and digests them.
+"""The records that one room hands to the next. This module alone reads, checks and digests them.
 
 In: the body of a document (`documents`), which is JSON. Out: frozen dataclasses. A record is written as the JSON of its
 fields, in their order.
@@ -16,7 +16,7 @@ from auto_quantize_model.documents import Document, make_again
 from auto_quantize_model.files import InputError, digest_of
 
 Record = TypeVar("Record")
-# Of the records that are read: an unknown field is an error, in the records that they hold as well.
+# For the records that are read: an unknown field is an error, also in nested records.
 closed = with_config(ConfigDict(extra="forbid"))
 
 
@@ -36,7 +36,7 @@ class Side:
 
 @dataclass(frozen=True)
 class IncInt8:
-    """The scheme `inc_int8` of one op: INC's name of the op, the class that INC makes of it, and its two sides."""
+    """The scheme `inc_int8` of one op: INC's name of the op, the class that INC makes of the op, and its two sides."""
 
     inc_name: str
     pattern: str
@@ -50,13 +50,13 @@ class Op:
 
     Attributes:
         op_name: the name of its module.
-        op_type: `Linear`, `Conv3d` or `Embedding`, as INC says it.
+        op_type: `Linear`, `Conv3d` or `Embedding`, in INC's spelling.
         shape: of its weight.
         weight_bytes: of its weight in FP32.
-        executions: how often it runs in FP32 on each scored batch.
+        executions: how often the op runs in FP32 on each scored batch.
         tower: `vision` or `language`.
-        unit: the ops that a serving engine holds as one matrix, by one name; an op of its own has its own name.
-        schemes: the schemes that it can have, by name.
+        unit: one name for the ops that a serving engine holds as one matrix; an op of its own has its own name.
+        schemes: the schemes that the op can have, by name.
     """
 
     op_name: str
@@ -70,12 +70,12 @@ class Op:
 
     @property
     def ran(self) -> bool:
-        """Whether it runs on some scored batch."""
+        """Whether the op runs on at least one scored batch."""
         return any(self.executions)
 
     @property
     def inc_int8(self) -> IncInt8:
-        """What INC plans for it."""
+        """What INC plans for this op."""
         return self.schemes["inc_int8"]
 
 
@@ -122,13 +122,13 @@ class Plan:
     """The inventory of a model and the schemes that each op can have.
 
     Attributes:
-        model, model_digest, calibration, calibration_digest, config_digest: what the plan is for.
+        model, model_digest, calibration, calibration_digest, config_digest: what the plan was made for.
         engine: `replay`, `inc` or `auto`.
         confidence_batches: how many calibration batches are scored.
         maps: which maps are measured.
         keep: what the config keeps in FP32.
-        reduce_range: whether activations take 7 bits of 8; `reduce_range_by` is who chose it, `inc` or `config`.
-        measured_op: the op at whose output errors are measured.
+        reduce_range: whether activations take 7 bits of 8; `reduce_range_by` says who chose, `inc` or `config`.
+        measured_op: the op at whose output the errors are measured.
         ops: in INC's order.
         excluded: the modules that stay in FP32.
     """
@@ -164,7 +164,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class ObservedRange:
-    """The least and the greatest value that an observer saw, and {percentile: value} where it kept a histogram."""
+    """The minimum and the maximum that an observer saw, and {percentile: value} where it kept a histogram."""
 
     minimum: float
     maximum: float
@@ -175,7 +175,7 @@ class ObservedRange:
 class OpScales:
     """Scale and zero_point of an op's input and output by one calibration, and what the observers saw.
 
-    A scale is a float32 value. An Embedding has neither: its input are ids, and its output is FP32.
+    A scale is a float32 value. An Embedding has neither, because its input is ids and its output is FP32.
     """
 
     in_scale: float = 1.0
@@ -196,9 +196,9 @@ class Score:
     """One row of a capture: the error of one state on one batch.
 
     Attributes:
-        batch: its number.
+        batch: its index.
         map: `isolated`, `fallback` or `requantize`; `all` for the state with every op in the scheme.
-        scheme: by name.
+        scheme: its name.
         op_name: the op that the map scores; empty in the map `all`.
         mse_value: INC's **sum** of squared errors at the measured op.
         image_error, text_error: the same sum at the positions of image and of other tokens; None where INC measured.
@@ -230,7 +230,7 @@ class ScoredBatch:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What of a machine the bits of a score depend on."""
+    """Properties of a machine that the bits of a score depend on."""
 
     device: str
     threads: int
@@ -275,7 +275,7 @@ class Capture:
 @closed
 @dataclass(frozen=True)
 class Audit:
-    """What was measured again, and how that ended; see `inc.audit.audit_capture`."""
+    """What was measured again, and with what result; see `inc.audit.audit_capture`."""
 
     status: str
     by: str
@@ -291,7 +291,7 @@ class Point:
     """One keep-list, measured on the held-out samples.
 
     Attributes:
-        keep: how many ops stay unquantized; `added` are those beyond the point before.
+        keep: how many ops stay unquantized; `added` are those that the point before does not keep.
         relative_error: sum of squared errors over the sum of squares of the FP32 output.
         sqnr_db: the same in dB, None for no error; `sqnr_db_lowest` of the batch with the most error.
         kl_divergence: nats, mean over positions and batches.
@@ -314,7 +314,7 @@ class Point:
 @closed
 @dataclass(frozen=True)
 class NotMeasured:
-    """There is no trade-off, and why."""
+    """The trade-off was not measured; `reason` says why."""
 
     status: Literal["not_measured"]
     reason: str
@@ -345,7 +345,7 @@ class Tradeoff:
 class Profile:
     """A point with a name: `kept` are all its unquantized ops, in the order `order`.
 
-    `worse` holds the metrics in which the profile does worse than all ops in INT8, each with the value of the latter.
+    `worse` holds the metrics in which the profile does worse than all ops in INT8, each with the value of all in INT8.
     The other fields are those of `Point`.
     """
 
@@ -362,7 +362,7 @@ class Profile:
     worse: dict[str, float]
 
     def assignment(self, op_names: Iterable[str]) -> dict[str, str]:
-        """The state that the profile is, of a model with the named ops."""
+        """The profile's state as an assignment, for a model with the named ops."""
         return {name: "inc_int8" for name in op_names if name not in self.kept}
 
 
@@ -380,7 +380,7 @@ class Profiles:
 
 
 def body_of(record: Any) -> dict[str, Any]:
-    """A record as the body of a document: JSON has lists where the record has tuples."""
+    """A record as the body of a document, with lists in place of tuples, as in JSON."""
     body: dict[str, Any] = asdict(record, dict_factory=_with_lists)
     return body
 
@@ -395,10 +395,10 @@ def digest_of_record(record: Any) -> str:
 
 
 def as_record(kind: type[Record], document: Mapping[str, Any]) -> Record:
-    """The record that the body of a document is.
+    """The record that is written in the body of a document.
 
     Raises:
-        InputError: a field is missing, unknown, or has another type; the message names file, field and next step.
+        InputError: a field is missing, unknown, or has another type. The message names file, field and next step.
     """
     try:
         record: Record = _adapter(kind).validate_python(dict(document))  # type: ignore[arg-type]  # classes hash
