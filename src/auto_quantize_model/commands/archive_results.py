@@ -1,4 +1,4 @@
-"""Pack results into a tar file that is the same bytes for the same files, with their sha256 beside it."""
+"""Pack results into a tar file that has the same bytes for the same files, and write their sha256 as a document."""
 
 import argparse
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="*",
         default=[],
         metavar="KIND=FILE",
-        help="those of the files that have to be of one run, such as plan=results/.../plan.json",
+        help="those of the files that must be of one run, such as plan=results/.../plan.json",
     )
     return made
 
@@ -26,7 +26,7 @@ def kind_and_path(text: str) -> tuple[str, Path]:
     """An entry of --documents."""
     kind, _, path = text.partition("=")
     if kind not in RULES or not path:
-        raise argparse.ArgumentTypeError(f"{text!r} is no KIND=FILE; the kinds are {', '.join(RULES)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not KIND=FILE; the kinds are {', '.join(RULES)}")
     return kind, Path(path)
 
 

@@ -13,7 +13,7 @@ from auto_quantize_model.commands.run import open_run
 def parser() -> argparse.ArgumentParser:
     reads = ("manifest", "calibration_manifest", "calibration_set", "plan", "scales", "capture")
     made = options.parser(__doc__, *reads, "config_digest", "log", writes=["audit"])
-    made.add_argument("--ops", type=int, default=6, help="ops to compare, the extremes among them; at most all")
+    made.add_argument("--ops", type=int, default=6, help="ops to compare, the most and least sensitive among them")
     return made
 
 

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-# In the order of the workflow; then those that a person runs.
+# In the order of the workflow, then the commands that a person runs.
 COMMANDS = (
     "get_model",
     "extract_calibration",

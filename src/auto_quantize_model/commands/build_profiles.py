@@ -1,4 +1,4 @@
-"""Name the keep-lists that were measured: minimal to max, and the smallest that reaches the config's target."""
+"""Name profiles from the measured keep-lists: minimal to max, and the smallest list that reaches the target."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from auto_quantize_model import cli, options
 from auto_quantize_model.commands.run import open_run
 from auto_quantize_model.records import body_of
 
-SHOWN = 12  # names on the terminal; the file and the report have them all
+SHOWN = 12  # names on the terminal; the file and the report list all
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,7 +27,7 @@ def build_profiles(args: argparse.Namespace) -> None:
     found = profiles.build_profiles(run.tradeoff, read_block(Target, args.target, "profiles"))
     run.write("profiles", args.profiles, found)
     known: dict[str, Any] = {"profiles": body_of(found), "tradeoff": body_of(run.tradeoff)}
-    if "plan" in run.has:  # without the plan no share of the weights is known
+    if "plan" in run.has:  # without the plan the share of the weights is unknown
         known["coverage"] = run.plan.coverage
         cli.say(f"profiles: {coverage.headline(len(run.plan.ops), run.plan.coverage)}")
         for warning in coverage.warnings(run.plan.coverage):

@@ -1,4 +1,4 @@
-"""Calibrate once: the scale and zero_point of every op's input and output, and what the observers saw.
+"""Calibrate once: find the scale and zero_point of every op's input and output, and record what the observers saw.
 
 Each scored batch is calibrated alone, as INC does for a score. With --whole-set, all batches are calibrated together
 as well, as for a deployed model; the trade-off needs these scales.

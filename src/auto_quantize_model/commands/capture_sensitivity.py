@@ -1,4 +1,4 @@
-"""Score every planned op, batch for batch, by the engine that the plan names. A killed run resumes."""
+"""Score every planned op on each batch, by the engine that the plan names. A killed run resumes."""
 
 import argparse
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def capture_sensitivity(args: argparse.Namespace) -> None:
 
 
 def inc_engine() -> "Engine":
-    """INC, imported where a plan asks for it: machines that only replay need none."""
+    """INC. It is imported only where a plan needs it, so machines that only replay need no INC."""
     from auto_quantize_model.inc.engine import measure_by_inc
 
     return measure_by_inc

@@ -1,11 +1,12 @@
-"""Compare two JSON reports: what changed, which ops moved, and whether they still agree.
+"""Compare two JSON reports: what changed, which ops moved, and whether the reports still agree.
 
     python scripts/compare_sensitivity.py A.json B.json [--markdown OUT.md] [--json OUT.json]
 
-They differ where Kendall's tau of the rankings is below --tau, where more than --top-changes ops came into or vanished
-from the --top most sensitive, or where all-INT8 lost more than --sqnr-drop. A move is beyond the noise where the places
-that the op would take within one standard deviation of its mse_value are others in each report; with one batch that is
-unknown.
+The reports differ if one of three things holds. Kendall's tau of the rankings is below --tau. More than --top-changes
+ops joined or left the --top most sensitive. All-INT8 lost more than --sqnr-drop.
+
+Within one standard deviation of its mse_value, an op could have other ranks. A move is beyond the noise if the two
+reports share no such rank. With one batch, the noise is unknown.
 
 Exit code: 0 the reports agree, 1 they differ, 2 bad input, 3 an unexpected error.
 """
@@ -29,14 +30,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--tau",
         type=float,
-        help="minimum Kendall's tau between the rankings: 1 is the same order, -1 the reversed one (default: the"
-        " agreement between the batches of one report, and 0.8 at most)",
+        help="minimum Kendall's tau between the rankings: 1 is the same order, -1 the reversed one. Default: the"
+        " agreement between the batches of one report, and 0.8 at most",
     )
     made.add_argument(
         "--top-changes",
         type=int,
         default=2,
-        help="how many ops may come into the --top most sensitive, beyond the noise or as new ones, and how many of"
+        help="how many ops may join the --top most sensitive, as new ops or by a move beyond the noise. As many of"
         " them may be missing from the second report (2)",
     )
     made.add_argument("--sqnr-drop", type=float, default=3.0, help="how many dB of SQNR all-INT8 may lose (3)")
@@ -69,7 +70,7 @@ def read_report(path: Path) -> dict:
         raise InputError(
             f"{path}: no sensitivity report of schema version {SCHEMA_VERSION} (found {version}); render it again"
         )
-    if HEAD in report:  # one that was made by hand, or by another version, has no head
+    if HEAD in report:  # a report that was made by hand, or by another version, has no head
         report = read_document(path, "report")
     try:
         jsonschema.validate(report, read_json(SCHEMA))
@@ -81,5 +82,5 @@ def read_report(path: Path) -> dict:
 def main(argv: Sequence[str] | None = None) -> int:
     verdicts: list[bool] = []
     ended = options.start(parser(), lambda args: verdicts.append(comparison(args)), argv)
-    # cli.run's 1 is any error, and a CI job has to tell that from reports that differ.
+    # cli.run returns 1 for any error, and a CI job must tell an error from reports that differ.
     return {0: int(any(verdicts)), 1: UNEXPECTED}.get(ended, ended)

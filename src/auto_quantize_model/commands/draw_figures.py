@@ -1,4 +1,4 @@
-"""Draw the four pictures of a report as SVG and PNG."""
+"""Draw the four pictures of a report, as SVG and PNG."""
 
 import argparse
 from collections.abc import Sequence

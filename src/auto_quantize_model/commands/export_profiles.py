@@ -1,4 +1,4 @@
-"""Export every profile to the tools that apply it, checked against the model's module names."""
+"""Export every profile for the tools that apply it, with names that are checked against the model's modules."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def export_profiles(args: argparse.Namespace) -> None:
     from auto_quantize_model.models.snapshot import module_types, tensor_names
 
     run = open_run(args)
-    # Names and classes alone are read, so the weights need not be hashed again.
+    # The export reads only names and classes, so the weights are not hashed again.
     snapshot = Path(run.manifest["path"])
     modules, published = module_types(snapshot), tensor_names(snapshot)
     samples, size = len(run.calibration["samples"]["calibration"]), run.calibration["batch_size"]

@@ -1,4 +1,4 @@
-"""Draw the calibration and held-out samples, check each against the model's processor, and store them."""
+"""Draw the calibration and held-out samples, check each with the model's processor, and store them."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Get a model as a local snapshot and write the manifest that stands for it."""
+"""Get a model as a local snapshot, and write the manifest that represents it in later steps."""
 
 import argparse
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def get_model(args: argparse.Namespace) -> None:
         details = {"training": shipped_training(args.path)}
     elif args.source == "hub":
         if args.repo_id is None or args.revision is None:
-            raise InputError("--source hub: which repository and commit is not said; add --repo-id and --revision")
+            raise InputError("--source hub: the repository and the commit are missing; add --repo-id and --revision")
         from auto_quantize_model.models import hub
 
         hub.require_link(args.path)
@@ -42,7 +42,7 @@ def get_model(args: argparse.Namespace) -> None:
         hub.link_snapshot(snapshot, args.path)
         details = {"hub": {"repo_id": args.repo_id, "commit": args.revision}}
     elif not args.path.is_dir():
-        raise InputError(f"model.path: {args.path} is no directory; give a Hugging Face snapshot directory")
+        raise InputError(f"model.path: {args.path} is not a directory; give a Hugging Face snapshot directory")
     manifest = build_manifest(args.path, args.name, args.source, details)
     if args.source == "hub":
         hub.check_against_hub(args.path, {file["name"]: file["sha256"] for file in manifest["files"]})

@@ -1,10 +1,9 @@
 """Measure a snapshot's INT8 sensitivity by INC's mse_v2, without Snakemake: plan, capture, audit and report.
 
-INC plans, and its unmodified helpers measure a sample of ops again (all of them with --engine inc); a killed run goes
-on where it ended.
+INC plans. INC's unmodified helpers measure a sample of ops again, or all ops with --engine inc. A killed run resumes.
 
-Reads any supported snapshot directory and any local calibration set (JSONL, Parquet or image folder). The report goes
-to --output; with --publish a copy goes to context/summaries/inc-kb/ as well.
+The script reads any supported snapshot directory and any local calibration set (JSONL, Parquet or image folder). The
+report goes to --output. With --publish, a copy goes to context/summaries/inc-kb/ as well.
 """
 
 import argparse
@@ -65,7 +64,7 @@ def calibration_spec(args: argparse.Namespace) -> CalibrationSpec:
     numbers = ("num_samples", "seed", "batch_size", "min_pixels", "max_pixels", "max_tokens")
     asked = {"name": "local", "source": "local", "path": args.calibration, "num_heldout": 0}
     spec = read_block(CalibrationSpec, asked | {key: getattr(args, key) for key in numbers}, "calibration")
-    # The name of a file need not be a name of the config: no path is made of it here.
+    # The name of a file need not be a valid name of the config: no path is made of it here.
     return spec.model_copy(update={"name": Path(args.calibration).stem})
 
 

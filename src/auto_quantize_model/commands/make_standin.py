@@ -1,6 +1,6 @@
 """Write a stand-in of Qwen2.5-VL-3B: the published shape, layout and tokenizer, with weights from a seed (7.5 GB).
 
-For machines that cannot reach the hub. Times, memory and equality with INC are real on it; its sensitivities say
+It serves machines that cannot reach the hub. Times, memory and equality with INC are real on it. Its sensitivities say
 nothing about the published model, and every report of it says so. --photos writes real photographs to calibrate on.
 """
 

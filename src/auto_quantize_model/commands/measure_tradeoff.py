@@ -1,4 +1,4 @@
-"""Measure on held-out samples what keeping ops in FP32 buys. A killed run resumes."""
+"""Measure on held-out samples how much error keeping ops in FP32 removes. A killed run resumes."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ def parser() -> argparse.ArgumentParser:
     reads = ("manifest", "calibration_manifest", "calibration_set", "heldout_set", "plan", "scales", "capture")
     settings = ("score_store", "device", "threads", "tf32", "nondeterministic", "config_digest", "log")
     made = options.parser(__doc__, *reads, *settings, writes=["tradeoff"])
-    made.add_argument("--batches", type=int, required=True, help="held-out batches to measure on; 0: none at all")
+    made.add_argument("--batches", type=int, required=True, help="held-out batches to measure on; 0: no measurement")
     made.add_argument("--greedy-candidates", type=int, default=0, help="ops that each greedy step tries; 0: no steps")
-    made.add_argument("--greedy-ops", type=int, default=0, help="ops that are chosen greedily")
+    made.add_argument("--greedy-ops", type=int, default=0, help="number of greedy steps, each of which keeps one op")
     return made
 
 

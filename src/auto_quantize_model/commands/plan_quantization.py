@@ -1,4 +1,4 @@
-"""Have INC plan the quantization and write its plan: every op, its observers, what is left out and why."""
+"""Have INC plan the quantization, and write the plan: every op with its observers, every excluded module and why."""
 
 import argparse
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def plan_quantization(args: argparse.Namespace) -> None:
 
     run = open_run(args)
     spec = read_block(PlanSpec, args.spec, "sensitivity")
-    # INC's conversion with every op in INT8 takes what a replay on the CPU takes.
+    # INC's conversion with every op in INT8 needs as much memory as a replay on the CPU.
     require_memory(run.parameters, torch.device("cpu"))
     batches = run.batches()
     plan = identify(build_plan(run.model(), batches, spec), run.manifest, run.calibration, digest_of(args.spec))

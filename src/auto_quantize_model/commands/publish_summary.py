@@ -1,4 +1,4 @@
-"""Copy a finished report to its stable place."""
+"""Copy a finished report to its published place."""
 
 import argparse
 from collections.abc import Sequence

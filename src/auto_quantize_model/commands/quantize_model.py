@@ -1,4 +1,4 @@
-"""Have INC quantize the model by a profile, save it, load it back, and compare its error with the profile's."""
+"""Have INC quantize the model by a profile, save it, load it back, and compare its error with the profile's error."""
 
 import argparse
 from collections.abc import Sequence
@@ -34,12 +34,12 @@ def quantize_model(args: argparse.Namespace) -> None:
     kept = run.exports.path.parent / args.profile / "inc_op_name_dict.json"
     require_listed(run.exports, kept)
     op_name_dict = read_json(kept)
-    # Loaded back, INC's model stands beside the FP32 one that it is put into and the file that it comes from.
+    # Reloading needs memory for INC's model, for the FP32 model that receives it, and for the file.
     needed = 4 * run.parameters + 2 * profile.weight_bytes + WORKING_BYTES
     require_free(needed, "quantizing this model, and loading the result back,")
     batches = run.batches()
     tradeoff = run.tradeoff
-    assert isinstance(tradeoff, Tradeoff)  # noqa: S101  else there is no profile
+    assert isinstance(tradeoff, Tradeoff)  # noqa: S101  without a trade-off there is no profile
     heldout, answers = run.heldout(tradeoff.batches)
     with incs_surroundings(tradeoff.threads, run.plan.reduce_range):
         model = run.model()
@@ -61,7 +61,7 @@ def profile_by_name(profiles: Profiles, name: str) -> Profile:
     """The profile of that name.
 
     Raises:
-        InputError: there is none; the message names those that there are.
+        InputError: there is no such profile; the message names those that exist.
     """
     if name not in profiles.profiles:
         there = ", ".join(profiles.profiles) or "none"

@@ -1,4 +1,4 @@
-"""Render a report as one HTML page with interactive pictures and tables, which needs no network."""
+"""Render a report as one HTML page with interactive pictures and tables; the page needs no network."""
 
 import argparse
 from collections.abc import Sequence

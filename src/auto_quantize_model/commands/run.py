@@ -1,7 +1,7 @@
-"""What a step works with: its documents, and the model and samples that they describe.
+"""The inputs of a step: its documents, and the model and samples that the documents describe.
 
-In: the parsed options of a command. Out: documents that are whole and of one run; the snapshot, the samples and the
-model are read when the step asks for them.
+In: the parsed options of a command. Out: documents, checked to be unchanged and of one run. The snapshot, the samples
+and the model are read when the step asks for them.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class Run:
 
     Attributes:
         options: the command's parsed options.
-        documents: those that the options name, in the order of the workflow: what an output is made from.
+        documents: those that the options name, in the order of the workflow; an output is made from them.
     """
 
     options: argparse.Namespace
@@ -128,7 +128,7 @@ class Run:
 
     @cached_property
     def directory(self) -> Path:
-        """The model's snapshot. Every file is compared with the manifest first, which takes minutes for gigabytes."""
+        """The model's snapshot, after every file is compared with the manifest, which takes minutes for gigabytes."""
         from auto_quantize_model.models.snapshot import verify_manifest
 
         return verify_manifest(self.manifest)
@@ -142,7 +142,7 @@ class Run:
 
     @cached_property
     def device(self) -> "torch.device":
-        """The device that the options name, set up by them. The model fits there."""
+        """The device that the options name, set up as the options say, after a check that the model fits there."""
         from auto_quantize_model.machine import choose_device, require_memory
 
         device = choose_device(
@@ -184,7 +184,7 @@ class Run:
         return model.to(device)
 
     def write(self, kind: str, path: Path, record: Any, files: Iterable[Path] = ()) -> None:
-        """Write a record or a body as a document, made from the step's documents and its part of the config."""
+        """Write a record or a body as a document that is made from the step's documents and its part of the config."""
         body = record if isinstance(record, Mapping) else body_of(record)
         write_document(path, kind, body, self.documents, self.options.config_digest, files)
 
@@ -193,7 +193,7 @@ def open_run(args: argparse.Namespace) -> Run:
     """The inputs of a step by its parsed options. Documents that the step writes are not read.
 
     Raises:
-        InputError: a document or a stored set is missing, damaged, or of another run.
+        InputError: a document or a stored set is missing, damaged or of another run.
     """
     paths = {
         kind: getattr(args, option)

@@ -1,7 +1,8 @@
 """Train the embedded digit reader again, and compare it with the shipped snapshot.
 
-Weights differ between kinds of CPU. Differing tensors are listed, and are no failure. The exit code is 0 if the
-held-out accuracy is at least --min-accuracy and all files but the weights are equal. Training takes minutes.
+Weights differ between kinds of CPU, so differing tensors are listed and are not a failure. The exit code is 0 if two
+things hold: the held-out accuracy is at least --min-accuracy, and all files but the weights are equal. Training takes
+minutes.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from auto_quantize_model.files import InputError
 from auto_quantize_model.folders import atomic_folder
 
 SHIPPED = Path("resources/models/digits_vlm")
-THREADS = 1  # as the shipped snapshot: the bits of a sum depend on the number of threads
+THREADS = 1  # as for the shipped snapshot: the bits of a sum depend on the number of threads
 SHOWN = 12  # differing tensors that are listed
 
 
@@ -77,19 +78,19 @@ def train_digits(args: argparse.Namespace) -> None:
 
 
 def say_records(trained: dict[str, Any], shipped: dict[str, Any]) -> None:
-    """Say what was trained how, and where the shipped snapshot was trained otherwise."""
+    """Print how both snapshots were trained, and where the shipped one was trained differently."""
     cli.say(f"trained: {described(trained)}")
     cli.say(f"shipped: {described(shipped)}")
 
 
 def described(record: dict[str, Any]) -> str:
-    """A training record in a line."""
+    """A training record on one line."""
     numbers = {name: record.get(name) for name in ("split_seed", "seed", "epochs", "instruction_set", "threads")}
     return ", ".join(f"{name} {value}" for name, value in (numbers | record.get("versions", {})).items())
 
 
 def say_tensors(differing: dict[str, float]) -> None:
-    """Say which tensors differ, and by how much."""
+    """Print which tensors differ, and by how much."""
     if not differing:
         cli.say("weights: the same bits")
         return

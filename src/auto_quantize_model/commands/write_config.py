@@ -1,4 +1,4 @@
-"""Write what is generated from the config models: the default YAML, its JSON schema, and the table of keys."""
+"""Write the files that are generated from the config models: the default YAML, its JSON schema, the table of keys."""
 
 import argparse
 import json
