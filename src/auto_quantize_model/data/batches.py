@@ -1,7 +1,7 @@
-"""The calibration set: real samples from a source, drawn by a seed, checked whole, stored as Parquet with a manifest.
+"""The calibration set: samples from a source, drawn by a seed, all checked, and stored as Parquet with a manifest.
 
-In: a source of samples. Out: `calibration` and `heldout` samples, disjoint, with their token ids and their images at
-the processor's size, and a manifest of their ids and hashes; later the batches that INC and the capture read.
+In: a source of samples. Out: two disjoint sets of samples, `calibration` and `heldout`, with token ids and with images
+at the processor's size; and a manifest of sample ids and hashes. Later steps read the stored samples as batches.
 """
 
 import functools
@@ -51,7 +51,7 @@ FEATURES = Features(
         "answer_span": ListFeature(Value("int32")),
     }
 )
-ROWS_AT_ONCE = 16  # prepared samples that wait in memory to be written
+ROWS_AT_ONCE = 16  # prepared samples that are kept in memory before they are written
 SPLITS = ("calibration", "heldout")
 Batch = dict[str, torch.Tensor]
 Store = Callable[[Prepared], None]
@@ -78,23 +78,23 @@ def extract_into(
     model_manifest: dict[str, Any],
     progress: Progress = iter,
 ) -> dict[str, Any]:
-    """Draw the samples, run each through the model's processor, hand it on, and describe them all.
+    """Draw the samples, run each through the model's processor, pass each to a store, and describe all of them.
 
-    One sample is in memory at a time, so neither the number of samples nor the size of their images counts.
+    One sample is in memory at a time, so any number of samples and any size of their images fit.
 
     Args:
-        stores: what takes the prepared samples of each split, `calibration` and `heldout`, in order.
+        stores: for each split, `calibration` and `heldout`, the function that takes its prepared samples, in order.
         spec: the config's calibration block.
         processor: the model's.
-        model_manifest: as `snapshot.build_manifest` returns it; the digits are those that its training left aside.
+        model_manifest: as `snapshot.build_manifest` returns it; digits are drawn from those that training left aside.
         progress: wraps the range of samples while they are fetched from the hub.
 
     Returns:
-        The manifest: ids, sha256, token counts, limits, seed, what the source skipped, and the digest of a local one.
+        The manifest: ids, sha256, token counts, limits, seed, what the source skipped, and a local source's digest.
 
     Raises:
-        InputError: the source is empty, malformed, has fewer samples than asked, one held out is the same as one to
-            calibrate on, or samples cannot be used; it names all of these.
+        InputError: the source is empty or malformed, has too few samples, or has samples that cannot be used. Or a
+            held-out sample is the same as a calibration sample. The message names all such samples.
     """
     if spec.format == "chat" and processor.tokenizer.chat_template is None:
         raise InputError(
@@ -102,7 +102,7 @@ def extract_into(
             " in tokenizer_config.json); complete the snapshot, or set calibration.format to plain"
         )
     limits = Limits(spec.min_pixels, spec.max_pixels, spec.max_tokens)
-    # Before anything is read: what changes meanwhile makes the set stale.
+    # Before the source is read: a change during the reading makes the set stale.
     source_digest = samples_digest(Path(spec.path)) if spec.source == "local" and spec.path else None
     pools, source = _open_source(spec, model_manifest, progress)
     split_of = _draw(spec, pools)
@@ -152,7 +152,7 @@ def extract_into(
 
 
 def remarks(manifest: dict[str, Any]) -> list[str]:
-    """What a user has to know of an extracted set, in sentences."""
+    """What a user should know about an extracted set, in sentences."""
     found = []
     if unread := manifest["details"].get("columns_not_read"):
         named = ", ".join(unread[:12]) + " and more" * (len(unread) > 12)
@@ -168,24 +168,24 @@ def remarks(manifest: dict[str, Any]) -> list[str]:
     for split, answers in manifest["answers"].items():
         if answers["located"] < answers["given"]:
             found.append(
-                f"answers located in {answers['located']} of {answers['given']} {split} samples: the others are empty,"
-                " changed by the chat template, or in tokens that hold other text too; accuracy is measured on those"
-                " located"
+                f"answers located in {answers['located']} of {answers['given']} {split} samples, and accuracy is"
+                " measured on those. The other answers are empty, changed by the chat template, or in tokens that hold"
+                " other text too"
             )
     return found
 
 
 def _located(entries: list[dict[str, Any]]) -> dict[str, int]:
-    """How many samples have an answer, and in how many the answer's tokens are known."""
+    """How many samples have an answer, and how many have an answer whose tokens are known."""
     given = [entry for entry in entries if entry["answer_tokens"] is not None]
     return {"given": len(given), "located": sum(entry["answer_tokens"] > 0 for entry in given)}
 
 
 def _draw(spec: CalibrationSpec, pools: dict[str, Sequence[int]]) -> dict[int, str]:
-    """The numbers of the rows that are drawn, each with its split.
+    """The row numbers that are drawn, each with its split.
 
     Raises:
-        InputError: there are fewer than asked.
+        InputError: there are fewer rows than asked.
     """
     generator = np.random.default_rng(spec.seed)
     split_of: dict[int, str] = {}
@@ -203,10 +203,10 @@ def _draw(spec: CalibrationSpec, pools: dict[str, Sequence[int]]) -> dict[int, s
 def _open_source(
     spec: CalibrationSpec, model_manifest: dict[str, Any], progress: Progress
 ) -> tuple[dict[str, Sequence[int]], Source]:
-    """The numbers that each split draws from, and the source.
+    """The row numbers that each split draws from, and the source.
 
-    Digits come from what the model's training left aside for each split. Both splits of another source draw from all
-    of its rows, one after the other.
+    Of the digits, each split draws from those that the model's training left aside for it. Of another source, both
+    splits draw from all rows, one after the other.
     """
     if spec.source == "digits":
         from auto_quantize_model.data.digits import DIGITS, digit_samples, digits_split
@@ -231,10 +231,10 @@ def _open_source(
 
 
 def _refuse_shared(entries: dict[str, list[dict[str, Any]]], place: str) -> None:
-    """Two rows may hold one sample; calibrated on and held out at once, it would flatter every held-out score."""
+    """Refuse a sample that is in both splits: calibration on a held-out sample would improve the held-out scores."""
 
     def contents(entry: dict[str, Any]) -> list[str]:
-        # Without an image the tokens are all that the model sees, and a template may leave the words out.
+        # Without an image, the model sees only the tokens, and a template may leave out the words.
         return [entry["sha256"], *[entry["tokens_sha256"]] * (entry["image_tokens"] == 0)]
 
     calibration = {content: entry["id"] for entry in entries["calibration"] for content in contents(entry)}
@@ -242,17 +242,17 @@ def _refuse_shared(entries: dict[str, list[dict[str, Any]]], place: str) -> None
         for content in contents(entry):
             if content in calibration:
                 raise InputError(
-                    f"{place}: {calibration[content]} and {entry['id']} are the same sample to the model, one drawn to"
-                    " calibrate on and one held out; remove the duplicate, set calibration.num_heldout to 0, or check"
-                    " that the chat template writes the prompt"
+                    f"{place}: the calibration sample {calibration[content]} and the held-out sample {entry['id']} are"
+                    " the same to the model. Remove the duplicate, set calibration.num_heldout to 0, or check that the"
+                    " chat template writes the prompt"
                 )
 
 
 def _describe(prepared: Prepared, processor: Processor) -> dict[str, Any]:
     """The manifest's entry.
 
-    `sha256` is over the words and the stored RGB pixels, `tokens_sha256` over the token ids and the answer's place.
-    `answer_tokens` is the number of the answer's tokens: 0 where they cannot be told, null without an answer.
+    `sha256` is over the words and the stored RGB pixels, `tokens_sha256` over the token ids and the answer's position.
+    `answer_tokens` is the number of the answer's tokens: 0 where they are unknown, null without an answer.
     """
     sample, span = prepared.sample, prepared.answer_span
     pixels = b"" if sample.image is None else repr(sample.image.size).encode() + sample.image.tobytes()
@@ -270,7 +270,7 @@ def _describe(prepared: Prepared, processor: Processor) -> dict[str, Any]:
 
 @contextmanager
 def sample_writer(path: Path) -> Iterator[Store]:
-    """What stores samples as Parquet one after another, images as PNG inside it; whole or not at all."""
+    """A function that stores samples as Parquet, images as PNG inside it; the file is written whole or not at all."""
     waiting: list[dict[str, Any]] = []
     schema = FEATURES.arrow_schema
 
@@ -316,7 +316,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def read_samples(path: Path, count: int | None = None) -> list[Prepared]:
-    """The first `count` samples of a Parquet file that `sample_writer` wrote, or all; no other image is decoded.
+    """The first `count` samples of a file that `sample_writer` wrote, or all; images of other samples are not decoded.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -352,13 +352,13 @@ def load_batches(path: Path, manifest: dict[str, Any], processor: Processor, cou
 def load_samples(
     path: Path, manifest: dict[str, Any], processor: Processor, split: str, count: int | None = None
 ) -> list[Prepared]:
-    """The first `count` samples of a stored split, or all, with the token ids of their extraction.
+    """The first `count` samples of a stored split, or all, with the token ids that were extracted.
 
     Args:
         split: `calibration` or `heldout`.
 
     Raises:
-        InputError: they are not those that the manifest describes.
+        InputError: the samples are not those that the manifest describes.
     """
     samples = read_samples(path, count)
     if [_describe(sample, processor) for sample in samples] != manifest["samples"][split][:count]:
@@ -369,10 +369,10 @@ def load_samples(
 def load_heldout(
     path: Path, manifest: dict[str, Any], processor: Processor, count: int
 ) -> tuple[list[Batch], list[list[range | None]]]:
-    """The first `count` held-out batches, and of each of their samples the positions of its answer's tokens.
+    """The first `count` held-out batches, and for each of their samples the positions of its answer's tokens.
 
     Raises:
-        InputError: they are not those that the manifest describes.
+        InputError: the samples are not those that the manifest describes.
     """
     size = manifest["batch_size"]
     samples = load_samples(path, manifest, processor, "heldout", count * size)

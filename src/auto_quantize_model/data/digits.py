@@ -19,13 +19,13 @@ PROMPT = "Which digit is this?"
 IMAGE_SIDE = 56  # pixels: two by two visual tokens of 28
 LIMITS = Limits(min_pixels=IMAGE_SIDE**2, max_pixels=IMAGE_SIDE**2, max_tokens=64)
 DIGITS = 1797
-SPLIT_SIZES = {"calibration": 200, "heldout": 300}  # the rest is for training
-# In the shipped snapshot: how it was trained. The file is hidden, because the model's digest is over the visible files.
+SPLIT_SIZES = {"calibration": 200, "heldout": 300}  # all other digits are for training
+# In the shipped snapshot: the training record. The file is hidden, because the model's digest covers visible files.
 TRAINING = ".training.json"
 
 
 def digits_split(seed: int) -> dict[str, list[int]]:
-    """Disjoint, sorted indices into `load_digits` for `train`, `calibration` and `heldout`; the same for a seed."""
+    """Disjoint, sorted indices into `load_digits` for `train`, `calibration` and `heldout`; equal for equal seeds."""
     order = np.random.default_rng(seed).permutation(DIGITS).tolist()
     split, start = {}, 0
     for name, size in SPLIT_SIZES.items():
@@ -49,7 +49,7 @@ def shipped_training(directory: Path) -> dict[str, Any]:
     """How the shipped snapshot was trained, and which digits its training left aside.
 
     Args:
-        directory: the snapshot; its files have to be those that the repository lists.
+        directory: the snapshot; its files must be those that the repository lists.
 
     Returns:
         The record of `train_snapshot`, with the digits of each split under `split`.

@@ -1,7 +1,7 @@
-"""A stranger's image file as RGB pixels: any format that Pillow decodes, or an error that names the file.
+"""An untrusted image file as RGB pixels: any format that Pillow decodes, or an error that names the file.
 
-In: a path, or the bytes of a file. Out: an upright RGB image with white behind transparent pixels, as vLLM,
-qwen-vl-utils and transformers show it to a model.
+In: a path, or the bytes of a file. Out: an upright RGB image, with white behind transparent pixels. vLLM,
+qwen-vl-utils and transformers show images to a model in the same way.
 """
 
 import io
@@ -20,17 +20,17 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from auto_quantize_model.files import InputError, shown
 
-# Pillow opens these formats but does not decode them: EPS starts Ghostscript, the others need a library of their own.
+# Pillow opens these formats but does not decode them: EPS starts Ghostscript, the others need another library.
 NOT_DECODED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
-# The later frames of these formats are no later moments: an MPO keeps other views or a gain map, a PSD its layers.
+# Later frames of these formats are not later moments: an MPO keeps other views or a gain map, a PSD its layers.
 ONE_PICTURE = {"MPO", "PSD"}
 WITH_ALPHA = {"RGBA": None, "LA": None, "PA": None, "RGBa": "RGBA", "La": "LA"}  # the last two are premultiplied
-ROWS = 256  # of an image with transparency that are put over white at a time
+ROWS = 256  # rows of an image with transparency that are put over white at a time
 GREY_16 = {"I;16", "I;16B", "I;16L", "I;16N"}
-# The formats whose 16-bit grey goes from 0 for black to 65535 for white; FITS and MCIDAS hold measured values.
+# The formats whose 16-bit grey goes from 0 (black) to 65535 (white). FITS and MCIDAS hold measured values instead.
 GREY_16_FORMATS = {"PNG", "TIFF", "JPEG2000"}
 TIFF_TAGS = {name: tag for tag, name in TiffTags.TAGS.items() if isinstance(name, str)}
-# What Pillow raises on a damaged file, as its documentation says and as flipped bytes in files of each format showed.
+# What Pillow raises on a damaged file, by its documentation and by a test with flipped bytes in files of each format.
 PILLOW_ERRORS = (
     OSError,  # also UnidentifiedImageError
     EOFError,
@@ -52,7 +52,7 @@ PILLOW_ERRORS = (
 
 Image.init()
 FORMATS = sorted(set(Image.OPEN) - NOT_DECODED)
-# Pillow opens an MPO by its reader of JPEG.
+# Pillow opens an MPO with its JPEG reader.
 SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in {*FORMATS, "MPO"}}
 
 
@@ -65,14 +65,14 @@ class Picture:
 
 
 def images_in(folder: Path) -> tuple[list[Path], dict[str, int]]:
-    """The image files of a folder and of those in it, by name, and how many entries of each other sort are skipped.
+    """The image files in a folder and its subfolders, by name, and the number of skipped entries of each other sort.
 
     Raises:
-        InputError: a folder in it cannot be read.
+        InputError: one of the folders cannot be read.
     """
 
     def refuse(error: OSError) -> None:
-        raise InputError(f"{folder}: a folder in it cannot be read ({error}); give it to this user, or move it away")
+        raise InputError(f"{folder}: a folder in it cannot be read ({error}); give this user access, or move it away")
 
     images, skipped = [], Counter[str]()
     for place, folders, names in os.walk(folder, onerror=refuse):
@@ -96,16 +96,16 @@ def open_picture(source: Path | bytes, where: str) -> Picture:
 
     Args:
         source: the file's path, or its bytes.
-        where: names the image in errors.
+        where: the name of the image in errors.
 
     Raises:
-        InputError: the file is missing, no regular file, damaged, too large, or its pixels have no known range.
+        InputError: the file is missing, not a regular file, damaged or too large, or its pixels have no known range.
     """
     if isinstance(source, Path):
         _require_regular(source, where)
     try:
         with warnings.catch_warnings():
-            # Pillow warns from the header, before any pixel is decoded; a warning would not keep the memory free.
+            # Pillow checks the size in the header, before it decodes a pixel. A mere warning would not save the memory.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as opened:
                 upright = _upright(_rgb(opened, where), opened)
@@ -120,7 +120,7 @@ def open_picture(source: Path | bytes, where: str) -> Picture:
 
 
 def _require_regular(path: Path, where: str) -> None:
-    """Refuse what is no regular file before it is opened: opening a FIFO waits for ever."""
+    """Refuse a path that is not a regular file, before it is opened: opening a FIFO waits forever."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -128,14 +128,14 @@ def _require_regular(path: Path, where: str) -> None:
     except (OSError, ValueError) as error:  # a loop of links, no permission, a name too long, a NUL in the name
         raise InputError(f"{where} cannot be read ({error}); correct the path or remove the sample") from None
     if not stat.S_ISREG(mode):
-        raise InputError(f"{where} is no regular file; give the path of an image file")
+        raise InputError(f"{where} is not a regular file; give the path of an image file")
 
 
 def _rgb(opened: Image.Image, where: str) -> Image.Image:
-    """The pixels as RGB, transparent ones over white.
+    """The pixels as RGB, with white behind transparent ones.
 
     Raises:
-        InputError: the pixels are 32-bit numbers, whose black and white are unknown, or some are not in the file.
+        InputError: the pixels are 32-bit numbers, whose black and white are unknown, or the file lacks some pixels.
     """
     rawmode = _rawmode(opened)
     _require_all_strips(opened, where)
@@ -164,7 +164,7 @@ def _rgb(opened: Image.Image, where: str) -> Image.Image:
 
 
 def _require_all_strips(opened: Image.Image, where: str) -> None:
-    """Refuse a TIFF whose strips end before the image does: Pillow leaves the rest black."""
+    """Refuse a TIFF whose strips end before the image does: Pillow would leave the rest black."""
     boxes = [tile.extents for tile in opened.tile if tile.extents] if isinstance(opened, TiffImageFile) else []
     covered = sum((right - left) * (bottom - top) for left, top, right, bottom in boxes)
     if boxes and covered < opened.width * opened.height:
@@ -172,7 +172,7 @@ def _require_all_strips(opened: Image.Image, where: str) -> None:
 
 
 def _over_white(opened: Image.Image) -> Image.Image:
-    """Transparent pixels over white, as RGB, a band of rows at a time: of a large image each whole copy counts."""
+    """Transparent pixels over white, as RGB, a band of rows at a time, because a copy of a large image takes memory."""
     result = Image.new("RGB", opened.size)
     for top in range(0, opened.height, ROWS):
         box = 0, top, opened.width, min(top + ROWS, opened.height)
@@ -184,7 +184,7 @@ def _over_white(opened: Image.Image) -> Image.Image:
 
 
 def _rawmode(opened: Image.Image) -> str:
-    """How the file stores its pixels, such as `L;4`; Pillow forgets it once they are loaded."""
+    """How the file stores its pixels, such as `L;4`. Pillow forgets this once the pixels are loaded."""
     tile = getattr(opened, "tile", None)
     arguments = tile[0].args if tile else None
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
@@ -203,9 +203,9 @@ def _grey_8(opened: Image.Image) -> np.ndarray:
 
 
 def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
-    """The image turned as EXIF says: a phone stores a photo as its sensor lay.
+    """The image turned as EXIF says, because a phone stores a photo in the orientation of its sensor.
 
-    The orientation alone is handed on. `exif_transpose` writes the other tags again, and fails where one is malformed.
+    Only the orientation is kept. `exif_transpose` writes the other tags again, and fails where one is malformed.
     """
     orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
     if orientation == 1:

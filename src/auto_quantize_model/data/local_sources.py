@@ -1,8 +1,8 @@
-"""What lies at the local paths of a config, compared with what a document was made from.
+"""Whether the files at a config's local paths have changed since a document was made from them.
 
 In: a path of the config, and the document that was made from it. Out: a digest, or a reason to make the document again.
-Snakemake asks at every start, so libraries that take long to import stay out, and nothing here ends in an error: the
-script that reads a file says what is wrong with it.
+Snakemake asks at every start, so libraries that take long to import are not imported here. Nothing here raises an
+error, because the script that reads a file reports the file's faults.
 """
 
 import json
@@ -16,17 +16,17 @@ from auto_quantize_model.files import InputError, digest_of, named_path, sha256_
 
 # Of a snapshot, larger files are compared by name and size: reading all weights at every start would take minutes.
 HASHED_BYTES = 64 * 2**20
-LONGEST_PATH = 4096  # of Linux; a longer text names no file
+LONGEST_PATH = 4096  # of Linux; a longer text cannot name a file
 
 
 def why_other_samples(manifest: Path, source: Path) -> str:
-    """Why a calibration set is not that of the samples that lie at a place, in words; empty if there is no reason.
+    """Why a calibration set was not made from the samples at a path, in words; empty if there is no reason.
 
-    Where nothing lies there, as where an archive of results was unpacked on another machine, there is no reason.
+    If nothing lies at the path, there is no reason: an archive of results may be unpacked on another machine.
 
     Args:
         manifest: the set's manifest, which may be missing.
-        source: what `calibration.path` says.
+        source: the value of `calibration.path`.
     """
     try:
         recorded = read_document(manifest, "calibration_manifest")
@@ -38,14 +38,14 @@ def why_other_samples(manifest: Path, source: Path) -> str:
 
 
 def why_other_snapshot(manifest: Path, snapshot: Path) -> str:
-    """Why a model manifest is not that of the snapshot that lies at a place, in words; empty if there is no reason.
+    """Why a model manifest does not describe the snapshot at a path, in words; empty if there is no reason.
 
     All names and sizes are compared, and the content of files up to `HASHED_BYTES`. The scripts compare all content
     before they load the model.
 
     Args:
         manifest: the model's manifest, which may be missing.
-        snapshot: what `model.path` says; where nothing lies there, there is no reason.
+        snapshot: the value of `model.path`; where nothing lies there, there is no reason.
     """
     try:
         recorded = {snapshot / entry["name"]: entry for entry in read_document(manifest, "model_manifest")["files"]}
@@ -64,19 +64,19 @@ def why_other_snapshot(manifest: Path, snapshot: Path) -> str:
 
 
 def samples_digest(source: Path) -> str:
-    """SHA-256 over the names and the content of all files that samples of a local source are read from.
+    """SHA-256 over the names and the content of all files that the samples of a local source are read from.
 
-    Neither times nor the place of the source are part of it. A file that cannot be read counts as such.
+    Times and the place of the source do not count. A file that cannot be read counts as unreadable.
 
     Args:
-        source: a folder of images, or a file; what texts of a JSONL, JSON or Parquet file name is part of it.
+        source: a folder of images, or a JSONL, JSON or Parquet file. Files that texts in such a file name count too.
     """
     source = Path(os.path.expanduser(source))
     if not os.path.isdir(source):
         named = {text: named_path(text, source.parent) for text in _texts(source)}
         contents = {text: content for text, path in named.items() if (content := _content(path))}
         return digest_of([_content(source), contents])
-    from auto_quantize_model.data.images import images_in  # a third of a second, so for folders only
+    from auto_quantize_model.data.images import images_in  # takes a third of a second, and only folders need it
 
     try:
         images, skipped = images_in(source)
@@ -86,15 +86,15 @@ def samples_digest(source: Path) -> str:
 
 
 def _content(path: Path) -> str | None:
-    """The sha256 of a file; None where it is unreadable, or no regular file: a FIFO that is opened waits for ever."""
+    """The file's sha256; None if it is unreadable or not a regular file, because opening a FIFO waits forever."""
     try:
         return sha256_file(path) if os.path.isfile(path) else None
-    except OSError:  # no permission, or gone meanwhile
+    except OSError:  # no permission, or removed in the meantime
         return None
 
 
 def _texts(source: Path) -> set[str]:
-    """All texts in the rows of a file that could be paths: the shapes of a row put their images in different places."""
+    """All texts in the rows of a file that could be paths, because each row shape puts its images in another place."""
     try:
         return {text for row in _rows(source) for text in _texts_in(row) if text.strip() and len(text) < LONGEST_PATH}
     except OSError:
@@ -102,7 +102,7 @@ def _texts(source: Path) -> set[str]:
 
 
 def _rows(source: Path) -> Iterator[Any]:
-    """The rows of a JSONL, JSON or Parquet file as far as they can be read, whatever their shape."""
+    """The rows of a JSONL, JSON or Parquet file that can be read, whatever their shape."""
     if not os.path.isfile(source):
         return
     if source.suffix == ".parquet":

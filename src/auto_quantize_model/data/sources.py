@@ -1,6 +1,6 @@
-"""Where samples come from: a JSONL or JSON file, a Parquet file, a folder of images, or a data set of the hub.
+"""Sources of samples: a JSONL or JSON file, a Parquet file, a folder of images, or a data set of the hub.
 
-In: a place. Out: its rows, every one checked, each opened (its image decoded) only when it is drawn.
+In: a path, or the name of a data set. Out: all rows, checked. A row's image is decoded only when the row is drawn.
 """
 
 import codecs
@@ -23,12 +23,12 @@ from auto_quantize_model.models import hub
 from auto_quantize_model.models.chat_template import TemplateStopped
 from auto_quantize_model.models.encode import Sample, Turn
 
-# A stream is shuffled within a buffer: this many rows are fetched for each that is drawn, and no more than these.
+# A stream is shuffled within a buffer: this many rows are fetched for each drawn row, up to the second number.
 ROWS_PER_DRAWN = 10
 ROWS_AT_MOST = 1000
-SHOWN = 20  # problems that one error spells out
+SHOWN = 20  # problems that one error describes
 SHAPE = "each sample is {image?, prompt, answer?} or {messages} with role and content"
-PLACEHOLDER = "<image>"  # LLaVA's, in a text, for the image of the sample
+PLACEHOLDER = "<image>"  # LLaVA's mark, in a text, for the sample's image
 ROLES = {
     "system": "system",
     "user": "user",
@@ -41,7 +41,7 @@ RENAMED = {
     **dict.fromkeys(("text", "question", "query", "instruction", "input", "user"), "prompt"),
     **dict.fromkeys(("output", "response", "completion", "caption", "label", "target", "chosen"), "answer"),
     **dict.fromkeys(("img", "image_path", "image_file", "file_name", "file", "path"), "image"),
-    # `conversations` is a key of a JSONL, and no column of a Parquet file.
+    # JSONL files may have a key `conversations`; Parquet files have no such column.
     **dict.fromkeys(("conversation", "conversations", "dialog", "chat"), "messages"),
 }
 Progress = Callable[[range], Iterable[int]]
@@ -51,7 +51,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Row:
-    """One sample as its source has it; `where` names it in errors, `image` is a path or the bytes of a file."""
+    """One sample as its source holds it. `where` names it in errors; `image` is a path or the bytes of a file."""
 
     id: str
     where: str
@@ -61,10 +61,10 @@ class Row:
     image: Path | bytes | None = None
 
     def open(self) -> tuple[Sample, str | None]:
-        """The sample, and the row's name where only the first frame or page of its image is used.
+        """The sample, and the row's name if only the first frame or page of its image is used.
 
         Raises:
-            InputError: its image is missing or unreadable.
+            InputError: the image is missing or unreadable.
         """
         if self.image is None:
             return Sample(self.id, self.prompt, None, self.answer, self.turns), None
@@ -76,9 +76,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Source:
-    """What samples are drawn from: the number of its rows, and a reader of rows by their numbers, which ascend.
+    """A source of samples: the number of its rows, and a reader of rows by ascending numbers.
 
-    What the reader yields opens one row; a call keeps no image of another row in memory.
+    Each value that the reader yields opens one row. A call keeps no image of another row in memory.
     """
 
     count: int
@@ -90,7 +90,7 @@ def every(work: Callable[[Item], Result], items: Iterable[Item], place: str) -> 
     """The results of `work` on all items.
 
     Raises:
-        InputError: some items made `work` raise one; it names all of them, spelling out the first 20.
+        InputError: `work` raised one for some items. The message names all of these items, and describes the first 20.
     """
     results, problems = [], []
     for item in items:
@@ -114,10 +114,10 @@ def read_local(path: Path, prompt: str) -> Source:
 
     Args:
         path: a JSONL, JSON or Parquet file, or a folder of images.
-        prompt: what is asked of each image of a folder.
+        prompt: the question for each image of a folder.
 
     Raises:
-        InputError: there is no such source, or it is of no known kind, empty or malformed.
+        InputError: the source is missing, of an unknown kind, empty or malformed.
     """
     try:
         path = path.expanduser()
@@ -166,7 +166,7 @@ def _numbered(path: Path, number: int) -> str:
 
 
 def _read_folder(folder: Path, prompt: str) -> Source:
-    """The images of a folder and of those in it, by name; all that is no image is counted."""
+    """The images in a folder and its subfolders, by name. All other files are counted."""
     images, skipped = images_in(folder)
     prompt, _, turns, _ = asked({"prompt": prompt}, folder, "calibration.prompt")
     rows = [
@@ -179,8 +179,8 @@ def _read_folder(folder: Path, prompt: str) -> Source:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """The place and the bytes of each line of a JSONL that is not empty."""
-    # Split at newlines alone: str.splitlines also splits at U+2028 and others, which JSON strings may hold.
+    """The place and the bytes of each non-empty line of a JSONL."""
+    # Split only at newlines: str.splitlines also splits at U+2028 and others, which JSON strings may hold.
     for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if line.strip():
             yield f"{shown(path)}, line {number}", line
@@ -189,15 +189,15 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
 def _parsed(data: bytes, where: str) -> Any:
     try:
         return parse_json(data.decode("utf-8"))
-    except ValueError as error:  # of the JSON or of the UTF-8
-        raise InputError(f"{where}: not valid JSON ({error}); mend or remove the line") from None
+    except ValueError as error:  # invalid JSON or UTF-8
+        raise InputError(f"{where}: not valid JSON ({error}); correct or remove the line") from None
 
 
 def _read_list(path: Path) -> Iterator[tuple[str, Any]]:
     """The place and the value of each item of a JSON file that is a list."""
     rows = _parsed(path.read_bytes().removeprefix(codecs.BOM_UTF8), shown(path))
     if not isinstance(rows, list):
-        raise InputError(f"{shown(path)}: no JSON list; give a list of samples, or a .jsonl with one on each line")
+        raise InputError(f"{shown(path)}: not a JSON list; give a list of samples, or a .jsonl with one on each line")
     for number, row in enumerate(rows, start=1):
         yield f"{shown(path)}, item {number}", row
 
@@ -206,11 +206,11 @@ def _row(where: str, value: Any, path: Path, number: int) -> Row:
     """A line or an item of a JSON file as a row; image paths are relative to the file.
 
     Raises:
-        InputError: it has another shape.
+        InputError: the value has another shape.
     """
     value = _parsed(value, where) if isinstance(value, bytes) else value
     if not isinstance(value, dict):
-        raise InputError(f"{where}: no JSON object; {SHAPE}")
+        raise InputError(f"{where}: not a JSON object; {SHAPE}")
     sample_id, folder = _numbered(path, number), path.parent
     talk = [key for key in ("messages", "conversations") if key in value]
     allowed = {"id", "image", "images", *(talk[:1] or ["prompt", "answer"])}
@@ -225,11 +225,11 @@ def _row(where: str, value: Any, path: Path, number: int) -> Row:
 
 
 def renamings(unknown: Sequence[str], there: Iterable[str]) -> list[str]:
-    """What to do with keys or columns of common names, so that we can read them; those of other names are left out.
+    """Advice for keys or columns with common names, so that they can be read; other names get no advice.
 
     Args:
         unknown: names that are not ours.
-        there: all names of the row or table; one of ours that is there already is not given twice.
+        there: all names of the row or table. A name of ours that is already there is not advised again.
     """
     by_ours: dict[str, list[str]] = {}
     for name in unknown:
@@ -248,7 +248,7 @@ def renamings(unknown: Sequence[str], there: Iterable[str]) -> list[str]:
 
 
 def _one_image(value: dict[str, Any], where: str) -> Any:
-    """What a sample has under `image` or `images`, which may be a list of one."""
+    """The value under `image` or `images` of a sample, which may be a list of one image."""
     found: list[Any] = []
     for key in ("image", "images"):
         images = value.get(key)
@@ -259,44 +259,44 @@ def _one_image(value: dict[str, Any], where: str) -> Any:
 
 
 def image_path(image: Any, folder: Path, where: str) -> Path | bytes | None:
-    """The path of an image that a source names, relative to `folder`, or the bytes that it holds.
+    """The path of an image that a source names, relative to `folder`, or the bytes that the source holds.
 
     Raises:
-        InputError: it is no path.
+        InputError: the value is not a path.
     """
     if isinstance(image, dict):
         if isinstance(image.get("bytes"), bytes):  # JSON has no bytes: a text would be opened as a path
             return image["bytes"]
         if image.get("bytes"):
-            raise InputError(f"{where}: 'bytes' of the image are no bytes; save the image as a file, and give its path")
+            raise InputError(f"{where}: 'bytes' of the image are not bytes; save the image as a file and give its path")
         image = image.get("path")
     if image is None:
         return None
     if not isinstance(image, str) or not image:
-        raise InputError(f"{where}: 'image' is no path; give one relative to {shown(folder)}, or leave it out")
+        raise InputError(f"{where}: 'image' is not a path; give one relative to {shown(folder)}, or leave it out")
     try:
         os.fsencode(image)
     except UnicodeEncodeError:
         raise InputError(f"{where}: image {image!a} holds half of a character; write its path whole") from None
     if "://" in image or image.startswith("data:"):
         raise InputError(
-            f"{where}: image {image[:60]} is no path; save the image as a file and give a path relative to"
+            f"{where}: image {image[:60]} is not a path; save the image as a file and give a path relative to"
             f" {shown(folder)}"
         )
     return named_path(image, folder)
 
 
 def check_words(row: dict[str, Any], where: str) -> None:
-    """Refuse a row without a prompt, or with an answer that is no text.
+    """Refuse a row without a prompt, or with an answer that is not text.
 
     Raises:
-        InputError: so it is.
+        InputError: the row is such a row.
     """
     prompt, answer = row.get("prompt"), row.get("answer")
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError(f"{where}: no text under 'prompt'; {SHAPE}")
     if answer is not None and not isinstance(answer, str):
-        raise InputError(f"{where}: 'answer' is no text; put it in quotes or leave it out")
+        raise InputError(f"{where}: 'answer' is not text; put it in quotes or leave it out")
 
 
 def asked(row: dict[str, Any], image: Any, where: str) -> tuple[str, str | None, tuple[Turn, ...], Any]:
@@ -315,19 +315,19 @@ def asked(row: dict[str, Any], image: Any, where: str) -> tuple[str, str | None,
 
 
 def conversation(messages: Any, image: Any, where: str) -> tuple[str, str | None, tuple[Turn, ...], Any]:
-    """A list of messages as prompt, answer, turns (none where the prompt says it all) and the image's reference.
+    """A list of messages as prompt, answer, turns (none where the prompt holds all of them) and the image's reference.
 
     Args:
-        messages: {role, content} as OpenAI and transformers write them, content being text or a list of parts, or
-            {from, value} as ShareGPT and LLaVA do.
-        image: what the sample names as its image; a message may name it instead.
-        where: names the sample in errors.
+        messages: {role, content} as OpenAI and transformers write them, or {from, value} as ShareGPT and LLaVA write
+            them. `content` is text or a list of parts.
+        image: the image that the sample names; a message may name it instead.
+        where: the name of the sample in errors.
 
     Raises:
-        InputError: it is no conversation of system, user and assistant, or has several images.
+        InputError: the list is not a conversation of system, user and assistant, or has several images.
     """
     if not isinstance(messages, list) or not messages:
-        raise InputError(f"{where}: no list of messages; {SHAPE}")
+        raise InputError(f"{where}: not a list of messages; {SHAPE}")
     turns, references = [], []
     for number, message in enumerate(messages, start=1):
         role, parts, found = _turn(message, image is not None, f"{where}, message {number}")
@@ -361,9 +361,9 @@ def conversation(messages: Any, image: Any, where: str) -> tuple[str, str | None
 
 
 def _turn(message: Any, has_image: bool, where: str) -> tuple[str, tuple[str | None, ...], list[Any]]:
-    """A message's role, its parts, and what they say of the image: a reference, or None for that of the sample."""
+    """A message's role, its parts, and its references to the image: a reference, or None for the sample's image."""
     if not isinstance(message, dict):
-        raise InputError(f"{where}: no JSON object; {SHAPE}")
+        raise InputError(f"{where}: not a JSON object; {SHAPE}")
     keys = ("from", "value") if "from" in message else ("role", "content")
     if unknown := sorted(key for key in set(message) - set(keys) if message[key] is not None):
         raise InputError(f"{where}: the key {unknown[0]!r} is not supported; take it out, or remove the sample")
@@ -407,9 +407,9 @@ def _around_placeholder(text: str, has_image: bool) -> tuple[tuple[str | None, .
 
 
 def _read_parquet(path: Path) -> Source:
-    """The rows of a Parquet file. Words are read at once, images by row group: they are what takes the memory.
+    """The rows of a Parquet file. Words are read at once, images by row group, because images take the memory.
 
-    Not by `Dataset.from_parquet`: it caches by path and time, and files unpacked from our archives share a time.
+    `Dataset.from_parquet` is not used: it caches by path and time, and files unpacked from our archives share a time.
     """
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -460,7 +460,7 @@ def _images_of(table: pyarrow.Table) -> Dataset:
 
 
 def _parquet_row(row: dict[str, Any], path: Path, number: int, has_image: bool) -> Callable[[Any], Row]:
-    """What makes a checked row of a Parquet file once its image is read."""
+    """A function that makes a checked row of a Parquet file once its image is read."""
     where, sample_id = f"{shown(path)}, row {number}", _numbered(path, number)
     messages = row.get("messages")
     if messages is None:
@@ -491,25 +491,25 @@ def stream(
 ) -> Source:
     """Drawn rows of a data set of the hub.
 
-    The data set is streamed: a buffer is filled from ten of its row groups (Parquet's unit of reading) at a time, in
-    an order drawn by the seed, and rows are drawn from the buffer; of gigabytes only these groups are fetched.
+    The data set is streamed. A buffer is filled from ten row groups (Parquet's unit of reading) at a time, in an order
+    drawn by the seed. Rows are drawn from the buffer, so only these row groups are fetched.
 
     Args:
         repo_id: the data set, as owner/name.
         revision: its commit.
         split: its split.
-        columns: our names of columns and the data set's.
-        prompt: what is asked where there is no column of prompts.
+        columns: {our name of a column: the data set's name}.
+        prompt: the question where the data set has no column of prompts.
         seed: seed of the draw.
         wanted: the number of rows that are drawn.
         progress: wraps the range of rows while they are fetched.
 
     Returns:
-        A source of `wanted` rows, which are read all at once; where the data set has fewer, reading ends early.
+        A source of `wanted` rows, which are read all at once; if the data set has fewer, reading ends early.
 
     Raises:
-        InputError: when it is read and the data set, its revision or its split is not there or cannot be reached, or
-            a column is missing.
+        InputError: raised at reading, if the data set, its revision or its split is missing or cannot be reached. Also
+            raised if a column is missing.
     """
 
     def read(numbers: Sequence[int]) -> Iterator[Callable[[], tuple[Sample, str | None]]]:
