@@ -1,7 +1,7 @@
-"""From curves to a decision: which ops to keep in FP32, by measured keep-lists.
+"""Choose which ops stay in FP32, from the measured keep-lists.
 
 In: the trade-off, and the config's target. Out: named profiles, and the smallest keep-list that reaches the target, or
-the statement that no list does.
+the statement that no list reaches it.
 """
 
 import math
@@ -11,22 +11,22 @@ from dataclasses import asdict, replace
 from auto_quantize_model.config import Target
 from auto_quantize_model.records import NotMeasured, Point, Profile, Profiles, Tradeoff
 
-# The share of ops that a profile may keep; at least one op.
+# The share of ops that a profile may keep, but at least one op.
 SHARES = {"minimal": 0.01, "moderate": 0.05, "aggressive": 0.15, "max": 0.4}
-# The curves whose order has a reason; the reversed ranking and random orders are controls.
+# The curves whose order has a reason. The reversed ranking and random orders are only controls.
 ORDERS = ("ranking", "greedy", "weight_bytes")
 
-# A curve whose points are no farther than this from its chord, on axes from 0 to 1, is a straight line: it has no knee.
+# If no point of a curve is farther than this from its chord, on axes from 0 to 1, the curve is straight: without knee.
 STRAIGHT = 0.05
 
 
 def build_profiles(tradeoff: Tradeoff | NotMeasured, target: Target) -> Profiles:
-    """Profiles out of the curves of `ORDERS`, each as measured.
+    """Profiles from the points of the curves of `ORDERS`, each as measured.
 
-    Each name of `SHARES` has the least error among the keep-lists that are no longer than its share of the ops, so a
-    longer profile never has more error. `recommended` is as `recommended` returns it; where there is no such profile,
-    `missed` says why. `knee` is as `knee` returns it. Where the target is missed, `nearest` is the list that comes
-    nearest to it, and `short` is the gap of that list, by part of the target.
+    Each name of `SHARES` has the least error among the keep-lists that are no longer than its share of the ops. So a
+    longer profile never has more error. `recommended` and `knee` are as the functions of these names return them. If
+    there is no recommended profile, `missed` says why. If no list reaches the target, `nearest` is the list that comes
+    nearest to the target. `short` is then the gap to the target, by part of the target.
     """
     if isinstance(tradeoff, NotMeasured):
         return Profiles(target.model_dump(), {}, f"nothing was measured: {tradeoff.reason}", None, None, {})
@@ -50,7 +50,7 @@ def build_profiles(tradeoff: Tradeoff | NotMeasured, target: Target) -> Profiles
 
 
 def worse_than(profile: Profile, int8: Profile) -> dict[str, float]:
-    """The metrics in which a keep-list does worse than all ops in INT8, each with the value of the latter."""
+    """The metrics in which a keep-list does worse than all ops in INT8, each with the value of all ops in INT8."""
     higher_is_better = {"relative_error": False, "top1_agreement": True, "kl_divergence": False, "accuracy": True}
     found = {}
     for name, higher in higher_is_better.items():
@@ -61,12 +61,12 @@ def worse_than(profile: Profile, int8: Profile) -> dict[str, float]:
 
 
 def knee(points: Sequence[Profile], ops: int) -> Profile | None:
-    """The keep-list beyond which keeping more ops buys less; None where the curve does not bend that way.
+    """The keep-list beyond which keeping more ops brings less; None if the curve has no such bend.
 
-    By Kneedle (Satopaa, Albrecht, Irwin and Raghavan, "Finding a 'Kneedle' in a Haystack", 2011): the point with the
-    greatest distance from the chord between the curve's ends, both axes scaled to 0 to 1. The axes are log(1 + kept
-    ops) and SQNR in dB. The curve holds the least error of any order at each length, up to half of the ops: with nearly
-    all of them in FP32 the SQNR shoots up, and no list of that length is of use.
+    By Kneedle (Satopaa, Albrecht, Irwin and Raghavan, "Finding a 'Kneedle' in a Haystack", 2011). The knee is the point
+    with the greatest distance from the chord between the curve's ends, both axes scaled to 0 to 1. The axes are
+    log(1 + kept ops) and SQNR in dB. The curve holds the least error of any order at each length, up to half of the
+    ops. Longer lists are left out: with nearly all ops in FP32 the SQNR rises steeply, and such lists are of no use.
     """
     front: list[Profile] = []
     for point in sorted(points, key=_by_length):
@@ -75,7 +75,7 @@ def knee(points: Sequence[Profile], ops: int) -> Profile | None:
             front.append(point)
     if len(front) < 3 or front[0].keep:
         return None
-    first, last = front[0], front[-1]  # of no op, at log(1 + 0) = 0, and of the most
+    first, last = front[0], front[-1]  # of no op, at log(1 + 0) = 0, and of the most ops
 
     def distance(point: Profile) -> float:
         gained = (_number(point) - _number(first)) / (_number(last) - _number(first))
@@ -86,10 +86,10 @@ def knee(points: Sequence[Profile], ops: int) -> Profile | None:
 
 
 def nearest(points: Sequence[Profile], fp32: Profile, target: Target) -> tuple[Profile | None, dict[str, float]]:
-    """The keep-list that lacks least of a target that none reaches, and what it lacks by part of the target.
+    """If no keep-list reaches the target: the list that comes nearest, and its gap by part of the target.
 
-    A budget of bytes comes first, then the SQNR, then the accuracy. None where the target is none, or asks for an
-    accuracy that was not measured.
+    A budget of bytes comes first, then the SQNR, then the accuracy. None if no target is set, or if the target asks for
+    an accuracy that was not measured.
     """
     if target == Target() or (target.max_accuracy_drop is not None and not fp32.accuracy):
         return None, {}
@@ -109,10 +109,10 @@ def nearest(points: Sequence[Profile], fp32: Profile, target: Target) -> tuple[P
 
 
 def recommended(points: Sequence[Profile], fp32: Profile, target: Target) -> tuple[Profile | None, str]:
-    """The smallest keep-list that reaches the target and quantizes something, or None and why there is none.
+    """The smallest keep-list that reaches the target and quantizes something, or None and the reason.
 
-    Of equally small ones it is the one with the least error. Of a byte budget alone every list within it would do, the
-    empty one first of all; there the one with the least error is meant.
+    Of equally small lists, the one with the least error is taken. If the target is only a byte budget, any list within
+    it would do, the empty one too. So the list with the least error is taken then.
     """
     if target == Target():
         return None, "the config's profiles block sets no target"
@@ -121,7 +121,7 @@ def recommended(points: Sequence[Profile], fp32: Profile, target: Target) -> tup
     if target.max_accuracy_drop is not None and fp32.accuracy == 0:
         return (
             None,
-            f"FP32 itself answers no held-out sample right, so no drop shows: the target is {described(target)}",
+            f"FP32 itself answers no held-out sample right, so no drop can show: the target is {described(target)}",
         )
     reached = [point for point in points if reaches(point, fp32, target)]
     if not reached:
@@ -139,18 +139,18 @@ def _by_length(point: Profile) -> tuple[int, float]:
 
 
 def _number(point: Profile) -> float:
-    """The SQNR to compare; None is an infinite one."""
+    """The SQNR for a comparison; None is infinite."""
     return math.inf if point.sqnr_db is None else point.sqnr_db
 
 
 def dropped(point: Profile, fp32: Profile) -> float:
-    """The share of answers that a keep-list loses; both accuracies were measured."""
-    assert point.accuracy is not None and fp32.accuracy is not None  # noqa: S101  `recommended` looks first
+    """The share of answers that a keep-list loses; both accuracies must have been measured."""
+    assert point.accuracy is not None and fp32.accuracy is not None  # noqa: S101  `recommended` checks first
     return fp32.accuracy - point.accuracy
 
 
 def whole(order: str, curve: Sequence[Point]) -> list[Profile]:
-    """The points of a curve as profiles: with all the ops that they keep, in place of the ops that they add."""
+    """The points of a curve as profiles, which list all ops that they keep and not only the added ones."""
     profiles: list[Profile] = []
     kept: tuple[str, ...] = ()
     for point in curve:

@@ -1,6 +1,6 @@
-"""From a capture's records to a ranking: each op's batches aggregated, the ops in order.
+"""From a capture's scores to a ranking: aggregate each op's scores over the batches, and sort the ops.
 
-In: records of a map, and the sums of squares of the FP32 output. Out: rows as the report shows them.
+In: scores of a map, and the sums of squares of the FP32 output. Out: rows as the report shows them.
 """
 
 import statistics
@@ -18,10 +18,10 @@ def aggregated(scores: Sequence[Score | None], references: Sequence[Mapping[str,
 
     Returns:
         `mse_value` is the mean of INC's sums of squared errors, `mse_value_std` their standard deviation between
-        batches (null for one batch); `relative_error` the sum of errors over the sum of
-        squares of the FP32 output, and `image_relative_error` and `text_relative_error` the same at those positions;
-        `sqnr_db` is -10 log10 of `relative_error`, in dB; `kl_divergence` (nats) and `top1_agreement` are means. Null
-        is what was not measured, has no positions, or (the SQNR) an error of 0.
+        batches (null for one batch). `relative_error` is the sum of errors over the sum of squares of the FP32 output.
+        `image_relative_error` and `text_relative_error` are the same at those positions. `sqnr_db` is -10 log10 of
+        `relative_error`, in dB. `kl_divergence` (nats) and `top1_agreement` are means. A value is null if it was not
+        measured, if there are no positions, or (the SQNR) if the error is 0.
     """
     pairs = [(score, reference) for score, reference in zip(scores, references, strict=True) if score is not None]
     relative = {

@@ -1,6 +1,6 @@
-"""How stable the ranking is: between batches, between metrics, and as a sum.
+"""How stable the ranking is between batches and between metrics, and whether the ops' errors add up.
 
-In: the isolated map of a capture. Out: a few statistics for the report, each null where it cannot be computed.
+In: the isolated map of a capture. Out: statistics for the report, each null if it cannot be computed.
 """
 
 import itertools
@@ -24,14 +24,15 @@ def assess(isolated: Scores, all_int8: Sequence[Score]) -> dict[str, Any]:
 
     Args:
         isolated: the scores of the map.
-        all_int8: the score with every op in INT8, of each batch.
+        all_int8: the score with every op in INT8, for each batch.
 
     Returns:
-        {batches, rank_tau, rank_tau_lowest, top, top_shared, ties, metric_tau, additivity}: Kendall's tau-b between the
-        rankings of two batches, mean and lowest over the pairs; how many of each batch's `top` most sensitive ops (ten,
-        or a quarter of fewer than forty) are among those of every other batch; how many ops share the value by which
-        they are ranked, the mean over batches, with another; tau-b between `mse_value` and KL divergence (means over
-        batches); the sum of the isolated errors over the all-INT8 error, 1 where errors add up.
+        {batches, rank_tau, rank_tau_lowest, top, top_shared, ties, metric_tau, additivity}. `rank_tau` and
+        `rank_tau_lowest`: Kendall's tau-b between the rankings of two batches, mean and lowest over the pairs. `top`:
+        ten, or a quarter of fewer than forty ops. `top_shared`: how many of each batch's `top` most sensitive ops are
+        among those of every other batch. `ties`: how many ops share with another the value by which they are ranked,
+        the mean over batches. `metric_tau`: tau-b between `mse_value` and KL divergence (means over batches).
+        `additivity`: the sum of the isolated errors over the all-INT8 error, 1 where errors add up.
     """
     names, values = by_batch(isolated)
     ranked_by = [mean([score.mse_value for score in scores if score]) for scores in isolated.values()]
@@ -53,7 +54,7 @@ def assess(isolated: Scores, all_int8: Sequence[Score]) -> dict[str, Any]:
 
 
 def by_batch(scores: Scores) -> tuple[list[str], list[list[float]]]:
-    """The ops that ran in every batch, and of each batch their `mse_value` in that order."""
+    """The ops that ran in every batch, and for each batch their `mse_value` in that order."""
     complete = _complete(scores)
     values = zip(*([score.mse_value for score in of_one] for of_one in complete.values()), strict=True)
     return list(complete), [list(batch) for batch in values]
@@ -66,13 +67,13 @@ def _complete(scores: Scores) -> dict[str, list[Score]]:
 
 
 def rank_taus(values: list[list[float]]) -> list[float]:
-    """Tau-b between the rankings of each two batches, where it is known."""
+    """Tau-b between the rankings of each pair of batches, without the pairs for which tau-b is undefined."""
     taus = (tau(*pair) for pair in itertools.combinations(values, 2))
     return [value for value in taus if value is not None]
 
 
 def _between_metrics(isolated: Scores) -> float | None:
-    """Tau-b between the squared error and the KL divergence; None where INC measured, which gives no KL divergence."""
+    """Tau-b between the squared error and the KL divergence; None where INC measured, because INC gives errors only."""
     pairs = [[(score.mse_value, score.kl_divergence) for score in scores] for scores in _complete(isolated).values()]
     known = [[(error, divergence) for error, divergence in of_one if divergence is not None] for of_one in pairs]
     if known != pairs:
@@ -82,7 +83,7 @@ def _between_metrics(isolated: Scores) -> float | None:
 
 
 def tau(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Kendall's tau-b, which counts ties; None for fewer than two ops or where all are tied."""
+    """Kendall's tau-b, which counts ties; None for fewer than two ops or if all are tied."""
     if len(first) < 2:
         return None
     value = float(kendalltau(first, second).statistic)
