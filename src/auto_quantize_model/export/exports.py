@@ -1,7 +1,7 @@
-"""A profile in the words of the tools that apply it: what each of them has to leave unquantized.
+"""Profiles written for the tools that apply them: the modules that each tool must leave unquantized.
 
-In: profiles, INC's plan, the capture, and the model's modules. Out: files per tool, and what was dropped or added for
-it. A name that would match anything but the module that it stands for is refused before a file is written.
+In: profiles, INC's plan, the capture, and the model's modules. Out: files for each tool, and lists of what was dropped
+or added. A name that would match more than the one module that it stands for is refused before a file is written.
 """
 
 import glob
@@ -29,22 +29,22 @@ TEMPLATES = Path(__file__).with_name("templates")
 Modules = dict[str, type[torch.nn.Module]]
 FP32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
 IS_FUSED = "serving engines hold it in one matrix with a kept op"
-IS_IDLE = "did not run on any batch that was scored, so nothing is known of it"
-# To vLLM an lm_head is no `Linear`, so it has no place for such a one's scales (vllm-project/llm-compressor#1820).
+IS_IDLE = "did not run on any scored batch, so its error is unknown"
+# For vLLM an lm_head is not a `Linear`, so vLLM has no place for its scales (vllm-project/llm-compressor#1820).
 NO_HEAD = (
-    "vLLM loads no lm_head that was quantized as a Linear, so it stays as it is and the weights take more bytes than"
-    " the profile says"
+    "vLLM does not load an lm_head that was quantized as a Linear, so it stays unquantized: the weights take more bytes"
+    " than the profile says"
 )
-# What stands before an op's own name in transformers 5, in published checkpoints and in vLLM.
+# The prefixes of an op's own name in transformers 5, in published checkpoints and in vLLM.
 PREFIXES = re.compile(r"^(model\.)?(language_model\.)?(model\.)?")
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool that quantizes modules of the classes `types`; with `fuses` it holds a fusion unit as one matrix.
+    """A tool that quantizes modules of the classes `types`. With `fuses`, it holds a fusion unit as one matrix.
 
     `files` turns {module name: its common name}, the header of a file and the context into {file name: text}. `remark`
-    is what its user has to know. `never` is {module: reason} of what it must not quantize, whatever the profile says.
+    is what the tool's user should know. `never` is {module: reason} of modules that the tool must never quantize.
     """
 
     title: str
@@ -57,9 +57,9 @@ class Tool:
 
 @dataclass(frozen=True)
 class Context:
-    """What every file of an export may name.
+    """All facts that an exported file may name.
 
-    `idle` are the plan's ops that ran on no scored batch; `embeds_patches` says whether the model has a vision tower;
+    `idle` are the plan's ops that ran on no scored batch. `embeds_patches` says whether the model has a vision tower.
     `reduce_range`, `inc_check` and `coverage` are the plan's.
     """
 
@@ -87,16 +87,16 @@ def export_profile(
         context: what the files name.
 
     Returns:
-        {file name: text}, and {tool: {title, files, kept, dropped, added, notes}}: `kept` are all modules that the
-        tool is told to leave alone, `dropped` the profile's ops that it never quantizes, and `added` is
-        {module: reason} of what is kept for another reason than the profile or the plan.
+        {file name: text}, and {tool: {title, files, kept, dropped, added, notes}}. `kept` are all modules that the
+        tool must leave unquantized. `dropped` are the profile's ops that the tool never quantizes. `added` is
+        {module: reason} for modules that are kept for another reason than the profile or the plan.
 
     Raises:
-        InputError: an op that the model does not have, or a name that means more than one module.
+        InputError: the model does not have an op, or a name means more than one module.
     """
     if missing := sorted({*kept, *context.idle} - set(modules)):
         raise InputError(
-            f"profile {context.profile}: {missing[0]} is no module of {context.model}; make the plan again"
+            f"profile {context.profile}: {missing[0]} is not a module of {context.model}; make the plan again"
             " (snakemake --cores 1 --forcerun plan_quantization)"
         )
     texts: dict[str, str] = {}
@@ -123,7 +123,7 @@ def without_inc(context: Context) -> list[str]:
 
 
 def additions(covered: Sequence[str], tool: Tool, modules: Modules, idle: Iterable[str]) -> dict[str, str]:
-    """Each module that a tool has to leave alone beside those of `covered`, with the reason."""
+    """The modules that a tool must leave unquantized in addition to those of `covered`, each with the reason."""
     unknown = [name for name in idle if issubclass(modules[name], tool.types)]
     fused = siblings([*covered, *unknown], modules) if tool.fuses else []
     found = dict.fromkeys(unknown, IS_IDLE) | dict.fromkeys(fused, IS_FUSED) | tool.never
@@ -131,18 +131,18 @@ def additions(covered: Sequence[str], tool: Tool, modules: Modules, idle: Iterab
 
 
 def notes(dropped: Sequence[str], added: dict[str, str], tool: Tool) -> list[str]:
-    """What a reader has to know of a tool's export, in sentences."""
+    """What a reader should know about a tool's export, in sentences."""
     types = ", ".join(kind.__name__ for kind in tool.types)
     found = []
     if dropped:
-        found.append(f"Left out, as nothing but {types} is quantized there: {listed(dropped)}.")
+        found.append(f"Left out, because the tool quantizes only {types}: {listed(dropped)}.")
     for reason in dict.fromkeys(added.values()):
         found.append(f"Kept too ({reason}): {listed([name for name in added if added[name] == reason])}.")
     return [*found, tool.remark]
 
 
 def listed(names: Sequence[str]) -> str:
-    """The names, or the first of very many: a whole vision tower may be idle."""
+    """The names, or only the first of very many: a whole vision tower may be idle."""
     more = len(names) - 12
     return ", ".join(names) if more <= 0 else f"{', '.join(names[:12])} and {more} more"
 
@@ -154,13 +154,13 @@ def siblings(kept: Sequence[str], modules: Modules) -> list[str]:
 
 
 def common_name(name: str, modules: Modules, published: Collection[str]) -> str:
-    """What a module is called everywhere, after the prefix that differs.
+    """The part of a module's name that is the same in all tools, after the prefix that differs.
 
     transformers 5 says `model.visual.merger.mlp.0` where checkpoints and vLLM say `visual.merger.mlp.0`, and
     `model.language_model.layers.0` where they say `model.layers.0` and `language_model.model.layers.0`.
 
     Raises:
-        InputError: another module's name, in transformers or in the checkpoint, holds it too.
+        InputError: another module's name, in transformers or in the checkpoint, contains this part too.
     """
     common = PREFIXES.sub("", name)
     weights = {weight.removesuffix(".weight") for weight in published if weight.endswith(".weight")}
@@ -168,26 +168,26 @@ def common_name(name: str, modules: Modules, published: Collection[str]) -> str:
     there = {other for other in weights if f"{common}." in f"{other}."}
     if here or len(there) > 1:
         raise InputError(
-            f"{name}: what is common to its names, {common}, stands in {', '.join(sorted(here | there)[:3])} as well;"
+            f"{name}: the common part of its names, {common}, stands in {', '.join(sorted(here | there)[:3])} as well;"
             " this model cannot be exported"
         )
     return common
 
 
 def regular_expressions(names: Iterable[str]) -> list[str]:
-    """One for each common name, to be matched from the start."""
+    """A regular expression for each common name, to be matched from the start."""
     return [rf"(.*\.)?{re.escape(name)}$" for name in names]
 
 
 def inc_files(kept: dict[str, str], header: str, context: Context) -> dict[str, str]:
-    """INC 2.6 matches its own name of an op whole; it calls a lone Linear `NAME.module`."""
+    """INC 2.6 matches the whole of its own name of an op; for a lone Linear this name is `NAME.module`."""
     op_name_dict = {rf"{re.escape(name)}(\.module)?": FP32 for name in kept}
     script = python_file("inc_quantize.py", kept, header, context)
     return {"inc_op_name_dict.json": canonical_json(op_name_dict), **script}
 
 
 def llm_compressor_files(kept: dict[str, str], header: str, context: Context) -> dict[str, str]:
-    """A recipe; what its `ignore` matches, llm-compressor writes into the checkpoint, where vLLM reads it."""
+    """A recipe. llm-compressor writes the modules that `ignore` matches into the checkpoint, where vLLM reads them."""
     ignore = [f"re:{pattern}" for pattern in regular_expressions(kept.values())]
     modifier = {"targets": ["Linear"], "scheme": "W8A8", "ignore": ignore}
     recipe = {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}
@@ -196,10 +196,10 @@ def llm_compressor_files(kept: dict[str, str], header: str, context: Context) ->
 
 
 def modelopt_files(kept: dict[str, str], header: str, context: Context) -> dict[str, str]:
-    """A quantization config: entries by wildcard, of which a later one overrides those before it.
+    """A quantization config: entries with wildcards, in which a later entry overrides earlier ones.
 
-    It is not built on ModelOpt's own INT8 default, which leaves out lm_head and every vision tower unmeasured. Classes
-    are named because a bare `*input_quantizer` means that of an nn.LayerNorm too, which was never measured.
+    The config does not start from ModelOpt's INT8 default, which leaves out lm_head and every vision tower unmeasured.
+    Classes are named, because a bare `*input_quantizer` also matches that of an nn.LayerNorm, which was not measured.
     """
     quant_cfg: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for parent_class in ("nn.Linear", "nn.Conv3d"):
@@ -211,13 +211,13 @@ def modelopt_files(kept: dict[str, str], header: str, context: Context) -> dict[
 
 
 def heading(said: Iterable[str], context: Context) -> str:
-    """What a file is, and the notes of its tool, for a comment: no name of a stranger begins a line or ends one."""
+    """The file's description and its tool's notes, for a comment; untrusted names neither begin nor end a line."""
     notes = [described(context), sentences.remark(context.profile, body_of(context.measured)), *said]
     return "\n\n".join(textwrap.fill(one_line(note), 118, break_on_hyphens=False) for note in notes if note)
 
 
 def overview(tools: dict[str, Any], context: Context) -> str:
-    """The notes of every tool in one file: JSON has no comments."""
+    """The notes of every tool in one file, because JSON has no comments."""
     about = [described(context), sentences.remark(context.profile, body_of(context.measured))]
     lines = [f"# {code(context.profile)}", *(line for text in about if text for line in ("", prose(text)))]
     for tool in tools.values():
@@ -227,7 +227,7 @@ def overview(tools: dict[str, Any], context: Context) -> str:
 
 
 def described(context: Context) -> str:
-    """What the profile is, in one line."""
+    """The profile in one line."""
     measured = context.measured
     return (
         f"Profile {context.profile} of {context.model}: {sentences.counted(measured.keep, 'op')} in FP32,"
@@ -236,7 +236,7 @@ def described(context: Context) -> str:
 
 
 def python_file(name: str, kept: dict[str, str], header: str, context: Context) -> dict[str, str]:
-    """A Python file from its template; names of modules reach it as Python's own literals."""
+    """A Python file from its template; names of modules are put in as Python literals."""
     environment = Environment(  # noqa: S701  Python, not HTML
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
@@ -257,7 +257,7 @@ def python_file(name: str, kept: dict[str, str], header: str, context: Context) 
 
 
 LINEAR, CONV, EMBEDDING = torch.nn.Linear, torch.nn.Conv3d, torch.nn.Embedding
-FOR_INC = "For INC 2.6 alone; 3.x has another API."
+FOR_INC = "Only for INC 2.6; INC 3.x has another API."
 MEASURED_WITH = "the profile was measured with INC's per-channel weights and static, per-tensor, asymmetric activations"
 FOR_LLM_COMPRESSOR = (
     f"W8A8 has per-channel weights and dynamic, per-token, symmetric activations; {MEASURED_WITH}."
@@ -265,16 +265,16 @@ FOR_LLM_COMPRESSOR = (
     " model.save_pretrained(folder, save_compressed=True). vLLM runs INT8 on Turing to Hopper GPUs."
 )
 FOR_MODELOPT = (
-    f"Needs ModelOpt 0.44 or later. Activations are static, per tensor and symmetric; {MEASURED_WITH}. vLLM serves no"
-    " INT8 checkpoint of ModelOpt."
+    f"Needs ModelOpt 0.44 or later. Activations are static, per tensor and symmetric; {MEASURED_WITH}. vLLM does not"
+    " serve INT8 checkpoints of ModelOpt."
 )
 FOR_NNCF = (
-    f"Needs NNCF 3.0 or later. Its preset chooses the scheme; {MEASURED_WITH}. Nodes that read no module's weight"
-    " (attention's products) are NNCF's own choice."
+    f"Needs NNCF 3.0 or later. NNCF's preset chooses the scheme; {MEASURED_WITH}. For nodes that read no module's"
+    " weight (the products of attention), NNCF chooses by itself."
 )
 FOR_TORCHAO = (
     f"Weights are per channel, activations dynamic and per token; {MEASURED_WITH}."
-    " Outside of torch.compile, a matrix whose side is no multiple of 8 takes a slow way on a GPU."
+    " Without torch.compile, a matrix with a side that is not a multiple of 8 runs slowly on a GPU."
 )
 ALL = (LINEAR, CONV, EMBEDDING)
 TOOLS = {
@@ -297,23 +297,22 @@ def export(
     calibration_samples: int,
     made_from: Iterable[Document] = (),
 ) -> dict[str, Any]:
-    """Write every profile for every tool, DIRECTORY/PROFILE/FILE, and DIRECTORY/index.json, which lists them.
+    """Write every profile for every tool (DIRECTORY/PROFILE/FILE), and DIRECTORY/index.json, which lists them.
 
     Args:
-        directory: the folder to write; exports that were written there before are replaced, and nothing else.
-        profiles: what is exported.
-        plan: what the profiles are of.
+        directory: the folder to write; earlier exports in it are replaced, and no other files.
+        profiles: the profiles to export.
+        plan: the plan that the profiles were made for.
         modules: as `snapshot.module_types` returns it.
         published: as `snapshot.tensor_names` returns it.
-        calibration_samples: how many samples the profiles' scales come from.
-        made_from: the documents that the others came from, for the head of index.json.
+        calibration_samples: number of samples that set the profiles' scales.
+        made_from: the documents that the profiles were made from, for the head of index.json.
 
     Returns:
-        {model, plan_digest, profiles: {profile: {tool: ...}}, missed}; files are named from the directory's parent.
+        {model, plan_digest, profiles: {profile: {tool: ...}}, missed}; paths are relative to the directory's parent.
 
     Raises:
-        InputError: as `export_profile` says, or something else than exports lies at `directory`; nothing is written
-            then.
+        InputError: as `export_profile` says, or `directory` holds other files than exports. Then nothing is written.
     """
     left_out = [module.op_name for module in plan.excluded]
     idle = [op.op_name for op in plan.ops if not op.ran]
