@@ -1,8 +1,9 @@
-"""The replay inside INC itself: `quantization.fit(strategy="mse_v2")` as it is, with the slow part replaced.
+"""The replay inside INC: `quantization.fit(strategy="mse_v2")` runs as it is, and a replay does the slow part.
 
-In: INC's own calls of its two mse_v2 helpers. Out: the order of ops that they would return. The helpers still run, and
-they still decide (early return, second pass, order): their loops over ops, each turn of which rebuilds the model, are
-given no op, and the scores are filled in by a replay before they are sorted. INC's code is neither edited nor copied.
+In: INC's own calls of its two mse_v2 helpers. Out: the order of ops that the helpers would return. The helpers still
+run, and still decide the early return, the second pass and the order. Their loops over ops would rebuild the model for
+each op, so the loops get no op. A replay fills in the scores before they are sorted. INC's code is neither edited nor
+copied.
 """
 
 import builtins
@@ -36,14 +37,14 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def accelerated_mse_v2(reduce_range: bool | None = None) -> Iterator[None]:
-    """Let INC's `mse_v2` score ops by replay for the duration; restored on success and on any exception.
+    """Let a replay score the ops of INC's `mse_v2` for the duration; all is restored on success and on any exception.
 
-    A call with an op that no site reproduces exactly (a fused pattern, a dynamic configuration) goes to INC's own
-    helper unchanged, with a warning that names the op. A model that INC converts wrongly (`plan.check_inc`) gets the
-    replay's scores, which are not INC's.
+    An op may be one that no site reproduces exactly (a fused pattern, a dynamic configuration). A call with such an op
+    goes to INC's own helper unchanged, with a warning that names the op. A model that INC converts wrongly
+    (`plan.check_inc`) gets the replay's scores, which are not INC's.
 
     Args:
-        reduce_range: whether INC quantizes activations to 7 bits of 8, in its scores and in the model that it makes;
+        reduce_range: whether INC quantizes activations to 7 bits of 8, in its scores and in the model that it makes.
             None leaves INC's own choice for this CPU.
     """
     helpers = {name: functools.partial(_by_replay, helper, getattr(nc_util, name)) for helper, name in HELPERS.items()}
@@ -59,11 +60,11 @@ def _by_replay(
     example_input: Any,
     tune_cfg: dict[str, Any],
 ) -> list[OpKey]:
-    """What INC calls in place of a helper: the helper itself, its scores from a replay."""
+    """The function that INC calls in place of a helper: it calls the helper, with scores from a replay."""
     qconfigs = {name: value for name, value in _cfg_to_qconfig(tune_cfg, tune_cfg["approach"]).items() if value}
     int8 = [name for name in qconfigs if name != "bf16_ops_list"]
     if helper == "requantize":
-        # What it quantizes next it takes from the qconfigs that the other helper left behind.
+        # The requantize helper takes the ops to quantize from the qconfigs that the fallback helper left behind.
         left = {name: nc_util.op_cfg_mapping.get(name) for name, _ in tune_cfg["op"]}
         qconfigs = {name: value for name, value in left.items() if value} | qconfigs
     patterns = fused_patterns(adaptor, model, tune_cfg)
@@ -86,9 +87,9 @@ def _by_replay(
 
 
 class _Scores:
-    """The `tqdm` and `sorted` that a helper finds for one call: the first learns the ops, the second brings the scores.
+    """The `tqdm` and `sorted` that a helper finds during one call: `tqdm` learns the ops, `sorted` fills in the scores.
 
-    Both helpers sort the keys of a dict of scores that their loop has filled, by a function that closes over it.
+    Both helpers fill a dict of scores in their loop. They sort its keys by a function that closes over the dict.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class _Scores:
         self.order: list[OpKey] = []
 
     def tqdm(self, items: Iterable[Any]) -> Iterator[Any]:
-        """Take the ops of a loop, leave the loop nothing to do."""
+        """Take the ops of a loop, and leave the loop none."""
         if self.helper == "requantize":
             self.states = self._requantized(items)
         elif not self.order:
@@ -117,13 +118,13 @@ class _Scores:
                 if qconfig
             }
         else:
-            # The second pass: the worst op of the first stays in FP32 as well.
+            # The second pass: the worst op of the first pass stays in FP32 as well.
             without_worst = self.int8 - {self.module(self.order[-1][0])}
             self.states = {key: without_worst - {self.module(key[0])} for key in items}
         return iter(())
 
     def _requantized(self, keys: Iterable[OpKey]) -> dict[OpKey, frozenset[str]]:
-        """The states in which ops join one after another and none is reset."""
+        """The states in which ops are quantized one after another and stay quantized."""
         states, so_far = {}, self.int8
         for name, op_type in keys:
             if name in nc_util.op_cfg_mapping:
@@ -133,7 +134,7 @@ class _Scores:
         return states
 
     def sorted(self, items: Iterable[OpKey], *, key: Callable[[OpKey], Any], reverse: bool = False) -> list[OpKey]:
-        """Fill the dict that `key` looks into, in the loop's order, and sort as asked."""
+        """Fill the dict that `key` reads, in the loop's order, and sort as asked."""
         (scores,) = inspect.getclosurevars(key).nonlocals.values()
         cheapest_first = builtins.sorted(self.states, key=self._place, reverse=self.helper == "fallback")
         measured = {op: self._score(self.states[op]) for op in cheapest_first}
@@ -142,9 +143,9 @@ class _Scores:
         return self.order
 
     def _score(self, state: frozenset[str]) -> torch.Tensor:
-        """INC's number, as a tensor like INC's, so that its comparisons round alike."""
+        """INC's value, as a tensor like INC's, so that INC's comparisons round in the same way."""
         return (self.reference - self.replay.run(assigned(state))).pow(2).sum()
 
     def _place(self, op: OpKey) -> int:
-        """From the last op that runs to the first, fallback runs the least; requantize keeps its order."""
+        """A place in the order of runs. fallback: from the last op that runs to the first; requantize: as planned."""
         return self.replay.first_visit.get(self.module(op[0]), -1) if self.helper == "fallback" else 0

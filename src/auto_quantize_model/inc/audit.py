@@ -1,7 +1,7 @@
-"""The audit: a sample of ops measured again by INC's unmodified helpers, and compared with the capture.
+"""The audit: INC's unmodified helpers measure a sample of ops again, and the values are compared with the capture.
 
-In: the model, one calibration batch, the plan and the capture. Out: what was compared and how it ended; a difference on
-the CPU is an error, whatever its size. Where INC cannot measure the model, torch's own quantized modules stand in.
+In: the model, one calibration batch, the plan and the capture. Out: what was compared, and the result. On the CPU any
+difference is an error, whatever its size. Where INC cannot measure the model, torch's own quantized modules measure.
 """
 
 import math
@@ -24,7 +24,7 @@ from auto_quantize_model.records import Audit, Capture, Plan, Scales, Score, dig
 from auto_quantize_model.replay.devices import check_sites
 from auto_quantize_model.replay.model import Batch
 
-# `requantize` is a running total: INC is put into the state before the op instead of measuring all that precede it.
+# `requantize` is a running total: INC starts from the state before the op, and does not measure all ops before it.
 HELPER_OF = {"isolated": "isolated", "fallback": "fallback", "requantize": "requantize_at"}
 AUDITORS = {"inc": "INC", "torch": "torch's own quantized modules"}
 
@@ -50,12 +50,12 @@ def audited_batch(capture: Capture) -> int:
 
 
 def auditor(plan: Plan) -> str:
-    """Who measures again: `inc`, or `torch` where INC cannot measure the model."""
+    """The auditor: `inc`, or `torch` where INC cannot measure the model."""
     return "torch" if plan.inc_check["status"] == "cannot" else "inc"
 
 
 def announce(plan: Plan, capture: Capture, count: int) -> str:
-    """What an audit of `count` ops will do, in one line; how long it takes, the progress bar says."""
+    """What an audit of `count` ops will do, in one line. The progress bar shows the time that it takes."""
     if capture.engine == "inc":
         return "audit: not needed, INC itself measured every op"
     names = sample_ops(capture, audited_batch(capture), count)
@@ -75,23 +75,24 @@ def audit_capture(
     scales: Sequence[Scales] | None = None,
     on_op: Callable[[int, int], None] = lambda done, total: None,
 ) -> Audit:
-    """Compare `count` ops of one batch, in every map, with INC's unmodified helpers or, where those cannot, with torch.
+    """Compare `count` ops of one batch, in every map, with INC's unmodified helpers, or with torch where INC cannot.
 
     Args:
         model: FP32, eval mode, on the CPU.
         batches: the calibration batches.
-        plan: what the capture was made from.
-        capture: what is audited.
+        plan: the plan that the capture was made from.
+        capture: the scores to audit.
         count: ops to compare, at most those that ran; batch and ops are drawn by the plan's digest.
-        scales: of each scored batch, by which a GPU's ops are compared with the CPU's; None calibrates here.
-        on_op: called with what is done and the total, before the first score and after each.
+        scales: of each scored batch, used to compare a GPU's ops with the CPU's; None calibrates here.
+        on_op: called with the number done and the total, before the first score and after each.
 
     Returns:
-        `status` is `bit_identical`, or `not_needed` where INC itself was the engine; on CUDA `sites_bit_identical` with
-        `rank_agreement` (Spearman's, per map, over the ops compared). `by` is `inc` or `torch`.
+        `status` is `bit_identical`, or `not_needed` where INC itself was the engine. On CUDA it is
+        `sites_bit_identical`, with `rank_agreement` (Spearman's, per map, over the ops compared). `by` is `inc` or
+        `torch`.
 
     Raises:
-        InputError: a value differs, naming op, map, batch and both values.
+        InputError: a value differs. The message names op, map, batch and both values.
     """
     if capture.plan_digest != digest_of_record(plan):
         raise InputError("the capture was made from another plan; run the capture rule again (--forcerun)")
@@ -124,23 +125,22 @@ def values_of(scores: Mapping[str, Sequence[Score | None]], names: Sequence[str]
 def require_equal(
     found: dict[str, dict[str, float]], expected: dict[str, dict[str, float]], batch: int, reference: str
 ) -> None:
-    """Refuse captured values that are not the expected ones, bit for bit.
+    """Refuse captured values that differ from the expected ones in any bit.
 
     Raises:
-        InputError: naming op, map, batch and both values.
+        InputError: the message names op, map, batch and both values.
     """
     for label, values in expected.items():
         for name, value in values.items():
             if found[label][name] != value:
                 raise InputError(
-                    f"audit: batch {batch}, map {label}: {name} was captured as {found[label][name]!r}, and by"
-                    f" {reference} the value is {value!r}; do not use this capture, and report the difference with the"
-                    " plan"
+                    f"audit: batch {batch}, map {label}, {name}: the capture has {found[label][name]!r}, and"
+                    f" {reference} gives {value!r}. Do not use this capture, and report the difference with the plan"
                 )
 
 
 def _counted(on_op: Callable[[int, int], None], total: int) -> Callable[..., None]:
-    """A callback that tells `on_op` what is done; INC calls it before each score, so the first call means none."""
+    """A callback that reports to `on_op`. INC calls it before each score, so the first call reports 0 done."""
     done = -1
 
     def count(*_: Any) -> None:
@@ -152,15 +152,15 @@ def _counted(on_op: Callable[[int, int], None], total: int) -> Callable[..., Non
 
 
 def rank_agreement(found: dict[str, float], expected: dict[str, float]) -> float | None:
-    """Spearman's rank correlation over the ops of `found`; None where all values of a side are alike."""
+    """Spearman's rank correlation over the ops of `found`; None where all values of one side are equal."""
     statistic = float(spearmanr(list(found.values()), [expected[name] for name in found]).statistic)
     return None if math.isnan(statistic) else statistic
 
 
 @contextmanager
 def incs_surroundings(threads: int, reduce_range: bool) -> Iterator[None]:
-    """As many threads as the capture had, on which float32 sums depend, the plan's `reduce_range`, and INC's kernels
-    allowed, as a GPU's run may have asked torch for deterministic ones alone."""
+    """The capture's number of threads, on which float32 sums depend, the plan's `reduce_range`, and all INC kernels.
+    A run on a GPU may have restricted torch to deterministic kernels."""
     saved = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -197,5 +197,5 @@ def _by_torch(
     names: Sequence[str],
     on_op: Callable[..., None],
 ) -> dict[str, dict[str, float]]:
-    """The same by torch's own quantized modules in the FP32 model."""
+    """The same values from torch's own quantized modules in the FP32 model."""
     return torch_scores(model, batches[batch], plan, names, on_op)

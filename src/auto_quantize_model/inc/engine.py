@@ -1,4 +1,4 @@
-"""The reference engine: every score by INC's unmodified helpers, on the CPU, one rebuilt model per op."""
+"""The reference engine: INC's unmodified helpers measure every score on the CPU, with one rebuilt model per op."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,10 +26,10 @@ SECOND_PASS = "second_pass"
 def measure_by_inc(work: Work, share: Share, on_progress: Progress) -> None:
     """Measure a share of the maps with INC.
 
-    A map is in the store once it is whole: INC runs it in one call.
+    A map is in the store only when it is complete, because INC runs a map in one call.
 
     Raises:
-        InputError: the model is not on the CPU, INC plans it otherwise than the plan says, or a number is not finite.
+        InputError: the model is not on the CPU, INC plans it differently than the plan says, or a number is not finite.
     """
     plan, model = work.plan, work.model
     if next(model.parameters()).device.type != "cpu":
@@ -107,7 +107,7 @@ def inc_scores(
 
 
 def require_same_plan(model: torch.nn.Module, batches: Sequence[Batch], plan: Plan) -> None:
-    """Refuse a plan that INC would not make today.
+    """Refuse a plan that differs from INC's plan for this model now.
 
     Raises:
         InputError: the ops, the excluded modules, or the measured op differ from those of the plan.
@@ -129,15 +129,15 @@ def require_same_plan(model: torch.nn.Module, batches: Sequence[Batch], plan: Pl
 
 
 def require_inc(plan: Plan) -> None:
-    """Refuse to have INC quantize a model that it cannot convert.
+    """Refuse to let INC quantize a model that it cannot convert.
 
     Raises:
-        InputError: with the reason.
+        InputError: the message gives the reason.
     """
     if plan.inc_check["status"] == "cannot":
         raise InputError(
-            f"INC cannot quantize this model: {plan.inc_check['reason']}; apply the profile with another tool, its"
-            " files lie in the folder of exports"
+            f"INC cannot quantize this model: {plan.inc_check['reason']}; apply the profile with another tool, whose"
+            " files are in the folder of exports"
         )
 
 

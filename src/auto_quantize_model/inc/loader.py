@@ -1,4 +1,4 @@
-"""Batches as INC takes them."""
+"""Batches in the form that INC takes."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,7 +6,7 @@ from auto_quantize_model.replay.model import Batch
 
 
 class CalibrationLoader:
-    """Batches as INC takes them: `(inputs, None)`, iterable again and again, with the `batch_size` INC asks for."""
+    """Batches as INC takes them: `(inputs, None)`, iterable many times, with the `batch_size` that INC asks for."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self.batches = batches

@@ -1,6 +1,6 @@
-"""INC's own plan of the quantization: every op with its observers, what is left out and why.
+"""INC's own plan of the quantization: every op with its observers, and every module that is left out with the reason.
 
-In: a model, its calibration batches, and what the config asks for. Out: the plan that capture and report use.
+In: a model, its calibration batches, and the plan's keys of the config. Out: the plan that capture and report use.
 """
 
 import json
@@ -46,7 +46,7 @@ pattern, *names = json.load(sys.stdin)
 print(json.dumps([name for name in names if re.fullmatch(pattern, name)]))
 """
 OBSERVER_KEYS = ("dtype", "scheme", "granularity", "algorithm")
-# What INC and FX raise at a model that they cannot convert. Memory and files are another matter.
+# What INC and FX raise at a model that they cannot convert. Errors of memory and files are not among them.
 INC_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -62,15 +62,15 @@ CHECKED_STATES = {"no_op": "no op", "all_int8": "every op"}
 
 
 def versions() -> dict[str, str]:
-    """The versions that the numbers depend on."""
+    """The versions of the packages that the numbers depend on."""
     return {name: version(name) for name in PACKAGES}
 
 
 def quant_config(confidence_batches: int, kept: Iterable[str] = ()) -> PostTrainingQuantConfig:
     """INC's configuration of a static mse_v2 run, with the ops of `kept` (INC's names) pinned to FP32.
 
-    Any model meets its accuracy criterion: the tolerable loss is 0.99 because INC asks for less than 1, and nothing is
-    ever evaluated against it.
+    Any model meets its accuracy criterion. The tolerable loss is 0.99, because INC asks for less than 1, and nothing is
+    ever evaluated against the criterion.
     """
     return PostTrainingQuantConfig(
         approach="static",
@@ -90,7 +90,7 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
         spec: the keys of the config that the plan depends on.
 
     Raises:
-        InputError: as `plan_ops` says, or an engine that cannot measure this model.
+        InputError: as `plan_ops` says, or the engine cannot measure this model.
     """
     scored = batches[: spec.confidence_batches]
     with activations_reduced(spec.reduce_range) as reduced:
@@ -116,9 +116,9 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
 
 
 class Planned(NamedTuple):
-    """INC's plan: as records, and INC's own strategy and configuration, the measured op last.
+    """INC's plan as records, and INC's own strategy and configuration, with the measured op last.
 
-    `kept` are the modules that the config keeps in FP32; they stand in `excluded` too.
+    `kept` are the modules that the config keeps in FP32; `excluded` lists them too.
     """
 
     measured_op: str
@@ -130,11 +130,11 @@ class Planned(NamedTuple):
 
 
 def plan_ops(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -> Planned:
-    """INC's plan of `model`, which says nothing yet about whether INC can carry it out.
+    """INC's plan of `model`. Whether INC can carry out the plan is not checked here.
 
     Raises:
-        InputError: too few batches, a keep entry that matches no op, non-finite output, an output op that INC cannot
-            measure, nothing left to quantize, or a model that INC cannot plan.
+        InputError: there are too few batches, a keep entry matches no op, or the output is not finite. Or INC cannot
+            measure the output op, nothing is left to quantize, or INC cannot plan the model.
     """
     if len(batches) < spec.confidence_batches:
         raise InputError(
@@ -150,8 +150,8 @@ def plan_ops(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -
     inc_names = {module_name(model, name): name for name, _ in tune_cfg["op"]}
     if measured_op not in inc_names:
         raise InputError(
-            f"the model's output comes from {measured_op or 'no single module'}, which is no op of INC's plan; INC"
-            " would measure elsewhere, so this model cannot be measured"
+            f"the model's output comes from {measured_op or 'no single module'}, which is not an op of INC's plan. INC"
+            " would measure elsewhere, so this model cannot be measured; choose another model.path"
         )
     tune_cfg = with_measured_op_last(tune_cfg, inc_names[measured_op])
     ops, excluded = describe_ops(model, tune_cfg, kept, patterns)
@@ -163,7 +163,7 @@ def plan_ops(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -
 
 @contextmanager
 def planning_by_inc() -> Iterator[None]:
-    """Name what INC raises while it plans.
+    """Turn INC's errors during planning into an InputError that names INC's error.
 
     Raises:
         InputError: in place of INC's error.
@@ -178,10 +178,10 @@ def planning_by_inc() -> Iterator[None]:
 
 
 def described(error: Exception) -> str:
-    """An error of INC's in one line: its class and the first line of its message.
+    """An error of INC in one line: its class and the first line of its message.
 
     Raises:
-        Exception: `error` itself where memory ran out, which says nothing about INC.
+        Exception: `error` itself if memory ran out, because that says nothing about INC.
     """
     if "DefaultCPUAllocator" in str(error):
         raise error
@@ -192,7 +192,7 @@ def described(error: Exception) -> str:
 def check_inc(planned: Planned, batches: Sequence[Batch]) -> IncCheck:
     """Whether INC can measure the model of a plan.
 
-    Of the batches to score, the first of each set of inputs is tried: a batch without images runs no vision tower.
+    Of the scored batches, the first with each set of inputs is tried: a batch without images runs no vision tower.
 
     Returns:
         {"status": "reproduces_fp32"}, or {"status": "cannot", "reason": ...}.
@@ -207,10 +207,11 @@ def check_inc(planned: Planned, batches: Sequence[Batch]) -> IncCheck:
 
 
 def incs_problem(planned: Planned, batch: Batch) -> str:
-    """What is wrong with INC's conversion of a model, by INC's unmodified helpers; empty where it is right.
+    """What is wrong with INC's conversion of a model, by INC's unmodified helpers; empty if nothing is wrong.
 
-    With no op quantized it has to give the FP32 output, bit for bit: FX drops an in-place operation whose result nobody
-    reads, such as `scatter_`, and INC then measures another model. With every op quantized it has to run.
+    With no op quantized, INC's model must give the FP32 output, bit for bit. It may not: FX drops an in-place operation
+    whose result nobody reads, such as `scatter_`, and INC then measures another model. With every op quantized, INC's
+    model must run.
     """
     reached = ["no_op"]
     try:
@@ -233,10 +234,10 @@ def incs_problem(planned: Planned, batch: Batch) -> str:
 
 
 def require_measurable(model: torch.nn.Module, ops: Sequence[Op], engine: str, inc_check: IncCheck) -> None:
-    """Refuse an engine that cannot measure this model, and name one that can.
+    """Refuse an engine that cannot measure this model, and name an engine that can.
 
     Raises:
-        InputError: INC is asked for and cannot, or the replay does not cover every op and has to.
+        InputError: INC is asked for and cannot, or the replay is needed and does not cover every op.
     """
     if inc_check["status"] != "cannot":
         if engine == "replay":
@@ -252,12 +253,12 @@ def require_measurable(model: torch.nn.Module, ops: Sequence[Op], engine: str, i
         )
     if engine == "inc":
         raise InputError(
-            f"{problem}; set sensitivity.engine to replay, which torch's own quantized modules audit in INC's place"
+            f"{problem}; set sensitivity.engine to replay, and torch's own quantized modules audit in INC's place"
         )
 
 
 def keep_entry(ops: Sequence[Op], names: Iterable[str]) -> str:
-    """The config's entry that keeps the named ops in FP32: by type where they are all of their types, else by name."""
+    """The config's entry that keeps the named ops in FP32: by type if they are all ops of their types, else by name."""
     names = set(names)
     types = {op.op_type for op in ops if op.op_name in names}
     if all(op.op_name in names for op in ops if op.op_type in types):
@@ -266,7 +267,7 @@ def keep_entry(ops: Sequence[Op], names: Iterable[str]) -> str:
 
 
 def identify(plan: Plan, manifest: Mapping[str, Any], calibration: Mapping[str, Any], config_digest: str) -> Plan:
-    """The plan with the names and digests of what it is for."""
+    """The plan with the names and digests of the model, the calibration set and the config that it was made for."""
     return replace(
         plan,
         model=manifest["model"],
@@ -281,8 +282,8 @@ def find_output_op(model: torch.nn.Module, batch: Batch) -> str:
     """The name of the leaf module whose output tensor is the logits that the model returns; empty if there is none.
 
     Raises:
-        InputError: a weight is not finite, the model cannot run on the first calibration batch, or its FP32 logits
-            there are not finite, or one value for the whole vocabulary.
+        InputError: a weight is not finite, or the model cannot run on the first calibration batch. Or its FP32 logits
+            there are not finite, or are one value for the whole vocabulary.
     """
     require_meaningful(model)
     outputs: dict[str, torch.Tensor] = {}
@@ -311,7 +312,7 @@ def find_output_op(model: torch.nn.Module, batch: Batch) -> str:
 
 
 def ops_to_keep(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -> dict[str, str]:
-    """INC's names of the ops that the config keeps in FP32, each with the entry that says so.
+    """INC's names of the ops that the config keeps in FP32, each with the entry that keeps it.
 
     Raises:
         InputError: an entry matches no op.
@@ -335,12 +336,12 @@ def ops_to_keep(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec
 
 
 def matching(pattern: str, names: Sequence[str], seconds: float = 10.0) -> set[str]:
-    """The names that a regular expression of `sensitivity.op_name_dict` matches whole.
+    """The names that a regular expression of `sensitivity.op_name_dict` matches as a whole.
 
-    A child process matches, because `re` cannot be interrupted and may backtrack for longer than anyone lives.
+    A child process does the matching, because `re` cannot be interrupted and may backtrack for years.
 
     Raises:
-        InputError: it is not a regular expression, or it needs more than `seconds` for all names.
+        InputError: the text is not a regular expression, or needs more than `seconds` for all names.
     """
     entry = f"sensitivity.op_name_dict[{pattern!r}]"
     try:
@@ -397,8 +398,8 @@ def describe_ops(
 
 
 def inventoried(name: str, op_type: str, modules: Mapping[str, torch.nn.Module], scheme: IncInt8) -> Op:
-    """An op of the inventory, whose executions are not counted yet."""
-    weight = getattr(modules[name], "weight", None)  # a module that INC fuses may have none
+    """An op of the inventory, without the count of its executions."""
+    weight = getattr(modules[name], "weight", None)  # a module that INC fuses may have no weight
     return Op(
         op_name=name,
         op_type=op_type,
@@ -417,7 +418,7 @@ def run_in_fp32(
     """How often each op runs in one FP32 forward of `batch`, and the output at the measured op.
 
     Raises:
-        InputError: that output is not finite.
+        InputError: the output is not finite.
     """
     counts = dict.fromkeys(names, 0)
     outputs: list[torch.Tensor] = []

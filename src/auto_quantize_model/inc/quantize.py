@@ -1,7 +1,7 @@
-"""The loop closed: INC itself quantizes the model by an exported profile, and its error is what the profile promised.
+"""INC quantizes the model by an exported profile, and its error is compared with the error that the profile promises.
 
 In: a model, its calibration batches, an exported op_name_dict, held-out batches. Out: INC's INT8 model on disk, loaded
-back, and its error beside that of the profile, which the replay measured.
+back; and its error, compared with the error that the replay measured for the profile.
 """
 
 import contextlib
@@ -25,20 +25,20 @@ from auto_quantize_model.measure.metrics import Reference, require_finite, right
 from auto_quantize_model.records import Profile, Tradeoff
 from auto_quantize_model.replay.model import Batch
 
-WEIGHTS = "best_model.pt"  # INC's name of what it saves
+WEIGHTS = "best_model.pt"  # INC's name of the file that it saves
 
 
 def quantize(model: torch.nn.Module, batches: Sequence[Batch], op_name_dict: dict[str, Any], directory: Path) -> None:
     """Have INC quantize a model to static INT8 and save it into `directory`.
 
     Args:
-        model: FP32, eval mode, on the CPU; INC uses it up.
-        batches: those of the calibration, of one size.
-        op_name_dict: {regular expression: configuration} as exported; what it does not name is INC's to choose.
+        model: FP32, eval mode, on the CPU; INC changes it, so it cannot be used afterwards.
+        batches: the calibration batches, all of one size.
+        op_name_dict: {regular expression: configuration} as exported; INC chooses for all other ops.
         directory: INC writes best_model.pt there.
 
     Raises:
-        InputError: INC quantized nothing, as where the profile keeps every op, or could not write its model.
+        InputError: INC quantized nothing, because the profile keeps every op, or INC could not write its model.
     """
     conf = PostTrainingQuantConfig(
         approach="static",
@@ -51,16 +51,16 @@ def quantize(model: torch.nn.Module, batches: Sequence[Batch], op_name_dict: dic
     if quantized is None or not is_int8_model(quantized.model):
         raise InputError("INC quantized nothing: this profile keeps every op in FP32; take one that keeps fewer")
     quantized.save(str(directory))
-    if not (directory / WEIGHTS).is_file():  # INC logs what the disk says, and goes on
+    if not (directory / WEIGHTS).is_file():  # INC logs the disk's error and continues
         raise InputError(f"{directory}: INC could not write its model there; free some space, and see the log for why")
 
 
 @contextlib.contextmanager
 def modules_told_by_name() -> Iterator[None]:
-    """Let `str(module)` be its class alone, and not the description of all that is in it.
+    """Let `str(module)` be only the class name of the module, without a description of its content.
 
-    INC looks for fused ops by the class name in `str(module)`, of every module for every op. Of a quantized module that
-    unpacks each weight in it, which at 3.75 billion weights takes hours and not a second.
+    INC looks for fused ops by the class name in `str(module)`, of every module for every op. For a quantized module
+    this unpacks each weight in it. At 3.75 billion weights that takes hours instead of a second.
     """
     with contextlib.ExitStack() as stack:
         for kind in {torch.nn.Module, *subclasses(torch.nn.Module)}:
@@ -70,7 +70,7 @@ def modules_told_by_name() -> Iterator[None]:
 
 
 def subclasses(kind: type[Any]) -> Iterator[type[Any]]:
-    """All classes that come from `kind`; one that comes by several ways comes as often."""
+    """All subclasses of `kind`, direct or not; a class that inherits by several ways comes several times."""
     children: list[type[Any]] = kind.__subclasses__()
     for child in children:
         yield child
@@ -78,13 +78,13 @@ def subclasses(kind: type[Any]) -> Iterator[type[Any]]:
 
 
 def release() -> None:
-    """Free what INC's work leaves behind once nobody holds it: modules that torch caches by, and cycles."""
+    """Free what INC leaves behind after its use: modules that torch keeps in caches, and reference cycles."""
     assert_and_get_unique_device.cache_clear()
     gc.collect()
 
 
 def load_quantized(directory: Path, model: torch.nn.Module) -> torch.nn.Module:
-    """INC's saved model, put into the modules of the FP32 `model`, which is used up."""
+    """INC's saved model, put into the modules of the FP32 `model`, which cannot be used afterwards."""
     loaded: torch.nn.Module = load(str(directory), model)
     return loaded
 
@@ -100,10 +100,10 @@ def measure_error(
 
     Args:
         references: the FP32 output of each batch.
-        quantized: on the CPU.
+        quantized: INC's model, on the CPU.
         heldout: the batches.
-        answers: as `tradeoff.measure_tradeoff` takes them.
-        on_batch: called after each batch with what is done and the total.
+        answers: as `heldout.measure_tradeoff` takes them.
+        on_batch: called after each batch with the number done and the total.
     """
     records = []
     for index, (reference, batch) in enumerate(zip(references, heldout, strict=True)):
@@ -124,21 +124,21 @@ def logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def compared(name: str, profile: Profile, found: dict[str, float | None], tradeoff: Tradeoff) -> dict[str, Any]:
-    """The error of INC's model next to the error that the profile promised.
+    """The error of INC's model, compared with the error that the profile promised.
 
     Args:
         name: the profile's name.
         profile: as `profiles.build_profiles` returns it.
         found: as `measure_error` returns it.
-        tradeoff: by which the profile was measured; its `device` and `instruction_set` say where.
+        tradeoff: where the profile was measured; its `device` and `instruction_set` say on which machine.
 
     Returns:
-        {profile, status, measured_device, measured_instruction_set, promised, found}: `status` is `bit_identical`, or
-        `measured_elsewhere` where the profile was measured on a GPU or on a CPU with other vector instructions, whose
-        sums and INT8 products are not this CPU's.
+        {profile, status, measured_device, measured_instruction_set, promised, found}. `status` is `bit_identical`, or
+        `measured_elsewhere` if the profile was measured on a GPU or on a CPU with other vector instructions. Sums and
+        INT8 products there differ from those of this CPU.
 
     Raises:
-        InputError: measured on such a CPU as this one, a number differs.
+        InputError: the profile was measured on such a CPU as this one, and a number differs.
     """
     promised = {field: getattr(profile, field) for field in found}
     here = tradeoff.device == "cpu" and tradeoff.instruction_set == instruction_set()

@@ -1,8 +1,8 @@
-"""The other reference: torch's own quantized modules in the FP32 model, for a model that INC cannot convert.
+"""The second reference: torch's own quantized modules in the FP32 model, for models that INC cannot convert.
 
-In: the model, one batch, the plan, and the ops to score. Out: for each map the value that INC's conversion would give
-if it did what it is meant to do. Of the replay only the builder of the plan's observers is used: torch's own modules
-observe, quantize and compute.
+In: the model, one batch, the plan, and the ops to score. Out: for each map, the value that a correct conversion by INC
+would give. From the replay this module takes only the builder of the plan's observers. torch's own modules observe,
+quantize and compute.
 """
 
 import copy
@@ -40,7 +40,7 @@ def torch_scores(
 
     Args:
         model: FP32, eval mode, on the CPU; left as it was.
-        batch: calibrates and is scored, as in INC.
+        batch: calibrates, and is scored, as in INC.
         plan: with ops of the types that `QUANTIZED` knows.
         names: ops that run on `batch`.
         on_op: called with map and op before each score.
@@ -63,7 +63,7 @@ def torch_scores(
 
 
 def state_of(label: str, name: str, planned: Sequence[str]) -> Sequence[str]:
-    """Which ops are INT8 where a map scores an op; `planned` are those that run, in the plan's order."""
+    """The ops that are INT8 where a map scores an op; `planned` are those that run, in the plan's order."""
     if label == "isolated":
         return [name]
     if label == "fallback":
@@ -73,9 +73,9 @@ def state_of(label: str, name: str, planned: Sequence[str]) -> Sequence[str]:
 
 @contextmanager
 def observed(modules: Mapping[str, torch.nn.Module], ops: Sequence[Op]) -> Iterator[dict[str, tuple[Any, ...]]]:
-    """Have the plan's observers see what every op takes and gives: {op: (of input, of output)}, for ops that run.
+    """Let the plan's observers see every op's input and output: {op: (of input, of output)}, for ops that run.
 
-    An Embedding has none: it takes ids and gives FP32.
+    An Embedding has no observers, because its input is ids and its output is FP32.
     """
     observers: dict[str, tuple[Any, ...]] = {}
 
@@ -99,12 +99,12 @@ def observed(modules: Mapping[str, torch.nn.Module], ops: Sequence[Op]) -> Itera
 
 
 def quantized(module: torch.nn.Module, op: Op, observers: tuple[Any, ...]) -> Forward:
-    """The forward of torch's quantized module that stands for an op: FP32 or ids in, FP32 out."""
+    """The forward of torch's quantized module for an op: FP32 or ids in, FP32 out."""
     with copies_sharing_parameters():
         plain: Any = copy.deepcopy(module)
     plain.qconfig = QConfig(activation=None, weight=lambda: build_observer(op.inc_int8.weight.observer))
     if not observers:
-        # A module itself cannot be set as another one's `forward`: torch would register it as a child.
+        # A module itself cannot be set as another module's `forward`: torch would register it as a child.
         forward: Forward = QUANTIZED[op.op_type].from_float(plain).forward
         return forward
     of_input, plain.activation_post_process = observers
