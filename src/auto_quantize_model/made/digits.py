@@ -1,7 +1,7 @@
-"""The embedded default: a small, real Qwen2.5-VL trained to read scikit-learn's 1,797 handwritten digits.
+"""The embedded default: a small Qwen2.5-VL, trained to read scikit-learn's 1,797 handwritten digits.
 
-Out: an ordinary snapshot directory (config, safetensors, tokenizer, image processor config, chat template) that takes
-the same path as any other model from there on.
+In: seeds, and the number of epochs. Out: an ordinary snapshot directory (config, safetensors, tokenizer, image
+processor config, chat template). All later steps treat it as any other model.
 """
 
 import json
@@ -33,7 +33,7 @@ from auto_quantize_model.models.snapshot import load_model, load_processor
 
 BATCH_SIZE = 32
 LEARNING_RATE = 2e-3
-VARIANTS = 3  # turned and shifted copies of each training digit; they lift held-out accuracy from 96 to 98 %
+VARIANTS = 3  # rotated and shifted copies of each training digit; they raise held-out accuracy from 96 to 98 %
 MAX_TURN = 12.0  # degrees
 MAX_SHIFT = 4.0  # pixels
 TRAINED_WITH = ("torch", "transformers", "numpy", "scikit-learn", "pillow")  # the weights depend on these packages
@@ -61,7 +61,7 @@ CHAT_TEMPLATE = """\
 
 
 def varied(sample: Sample, generator: np.random.Generator) -> Sample:
-    """A copy of a sample, its image turned by up to MAX_TURN and shifted by up to MAX_SHIFT each way."""
+    """A copy of a sample, with its image rotated by up to MAX_TURN and shifted by up to MAX_SHIFT each way."""
     assert sample.image is not None
     shift = tuple(generator.uniform(-MAX_SHIFT, MAX_SHIFT, 2))
     angle = generator.uniform(-MAX_TURN, MAX_TURN)
@@ -145,14 +145,15 @@ def train_snapshot(
     """Train the digit reader, and write its snapshot and the record of its training.
 
     Args:
-        directory: an empty folder, or one that is made here.
+        directory: an empty folder, or a path at which the folder is made.
         split_seed: seed of the split into training, calibration and held-out digits.
         seed: seed of the weights, of the order of the training samples and of their variants.
         epochs: passes over the training digits and their variants.
-        progress: wraps the range of epochs to show how far it is.
+        progress: wraps the range of epochs to show the progress.
 
     Returns:
-        The record: the arguments, the held-out accuracy from 0 to 1, and what of the machine the weights depend on.
+        The record: the arguments, the held-out accuracy from 0 to 1, and properties of the machine that the weights
+            depend on.
     """
     split = digits_split(split_seed)
     build_snapshot(directory, seed=seed)

@@ -1,8 +1,8 @@
 """A stand-in for a published Qwen2.5-VL: its shape, its file layout and its tokenizer, with weights from a seed.
 
-For machines that cannot reach the hub, for tests and for benchmarks. Times, memory, loading and equality with INC can
-be shown on a stand-in; which ops are sensitive cannot, since its weights are noise. It says so itself, in a file that
-the model manifest and every report repeat.
+In: a configuration and a seed. Out: a snapshot, for machines that cannot reach the hub, for tests and for benchmarks.
+Times, memory, loading and equality with INC are real on a stand-in. Its sensitivities are not, because its weights are
+random. The snapshot contains `stand_in.json`; the model manifest and every report repeat its text.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from auto_quantize_model.models.snapshot import STAND_IN
 from auto_quantize_model.models.weights import WEIGHTS_INDEX
 
 SHARD_BYTES = 2 << 30
-# preprocessor_config.json of the same commit as `shapes`; mean and standard deviation are CLIP's.
+# preprocessor_config.json of the commit that `shapes` names; mean and standard deviation are CLIP's.
 PREPROCESSOR = {
     "min_pixels": 3136,
     "max_pixels": 12845056,
@@ -74,18 +74,18 @@ def build(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[list[str]], Iterable[str]] = iter,
 ) -> None:
-    """Write a stand-in, one shard in memory at a time, whole or not at all.
+    """Write a stand-in, with one shard in memory at a time, whole or not at all.
 
     Args:
         shape: a configuration as in `SHAPES`.
-        directory: where the snapshot goes; a stand-in that was written there before is replaced, and nothing else.
-        tokenizer: a folder with the published tokenizer; without it, the small one of the embedded default.
+        directory: the snapshot's folder; an earlier stand-in there is replaced, and nothing else.
+        tokenizer: a folder with the published tokenizer; None takes the small one of the embedded default.
         seed: of the weights: ones for norms, zeros for biases, else normal with variance 1 / fan-in, in bfloat16.
-        shard_bytes: size above which a new shard is begun.
-        progress: wraps the names of the weights to show how far it is.
+        shard_bytes: the size above which a new shard begins.
+        progress: wraps the names of the weights to show the progress.
 
     Raises:
-        InputError: something else than a stand-in lies at `directory`.
+        InputError: files other than a stand-in lie at `directory`.
     """
     with atomic_folder(directory) as folder:
         _write_snapshot(folder, shape, tokenizer, seed, shard_bytes, progress)
@@ -114,25 +114,25 @@ def _write_snapshot(
 
 
 def build_once(shape: dict[str, Any], directory: Path) -> Path:
-    """`directory`, with a stand-in that carries the small tokenizer; one that is whole already stays."""
+    """`directory`, with a stand-in that has the small tokenizer; a complete one that is already there stays."""
     if not (directory / WEIGHTS_INDEX).exists():
         build(shape, directory)
     return directory
 
 
 def compact(template: str) -> str:
-    """A template without the newlines that follow its blocks, as the published one is written."""
+    """A template without the newlines after its blocks, as in the published template."""
     return template.replace("%}\n", "%}")
 
 
 def _write_tokenizer(directory: Path, published: Path | None) -> dict[str, int]:
-    """Put a tokenizer there; the entries of config.json that it decides."""
+    """Write a tokenizer, and return the entries of config.json that depend on it."""
     if published:
         for name in TOKENIZER_SHA256:
             shutil.copyfile(published / name, directory / name)
         return {}
     small = build_tokenizer()
-    small.chat_template = None  # the layout has it in a file of its own
+    small.chat_template = None  # the published layout has the template in a file of its own
     small.save_pretrained(directory)
     names = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
     names |= {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
