@@ -4,7 +4,7 @@ import math
 
 
 def ratio(pairs: list[tuple[float | None, float]]) -> float | None:
-    """Sum of errors over sum of squares; None where an error was not measured or there is nothing to compare with."""
+    """Sum of errors over sum of squares; None if an error was not measured or the sum of squares is 0."""
     errors, squares = [error for error, _ in pairs if error is not None], math.fsum(square for _, square in pairs)
     return math.fsum(errors) / squares if len(errors) == len(pairs) and squares else None
 

@@ -1,7 +1,7 @@
-"""The error of every planned op, batch for batch, by the engine that the plan names.
+"""Measure the error of every planned op on each batch, by the engine that the plan names.
 
-In: the model, the plan, the scales and the calibration batches. Out: the capture (deterministic) and a record of the
-run (times, host: volatile). The replay needs torch alone; who asks for another engine hands it over.
+In: the model, the plan, the scales and the calibration batches. Out: the capture (deterministic), and a record of the
+run (times and host, which vary). The replay needs torch alone. Callers pass in any other engine.
 """
 
 import time
@@ -33,11 +33,11 @@ from auto_quantize_model.replay.scales import digest_of_scales
 from auto_quantize_model.schemes.inc_int8 import cpu_kernel
 from auto_quantize_model.schemes.scheme import INC_INT8, Assignment
 
-# Of the code that a score depends on, when this module is imported: files may change while a long run goes on.
+# Digest of the code that a score depends on, taken at import: files may change during a long run.
 CODE = code_digest_of_modules(
     f"auto_quantize_model.{name}" for name in ("replay.model", "measure.metrics", "models.snapshot")
 )
-Progress = Callable[[int, int], None]  # done and total, in runs of a block (replay) or ops (INC)
+Progress = Callable[[int, int], None]  # done and total: block runs (replay) or ops (INC)
 Share = dict[str, list[str]]  # {map: ops}
 
 
@@ -46,12 +46,12 @@ class Work:
     """What an engine measures, and where it puts the scores.
 
     Attributes:
-        batches: the scored ones.
-        scores: {(batch, map, op_name): record}, as far as it is measured.
-        references: of each batch, the sums of squares of the FP32 output.
-        second_pass: of each batch, what INC's second pass gave: {op_name: mse_value}.
-        found: how many records the store had already.
-        dropped: how many of its records were damaged.
+        batches: the scored batches.
+        scores: {(batch, map, op_name): record}, for all scores that are known already.
+        references: for each batch, the sums of squares of the FP32 output.
+        second_pass: for each batch, the scores of INC's second pass: {op_name: mse_value}.
+        found: how many records the store already had.
+        dropped: how many of the store's records were damaged.
     """
 
     model: torch.nn.Module
@@ -65,7 +65,7 @@ class Work:
     dropped: int = 0
 
     def shelf(self, of: dict[str, Any]) -> Shelf:
-        """The scores that the store keeps of one context."""
+        """The scores that the store keeps for one context."""
         shelf = self.store.shelf(of)
         self.found += shelf.found
         self.dropped += shelf.dropped
@@ -91,17 +91,17 @@ def capture_sensitivity(
         model: FP32, eval mode, on its device; left as it was.
         batches: the calibration batches; the first `plan.confidence_batches` are scored.
         plan: as `inc.plan.build_plan` returns it.
-        store: keeps each score; a score that it holds already is not measured again.
-        scales: of each scored batch, by that batch alone, as INC calibrates; None calibrates here.
+        store: keeps each score; a score in the store is not measured again.
+        scales: of each scored batch, from that batch alone, as INC calibrates; None calibrates here.
         on_progress: called after each score.
-        by_inc: the engine that measures what the replay does not; None where INC is not at hand.
+        by_inc: the engine for scores that the replay cannot measure; None if INC is not available.
 
     Returns:
         (capture, run_record).
 
     Raises:
-        InputError: a score or the reference is not finite, INC plans the model otherwise than `plan` says, or an op is
-            not covered by the engine.
+        InputError: a score or the reference is not finite, or INC plans the model differently than `plan` says. Or the
+            engine does not cover an op.
     """
     if len(batches) < plan.confidence_batches:
         raise InputError(f"the plan asks for {plan.confidence_batches} batches, the calibration set has {len(batches)}")
@@ -109,7 +109,7 @@ def capture_sensitivity(
     work = Work(model, batches[: plan.confidence_batches], plan, store, {}, {}, {})
     of_replay, of_inc = share_of_engines(model, plan)
     if of_inc and by_inc is None:
-        raise InputError("the plan has INC measure, and INC is not at hand here; set sensitivity.engine to replay")
+        raise InputError("the plan asks for INC, and INC is not available here; set sensitivity.engine to replay")
     record: dict[str, Any] = {}
     if of_replay:
         try:
@@ -125,17 +125,17 @@ def capture_sensitivity(
 
 
 def news(record: Mapping[str, Any]) -> str:
-    """What a run record says of the store, in words."""
+    """The run record's counts of stored scores, in words."""
     found, dropped = record["resumed_scores"], record["dropped_scores"]
     damaged = f"; {dropped} damaged scores were measured again" if dropped else ""
     return f"{found} scores came from the store, all others were measured now{damaged}"
 
 
 def share_of_engines(model: torch.nn.Module, plan: Plan) -> tuple[Share, Share]:
-    """Which ops of which map the replay measures, and which INC: {map: ops}, `all` among the maps.
+    """The ops of each map that the replay measures, and those that INC measures: {map: ops}, with `all` among the maps.
 
-    With `auto`, an op that no site reproduces goes to INC. So does every map in which other ops are quantized together
-    with that op, since no state of such a map is without it.
+    With `auto`, an op that no site reproduces goes to INC. Every map that quantizes other ops together with that op
+    goes to INC too, because every state of such a map contains the op.
     """
     names = plan.op_names
     everything = {label: names for label in [*plan.maps, ALL]}
@@ -151,7 +151,7 @@ def share_of_engines(model: torch.nn.Module, plan: Plan) -> tuple[Share, Share]:
 def measure_by_replay(
     work: Work, share: Share, on_progress: Progress, scales: Sequence[Scales] | None
 ) -> dict[str, Any]:
-    """Measure a share of the maps by replay; what there is to say of it for the run record."""
+    """Measure a share of the maps by replay, and return the entries for the run record."""
     plan = work.plan
     ops = [op for op in plan.ops if op.op_name in next(iter(share.values()))]
     base = context(work.model, plan, ops)
@@ -183,10 +183,10 @@ def measure_by_replay(
 
 
 def require_executions(plan: Plan, index: int, executions: Mapping[str, int]) -> None:
-    """Refuse a batch on which an op does not run as often as the plan says.
+    """Refuse a batch on which an op runs more or less often than the plan says.
 
     Raises:
-        InputError: naming the op.
+        InputError: the message names the op.
     """
     planned = {op.op_name: op.executions[index] for op in plan.ops}
     for name, count in executions.items():
@@ -198,17 +198,17 @@ def require_executions(plan: Plan, index: int, executions: Mapping[str, int]) ->
 
 
 def without_replay(plan: Plan) -> str:
-    """What a user can do about a model that the replay cannot measure."""
+    """What the user can do about a model that the replay cannot measure."""
     if plan.inc_check["status"] == "reproduces_fp32":
         return "set sensitivity.engine to inc"
     return "INC cannot measure this model either, so choose another model.path"
 
 
 def require_finite(record: dict[str, float], index: int, label: str, name: str) -> dict[str, float]:
-    """The record of an op, if each of its numbers is one.
+    """The record of an op, after a check that all its numbers are finite.
 
     Raises:
-        InputError: naming op, map and batch.
+        InputError: the message names op, map and batch.
     """
     advice = "keep that op in FP32 with sensitivity.op_name_dict, or check the weights"
     return metrics.require_finite(record, f"batch {index}, map {label}", name or "all ops", advice)
@@ -232,7 +232,7 @@ def assembled(work: Work, device: torch.device) -> Capture:
 
 
 def rows(work: Work) -> Iterator[Score]:
-    """The scores in order; an op has none on a batch where it did not run."""
+    """The scores in order; an op has no score on a batch where it did not run."""
     for index in range(len(work.batches)):
         for label in (*work.plan.maps, ALL):
             for op in work.plan.ops if label != ALL else [None]:
@@ -243,13 +243,13 @@ def rows(work: Work) -> Iterator[Score]:
 
 
 def arithmetic(device: torch.device) -> Arithmetic:
-    """What of this machine the bits of a score depend on."""
-    # Sums of float32 depend on how many threads share them.
+    """Properties of this machine that the bits of a score depend on."""
+    # The number of threads counts, because sums of float32 depend on it.
     return Arithmetic(device.type, torch.get_num_threads(), instruction_set(), cpu_kernel())
 
 
 def context(model: torch.nn.Module, plan: Plan, ops: Sequence[Any], engine: str = "replay") -> dict[str, Any]:
-    """What a score depends on, apart from batch, scales and state: the store keeps the scores of each context apart."""
+    """What a score depends on, apart from batch, scales and state; the store separates the scores of each context."""
     device = next(model.parameters()).device
     return {
         "engine": engine,
@@ -285,7 +285,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 
 def described(capture: Capture, calibration: Mapping[str, Any]) -> Capture:
-    """The capture with each batch's sample ids and token counts, as the calibration manifest lists them."""
+    """The capture with each batch's sample ids and token counts from the calibration manifest."""
     samples, size = calibration["samples"]["calibration"], calibration["batch_size"]
     batches = []
     for entry in capture.batches:

@@ -1,8 +1,8 @@
-"""What keeping ops in FP32 buys: the mixed-precision model itself, measured on held-out samples for growing keep-lists.
+"""Measure what keeping ops in FP32 gains: the mixed-precision model runs on held-out samples for growing keep-lists.
 
 In: a model, its plan, the ranking of its capture, scales, calibration and held-out batches. Out: a curve for each order
-of keeping: the ranking, its greedy refinement, and as controls random orders, the reversed ranking, and the largest
-weights first.
+in which ops are kept. The orders are the ranking and its greedy refinement. Controls are random orders, the reversed
+ranking, and the largest weights first.
 """
 
 import itertools
@@ -32,7 +32,7 @@ NO_NUMBER = "keep the ops that overflow in FP32 with sensitivity.op_name_dict, o
 
 
 def keep_sizes(ops: int, as_well: int = 0) -> list[int]:
-    """How many ops the keep-lists hold: 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, ... and all, and `as_well`."""
+    """The lengths of the keep-lists: 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, ..., all ops, and `as_well`."""
     sizes, step = {0, 1, 2, 3, ops, as_well}, 4
     while step < ops:
         sizes |= {step, step * 3 // 2}
@@ -41,7 +41,7 @@ def keep_sizes(ops: int, as_well: int = 0) -> list[int]:
 
 
 def orders(ranking: Sequence[str], weight_bytes: Mapping[str, int]) -> dict[str, list[str]]:
-    """The orders in which ops are kept, by name; `ranking` is the most sensitive first.
+    """The orders in which ops are kept, by name; `ranking` has the most sensitive op first.
 
     Args:
         ranking: op names.
@@ -63,8 +63,8 @@ def orders(ranking: Sequence[str], weight_bytes: Mapping[str, int]) -> dict[str,
 def model_bytes(model: torch.nn.Module, assignment: Assignment) -> int:
     """Bytes of the model's weights with the ops of an assignment in INT8.
 
-    An INT8 weight takes a byte a value and a float32 scale for each row; all else takes float32. A parameter that is
-    shared by modules in FP32 is counted once.
+    An INT8 weight takes one byte per value and a float32 scale per row. All other values are float32. A parameter that
+    FP32 modules share is counted once.
     """
     modules = dict(model.named_modules())
     weights = [modules[name].weight for name in assignment]
@@ -76,7 +76,7 @@ def model_bytes(model: torch.nn.Module, assignment: Assignment) -> int:
 
 
 def greedy_runs(spec: TradeoffSpec, ops: int) -> int:
-    """How many forwards the greedy steps take with a ranking of so many ops."""
+    """How many forwards the greedy steps take with a ranking of this many ops."""
     return sum(min(spec.greedy_candidates, ops - kept) for kept in range(min(spec.greedy_ops, ops)))
 
 
@@ -92,24 +92,24 @@ def measure_tradeoff(
     scales: Scales | None = None,
     on_progress: Progress = lambda done, total: None,
 ) -> Tradeoff:
-    """Measure every keep-list of every order on the held-out batches; scales come from the calibration batches.
+    """Measure every keep-list of every order on the held-out batches. The scales come from the calibration batches.
 
     Args:
         model: FP32, eval mode, on its device; left as it was.
         plan: as `inc.plan.build_plan` returns it.
-        ranking: the ops that were measured, the most sensitive first.
+        ranking: the measured ops, the most sensitive first.
         calibration: the batches that set every scale, all of them together.
-        heldout: batches that nothing was calibrated on.
-        answers: for each held-out batch, of each sample, the positions of its answer's tokens; None without an answer.
-        store: keeps the record of each forward; a record that it holds already is not measured again.
+        heldout: batches that no calibration has used.
+        answers: for each sample of each held-out batch, the positions of its answer's tokens; None without an answer.
+        store: keeps the record of each forward; a record in the store is not measured again.
         spec: the config's block tradeoff. Its greedy steps choose on the last calibration batch, so the held-out
             batches stay unseen.
-        scales: of all calibration batches together; None calibrates here.
+        scales: from all calibration batches together; None calibrates here.
         on_progress: called after each forward.
 
     Returns:
-        The curves by order, `greedy` among them where it was asked for, which ends with its last chosen op. `random`
-        has the mean and the standard deviation over the seeds. `gains_db` are the ranking's over each control, up to
+        The curves by order. `greedy` is there if it was asked for, and ends with its last chosen op. `random` has the
+        mean and the standard deviation over the seeds. `gains_db` are the ranking's gains over each control, up to
         half of the ops, as `gain` returns them. `losses` are the lengths at which the control does better.
         `greedy_gain_db` is the greedy curve's gain over the ranking.
 
@@ -134,7 +134,7 @@ def measure_tradeoff(
             with store.shelf(base | {"batch": digest_of_batch(calibration[-1])}) as shelf:
                 reference = Reference(replay.begin(calibration[-1]), calibration[-1].get("mm_token_type_ids"))
                 kept_by["greedy"] = greedy_order(replay, reference, ranking, spec, shelf, step)
-        # Orders share states, those with no op and with all ops among them: each state is measured once.
+        # Orders share states, such as those with no op and with all ops: each state is measured once.
         states = {
             frozenset(names[:size]): f"{order}/{size}"
             for order, names in kept_by.items()
@@ -183,7 +183,7 @@ def measure_tradeoff(
 
 
 def quantized(ranking: Sequence[str], kept: frozenset[str]) -> dict[str, str]:
-    """The assignment with every op of the ranking quantized, apart from those of `kept`."""
+    """The assignment with every op of the ranking quantized, except those of `kept`."""
     return assigned(name for name in ranking if name not in kept)
 
 
@@ -195,11 +195,11 @@ def greedy_order(
     shelf: Shelf,
     on_step: Callable[[], None],
 ) -> list[str]:
-    """Ops to keep, each the one whose keeping leaves the least error, given those chosen before.
+    """Ops to keep, in order: each is the op whose keeping leaves the least error, given the ops chosen before.
 
     Args:
-        replay: of the batch that `reference` is the FP32 output of.
-        ranking: op names, the most sensitive first; the next ones not chosen yet are the candidates.
+        replay: of the batch whose FP32 output is `reference`.
+        ranking: op names, the most sensitive first; the next ops that are not yet chosen are the candidates.
         shelf: keeps the records of that batch.
     """
     kept: list[str] = []
@@ -249,27 +249,27 @@ def _of_batch(
 
 
 def _spans(answers: Sequence[range | None]) -> list[list[int] | None]:
-    """The places of a batch's answers, as JSON."""
+    """The positions of a batch's answers, as JSON."""
     return [None if span is None else [span.start, span.stop] for span in answers]
 
 
 def in_words(kept: Sequence[str]) -> str:
-    """The model with some ops in FP32 and all others in INT8."""
+    """The model with some ops in FP32 and all others in INT8, in words."""
     named = ", ".join(kept[:3]) + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
     return f"the model with {named} in FP32" if kept else "the model with every op in INT8"
 
 
 def sum_of_squares(reference: Reference, index: int) -> float:
-    """The sum of squares of the FP32 output on a held-out batch, by which every error is divided.
+    """The sum of squares of the FP32 output on a held-out batch; every error is divided by this sum.
 
     Raises:
-        InputError: it is 0 or no number.
+        InputError: the sum is 0 or not finite.
     """
     squares = reference.totals()["all"]
     if not 0 < squares < math.inf:
         raise InputError(
-            f"held-out batch {index}: the sum of squares of the FP32 output is {squares}, so no error can be compared"
-            " with it; check the weights, or set tradeoff.heldout_batches to 0"
+            f"held-out batch {index}: the sum of squares of the FP32 output is {squares}, so errors cannot be divided"
+            " by the sum. Check the weights, or set tradeoff.heldout_batches to 0"
         )
     return squares
 
@@ -277,7 +277,7 @@ def sum_of_squares(reference: Reference, index: int) -> float:
 def summary(records: Sequence[Mapping[str, Any]], references: Sequence[float], asked: int) -> dict[str, Any]:
     """A keep-list's point: sums of errors over the sums of squares of the FP32 output, means over batches.
 
-    `sqnr_db_lowest` is the SQNR of the one batch with the most error.
+    `sqnr_db_lowest` is the SQNR of the one batch with the largest error.
     """
     errors = [record["mse_value"] for record in records]
     relative = math.fsum(errors) / math.fsum(references)
@@ -294,7 +294,7 @@ def summary(records: Sequence[Mapping[str, Any]], references: Sequence[float], a
 
 
 def spread(points: Sequence[Point]) -> dict[str, Any]:
-    """Mean and standard deviation over the seeds, of keep-lists of one length."""
+    """Mean and standard deviation over the seeds, for keep-lists of one length."""
     found: dict[str, Any] = {"keep": points[0].keep}
     for name in ("weight_bytes", "sqnr_db", "kl_divergence", "top1_agreement", "accuracy"):
         values = [getattr(point, name) for point in points]
@@ -304,7 +304,7 @@ def spread(points: Sequence[Point]) -> dict[str, Any]:
     return found
 
 
-# Of keep-lists of growing length: how many ops each keeps, and the SQNR in dB; None is infinite.
+# A curve as points of growing length: how many ops a keep-list holds, and the SQNR in dB; None is infinite.
 Line = Sequence[tuple[int, float | None]]
 
 
@@ -319,16 +319,16 @@ def losses(curve: Line, other: Line) -> list[int]:
 
 
 def _number(sqnr_db: float | None) -> float:
-    """An SQNR to compare; None is an infinite one."""
+    """The SQNR for a comparison; None is infinite."""
     return math.inf if sqnr_db is None else sqnr_db
 
 
 def gain(curve: Line, other: Line, longest: float = math.inf) -> float | None:
-    """The area between two curves of SQNR over log(1 + kept ops), divided by that range: dB; None without one.
+    """The area between two curves of SQNR over log(1 + kept ops), divided by that range: dB; None without a range.
 
-    On that axis each doubling of a keep-list counts the same. On a linear axis the long lists, which nobody keeps,
-    would decide alone. Trapezoids; points whose SQNR is infinite (all ops kept) end the range, as do the end of the
-    shorter curve and `longest`.
+    On that axis each doubling of a keep-list counts the same. On a linear axis the long lists would decide alone, and
+    nobody keeps so many ops. The area is a sum of trapezoids. The range ends at the first point with infinite SQNR
+    (all ops kept), at the end of the shorter curve, and at `longest`.
     """
     pairs = [
         (math.log1p(keep), mine - theirs)

@@ -1,6 +1,6 @@
-"""How far an output is from the FP32 one: INC's number and what a reader can compare across batches and models.
+"""How far an output is from the FP32 output: INC's error, and metrics that compare across batches and models.
 
-In: the FP32 output at the measured op once, and another output. Out: one JSON-able record per output.
+In: the FP32 output at the measured op, once, and other outputs. Out: one JSON-able record per output.
 """
 
 import math
@@ -10,7 +10,7 @@ import torch
 
 from auto_quantize_model.files import InputError
 
-ROWS_AT_ONCE = 4  # positions whose distributions are held in float64 at a time: few stay in the CPU's cache
+ROWS_AT_ONCE = 4  # positions whose distributions are in float64 at a time; so few fit in the CPU's cache
 
 
 def squared_error(reference: torch.Tensor, output: torch.Tensor) -> float:
@@ -19,11 +19,11 @@ def squared_error(reference: torch.Tensor, output: torch.Tensor) -> float:
 
 
 class Reference:
-    """The FP32 output of one batch, and the metrics of another output against it.
+    """The FP32 output of one batch, and the metrics of other outputs against it.
 
     Args:
         output: (batch, tokens, vocabulary) logits, float32.
-        image_tokens: (batch, tokens), true where the input token stands for a part of an image; None if there are none.
+        image_tokens: (batch, tokens), true where the input token stands for a part of an image; None without images.
     """
 
     def __init__(self, output: torch.Tensor, image_tokens: torch.Tensor | None) -> None:
@@ -34,7 +34,7 @@ class Reference:
         self.image = image_tokens.to(output.device).bool()
 
     def totals(self) -> dict[str, float]:
-        """Sums of squares of the FP32 output: of all of it, and at image and text positions."""
+        """Sums of squares of the FP32 output: over all positions, and over image and text positions."""
         squares = self.output.double().pow(2).sum(-1)
         return {"all": float(squares.sum()), **self._split(squares)}
 
@@ -43,7 +43,7 @@ class Reference:
 
         Returns:
             `mse_value` (INC's sum of squared errors), `image_error` and `text_error` (the same sum at image and text
-            positions), `kl_divergence` (nats, of the next-token distribution from the FP32 one, mean over positions)
+            positions). `kl_divergence` (nats, of the next-token distribution from the FP32 one, mean over positions)
             and `top1_agreement` (share of positions whose most likely token is that of FP32).
         """
         errors = (self.output - output).pow(2)
@@ -64,16 +64,16 @@ class Reference:
 
 
 def require_finite(record: dict[str, float], place: str, state: str, advice: str) -> dict[str, float]:
-    """The record of a state, if each of its numbers is one.
+    """The record of a state, after a check that all its numbers are finite.
 
     Args:
         record: as `Reference.compare` or `Reference.totals` returns it.
-        place: the batch and what else says where.
+        place: the batch, and more about the place.
         state: what was in INT8 or in FP32.
         advice: the next step.
 
     Raises:
-        InputError: naming all of these, and the number.
+        InputError: the message names all of these, and the number.
     """
     for metric, value in record.items():
         if not math.isfinite(value):
@@ -84,14 +84,14 @@ def require_finite(record: dict[str, float], place: str, state: str, advice: str
 def kl_divergence(reference: torch.Tensor, output: torch.Tensor) -> float:
     """KL(reference || output) of the distributions that logits over the last dimension give: nats, mean over the rest.
 
-    In float64, since one op's divergence can be below what float32 resolves.
+    The sums are in float64, because one op's divergence can be below the resolution of float32.
     """
     total = torch.zeros((), dtype=torch.float64, device=output.device)
     rows = reference.flatten(0, -2), output.flatten(0, -2)
     for p, q in zip(*(side.split(ROWS_AT_ONCE) for side in rows), strict=True):
         log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
         total += (log_p.exp() * (log_p - log_q)).sum()
-    return max(0.0, float(total) / rows[0].shape[0])  # rounding can leave -1e-17 where there is no divergence
+    return max(0.0, float(total) / rows[0].shape[0])  # rounding can leave -1e-17 where the divergence is 0
 
 
 def right_answers(output: torch.Tensor, batch: Mapping[str, torch.Tensor], spans: Sequence[range | None]) -> int:
@@ -100,7 +100,7 @@ def right_answers(output: torch.Tensor, batch: Mapping[str, torch.Tensor], spans
     Args:
         output: (samples, tokens, vocabulary) logits.
         batch: its `input_ids`, int64 (samples, tokens).
-        spans: of each sample, the positions of its answer's tokens.
+        spans: for each sample, the positions of its answer's tokens.
     """
     right = 0
     for row, span in enumerate(spans):

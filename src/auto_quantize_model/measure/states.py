@@ -1,4 +1,4 @@
-"""The states that a map measures, as assignments, in the order that runs the least of the model."""
+"""The states that a map measures, as assignments, in the order that runs the smallest part of the model."""
 
 from collections.abc import Collection, Iterator, Sequence
 
@@ -12,9 +12,9 @@ def states(
 ) -> Iterator[tuple[str, str, Assignment]]:
     """Each state to measure as (map, op, assignment).
 
-    `isolated` and `fallback` go from the last op that runs to the first, so that each run shares all blocks before its
-    op with the run before. `requantize` has to go in the plan's order. It ends with every op quantized, and there the
-    map `all` (its op is empty) and `fallback` start.
+    `isolated` and `fallback` go from the last op that runs to the first, so each run shares all blocks before its op
+    with the previous run. `requantize` must go in the plan's order. It ends with every op quantized, so the map `all`
+    (with an empty op) and `fallback` start from there.
 
     Args:
         order: the ops that run, in the order of their first execution.

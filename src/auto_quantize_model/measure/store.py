@@ -1,16 +1,16 @@
-"""The score store: each measured number on disk as soon as it is known, kept under all that it depends on.
+"""The score store: each measured number is written to disk at once, under everything that the number depends on.
 
-In: what the scores depend on apart from the state that was measured. Out: a shelf, which holds those scores by key.
+In: what the scores depend on, apart from the measured state. Out: a shelf, which holds those scores by key.
 
-A shelf is one file of JSON lines. Its name is the first 24 digits of the digest of its context, so the same context
+A shelf is one file of JSON lines. Its name is the first 24 digits of the digest of its context. So the same context
 finds the same file in every later run, and another context never reads it. The first line is the context. Each other
-line is a score with a checksum over the context's digest, the key and the value: a line that was cut off, damaged or
+line is a score, with a checksum over the context's digest, the key and the value. A line that was cut off, damaged or
 edited is dropped alone.
 
-Locks: a shelf is locked from its opening to its closing, because whoever opens one measures. A second process is
-refused, since waiting could take hours. Shelves do not lock one another. `ScoreStore.empty` locks a shelf while it
-removes the file, so a shelf in use stays. On a file system without locks, two processes may append to one shelf: each
-line still carries its checksum.
+Locks: a shelf is locked from its opening to its closing, because any process that opens a shelf measures. A second
+process is refused, because waiting could take hours. Shelves do not lock one another. `ScoreStore.empty` locks a shelf
+while it removes the file, so a shelf in use stays. On a file system without locks, two processes may append to one
+shelf. Each line still has its checksum.
 """
 
 import contextlib
@@ -47,10 +47,10 @@ class ScoreStore:
         self.folder = folder
 
     def shelf(self, of: dict[str, Any]) -> "Shelf":
-        """Open the scores of a context, for the use in a `with` statement.
+        """Open the scores of a context, for a `with` statement.
 
         Args:
-            of: JSON-able, without NaN: everything that the scores depend on apart from their key.
+            of: everything that the scores depend on apart from their key; JSON-able, without NaN.
 
         Raises:
             InputError: another process holds the shelf, the file holds the scores of another context, or the disk
@@ -64,7 +64,7 @@ class ScoreStore:
         A file stays unless its name and its first line are those of a shelf.
 
         Raises:
-            InputError: the disk refuses it.
+            InputError: the disk refuses the removal.
         """
         files = size = 0
         with named_errors(self.folder):
@@ -92,14 +92,14 @@ class Shelf:
     Attributes:
         path: the file.
         records: the scores.
-        found: how many scores were there at the opening.
+        found: how many scores were there when the shelf was opened.
         dropped: how many lines were cut off, damaged or edited. Their scores are absent, and the next `add` rewrites
             the file without those lines.
     """
 
     def __init__(self, folder: Path, of: dict[str, Any]) -> None:
         self._digest = digest_of({"version": VERSION, "of": of})
-        # Sorted, so that equal contexts have equal bytes; a score keeps its order, which reports show.
+        # Sorted, so that equal contexts have equal bytes. A score keeps its order of keys, which reports show.
         self._head = _line({"digest": self._digest, "version": VERSION, "of": of}, sort_keys=True)
         self.path = folder / f"{self._digest[:24]}.jsonl"
         self.records: dict[str, dict[str, Any]] = {}
@@ -117,7 +117,7 @@ class Shelf:
         self.found = len(self.records)
 
     def _read(self) -> tuple[int, bool]:
-        """Take up the scores of the file: how many lines do not count, and whether an appended line would."""
+        """Read the scores of the file; return how many lines do not count, and whether an appended line would count."""
         with open(self._file, "rb", closefd=False) as file:
             *lines, rest = file.read().split(b"\n")
         headed = lines[:1] == [self._head.rstrip()]
@@ -128,7 +128,7 @@ class Shelf:
         return scores.count(None), headed and not rest and None not in scores
 
     def _score(self, line: bytes) -> tuple[str, dict[str, Any]] | None:
-        """Key and value of a line; None if its checksum is not theirs."""
+        """Key and value of a line; None if its checksum does not fit them."""
         try:
             entry = parse_json(line.decode())
             key, value, checksum = entry["key"], entry["value"], entry["sha256"]
@@ -144,7 +144,7 @@ class Shelf:
         parts = [f"resuming with {self.found} scores of an earlier run"] * bool(self.found)
         if self.dropped:
             lines = "line" if self.dropped == 1 else "lines"
-            parts.append(f"dropped {self.dropped} damaged {lines} of {self.path}, to be measured again")
+            parts.append(f"dropped {self.dropped} damaged {lines} of {self.path}, which will be measured again")
         return "; ".join(parts)
 
     def get(self, key: str) -> dict[str, Any] | None:
@@ -162,14 +162,14 @@ class Shelf:
             InputError: a number in the record is not finite, or the disk refuses the line. All earlier scores are kept.
         """
         try:
-            value = json.loads(json.dumps(record, allow_nan=False))  # as a later run will read it
+            value = json.loads(json.dumps(record, allow_nan=False))  # as a later run will read the record
         except ValueError:
             raise InputError(f"{key}: a number measured there is not finite ({record}); check the weights") from None
         line = self._line(key, value)
         if key in self.records and self._line(key, self.records[key]) == line:
             return
         with named_errors(self.path):
-            # A file that was removed meanwhile is written again too.
+            # If the file was removed in the meantime, it is written again.
             append = self._whole and os.fstat(self._file).st_nlink
             self._whole = False  # until the line is on disk
             if append:
@@ -208,14 +208,14 @@ class Shelf:
 
 
 class Held(InputError):
-    """Another process has the lock of a shelf."""
+    """Another process holds the lock of a shelf."""
 
 
 def _locked(path: Path) -> int:
     """The shelf at `path`, made if it is not there, open and locked.
 
     Raises:
-        Held: as said.
+        Held: another process holds the lock.
     """
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -245,7 +245,7 @@ def _line(entry: dict[str, Any], sort_keys: bool = False) -> bytes:
 
 
 def _context_digest(line: bytes) -> str | None:
-    """The digest of the context that a line names; None if the line is no first line of a shelf."""
+    """The digest of the context that a line names; None if the line is not the first line of a shelf."""
     try:
         head = parse_json(line.decode())
         digest = digest_of({"version": head["version"], "of": head["of"]})
@@ -255,7 +255,7 @@ def _context_digest(line: bytes) -> str | None:
 
 
 def _is_shelf(path: Path) -> bool:
-    """Whether a file is a shelf by its name and its first line; a kill may have left the file empty."""
+    """Whether a file is a shelf, by its name and its first line; the file may be empty after a kill."""
     if not NAME.fullmatch(path.name) or path.is_symlink() or not path.is_file():
         return False
     with open(path, "rb") as file:
