@@ -1,4 +1,4 @@
-"""A snapshot's chat template, rendered under limits of time, memory and length, because a stranger wrote it.
+"""A snapshot's chat template, rendered under limits of time, memory and length, because the template is untrusted.
 
 In: messages and a tokenizer. Out: the text that the template makes of them, or an error that says what went wrong.
 """
@@ -17,10 +17,10 @@ from jinja2 import TemplateError
 
 from auto_quantize_model.files import InputError
 
-SECONDS = 5  # of processor time, for one conversation; a published template takes milliseconds
-MEMORY = 2**29  # bytes, beyond what the process has when it starts
+SECONDS = 5  # of processor time for one conversation; a published template takes milliseconds
+MEMORY = 2**29  # bytes, in addition to the memory of the process at its start
 CHARACTERS = 2**22
-# What a template can raise: the errors of Jinja, and those of the arithmetic and the methods that it uses.
+# What a template can raise: Jinja's errors, and the errors of the arithmetic and the methods that a template uses.
 TEMPLATE_ERRORS = (
     TemplateError,
     TypeError,
@@ -32,19 +32,19 @@ TEMPLATE_ERRORS = (
     MemoryError,
     AssertionError,
 )
-# Messages and whether the assistant's turn is opened at their end, to text.
+# A function from messages, and whether the assistant's turn is opened at their end, to text.
 Render = Callable[[list[dict[str, Any]], bool], str]
 
 
 class TemplateStopped(InputError):
-    """The template broke a limit, so it is not tried on another sample."""
+    """The template exceeded a limit, so it is not tried on another sample."""
 
 
 def renderer(tokenizer: Any) -> Render:
-    """The template of a tokenizer without limits, for a template of our own.
+    """The template of a tokenizer without limits, for a template of this project.
 
     Raises:
-        InputError: when it is called and the template raises an error or makes too long a text.
+        InputError: at a call, if the template raises an error or makes too long a text.
     """
 
     def render(messages: list[dict[str, Any]], opened: bool) -> str:
@@ -68,15 +68,15 @@ def renderer(tokenizer: Any) -> Render:
 
 @contextmanager
 def limited_renderer(tokenizer: Any) -> Iterator[Render]:
-    """The template of a tokenizer, rendered in a process of its own that ends where it breaks a limit.
+    """The template of a tokenizer, rendered in a process of its own that ends when the template exceeds a limit.
 
-    Jinja's sandbox keeps a template from files and programs, but not from loops within loops or texts of gigabytes.
+    Jinja's sandbox keeps a template from files and programs, but not from nested loops or texts of gigabytes.
 
     Raises:
-        InputError: when what is yielded is called and the template raises an error.
-        TemplateStopped: when what is yielded is called and the template breaks the limit of time.
+        InputError: at a call of the yielded function, if the template raises an error.
+        TemplateStopped: at a call of the yielded function, if the template exceeds the limit of time.
     """
-    # A fork has the tokenizer already; a new process would import for seconds.
+    # A forked process has the tokenizer already; a new process would need seconds for its imports.
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, ours, tokenizer), daemon=True)
@@ -107,8 +107,8 @@ def limited_renderer(tokenizer: Any) -> Iterator[Render]:
 
 
 def _serve(connection: Connection, other_end: Connection, tokenizer: Any) -> None:
-    """Render what comes until the other side closes the connection."""
-    other_end.close()  # else this process would keep its own input open
+    """Render all messages that arrive, until the other side closes the connection."""
+    other_end.close()  # otherwise this process would keep its own input open
     memory = psutil.Process().memory_info().vms + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

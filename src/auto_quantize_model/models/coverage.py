@@ -1,6 +1,6 @@
-"""How much of a model the planned ops hold, and what is left out of the plan.
+"""How much of a model the planned ops cover, and what the plan leaves out.
 
-In: the model, and the names of its modules that are planned or that the config keeps in FP32. Out: the plan's
+In: the model, and the names of the modules that are planned or that the config keeps in FP32. Out: the plan's
 `coverage`.
 """
 
@@ -21,14 +21,14 @@ def cover(model: torch.nn.Module, planned: Collection[str], kept: Collection[str
     Args:
         model: in FP32.
         planned: names of the modules that are planned in INT8.
-        kept: names of the modules that the config keeps in FP32; they are the user's choice, not left out.
+        kept: names of the modules that the config keeps in FP32; the user chose them, so they are not left out.
 
     Returns:
         {weights_total, weights_planned, weights_kept, share, left_out: [{pattern, class, count, weights, bytes}]}.
-        Every parameter counts once, a tied one too, and is planned where it is the weight of a planned module; a bias
-        of one stays in FP32 and counts in the total alone. `left_out` groups the parameters of all modules that are
-        neither planned nor kept by name, with `*` for numbers, and by the class of the module, the largest first:
-        `count` modules (or parameters of other names than weight and bias), `weights` values, `bytes` as loaded.
+        Every parameter counts once, a tied one too. It is planned if it is the weight of a planned module. The bias of
+        a planned module stays in FP32 and counts only in the total. `left_out` groups the parameters of all modules
+        that are neither planned nor kept, the largest first: by name, with `*` for numbers, and by the module's class.
+        `count`: modules (or parameters with other names than weight and bias). `weights`: values. `bytes`: as loaded.
     """
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,6 +1,7 @@
-"""One sample (a conversation, an image or none) to the tensors that the model takes, through its own processor.
+"""From one sample (a conversation, with or without an image) to the tensors that the model takes.
 
-In: a sample. Out: its token ids, where its answer stands among them, its image at the processor's size, and tensors.
+In: a sample, and the model's own processor. Out: token ids, the answer's position among them, the image at the
+processor's size, and tensors.
 """
 
 import functools
@@ -17,16 +18,16 @@ from auto_quantize_model.files import InputError
 from auto_quantize_model.models.chat_template import Render, TemplateStopped, renderer
 from auto_quantize_model.models.snapshot import Processor
 
-# The role, and the parts of what is said: words, or None where the image is shown.
+# The role, and the parts of the turn: words, or None where the image is shown.
 Turn = tuple[str, tuple[str | None, ...]]
-MARK = "\ue000"  # stands for the answer where its place is looked for: a character for private use, so no text has it
-# What an image processor raises on an image or a configuration that does not suit it.
+MARK = "\ue000"  # stands for the answer while its position is searched: a private-use character that no text contains
+# What an image processor raises if it cannot handle an image or a configuration.
 PROCESSOR_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a sample may become: image area in pixels after resizing, and tokens in all."""
+    """The maximum size of a sample: image area in pixels after resizing, and tokens in all."""
 
     min_pixels: int
     max_pixels: int
@@ -35,9 +36,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation. `image` is RGB; `answer` is what the assistant should say at its end, where it is known.
+    """A conversation. `image` is RGB; `answer` is what the assistant should say at the end, where it is known.
 
-    `turns` are all turns before the answer, where there are more than the one that shows the image and asks `prompt`.
+    `turns` are all turns before the answer, if there are more than the one that shows the image and asks `prompt`.
     """
 
     id: str
@@ -57,7 +58,7 @@ class Sample:
 class Prepared:
     """A sample with its image at the processor's size, its token ids, and the positions of its answer's tokens.
 
-    `answer_span` is None where the sample has no answer, and where the answer's tokens are not the answer's alone.
+    `answer_span` is None where the sample has no answer, and where the answer's tokens hold other text too.
     """
 
     sample: Sample
@@ -66,7 +67,7 @@ class Prepared:
 
 
 def encode(sample: Sample, processor: Processor, limits: Limits) -> dict[str, torch.Tensor]:
-    """The model's keyword arguments for one sample, as `tensors` returns them; for a chat template that is trusted.
+    """The model's keyword arguments for one sample, as `tensors` returns them; only for a trusted chat template.
 
     Raises:
         InputError: as `prepare` does.
@@ -75,19 +76,19 @@ def encode(sample: Sample, processor: Processor, limits: Limits) -> dict[str, to
 
 
 def prepare(sample: Sample, processor: Processor, limits: Limits, render: Render | None) -> Prepared:
-    """A sample made ready: its image at the processor's size, its words as token ids.
+    """A prepared sample: its image at the processor's size, its words as token ids.
 
     Args:
         sample: the sample.
         processor: the model's.
-        limits: what the sample has to keep.
-        render: the chat template. None puts the answer directly behind the prompt, and the tokenizer adds the special
-            tokens that it adds to any text.
+        limits: the limits that the sample must keep.
+        render: the chat template. With None, the answer follows the prompt directly, and the tokenizer adds the
+            special tokens that it adds to any text.
 
     Raises:
-        InputError: the sample has words that the model would read as a special token, more than `limits.max_tokens`
-            tokens or than the model has positions, an image that the model does not take, or words at which the
-            tokenizer panics.
+        InputError: the sample has words that the model would read as a special token, or at which the tokenizer
+            panics. Or it has more than `limits.max_tokens` tokens, or more than the model has positions. Or the model
+            does not take its image.
     """
     try:
         _check_words(sample, processor, render)
@@ -115,8 +116,8 @@ def tensors(prepared: Prepared, processor: Processor) -> dict[str, torch.Tensor]
     Returns:
         `input_ids` and `attention_mask`, int64 of shape (1, tokens); where the model takes images also
         `mm_token_type_ids` (1 at image tokens), the same; with an image also `pixel_values`, float32 (patches,
-        channels * time * height * width), and `image_grid_thw`, int64 (1, 3), in patches. The answer, where there is
-        one, is the assistant's turn; without it the turn is opened.
+        channels * time * height * width), and `image_grid_thw`, int64 (1, 3), in patches. If there is an answer, it is
+        the assistant's turn; otherwise that turn is opened.
     """
     ids = torch.tensor([prepared.input_ids])
     encoded = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -128,10 +129,10 @@ def tensors(prepared: Prepared, processor: Processor) -> dict[str, torch.Tensor]
 
 
 def fit(image: Image.Image, processor: Processor, limits: Limits) -> Image.Image:
-    """An RGB image at the size to which the model's processor brings it, with the processor's own pixels.
+    """An RGB image at the size to which the model's processor resizes it, with the processor's own pixels.
 
-    The processor is run without rescaling and normalizing, and its patches are put together again. Later runs do not
-    resize: a size that the processor chose is not always one that it would keep.
+    The processor runs without rescaling and normalizing, and its patches are put together again. Later runs do not
+    resize, because a processor may resize an image again that has a size of its own choice.
 
     Raises:
         InputError: the processor refuses the image.
@@ -148,19 +149,19 @@ def fit(image: Image.Image, processor: Processor, limits: Limits) -> Image.Image
 
 
 def image_inputs(image: Image.Image, processor: Processor) -> dict[str, torch.Tensor]:
-    """`pixel_values` and `image_grid_thw` of an image that has the processor's size already.
+    """`pixel_values` and `image_grid_thw` of an image that already has the processor's size.
 
     Raises:
-        InputError: the processor refuses the image, or returns what the model does not take.
+        InputError: the processor refuses the image, or returns values that the model does not take.
     """
     made = _processed(processor, image, do_resize=False)
     if made["pixel_values"].dtype != torch.float32 or not bool(made["pixel_values"].isfinite().all()):
-        raise InputError("the image processor returns pixels that are no finite float32; complete the snapshot")
+        raise InputError("the image processor returns pixels that are not finite float32; complete the snapshot")
     return made
 
 
 def _processed(processor: Processor, image: Image.Image, **options: Any) -> dict[str, torch.Tensor]:
-    """What the image processor returns for one image, its shapes checked."""
+    """The image processor's output for one image, with checked shapes."""
     handler = processor.image_processor
     try:
         made = dict(handler(images=[image], return_tensors="pt", **options))
@@ -181,12 +182,12 @@ def _processed(processor: Processor, image: Image.Image, **options: Any) -> dict
 
 
 def _check_words(sample: Sample, processor: Processor, render: Render | None) -> None:
-    """Refuse words that cannot be tokenized or would be read as structure, and an image that nothing can show."""
+    """Refuse words that cannot be tokenized or would be read as structure, and an image that cannot be shown."""
     parts = [part for _, parts in sample.before_answer for part in parts]
     words = [part for part in parts if part is not None] + ([] if sample.answer is None else [sample.answer])
     tokenizer = processor.tokenizer
     refused = control_tokens(tokenizer, str(tokenizer.chat_template), processor.image_token)
-    for text in [*words, "".join(words)]:  # two texts that stand side by side may make a token together
+    for text in [*words, "".join(words)]:  # two adjacent texts may make a token together
         require_text(text)
         for token in refused:
             if token in text:
@@ -203,7 +204,7 @@ def _check_words(sample: Sample, processor: Processor, render: Render | None) ->
 
 
 def require_text(text: str) -> None:
-    """Refuse what is no text for a tokenizer.
+    """Refuse text that a tokenizer cannot take.
 
     Raises:
         InputError: the text has a NUL, or half of a surrogate pair.
@@ -221,7 +222,7 @@ def require_text(text: str) -> None:
 
 @functools.lru_cache(maxsize=1)  # some tokenizers have thousands of added tokens
 def control_tokens(tokenizer: Any, template: str, image_token: str | None) -> list[str]:
-    """The tokens that words must not contain: special ones, and those that the chat template itself writes.
+    """The tokens that words must not contain: special tokens, and tokens that the chat template itself writes.
 
     DeepSeek's turns begin with tokens that its tokenizer does not call special.
     """
@@ -251,10 +252,10 @@ def messages(sample: Sample, answer: str | None, parted: bool) -> list[dict[str,
 def _written(sample: Sample, processor: Processor, render: Render) -> tuple[str, range | None]:
     """The text that the chat template makes of a sample, and the positions of the answer's characters in it.
 
-    The template is rendered with a mark in the answer's place: what stands before and behind the mark has to stand
-    before and behind the answer, so an answer that the template changes is not located.
+    The template is also rendered with a mark in the answer's place. The text before and after the mark must be
+    the text before and after the answer. So an answer that the template changes is not located.
     """
-    parted = processor.image_token is not None  # the templates of text models take no parts
+    parted = processor.image_token is not None  # templates of text models do not take parts
     text = render(messages(sample, sample.answer, parted), sample.answer is None)
     if sample.answer is None or MARK in text:
         return text, None
@@ -266,7 +267,7 @@ def _written(sample: Sample, processor: Processor, render: Render) -> tuple[str,
 
 
 def _joined(sample: Sample) -> tuple[str, range | None]:
-    """The text of a sample without chat template: the prompt, and the answer directly behind it."""
+    """The text of a sample without chat template: the prompt, followed directly by the answer."""
     if sample.turns:
         raise InputError("a conversation of several turns needs a chat template; set calibration.format to chat")
     text = sample.prompt + (sample.answer or "")
@@ -274,7 +275,7 @@ def _joined(sample: Sample) -> tuple[str, range | None]:
 
 
 def _expanded(text: str, answer: range | None, token: str, count: int) -> tuple[str, range | None]:
-    """The text with `count` image tokens in the place of the one that stands for the image."""
+    """The text with `count` image tokens in place of the one image token."""
     found, wanted = text.count(token), int(count > 0)
     if found != wanted:
         raise InputError(
@@ -289,9 +290,9 @@ def _expanded(text: str, answer: range | None, token: str, count: int) -> tuple[
 
 
 def _tokenized(text: str, answer: range | None, processor: Processor, special: bool) -> tuple[tuple[int, ...], Any]:
-    """Token ids of a text, and the positions of the tokens that hold the answer's characters and no others.
+    """Token ids of a text, and the positions of the tokens that hold only the answer's characters.
 
-    White space before the answer may be part of its first token: many tokenizers write a word with the space before.
+    White space before the answer may be part of its first token, because many tokenizers join a word with that space.
     """
     located = answer is not None and getattr(processor.tokenizer, "is_fast", False)
     try:
@@ -314,7 +315,7 @@ def _tokenized(text: str, answer: range | None, processor: Processor, special: b
 
 
 def _check_ids(ids: Sequence[int], processor: Processor, limits: Limits) -> None:
-    """Refuse ids that the model has no embedding for, and more of them than it has positions or the config allows."""
+    """Refuse ids without an embedding, and more ids than the model has positions or the config allows."""
     if not ids:
         raise InputError("it has no tokens; give it words")
     if processor.vocabulary is not None and max(ids) >= processor.vocabulary:
@@ -344,8 +345,8 @@ def collate(encoded: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Stack encoded samples into one batch.
 
     Raises:
-        InputError: they differ in length or only some have an image. Padding would be counted in a summed squared
-            error as if it were output, so it is refused rather than added.
+        InputError: they differ in length, or only some have an image. Padding is refused and not added, because a
+            summed squared error would count it as output.
     """
     require_equal([(sample["input_ids"].shape[1], "pixel_values" in sample) for sample in encoded])
     return {name: torch.cat([sample[name] for sample in encoded]) for name in encoded[0]}
@@ -360,6 +361,6 @@ def require_equal(shapes: Sequence[tuple[int, bool]]) -> None:
     if len(set(shapes)) > 1:
         lengths = sorted({length for length, _ in shapes})
         raise InputError(
-            f"samples of {lengths} tokens, or with and without image, cannot share a batch without padding, which"
-            " would be counted in the error; set calibration.batch_size to 1"
+            f"samples of {lengths} tokens, or with and without image, cannot share a batch without padding, which the"
+            " error would count. Set calibration.batch_size to 1"
         )

@@ -1,7 +1,7 @@
-"""The Hugging Face hub: a pinned snapshot in the hub's own cache, every file compared with the hash that the hub names.
+"""The Hugging Face hub: a snapshot at a fixed commit, in the hub's own cache, checked against the hub's hashes.
 
 In: a repository and a commit. Out: a directory of links into the cache that other tools share. `HF_ENDPOINT`,
-`HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` mean what they mean everywhere.
+`HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` have their usual meaning.
 """
 
 import errno
@@ -33,15 +33,15 @@ from auto_quantize_model.escape import redacted
 from auto_quantize_model.files import InputError, require_endpoint
 
 Result = TypeVar("Result")
-# What a snapshot is read from; pickled weights and code are left at the hub.
+# The files that a snapshot needs. Pickled weights and code are not fetched.
 PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
-PAUSES = (1.0, 5.0, 20.0, 60.0)  # seconds between tries where the hub does not name a time
+PAUSES = (1.0, 5.0, 20.0, 60.0)  # seconds between tries, if the hub does not name a time
 TRANSIENT = {408, 429, 500, 502, 503, 504}
-MARGIN_BYTES = 1 << 30  # left free on the disk
+MARGIN_BYTES = 1 << 30  # that stay free on the disk
 
 
 def fetch_snapshot(repo_id: str, revision: str, bar: Any = None) -> Path:
-    """The directory, in the hub's cache, of a repository at a commit; what is there already is not fetched again.
+    """The directory, in the hub's cache, of a repository at a commit; files that are already there are not fetched.
 
     Args:
         repo_id: `owner/name`.
@@ -49,8 +49,8 @@ def fetch_snapshot(repo_id: str, revision: str, bar: Any = None) -> Path:
         bar: a tqdm class for the progress bars.
 
     Raises:
-        InputError: the revision moves, is unknown or cannot be reached; access is refused; the disk is too small; or
-            the hub sent another size than it promised.
+        InputError: the revision can move, is unknown or cannot be reached, or access is refused. Or the disk is too
+            small, or the hub sent another size than it announced.
     """
     with explained("model", repo_id, revision):
         require_commit("model", repo_id, revision)
@@ -61,7 +61,7 @@ def fetch_snapshot(repo_id: str, revision: str, bar: Any = None) -> Path:
 
 
 def require_commit(kind: str, repo_id: str, revision: str) -> None:
-    """Refuse a revision that can move: a branch or a tag today is not what it is tomorrow.
+    """Refuse a revision that can move, such as a branch or a tag.
 
     Args:
         kind: `model` or `dataset`.
@@ -69,33 +69,33 @@ def require_commit(kind: str, repo_id: str, revision: str) -> None:
         revision: what the config gives.
 
     Raises:
-        InputError: naming the commit that it is now, to be written into the config.
+        InputError: the message names the commit to which the revision points now, to be written into the config.
     """
     if re.fullmatch("[0-9a-f]{40}", revision):
         return
     if constants.HF_HUB_OFFLINE:
-        raise InputError(f"{repo_id}: revision {revision!r} is no commit of 40 hexadecimal digits; write one")
+        raise InputError(f"{repo_id}: revision {revision!r} is not a commit of 40 hexadecimal digits; write one")
     raise InputError(
-        f"{repo_id}: revision {revision!r} can move; pin the commit that it is now: "
+        f"{repo_id}: revision {revision!r} can move; pin the commit to which it points now: "
         f"{commit_of(kind, repo_id, revision)}"
     )
 
 
 def commit_of(kind: str, repo_id: str, revision: str) -> str:
-    """The commit that a revision is now; asking for it says early whether repository and revision are there."""
+    """The commit to which a revision points now. Asking for it shows early whether repository and revision exist."""
     return str(with_retries(lambda: HfApi().repo_info(repo_id, repo_type=kind, revision=revision)).sha)
 
 
 def _require_disk(repo_id: str, wanted: dict[str, Any]) -> None:
-    """Compare what has to be fetched with the free space of the cache's disk.
+    """Compare the size of the files to fetch with the free space of the cache's disk.
 
     Raises:
-        InputError: there is too little.
+        InputError: the space is too small.
     """
     try:
         files: Any = with_retries(lambda: snapshot_download(repo_id, dry_run=True, **wanted))
     except DryRunError:
-        return  # the hub is out of reach: a cached snapshot may do, and the download itself says why if not
+        return  # the hub cannot be reached: a cached snapshot may be enough, or the download itself gives the reason
     missing = sum(file.file_size for file in files if file.will_download)
     place = Path(constants.HF_HUB_CACHE)
     while not place.exists():
@@ -104,14 +104,14 @@ def _require_disk(repo_id: str, wanted: dict[str, Any]) -> None:
     if missing and missing + MARGIN_BYTES > free:
         raise InputError(
             f"{repo_id}: {missing / 1e9:.2f} GB to fetch, and the disk of {constants.HF_HUB_CACHE} has"
-            f" {free / 1e9:.2f} GB free (1 GB stays free); free some, or set HF_HOME to a folder on another disk"
+            f" {free / 1e9:.2f} GB free (1 GB stays free). Free some, or set HF_HOME to a folder on another disk"
         )
 
 
 def with_retries(work: Callable[[], Result]) -> Result:
-    """`work()`, tried again while the hub is busy or out of reach, after the pause that it asks for.
+    """`work()`, tried again while the hub is busy or out of reach, after the pause that the hub asks for.
 
-    A download that is tried again goes on where it ended: what has arrived stays in the cache, marked incomplete.
+    A new try resumes the download: the bytes that have arrived stay in the cache, marked incomplete.
     """
     for pause in PAUSES:
         try:
@@ -120,7 +120,7 @@ def with_retries(work: Callable[[], Result]) -> Result:
             cause = error if isinstance(error, (HfHubHTTPError, httpx2.TransportError)) else error.__cause__
             response = cause.response if isinstance(cause, HfHubHTTPError) else None
             if response is None:
-                # A refused connection is no busy hub: it stays refused.
+                # A refused connection does not mean a busy hub: it stays refused.
                 if not isinstance(cause, httpx2.TransportError) or isinstance(cause, httpx2.ConnectError):
                     raise
             elif response.status_code not in TRANSIENT:
@@ -131,25 +131,25 @@ def with_retries(work: Callable[[], Result]) -> Result:
 
 
 def check_against_hub(directory: Path, sha256: dict[str, str]) -> None:
-    """Compare the files of a cached snapshot with the hub's own hashes, by which the cache names them.
+    """Compare the files of a cached snapshot with the hub's own hashes, which are the names of files in the cache.
 
-    A file is a link to a blob that is named by its sha256 (large files) or by git's sha1 of it. One that differs is
-    removed from the cache, so that the next run fetches it again. A link that leads out of the cache is left alone.
+    A file is a link to a blob. The blob's name is its sha256 (large files) or git's sha1. A file that differs is
+    removed from the cache, so the next run fetches it again. A link that leads out of the cache stays.
 
     Args:
         directory: as `fetch_snapshot` returned it.
         sha256: of each file, by its name in the snapshot.
 
     Raises:
-        InputError: naming the file.
+        InputError: the message names the file.
     """
     blobs = (directory.resolve().parents[1] / "blobs").resolve()
     for name, found in sha256.items():
         path = directory / name
         if not path.is_symlink():
-            continue  # a cache without links, as some file systems force: nothing names the hash
+            continue  # a cache without links, as some file systems need: there the hash is not known
         if path.resolve().parent != blobs:
-            continue  # no link of the hub's
+            continue  # not a link of the hub
         expected = Path(os.readlink(path)).name
         if len(expected) == 40:
             found = _git_sha1(path)
@@ -170,10 +170,10 @@ def _git_sha1(path: Path) -> str:
 
 
 def link_snapshot(snapshot: Path, path: Path) -> None:
-    """Have `path` lead to a snapshot in the cache, so that manifests name no folder of one machine.
+    """Make `path` a link to a snapshot in the cache, so that manifests do not name a folder of one machine.
 
     Raises:
-        InputError: something else than such a link lies at `path`.
+        InputError: something other than such a link lies at `path`.
     """
     require_link(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,28 +182,28 @@ def link_snapshot(snapshot: Path, path: Path) -> None:
 
 
 def require_link(path: Path) -> None:
-    """Refuse a place of `link_snapshot` that is not free; to be called before the download too.
+    """Refuse a place for `link_snapshot` that is not free. Callers also call this function before the download.
 
     Raises:
-        InputError: something else than a link into the cache lies at `path`.
+        InputError: something other than a link into the cache lies at `path`.
     """
     if path.is_symlink():
-        # A cache that moved or was emptied leaves a link that leads nowhere, so its shape decides.
+        # If a cache was moved or emptied, its link leads nowhere, so the form of the link's target decides.
         if not re.search(r"/models--[^/]+/snapshots/[0-9a-f]{40}/?$", os.readlink(path)):
             raise InputError(
-                f"model.path: {path} is a link to {os.readlink(path)}, which is not in the hub's cache; set"
-                " model.source: local to take what it leads to, or name another model.path"
+                f"model.path: {path} is a link to {os.readlink(path)}, which is not in the hub's cache. Set"
+                " model.source: local to take the link's target, or name another model.path"
             )
     elif path.exists():
         raise InputError(
-            f"model.path: {path} exists and is no link to the hub's cache; set model.source: local to take it as it is,"
-            " name another model.path, or move it away"
+            f"model.path: {path} exists and is not a link to the hub's cache. Set model.source: local to take it as it"
+            " is, name another model.path, or move it away"
         )
 
 
 @contextmanager
 def explained(kind: str, repo_id: str, revision: str) -> Iterator[None]:
-    """Turn the hub's errors into ones that name the repository and the next step.
+    """Turn the hub's errors into errors that name the repository and the next step.
 
     Args:
         kind: the block of the config, `model` or `calibration`.
@@ -211,11 +211,11 @@ def explained(kind: str, repo_id: str, revision: str) -> Iterator[None]:
         revision: its commit.
 
     Raises:
-        InputError: in their place, or because HF_ENDPOINT is no URL of a hub.
+        InputError: in place of the hub's errors, or because HF_ENDPOINT is not the URL of a hub.
     """
     require_endpoint(os.environ.get("HF_ENDPOINT"))
     place, endpoint = redacted(f"{kind} {repo_id} at {revision[:12]}"), redacted(constants.ENDPOINT)
-    again = "run again: what has arrived is kept" if kind == "model" else "run again"
+    again = "run again to resume" if kind == "model" else "run again"
     try:
         yield
     except GatedRepoError:
@@ -248,7 +248,7 @@ def explained(kind: str, repo_id: str, revision: str) -> Iterator[None]:
 
 
 def _innermost(error: BaseException) -> str:
-    """The first line of the error that began it, without secrets."""
+    """The first line of the original error, without secrets."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()

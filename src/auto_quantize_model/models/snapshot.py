@@ -48,7 +48,7 @@ from auto_quantize_model.models.weights import (
     require_readable,
 )
 
-# Models that take images, with the module that each reads patches by; beside them, every causal language model.
+# Models that take images, each with the module that reads patches. Causal language models are supported too.
 PATCH_EMBEDS: dict[str, type[torch.nn.Module]] = {
     "Qwen2_5_VLForConditionalGeneration": Qwen2_5_VisionPatchEmbed,
     "Qwen2VLForConditionalGeneration": Qwen2VLPatchEmbed,
@@ -59,10 +59,10 @@ TAKE_MORE_THAN_TEXT = {
     *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
     *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values(),
 }
-# Keys of a configuration that describe a part for images or sound, and names of tensors that are of one.
+# Keys of a configuration that describe a part for images or sound, and names of tensors of such a part.
 OTHER_SENSES = re.compile(r"vision|visual|image|video|audio|speech|(^|_)vq_")
 TOWER = re.compile(r"(^|\.)(visual|vision|image|video|audio|speech)\w*\.")
-# Keys of a configuration that count what transformers makes one after another, before any size is compared.
+# Keys of a configuration that count modules: transformers makes these one by one, before it compares any size.
 COUNTS = re.compile(r"(layers?|depth|blocks|experts|labels|stages)$")
 # Keys by which transformers, compressed-tensors and MLX say that the weights are quantized.
 QUANTIZED_BY = {"quantization_config", "compression_config", "quantization"}
@@ -72,7 +72,7 @@ LOADED_BY = {"transformers_weights", "fusion_config"} | {
 }
 ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
-TRIAL_SIDE = 64  # pixels of a white image, by which an image processor is tried
+TRIAL_SIDE = 64  # pixels of a white image that tests an image processor
 PREPROCESSOR_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -81,7 +81,7 @@ PREPROCESSOR_FILES = (
     "processor_config.json",
     "chat_template.json",
 )
-# What transformers raises over a stranger's files: it computes with their values before it checks them.
+# What transformers raises on untrusted files, because it computes with their values before it checks the values.
 REFUSALS = (
     ArithmeticError,
     AssertionError,
@@ -100,10 +100,10 @@ STAND_IN = "stand_in.json"  # a snapshot that holds this file has the shape of a
 
 @dataclass(frozen=True)
 class Processor:
-    """What turns a sample into tensors: the snapshot's tokenizer, its image processor and what resizes for it.
+    """The parts that turn a sample into tensors: the snapshot's tokenizer, its image processor and its image backend.
 
-    What belongs to images is None where the model takes none. `vocabulary` is the number of rows of the embedding,
-    `positions` the number of tokens that the model has positions for; None where the config does not say.
+    Fields for images are None where the model takes none. `vocabulary` is the number of rows of the embedding.
+    `positions` is the number of tokens that the model has positions for; None where the config does not give it.
     """
 
     tokenizer: Any
@@ -116,10 +116,10 @@ class Processor:
 
 
 class FxSafePatchEmbed(torch.nn.Module):
-    """The `forward` of a patch embedding without the cast to `self.proj.weight.dtype`, put before the class it is for.
+    """The `forward` of a patch embedding without the cast to `self.proj.weight.dtype`, put before the original class.
 
-    Once INC has quantized `proj`, its weight is no tensor any more and reading its dtype fails. Everything here runs
-    in FP32, where the cast does nothing, so leaving it out changes no bit and lets INC measure this op as well.
+    Once INC has quantized `proj`, its weight is not a tensor any more, and reading its dtype fails. Here all runs in
+    FP32, where the cast does nothing. So leaving out the cast changes no bit, and INC can measure this op as well.
     """
 
     in_channels: int
@@ -136,18 +136,18 @@ FX_SAFE = {module: type(f"FxSafe{module.__name__}", (FxSafePatchEmbed, module), 
 
 
 def check_snapshot(directory: Path) -> dict[str, Any]:
-    """Refuse a snapshot that cannot be measured, reading only configuration and file headers.
+    """Refuse a snapshot that cannot be measured; only configuration and file headers are read.
 
     Returns:
         The parsed config.json.
 
     Raises:
-        InputError: no such directory, an entry that is no readable file, a configuration that is malformed, of an
-            unsupported architecture or of quantized weights, remote code, pickle weights, or weight files that are
-            missing, malformed or truncated.
+        InputError: the directory is missing, or an entry cannot be read as a file. Or the configuration is malformed,
+            of an unsupported architecture or of quantized weights, or names remote code. Or the weights are pickle
+            files, or weight files are missing, malformed or truncated.
     """
     if not directory.is_dir():
-        problem = "is no directory" if directory.exists() else "no such snapshot directory"
+        problem = "not a directory" if directory.exists() else "no such snapshot directory"
         raise InputError(f"{directory}: {problem}; check model.path, or run the rule that makes it")
     snapshot_files(directory)
     path = directory / "config.json"
@@ -182,7 +182,7 @@ def refuse_code(directory: Path) -> None:
     """Refuse a snapshot that names classes of its own repository: transformers would run them, or silently take others.
 
     Raises:
-        InputError: naming the file with the key `auto_map`.
+        InputError: the message names the file with the key `auto_map`.
     """
     for path in map(directory.joinpath, ("config.json", GENERATION_CONFIG, *PREPROCESSOR_FILES)):
         named = [value for key, value in items(read_object(path)) if key == "auto_map"] if path.exists() else []
@@ -195,10 +195,10 @@ def refuse_code(directory: Path) -> None:
 
 
 def snapshot_files(directory: Path) -> list[Path]:
-    """The files of a snapshot, hidden ones left out, each seen to be a file that can be read.
+    """The files of a snapshot, without hidden ones, after a check that each is a readable file.
 
     Raises:
-        InputError: naming an entry that is neither a file nor a directory, or that cannot be read.
+        InputError: the message names an entry that is neither a file nor a directory, or that cannot be read.
     """
     entries = visible(directory)
     for path in entries:
@@ -219,11 +219,11 @@ def items(document: Any) -> Iterator[tuple[str, Any]]:
 
 
 def check_architecture(config: dict[str, Any], path: Path) -> None:
-    """Refuse a configuration whose model is not one that can be measured whole.
+    """Refuse a configuration whose model cannot be measured as a whole.
 
     Raises:
-        InputError: no one architecture, one that is not supported or that its model_type does not have, or a text model
-            that has a tower for images or sound as well, which no sample would reach.
+        InputError: `architectures` does not name one class, or names one that is unsupported or does not fit the
+            model_type. Or a text model also has a tower for images or sound, which no sample would reach.
     """
     names, model_type = config.get("architectures"), config.get("model_type")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
@@ -264,11 +264,11 @@ def count_parameters(directory: Path) -> int:
 
 
 def check_contents(directory: Path) -> None:
-    """Refuse a snapshot that transformers cannot load whole: no weight is read.
+    """Refuse a snapshot that transformers cannot load completely, without reading a weight.
 
     Raises:
-        InputError: the snapshot is refused by `check_snapshot`, its configuration, generation settings, tokenizer or
-            image processor by transformers; or its tensors are not the weights of its model.
+        InputError: `check_snapshot` refuses the snapshot. Or transformers refuses its configuration, generation
+            settings, tokenizer or image processor. Or its tensors are not the weights of its model.
     """
     config = check_snapshot(directory)
     tensors = read_headers(directory)
@@ -295,10 +295,10 @@ def check_contents(directory: Path) -> None:
 
 
 def stand_in(directory: Path) -> str | None:
-    """What a snapshot of made-up weights says of itself; None for any other.
+    """The text of a stand-in's `stand_in.json`, which says that its weights are made up; None for any other snapshot.
 
     Raises:
-        InputError: the file that says so holds no such text.
+        InputError: the file holds no such text.
     """
     if not (directory / STAND_IN).exists():
         return None
@@ -310,7 +310,7 @@ def stand_in(directory: Path) -> str | None:
 
 @contextmanager
 def explained(place: object, problem: str = "refused by transformers") -> Iterator[None]:
-    """Turn the errors of transformers over what stands at `place` into an InputError that names place and problem."""
+    """Turn the errors of transformers about the files at `place` into an InputError that names place and problem."""
     try:
         yield
     except Exception as error:
@@ -318,22 +318,22 @@ def explained(place: object, problem: str = "refused by transformers") -> Iterat
         if type(error) is not Exception and not isinstance(error, REFUSALS):
             raise
         message = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
-        raise InputError(f"{place}: {problem} ({message}); mend it, or download the snapshot again") from error
+        raise InputError(f"{place}: {problem} ({message}); correct it, or download the snapshot again") from error
 
 
 def build_manifest(directory: Path, name: str, source: str, details: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a checked snapshot: the hand-off between rules that stands for the weights.
+    """The manifest of a checked snapshot. Rules hand the manifest on, in place of the weights.
 
     Args:
         directory: the snapshot.
         name: the model's name in result paths.
         source: where it came from (`digits`, `local`).
-        details: what that source adds (its training split, say), JSON-able.
+        details: what that source adds (such as its training split), JSON-able.
 
     Returns:
-        {model, source, path, architecture, stand_in, files: [{name, bytes, sha256}], digest, details}; `stand_in` is
-        what a snapshot of made-up weights says of itself, null for any other; `digest` is over the files alone, so
-        that the same weights have the same digest wherever they lie.
+        {model, source, path, architecture, stand_in, files: [{name, bytes, sha256}], digest, details}. `stand_in` is
+        the text of `stand_in.json`, null without that file. `digest` covers only the files, so the same weights have
+        the same digest wherever they lie.
     """
     check_contents(directory)
     config = read_object(directory / "config.json")
@@ -354,10 +354,10 @@ def build_manifest(directory: Path, name: str, source: str, details: dict[str, A
 
 
 def verify_manifest(manifest: dict[str, Any]) -> Path:
-    """The snapshot directory that a manifest speaks of, seen to hold those very files.
+    """The snapshot directory that a manifest names, after a check that its files are those of the manifest.
 
     Raises:
-        InputError: the directory or a file is gone, or differs from what was recorded.
+        InputError: the directory or a file is missing, or differs from the manifest.
     """
     directory = Path(manifest["path"])
     again = "run the model rule again (snakemake --cores 1 --forcerun get_model), or restore the files"
@@ -376,8 +376,8 @@ def load_model(directory: Path) -> PreTrainedModel:
     """The model of a snapshot in FP32 and eval mode on the CPU, safe for FX, its parameters frozen.
 
     Raises:
-        InputError: the snapshot is refused by `check_snapshot`, its weights do not fill the model, or they do not fit
-            into memory.
+        InputError: `check_snapshot` refuses the snapshot, its weights do not fill the model, or they do not fit into
+            memory.
     """
     config = check_snapshot(directory)
     require_memory(count_parameters(directory))
@@ -408,7 +408,7 @@ def empty_model(directory: Path) -> PreTrainedModel:
     """The model of a snapshot without its weights, built on torch's meta device.
 
     Raises:
-        InputError: the snapshot is refused by `check_snapshot`, or its config.json by transformers.
+        InputError: `check_snapshot` refuses the snapshot, or transformers refuses its config.json.
     """
     factory = model_class(check_snapshot(directory))
     with explained(directory / "config.json"), torch.device("meta"):
@@ -436,11 +436,11 @@ def load_processor(directory: Path, backend: str | None = None) -> Processor:
 
     Args:
         directory: the snapshot.
-        backend: what resizes images, `torchvision` or `pil`; by default torchvision where it is installed. A
-            calibration set names the one that it was checked with.
+        backend: the library that resizes images, `torchvision` or `pil`; by default torchvision if it is installed. A
+            calibration set names the library that it was checked with.
 
     Raises:
-        InputError: the tokenizer or the image processor config is missing or refused by transformers, the image
+        InputError: the tokenizer or the image processor config is missing, or transformers refuses it. Or the image
             processor is that of another model, or the backend is not installed.
     """
     config = read_object(directory / "config.json")
@@ -456,11 +456,11 @@ def load_processor(directory: Path, backend: str | None = None) -> Processor:
             read_object(directory / name)
     with explained(directory, "no usable tokenizer or image processor"):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        words = tokenizer("a text", add_special_tokens=False)["input_ids"]  # some values are not read before
+        words = tokenizer("a text", add_special_tokens=False)["input_ids"]  # some values are read only here
         text = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
         if takes_images:
             image_processor = AutoImageProcessor.from_pretrained(directory, local_files_only=True, backend=backend)
-    if not words:  # transformers makes an empty tokenizer where its file is missing
+    if not words:  # transformers makes an empty tokenizer if the tokenizer's file is missing
         raise InputError(
             f"{directory}: the tokenizer makes no tokens of a text; complete the snapshot with its tokenizer.json"
         )
@@ -468,7 +468,7 @@ def load_processor(directory: Path, backend: str | None = None) -> Processor:
     if (directory / "chat_template.json").exists():
         template = read_object(directory / "chat_template.json").get("chat_template")
         if not isinstance(template, str | None):
-            raise InputError(f"{directory}/chat_template.json: the chat template is no text; complete the snapshot")
+            raise InputError(f"{directory}/chat_template.json: the chat template is not text; complete the snapshot")
         tokenizer.chat_template = template
     sizes: dict[str, Any] = {"vocabulary": getattr(text, "vocab_size", None), "positions": _positions(text)}
     if not takes_images:
@@ -480,19 +480,19 @@ def load_processor(directory: Path, backend: str | None = None) -> Processor:
         image_token = tokenizer.convert_ids_to_tokens(image_token_id)
     if image_token is None:
         raise InputError(
-            f"{directory}/config.json: image_token_id {image_token_id!r} is no token of the tokenizer; mend config.json"
+            f"{directory}/config.json: image_token_id {image_token_id!r} is not in the tokenizer; correct config.json"
         )
     return Processor(tokenizer, image_processor, image_token, image_token_id, backend, **sizes)
 
 
 def _positions(text: Any) -> int | None:
-    """The number of positions of a text config; some families write -1 where there is no limit."""
+    """The number of positions of a text config; some families write -1 for no limit."""
     positions = getattr(text, "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def _require_patches(directory: Path, image_processor: Any, vision: dict[str, Any]) -> None:
-    """Refuse an image processor that cuts images otherwise than the model's vision tower takes them."""
+    """Refuse an image processor that cuts images into other patches than the model's vision tower takes."""
     names = {
         "patch_size": "patch_size",
         "temporal_patch_size": "temporal_patch_size",

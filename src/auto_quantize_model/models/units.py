@@ -1,10 +1,10 @@
-"""Which part of a model an op belongs to: its tower, and its fusion unit."""
+"""The parts of a model that an op belongs to: its tower, and its fusion unit."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-# Serving engines hold these as one matrix, which has one scheme.
+# Serving engines hold these modules as one matrix, which has one scheme.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -14,7 +14,7 @@ def tower_of(op_name: str) -> str:
 
 
 def siblings_of(op_name: str, modules: Mapping[str, object]) -> list[str]:
-    """The modules that serving engines hold in one matrix with an op, the op among them, in the order of the matrix."""
+    """The modules that serving engines hold in one matrix with an op, the op included, in the order of the matrix."""
     parent, _, own = op_name.rpartition(".")
     group = next((group for group in FUSED if own in group), (own,))
     names = [f"{parent}.{other}" if parent else other for other in group]

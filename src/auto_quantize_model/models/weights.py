@@ -1,7 +1,8 @@
-"""The weights of a snapshot: which files hold them, whether these files are sound, and whether they fill the model.
+"""The weights of a snapshot: which files hold them, whether the files are sound, and whether they fill the model.
 
-In: a snapshot directory, by the headers of its files alone, and the model that its configuration describes, without
-memory for weights (on torch's meta device). Out: names, types and shapes; or an InputError that names what is wrong.
+In: a snapshot directory, of which only the files' headers are read, and the model that its configuration describes. The
+model takes no memory for weights (it is on torch's meta device). Out: names, types and shapes; or an InputError that
+names the fault.
 """
 
 import stat
@@ -30,13 +31,13 @@ from auto_quantize_model.files import InputError, parse_json
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
-ROWS = 4096  # of an embedding that are compared at a time
-FLOATS = {"F64", "F32", "F16", "BF16"}  # what transformers turns into FP32 without scales
+ROWS = 4096  # rows of an embedding that are compared at a time
+FLOATS = {"F64", "F32", "F16", "BF16"}  # the types that transformers turns into FP32 without scales
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor as a header describes it: its type in safetensors' words, its shape, and the file's name."""
+    """A tensor as a header describes it: its type by safetensors' name, its shape, and the file's name."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -44,10 +45,10 @@ class Tensor:
 
 
 def require_readable(path: Path) -> None:
-    """Refuse what is no file that can be read: a pipe would be waited for without end.
+    """Refuse a path that is not a readable file: reading a pipe would never end.
 
     Raises:
-        InputError: naming the path and what it is.
+        InputError: the message names the path and what lies there.
     """
     try:
         mode = path.stat().st_mode
@@ -58,8 +59,8 @@ def require_readable(path: Path) -> None:
         problem = "a link to nothing" if path.is_symlink() else "no such file"
         raise InputError(f"{path}: {problem}; download the snapshot again") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); mend it or download the snapshot again") from None
-    kind = "a directory" if stat.S_ISDIR(mode) else "no regular file (a pipe, a socket or a device)"
+        raise InputError(f"{path}: cannot be read ({error.strerror}); correct it or download it again") from None
+    kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file but a pipe, a socket or a device"
     raise InputError(f"{path}: {kind}, where a file is expected; remove it or download the snapshot again")
 
 
@@ -67,7 +68,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a snapshot.
 
     Raises:
-        InputError: the file is not there or cannot be read, or it is not one JSON object with unique keys.
+        InputError: the file is missing or cannot be read, or is not one JSON object with unique keys.
     """
     require_readable(path)
     try:
@@ -80,7 +81,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
     """The JSON object in `data`, UTF-8; a config of transformers may hold `Infinity`.
 
     Raises:
-        ValueError: it is no such thing, or a key stands in it twice; two readers may then see different values.
+        ValueError: the data is not such an object, or repeats a key, of which two readers may see different values.
     """
     document = parse_json(data.decode("utf-8"), infinity=True)
     if not isinstance(document, dict):
@@ -89,14 +90,14 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that transformers loads, each seen to be there.
+    """The safetensors files that transformers loads, after a check that they exist.
 
-    transformers takes model.safetensors where it is there, and the files of the index otherwise. A directory with both
-    is refused, because another tool may take the other.
+    transformers takes model.safetensors if it exists, and the files of the index otherwise. A directory with both is
+    refused, because another tool may take the other.
 
     Raises:
-        InputError: no weights, pickle files, shards of a distributed checkpoint, an index that is malformed or names a
-            file that is not there, or an index next to model.safetensors.
+        InputError: there are no weights, or they are pickle files or shards of a distributed checkpoint. Or the index
+            is malformed, names a missing file, or lies next to model.safetensors.
     """
     single, index = directory / WEIGHTS, directory / WEIGHTS_INDEX
     if is_sharded_checkpoint(directory):
@@ -134,7 +135,7 @@ def read_index(path: Path) -> dict[str, str]:
     """The `weight_map` of an index: tensor name to file name.
 
     Raises:
-        InputError: it is malformed, or names a file outside of the snapshot's own folder.
+        InputError: the index is malformed, or names a file outside the snapshot's own folder.
     """
     names = read_object(path).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
@@ -142,7 +143,7 @@ def read_index(path: Path) -> dict[str, str]:
     for name in names.values():
         if not name.isprintable() or "\\" in name or Path(name).name != name or not name.endswith(".safetensors"):
             raise InputError(
-                f"{path}: weight_map names the file {name!r}, which is no .safetensors file of this folder; download"
+                f"{path}: weight_map names the file {name!r}, which is not a .safetensors file of this folder; download"
                 " the snapshot again"
             )
     return names
@@ -152,7 +153,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, by its header; the library checks types, shapes, offsets and the file's size.
 
     Raises:
-        InputError: the file cannot be read, is no safetensors file, is truncated, or describes a tensor twice.
+        InputError: the file cannot be read, is not a safetensors file, is truncated, or describes a tensor twice.
     """
     require_readable(path)
     try:
@@ -201,13 +202,13 @@ def read_headers(directory: Path) -> dict[str, Tensor]:
 def require_filled(directory: Path, tensors: dict[str, Tensor], model: PreTrainedModel) -> None:
     """Refuse a snapshot whose tensors are not exactly the weights of its model.
 
-    transformers' own loader compares them, on the meta device: it renames what older checkpoints call otherwise, merges
-    experts, ties weights and ignores what the model's class says, as it does in earnest.
+    transformers' own loader does the comparison, on the meta device. As in a real loading, it renames weights of older
+    checkpoints, merges experts, ties weights, and ignores the tensors that the model's class says.
 
     Args:
         directory: the snapshot, for messages.
         tensors: as `read_headers` returns them.
-        model: built on the meta device; spent afterwards.
+        model: built on the meta device; it cannot be used afterwards.
 
     Raises:
         InputError: a weight is missing, unexpected, of another shape, given twice, or in a quantized type.
@@ -228,7 +229,7 @@ def require_filled(directory: Path, tensors: dict[str, Tensor], model: PreTraine
 
 
 def load_shapes(model: PreTrainedModel, tensors: dict[str, Tensor]) -> LoadStateDictInfo:
-    """What transformers says of loading tensors of these names and shapes into a model on the meta device."""
+    """What transformers reports when it loads tensors of these names and shapes into a model on the meta device."""
     state = {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
     mapping: Any = get_model_conversion_mapping(model)
     options = LoadStateDictConfig(device_map={"": "meta"}, dtype=torch.float32, weight_mapping=mapping)
@@ -239,7 +240,7 @@ def load_shapes(model: PreTrainedModel, tensors: dict[str, Tensor]) -> LoadState
 
 
 def stored_names(tensors: Iterable[str], model: PreTrainedModel) -> dict[str, list[str]]:
-    """The names of tensors by the weight of the model that each fills alone; parts of a merged weight are left out."""
+    """{weight of the model: names of the tensors that fill it alone}; parts of a merged weight are left out."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -255,7 +256,7 @@ def stored_names(tensors: Iterable[str], model: PreTrainedModel) -> dict[str, li
 def refuse_doubles(directory: Path, tensors: dict[str, Tensor], model: PreTrainedModel) -> None:
     """Refuse two tensors for one weight: two names of it, or two values of weights that the model ties.
 
-    transformers would silently take one of the names, and would silently not tie.
+    Otherwise transformers would silently take one of the two names, and would silently leave weights untied.
     """
     sources = stored_names(tensors, model)
     for renamed, names in sources.items():
@@ -274,7 +275,7 @@ def refuse_doubles(directory: Path, tensors: dict[str, Tensor], model: PreTraine
 
 
 def same_values(directory: Path, one: Tensor, name: str, other: Tensor, other_name: str) -> bool:
-    """Whether two stored tensors hold the same values; read a part of the rows at a time."""
+    """Whether two stored tensors hold the same values; some of the rows are read at a time."""
     if one.shape != other.shape:
         return False
     with (
@@ -301,14 +302,14 @@ WRONG = {
 
 
 def require_complete(directory: Path, loading: dict[str, Any]) -> None:
-    """Refuse a loading that left a weight unfilled or a tensor unused.
+    """Refuse a loading that did not fill a weight or did not use a tensor.
 
     Args:
         directory: the snapshot, for the message.
         loading: names of weights under the keys of `WRONG`, as transformers' `output_loading_info` gives them.
 
     Raises:
-        InputError: naming the first of them, with the shapes where these differ.
+        InputError: the message names the first of them, with the shapes where these differ.
     """
     for problem, (text, consequence) in WRONG.items():
         names = loading.get(problem) or []
@@ -328,7 +329,7 @@ def require_meaningful(model: torch.nn.Module) -> None:
     """Refuse a model with a weight that is NaN or infinite, or whose weights are all zero.
 
     Raises:
-        InputError: naming the weights.
+        InputError: the message names the weights.
     """
     broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if broken:
