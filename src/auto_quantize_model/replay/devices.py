@@ -1,4 +1,4 @@
-"""INT8 outputs of another device compared with the CPU's, op for op, on the same input and with the same scales."""
+"""The INT8 outputs of another device, compared with the CPU's, op by op, on the same input and with the same scales."""
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ def check_sites(
         scales: of the ops; None calibrates on `batch`.
 
     Raises:
-        InputError: naming the first op that differs, and how many of its values do.
+        InputError: the message names the first op that differs, and the number of its values that differ.
     """
     with any_algorithm():
         with Replay(model, plan.ops, plan.measured_op) as replay:
@@ -40,18 +40,18 @@ def check_sites(
                 scales = replay.calibrate(batch)
             replay.set_scales(scales)
             inputs = op_inputs(replay, batch, names)
-        # After the replay, so that copies of the modules do not carry its forwards, and with them the model.
+        # Only after the replay, so that copies of the modules do not carry its forwards, and with them the model.
         found = site_differences(replay.sites, scales, inputs, plan.ops, device)
     for name, (differing, values) in found.items():
         if differing:
             raise InputError(
                 f"audit: {differing} of {values} INT8 outputs of {name} differ between {device.type} and CPU on"
-                " the same input; do not use this capture, and report the difference with the plan"
+                " the same input. Do not use this capture, and report the difference with the plan"
             )
 
 
 def op_inputs(replay: Replay, batch: Batch, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """What each named op takes when `replay` runs the batch in FP32: {op_name: input}."""
+    """The input of each named op when `replay` runs the batch in FP32: {op_name: input}."""
     inputs: dict[str, torch.Tensor] = {}
     with ExitStack() as stack:
         for name in names:
@@ -76,7 +76,7 @@ def site_differences(
         sites: on the CPU, with these scales; their modules have their own forwards again.
         scales: of the ops.
         inputs: the input of each op to compare, on the CPU.
-        ops: those of the plan.
+        ops: the plan's ops.
         device: the other device; it holds one op at a time.
     """
     by_name = {op.op_name: op for op in ops}

@@ -1,7 +1,7 @@
-"""Replay: one model whose planned ops are switched between schemes in place, run again from the first changed op.
+"""Replay: one model whose ops switch between schemes in place, and which runs again only from the first changed op.
 
-In: an FP32 model, its ops, scales, and one batch at a time. Out: the output at the measured op for any assignment, the
-same bits that INC 2.6 would measure on the CPU. Nothing is prepared, converted or copied per op. INC is not imported.
+In: an FP32 model, its ops, scales, and one batch at a time. Out: the output at the measured op for any assignment, with
+the bits that INC 2.6 would give on the CPU. Nothing is prepared, converted or copied per op. INC is not imported.
 """
 
 import functools
@@ -18,7 +18,7 @@ from auto_quantize_model.replay.ops import SITES, Site, refusal
 from auto_quantize_model.schemes.inc_int8 import require_formula
 from auto_quantize_model.schemes.scheme import INC_INT8, Assignment
 
-CACHE_BYTES = 2 << 30  # of block outputs; what does not fit is computed again
+CACHE_BYTES = 2 << 30  # for block outputs; outputs that do not fit are computed again
 Batch = dict[str, torch.Tensor]
 State = frozenset[tuple[str, str]]  # the items of an assignment
 
@@ -34,7 +34,7 @@ def require_replayable(model: torch.nn.Module, ops: Sequence[Op]) -> None:
     """Refuse a plan with an op that no site reproduces exactly.
 
     Raises:
-        InputError: naming the first such op.
+        InputError: the message names the first such op.
     """
     if refused := refusals(model, ops):
         name, reason = next(iter(refused.items()))
@@ -45,7 +45,7 @@ def require_replayable(model: torch.nn.Module, ops: Sequence[Op]) -> None:
 
 
 def block_of(model: torch.nn.Module, op_name: str) -> str:
-    """The part of the model whose output is kept for an op: its repeated block, or the op itself outside of any.
+    """The part of the model whose output is kept for an op: its repeated block, or the op itself outside of any block.
 
     A repeated block is an element of a `ModuleList`, the outermost where they nest.
     """
@@ -65,18 +65,18 @@ class OtherOrder(InputError):
 
 
 class Replay:
-    """A model under replay; a context manager, so that the model is as before afterwards.
+    """A model under replay. As a context manager, it leaves the model as it was.
 
-    `calibrate(*batches)` runs the batches in FP32 and gives the scales that their observers find; `set_scales` sets
-    them. `begin(batch)` runs one batch in FP32, records in which order the blocks run, and keeps their outputs.
-    `run(assignment)` then gives the measured output with exactly the ops of the assignment quantized. Blocks that ran
-    before the first op whose scheme differs from the run before return what they returned then: the same tensors, so
-    nothing is approximated. Going through the ops from the last to the first runs each time only what follows the op.
+    `calibrate(*batches)` runs the batches in FP32 and returns the scales that their observers find; `set_scales` sets
+    scales. `begin(batch)` runs one batch in FP32, records the order of the blocks, and keeps their outputs.
+    `run(assignment)` then returns the measured output with exactly the ops of the assignment quantized. Prefix reuse:
+    outputs of blocks before the first changed op come from the previous run. They are the same tensors, so nothing is
+    approximated. Going through the ops from the last to the first runs each time only the blocks from the op on.
 
     Attributes:
         order: the ops that ran, in the order of their first execution.
         executions: how often each op ran in FP32 on the batch.
-        cached_bytes: what the kept outputs take, at most `cache_bytes`.
+        cached_bytes: the size of the kept outputs, at most `cache_bytes`.
     """
 
     def __init__(
@@ -87,17 +87,17 @@ class Replay:
         call: Callable[[], Any] | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        """Take over the forwards of the planned ops and of their blocks.
+        """Replace the forwards of the planned ops and of their blocks.
 
         Args:
             model: FP32, in eval mode, on its device.
-            ops: those of the plan.
+            ops: the plan's ops.
             measured_op: the module at whose output the error is measured.
             call: runs the model; by default `model(**batch)` on the batch that was begun.
-            cache_bytes: bound of the memory for kept outputs.
+            cache_bytes: the maximum memory for kept outputs.
 
         Raises:
-            InputError: an op that no site reproduces, or a device on which INC's arithmetic cannot be repeated.
+            InputError: no site reproduces an op, or INC's arithmetic cannot be repeated on the device.
         """
         require_replayable(model, ops)
         self.device = next(model.parameters()).device
@@ -139,7 +139,7 @@ class Replay:
     def _forget(self) -> None:
         self.batch: Batch = {}
         self.sequence: list[str] = []  # the blocks in the order in which they ran
-        self.outputs: list[Any] = []  # what each of them returned in the run before, as far as it is kept
+        self.outputs: list[Any] = []  # the output of each block in the previous run, as far as it is kept
         self.recording = self.running = False
         self.state: State | None = None
         self.measured = torch.empty(0)
@@ -148,7 +148,7 @@ class Replay:
         self.cached_bytes = 0
 
     def calibrate(self, *batches: Batch) -> Scales:
-        """Run `batches` in FP32 and set the scales that the plan's observers find on all of them.
+        """Run `batches` in FP32, and set the scales that the plan's observers find on all of them.
 
         Returns:
             The scales of every op that ran.
@@ -171,7 +171,7 @@ class Replay:
         for name, site in self.sites.items():
             site.set_scales(scales.get(name))
         if self.state:
-            self.state = None  # the kept outputs of quantized ops are of other scales
+            self.state = None  # the kept outputs of quantized ops belong to other scales
 
     def begin(self, batch: Batch) -> torch.Tensor:
         """Run another batch in FP32 and start replaying it; scales stay as they are.
@@ -180,7 +180,7 @@ class Replay:
             The FP32 output at the measured op.
 
         Raises:
-            InputError: that output is not finite, or the measured op did not run.
+            InputError: the output is not finite, or the measured op did not run.
         """
         self._forget()
         self.batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
@@ -195,16 +195,16 @@ class Replay:
         return self.measured
 
     def cost(self, name: str) -> int:
-        """How many blocks run again when this op changes, or all of them for no op: a measure of the time it takes."""
+        """How many blocks run again when this op changes, or the number of all blocks for no op: a measure of time."""
         return len(self.sequence) - self.first_visit.get(name, 0)
 
     def run(self, assignment: Assignment) -> torch.Tensor:
-        """The output at the measured op with exactly the ops of `assignment` quantized; float32, as the op gives it.
+        """The output at the measured op with exactly the ops of `assignment` quantized; float32, as the op returns it.
 
         An op that has no scales, or that does not run on the batch, stays in FP32.
 
         Raises:
-            InputError: a scheme that the replay does not know.
+            InputError: the replay does not know a scheme.
             OtherOrder: the blocks ran in another order than when the batch was begun, so kept outputs would be wrong.
         """
         if unknown := sorted(set(assignment.values()) - {INC_INT8}):
@@ -216,7 +216,7 @@ class Replay:
 
     def _forward(self, state: State) -> torch.Tensor:
         self.valid = self._unchanged(state)
-        # Until this run has ended, the kept outputs are those of no state.
+        # Until this run has ended, the kept outputs belong to no state.
         self.state, self.visits = None, 0
         self._switch(dict(state), running=True)
         try:
@@ -230,19 +230,19 @@ class Replay:
         return self.measured
 
     def _unchanged(self, state: State) -> int:
-        """How many of the kept outputs are those of `state` too."""
+        """How many of the kept outputs are valid for `state` too."""
         if self.state is None:
             return 0
         return min((self.first_visit[name] for name, _ in state ^ self.state), default=len(self.outputs))
 
     def _switch(self, schemes: Assignment, running: bool) -> None:
-        """Set every op's scheme; outside of a run the model is its FP32 self."""
+        """Set every op's scheme; outside of a run, all ops of the model are in FP32."""
         self.running = running
         for name, site in self.sites.items():
             site.scheme = schemes.get(name)
 
     def _visit(self, block: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A block's turn: what it returned before, or a real run of it."""
+        """Run a block, or return its kept output."""
         if not self.running:
             return forward(*args, **kwargs)
         index = self.visits
@@ -262,9 +262,9 @@ class Replay:
         return output
 
     def _keep(self, index: int, output: Any) -> None:
-        """Keep a block's output, as long as those before it are kept too and the memory allows.
+        """Keep a block's output, if all outputs before it are kept too and the memory allows it.
 
-        It is copied, here and when it is returned: code behind the block may write into what it gets.
+        The output is copied, here and when it is returned, because code behind the block may write into it.
         """
         if index < len(self.outputs):
             self.outputs[index] = _copied(output)

@@ -1,8 +1,8 @@
-"""Op sites: a module of the plan whose forward can be switched between FP32 and the INT8 that INC would make of it.
+"""Op sites: a site switches the forward of one planned module between FP32 and the INT8 that INC would give it.
 
-In: the FP32 module and its op of the plan. Out: the same module, calibrated once, switched by its scheme, bit-identical
-to INC 2.6's model on this machine's CPU. On the CPU a site calls the kernel that INC's model calls, so the bits are
-INC's on every instruction set. On CUDA a site computes the formula of the kernel (`schemes.inc_int8`).
+In: the FP32 module, and its op of the plan. Out: the same module, calibrated once, switched by its scheme. Its bits are
+those of INC 2.6's model on this machine's CPU. On the CPU a site calls the kernel that INC's model calls, so the bits
+are INC's on every instruction set. On CUDA a site computes the formula of the kernel (`schemes.inc_int8`).
 """
 
 import functools
@@ -32,7 +32,7 @@ from auto_quantize_model.schemes.inc_int8 import (
 class Site:
     """One op of the plan; called in place of its module's forward.
 
-    `scheme` is the scheme that it runs in, None for FP32. Between `observe` and `observed`, in FP32, observers see the
+    `scheme` is the op's current scheme, None for FP32. Between `observe` and `observed`, in FP32, observers see the
     op's input and output. `executions` counts calls. Scales and zero_points of input and output belong to the
     calibration, the weight's codes to the model.
     """
@@ -56,20 +56,20 @@ class Site:
         for observer, tensor in zip(self.observers, (input, output), strict=False):
             if not tensor.isfinite().all():
                 raise InputError(
-                    f"{self.name}: its FP32 input or output on a calibration batch is not finite, so it has no scale;"
-                    " keep it in FP32 with sensitivity.op_name_dict, or check the weights"
+                    f"{self.name}: its FP32 input or output on a calibration batch is not finite, so it has no scale."
+                    " Keep the op in FP32 with sensitivity.op_name_dict, or check the weights"
                 )
-            # On the CPU whatever the device: the histogram of one machine is then that of every other.
+            # On the CPU for every device: so the histograms of all machines are the same.
             observer(tensor.detach().float().cpu())
         return output
 
     def observe(self) -> None:
-        """Start a calibration: fresh observers for input and output."""
+        """Start a calibration, with new observers for input and output."""
         self.observers = [build_observer(self.activation), build_observer(self.activation)]
         self.executions = 0
 
     def observed(self) -> OpScales | None:
-        """End it: scale and zero_point of input and output from what the observers saw; None if the op did not run."""
+        """End the calibration: scale and zero_point of input and output; None if the op did not run."""
         seen, self.observers = self.observers, []
         if not self.executions:
             return None
@@ -94,7 +94,7 @@ class Site:
 class MatmulSite(Site):
     """An op whose INT8 output is a product of codes: `quantize -> kernel -> dequantize`.
 
-    The weight's codes are packed for the kernel on the CPU, and kept as they are on CUDA.
+    The weight's codes are packed for the kernel on the CPU, and stay unpacked on CUDA.
     """
 
     def __init__(self, module: Any, op: Op) -> None:
@@ -113,7 +113,7 @@ class MatmulSite(Site):
         return self.codes.sum(dim=1, dtype=torch.int32)
 
     def pack(self) -> Any:
-        """The weight and bias as the CPU's kernel takes them."""
+        """The weight and bias in the form that the CPU's kernel takes."""
         raise NotImplementedError
 
     def columns(self, codes: torch.Tensor) -> torch.Tensor:
@@ -134,19 +134,19 @@ class MatmulSite(Site):
         raise NotImplementedError
 
     def by_formula(self, x: torch.Tensor) -> torch.Tensor:
-        """The same output by torch operations that run everywhere."""
+        """The same output from torch operations that run on every device."""
         raise NotImplementedError
 
     def accumulated(self, codes: torch.Tensor) -> torch.Tensor:
         """The sum over k of (x_q - x_zero) w_q for `codes` (m, k) int8, as this CPU's kernel adds it: (m, n) int32."""
-        # x_q - x_zero = code + 128 - x_zero: the constant comes back as a multiple of each row's sum.
+        # x_q - x_zero = code + 128 - x_zero: the constant is added back as a multiple of each row's sum.
         product = integer_matmul(codes, self.codes).add_(self.row_sums, alpha=128 - self.in_zero)
         return product.add_(saturation(codes, self.codes)) if cpu_kernel() == "saturating" else product
 
     def requantized(self, accumulated: torch.Tensor) -> torch.Tensor:
         """fbgemm's ReQuantizeOutput of `accumulated` (m, n): round((acc + b / (x_scale w_scale)) * m) in float32.
 
-        m = (x_scale w_scale) / y_scale. The conversion to int32 wraps what is too large to its lowest value.
+        m = (x_scale w_scale) / y_scale. The conversion to int32 wraps values that are too large to its lowest value.
         """
         both = self.in_scale * self.w_scale
         result = accumulated.float()
@@ -178,8 +178,8 @@ class LinearSite(MatmulSite):
 class Conv3dSite(MatmulSite):
     """A Conv3d whose stride is its kernel, which is a linear over patches.
 
-    torch has two kernels for a Conv3d, oneDNN's with AVX-512 VNNI and fbgemm's without, and they round differently. On
-    the CPU torch chooses; the formula follows the kernel that this CPU takes.
+    torch has two kernels for a Conv3d: oneDNN's with AVX-512 VNNI, and fbgemm's without. They round differently. On the
+    CPU torch chooses. The formula follows the kernel that this CPU takes.
     """
 
     def pack(self) -> Any:
@@ -188,7 +188,7 @@ class Conv3dSite(MatmulSite):
         return torch.ops.quantized.conv3d_prepack(weight, module.bias, module.stride, [0, 0, 0], [1, 1, 1], 1)
 
     def columns(self, codes: torch.Tensor) -> torch.Tensor:
-        # Channels last: fbgemm's order, which decides which products are added in a pair.
+        # Channels last: fbgemm's order, which decides which two products are added first.
         return codes.permute(0, 2, 3, 4, 1).flatten(1)
 
     def kernel(self, codes: torch.Tensor, packed: Any, scale: float, zero_point: int) -> torch.Tensor:
@@ -206,7 +206,7 @@ class Conv3dSite(MatmulSite):
     def by_onednn(self, accumulated: torch.Tensor) -> torch.Tensor:
         """oneDNN's codes less their zero_point, (m, n) float32.
 
-        oneDNN is handed 1 / x_scale and inverts it again, multiplies by one scale after the other, and adds y_zero
+        oneDNN receives 1 / x_scale and inverts it again. It multiplies by one scale after the other, and adds y_zero
         before it rounds.
         """
         result = accumulated.float().mul_(self.in_scale.reciprocal().reciprocal()).mul_(self.w_scale)
@@ -218,8 +218,8 @@ class Conv3dSite(MatmulSite):
 class EmbeddingSite(Site):
     """`quantized::embedding_byte`: uint8 rows with a float scale and zero_point each, weight only.
 
-    Only the rows that are looked up are ever quantized: w_q = round(w / scale + zero_point), y = fma(w_q, scale,
-    -zero_point * scale), which float64 computes exactly and rounds once.
+    Only the rows that are looked up are quantized: w_q = round(w / scale + zero_point), y = fma(w_q, scale,
+    -zero_point * scale). float64 computes this fma exactly and rounds once.
     """
 
     def __init__(self, module: torch.nn.Embedding, op: Op) -> None:
@@ -230,7 +230,7 @@ class EmbeddingSite(Site):
         self.scale, self.zero = scale.to(module.weight.device), zero.to(module.weight.device)
 
     def observe(self) -> None:
-        """Nothing to observe: the output is float and the input are ids."""
+        """Nothing to observe, because the output is float and the input is ids."""
         self.executions = 0
 
     def observed(self) -> OpScales | None:
@@ -246,7 +246,7 @@ class EmbeddingSite(Site):
 
 
 def as_patches(x: torch.Tensor, kernel: tuple[int, ...]) -> tuple[torch.Tensor, list[int]]:
-    """(n, c, t, h, w) cut into patches of `kernel`: rows (n * patches, kernel * c), and how many along t, h and w."""
+    """(n, c, t, h, w) cut into patches of `kernel`: rows (n * patches, kernel * c), and the counts along t, h and w."""
     n, channels = x.shape[:2]
     counts = [size // side for size, side in zip(x.shape[2:], kernel, strict=True)]
     x = x[:, :, : counts[0] * kernel[0], : counts[1] * kernel[1], : counts[2] * kernel[2]]
@@ -254,14 +254,14 @@ def as_patches(x: torch.Tensor, kernel: tuple[int, ...]) -> tuple[torch.Tensor, 
     return x.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(n * math.prod(counts), -1), counts
 
 
-# Shares of the values below which a percentile lies, for the ranges that a calibration saw.
+# Percentiles, as shares of the values, for the ranges that a calibration saw.
 PERCENTILES = (0.001, 0.01, 0.5, 0.99, 0.999)
 
 
 def what_was_seen(observer: Any) -> ObservedRange:
     """The range that an observer saw, with percentiles where it kept a histogram.
 
-    A percentile is the upper edge of the bin of the histogram in which it lies, so it is known to one bin's width.
+    A percentile is the upper edge of its bin of the histogram, so its precision is the width of one bin.
     """
     lowest, highest = float(observer.min_val), float(observer.max_val)
     histogram = getattr(observer, "histogram", None)

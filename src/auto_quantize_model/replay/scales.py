@@ -1,7 +1,7 @@
-"""Scales as a file: what each calibration found, written once and read by every step that replays.
+"""Scales as a file: one step writes the scales of each calibration, and every step that replays reads them.
 
-In: the scales of calibrations, each by a name. Out: a safetensors file, and the same scales read back. What the
-observers saw stands in the document that lists the file (`ranges`), since no replay needs it.
+In: the scales of calibrations, each by a name. Out: a safetensors file, and the same scales read back. The document
+that lists the file holds what the observers saw (`ranges`), because a replay does not need it.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from auto_quantize_model.files import InputError, atomic_path, digest_of, named_errors
 from auto_quantize_model.records import OpScales, Scales
 
-ALL_BATCHES = "all_batches"  # the calibration on the whole set, by which a deployed model is quantized
+ALL_BATCHES = "all_batches"  # the calibration on the whole set, with which a deployed model is quantized
 KEYS = {
     "in_scale": torch.float32,
     "in_zero_point": torch.int32,
@@ -45,7 +45,7 @@ def read_scales(path: Path) -> dict[str, Scales]:
     """The calibrations that `write_scales` wrote.
 
     Raises:
-        InputError: the file is not what it should be.
+        InputError: the file is missing, damaged, or holds other tensors.
     """
     with named_errors(path):
         tensors = load_file(path)
@@ -61,7 +61,7 @@ def read_scales(path: Path) -> dict[str, Scales]:
         }
     except TypeError:
         raise InputError(
-            f"{path}: holds tensors that are no scales; make the file again (snakemake --cores 1 --forcerun"
+            f"{path}: holds tensors that are not scales; make the file again (snakemake --cores 1 --forcerun"
             " calibrate_scales)"
         ) from None
 
