@@ -1,4 +1,4 @@
-"""The scheme `inc_int8`: the arithmetic of INC 2.6's static per-tensor INT8, in tensors alone.
+"""The scheme `inc_int8`: the arithmetic of INC 2.6's static per-tensor INT8, as functions of tensors.
 
 In: float32 tensors, scales and zero_points. Out: int8 codes, exact integer products, and the float32 values of torch's
 quantized kernels. The order of the float32 roundings is the kernels' order; another order gives other results.
@@ -13,8 +13,8 @@ from torch.ao.quantization import observer as observers
 from auto_quantize_model.files import InputError
 from auto_quantize_model.machine import any_algorithm
 
-ROWS_AT_ONCE = 16384  # of a weight while it is quantized, so that the FP32 temporaries of an lm_head stay small
-# Which observers the formulas hold for: {side: (observer, dtype, qscheme)}.
+ROWS_AT_ONCE = 16384  # of a weight that is quantized, so that the FP32 temporaries of an lm_head stay small
+# The observers for which the formulas hold: {side: (observer, dtype, qscheme)}.
 PER_CHANNEL = "PerChannelMinMaxObserver"
 EXACT: dict[str, dict[str, list[tuple[str, str, str]]]] = {
     "matmul": {
@@ -40,9 +40,9 @@ def build_observer(entry: dict[str, Any]) -> Any:
 def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: int, wide: torch.dtype | None = None) -> torch.Tensor:
     """`x` (any shape, float32) as int8 codes `quint8 - 128`, rounded as `torch.quantize_per_tensor` rounds.
 
-    The kernel rounds once after a fused multiply-add, so that x / scale + zero_point near a tie goes the way of its
-    float32 sum. On CPU `addcmul` is that fused operation; on CUDA it may round the product first, so it is done in
-    float64 there (`wide`), where the product of two float32 numbers is exact.
+    The kernel rounds once after a fused multiply-add. So the float32 sum decides how x / scale + zero_point rounds near
+    a tie. On CPU `addcmul` is that fused operation. On CUDA it may round the product first, so the sum is in float64
+    there (`wide`), where the product of two float32 numbers is exact.
     """
     wide = wide or (torch.float64 if x.is_cuda else torch.float32)
     if rounds_before_zero_point():
@@ -74,8 +74,8 @@ def quantize_weight(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def integer_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`x` (m, k) int8 times `weight` (n, k) int8 transposed, accumulated exactly: (m, n) int32.
 
-    Zeros fill k and n up to multiples of 8 and m above 16, which CUDA's kernel asks for; on CPU torch 2.13 gives wrong
-    products at k = 1 without them.
+    Zeros fill k and n up to multiples of 8, and m above 16, because CUDA's kernel needs them. On CPU, torch 2.13 gives
+    wrong products at k = 1 without them.
     """
     (m, k), n = x.shape, weight.shape[0]
     x = with_zeros(x, max(0, 17 - m), -k % 8)
@@ -89,11 +89,11 @@ def with_zeros(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def saturation(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The difference that saturation makes to the product of `x` (m, k) and `weight` (n, k), both int8: (m, n) int32.
+    """The change that saturation makes to the product of `x` (m, k) and `weight` (n, k), both int8: (m, n) int32.
 
-    A CPU without VNNI adds the products of columns 2i and 2i + 1 in int16 (vpmaddubsw) and keeps what exceeds int16 at
+    A CPU without VNNI adds the products of columns 2i and 2i + 1 in int16 (vpmaddubsw), and cuts sums beyond int16 at
     its limit. The CPU multiplies unsigned codes, `x` + 128. Only pairs that can exceed int16 for some row of the weight
-    are computed, which are few: codes and weights both have to be large.
+    are computed. They are few, because codes and weights must both be large.
     """
     odd = x.shape[1] % 2
     codes = with_zeros(x.float() + 128, 0, odd).unflatten(1, (-1, 2))
@@ -115,7 +115,7 @@ def cpu_kernel() -> str:
     """How the kernel of INC's INT8 linears adds products on this CPU, found by running it on large codes.
 
     Returns:
-        `exact`, as with VNNI; `saturating`, as with AVX2 alone, see `saturation`; `unknown` for any other result.
+        `exact`, as with VNNI; `saturating`, as with AVX2 alone (see `saturation`); `unknown` for any other result.
     """
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randint(-128, 128, (64, 64), generator=generator, dtype=torch.int8) for _ in range(2))
@@ -143,13 +143,13 @@ def per_channel(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def require_formula(device: torch.device) -> None:
-    """Refuse a device that needs the formula where the formula does not hold.
+    """Refuse a device that needs the formula if the formula does not hold for it.
 
     Raises:
-        InputError: the CPU's kernel is one that the formula does not know, or the device's int8 product is not exact.
+        InputError: the formula does not know the CPU's kernel, or the device's int8 product is not exact.
     """
     if device.type == "cpu":
-        return  # sites call INC's kernel itself
+        return  # on the CPU, sites call INC's kernel itself
     if cpu_kernel() == "unknown":
         raise InputError(
             f"torch's INT8 kernel on this CPU adds products in a way that {device.type} cannot repeat; set"
@@ -179,5 +179,5 @@ def weight_scale(weight: torch.Tensor, entry: dict[str, Any]) -> torch.Tensor:
 
 def dequantized(result: torch.Tensor, scale: torch.Tensor, zero_point: int) -> torch.Tensor:
     """Codes less their zero_point (float32, rounded, not yet saturated) as saturated float32 values."""
-    # The sum with 0 turns -0.0 into 0.0, which an integer code cannot tell apart either.
+    # The sum with 0 turns -0.0 into 0.0, because an integer code cannot tell them apart.
     return result.clamp_(-zero_point, 255 - zero_point).mul_(scale).add_(0.0)
