@@ -1,7 +1,7 @@
 """A hub on loopback: the endpoints that huggingface_hub and datasets call, over folders, with faults on demand.
 
-It answers as the real hub does: repository info and trees of a commit, `resolve` with ETag, commit, size and range
-headers, large files by a redirect to a second address, error codes in `X-Error-Code`.
+It answers as the real hub does: repository info and trees of a commit, and `resolve` with ETag, commit, size and range
+headers. Large files come by a redirect to a second address, error codes in `X-Error-Code`.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What scripts show: chatter in the log, words on the terminal, errors in one line with their exit code."""
+"""What scripts show: library output in the log, results on the terminal, errors in one line with their exit code."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""A config is answered in one line: what its keys take, what is refused, and what each message says."""
+"""Configs: what each key takes, what is refused, and what each message says."""
 
 import importlib.util
 import json
@@ -279,7 +279,7 @@ def test_a_local_source_that_is_not_there_is_named_before_any_job(tmp_path: Path
     ]
     (tmp_path / "m").touch()
     (tmp_path / "c").mkdir()
-    with pytest.raises(InputError, match=r"\Aconfig: model.path: .*/m is no directory; .*\Z"):
+    with pytest.raises(InputError, match=r"\Aconfig: model.path: .*/m is not a directory; .*\Z"):
         require_sources(config, tmp_path / "manifest.json")
     # Once the manifest is there, weights that stayed elsewhere make nothing stale.
     (tmp_path / "manifest.json").touch()

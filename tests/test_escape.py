@@ -1,4 +1,4 @@
-"""Text of strangers is shown as it is: it begins no markup, hides nothing, and computes nothing."""
+"""Untrusted text is shown as it is: it begins no markup, hides nothing, and computes nothing."""
 
 from html.parser import HTMLParser
 

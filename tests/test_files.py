@@ -1,4 +1,4 @@
-"""What is written: whole or not at all, by the umask, never over what is the user's, its leftovers cleared."""
+"""Files are written whole or not at all, with the umask's mode, never over the user's files; leftovers are removed."""
 
 import argparse
 import base64

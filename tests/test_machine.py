@@ -1,4 +1,4 @@
-"""Where to run is settled, and whether it fits, before anything long begins."""
+"""The device is chosen, and the memory is checked, before long work begins."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A record that was read is the one that was written, to the byte; a document with other fields is none."""
+"""A record is read back as it was written, to the byte; a document with other fields is refused."""
 
 import json
 

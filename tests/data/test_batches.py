@@ -214,10 +214,10 @@ def test_the_image_token_in_a_prompt_is_refused(processor, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("[]", "line 7: no JSON object"),
+        ("[]", "line 7: not a JSON object"),
         ('{"prompt": " "}', "line 7: no text under 'prompt'"),
-        ('{"prompt": "x", "image": 5}', "line 7: 'image' is no path"),
-        ('{"prompt": "x", "answer": 5}', "line 7: 'answer' is no text"),
+        ('{"prompt": "x", "image": 5}', "line 7: 'image' is not a path"),
+        ('{"prompt": "x", "answer": 5}', "line 7: 'answer' is not text"),
         ('{"prompt": "\udce9"}', "line 7: not valid JSON .*can't decode byte 0xe9"),
     ],
 )
@@ -241,7 +241,7 @@ def test_a_byte_order_mark_and_unicode_line_separators_are_text(processor, tmp_p
         ({"text": ["x"]}, "no column 'prompt'; there are text"),
         ({"prompt": pyarrow.array([], pyarrow.string())}, "holds no samples"),
         ({"prompt": ["x", None]}, "row 2: no text under 'prompt'"),
-        ({"prompt": ["x"], "answer": [3]}, "row 1: 'answer' is no text"),
+        ({"prompt": ["x"], "answer": [3]}, "row 1: 'answer' is not text"),
         ({"prompt": ["x"], "image": [3]}, "not a readable Parquet file"),
         ({"prompt": ["x"], "image": ["gone.png"]}, r"row 1: image .*gone\.png does not exist"),
     ],
@@ -297,7 +297,7 @@ def test_an_image_of_absurd_size_is_named(processor, tmp_path, monkeypatch):
 def test_one_sample_in_both_splits_is_refused(processor, tmp_path):
     path = tmp_path / "set.jsonl"
     path.write_text('{"prompt": "x"}\n' * 2)
-    with pytest.raises(InputError, match="are the same sample to the model, one drawn to calibrate on and one held"):
+    with pytest.raises(InputError, match="the calibration sample .* and the held-out sample .* are the same"):
         extract(local(path, num_samples=1, num_heldout=1, batch_size=1), processor, UNTRAINED)
 
 

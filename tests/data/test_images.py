@@ -180,7 +180,7 @@ def test_the_first_frame_of_an_animation_is_used_and_told() -> None:
         picture = open_picture(stored(frames[0], name, save_all=True, append_images=frames[1:], **lossless), "it")
         assert picture.image.getpixel((0, 0)) == RED and picture.more_frames
         assert not open_picture(stored(frames[0], name), "it").more_frames
-    # The second picture of a phone's MPO is no later frame.
+    # The second picture of a phone's MPO is not a later frame.
     assert not open_picture(stored(frames[0], "MPO", save_all=True, append_images=frames[1:]), "it").more_frames
 
 
@@ -205,9 +205,9 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(tmp_path / "socket.png"))
     expected = {
-        "fifo.png": "is no regular file",
-        "folder.png": "is no regular file",
-        "socket.png": "is no regular file",
+        "fifo.png": "is not a regular file",
+        "folder.png": "is not a regular file",
+        "socket.png": "is not a regular file",
         "loop.png": "cannot be read .*symbolic links",
         "broken.png": "does not exist",
         "x" * 300 + ".png": "cannot be read .*too long",
@@ -217,7 +217,7 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     for name, message in expected.items():
         with pytest.raises(InputError, match=f"it {message}"):
             open_picture(tmp_path / name, "it")
-    with pytest.raises(InputError, match="it is no regular file"):
+    with pytest.raises(InputError, match="it is not a regular file"):
         open_picture(Path("/dev/zero"), "it")
     listening.close()
 

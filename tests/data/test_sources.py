@@ -147,16 +147,16 @@ def test_a_conversation_in_a_parquet_is_read_as_a_list_or_as_json(folder: Path) 
         ({"prompt": "x", "response": "y"}, "rename 'response' to 'answer'"),
         ({"prompt": "x", "file_name": "y"}, "rename 'file_name' to 'image'"),
         ({"prompt": "x", "images": ["a.png", "a.png"]}, "several images in one sample are not supported yet"),
-        ({"prompt": "x", "image": "https://host/a.png"}, "image https://host/a.png is no path; save the image"),
-        ({"prompt": "x", "image": "data:image/png;base64,AAAA"}, "image data:image/png;base64,AAAA is no path"),
-        ({"prompt": "x", "image": "file:///a.png"}, "is no path"),
-        ({"prompt": "x", "image": ""}, "'image' is no path"),
-        ({"prompt": "x", "image": {"bytes": "a.png"}}, "'bytes' of the image are no bytes"),
+        ({"prompt": "x", "image": "https://host/a.png"}, "image https://host/a.png is not a path; save the image"),
+        ({"prompt": "x", "image": "data:image/png;base64,AAAA"}, "image data:image/png;base64,AAAA is not a path"),
+        ({"prompt": "x", "image": "file:///a.png"}, "is not a path"),
+        ({"prompt": "x", "image": ""}, "'image' is not a path"),
+        ({"prompt": "x", "image": {"bytes": "a.png"}}, "'bytes' of the image are not bytes"),
         ({"prompt": "x", "image": "\ud800.png"}, r"image '\\ud800\.png' holds half of a character"),
         ({"prompt": "<image><image>x", "image": "a.png"}, "several images in one sample are not supported yet"),
-        ({"messages": []}, "no list of messages"),
-        ({"messages": "x"}, "no list of messages"),
-        ({"messages": ["x"]}, "message 1: no JSON object"),
+        ({"messages": []}, "not a list of messages"),
+        ({"messages": "x"}, "not a list of messages"),
+        ({"messages": ["x"]}, "message 1: not a JSON object"),
         ({"messages": [ASSISTANT]}, "roles are assistant; user and assistant have to take turns"),
         ({"messages": [USER, USER]}, "roles are user, user; user and assistant have to take turns"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "message 1: the role 'tool' is not supported"),
@@ -180,17 +180,17 @@ def test_another_shape_is_refused_with_what_to_do(folder: Path, row: dict[str, A
 
 def test_a_json_file_has_to_be_a_list(folder: Path) -> None:
     (folder / "set.json").write_text('{"prompt": "x"}')
-    with pytest.raises(InputError, match=r"set\.json: no JSON list; give a list of samples, or a \.jsonl"):
+    with pytest.raises(InputError, match=r"set\.json: not a JSON list; give a list of samples, or a \.jsonl"):
         read(folder / "set.json")
 
 
 def test_a_key_that_a_row_has_twice_is_named_with_its_line(folder: Path) -> None:
     row = '{"prompt": "x", "answer": "y", "answer": "z"}'
     (folder / "set.jsonl").write_text(f'{{"prompt": "x"}}\n{row}\n')
-    with pytest.raises(InputError, match=r"set\.jsonl, line 2: .*the key 'answer' stands in it twice"):
+    with pytest.raises(InputError, match=r"set\.jsonl, line 2: .*the key 'answer' is there twice"):
         read(folder / "set.jsonl")
     (folder / "set.json").write_text(f"[{row}]")
-    with pytest.raises(InputError, match=r"set\.json: .*the key 'answer' stands in it twice"):
+    with pytest.raises(InputError, match=r"set\.json: .*the key 'answer' is there twice"):
         read(folder / "set.json")
 
 

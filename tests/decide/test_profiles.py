@@ -117,7 +117,7 @@ def curve(sqnr_of: dict[int, float | None]) -> Tradeoff:
         ({0: 0.0, 1: 9.0, 3: 9.1, 7: 9.2, 15: 9.3, 31: 10.0, 64: None}, 1),
         # A list beyond half of the ops, such as 63 with next to no error, moves nothing.
         ({0: 0.0, 1: 9.0, 3: 9.1, 7: 9.2, 15: 9.3, 31: 10.0, 63: 90.0, 64: None}, 1),
-        # A list worse than a shorter one is no point of the curve.
+        # A list worse than a shorter one is not a point of the curve.
         ({0: 0.0, 1: 5.0, 3: 9.0, 7: 2.0, 15: 9.5, 31: 10.0, 64: None}, 3),
         ({0: -6.0, 1: -1.0, 3: 3.0, 7: 3.5, 15: 4.0, 31: 4.0, 64: None}, 3),
         ({0: 0.0, 1: 2.0, 3: 4.0, 7: 6.0, 15: 8.0, 31: 10.0, 64: None}, None),  # straight

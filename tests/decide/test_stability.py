@@ -1,4 +1,4 @@
-"""The statistics of trust say what they are named for."""
+"""The statistics of stability measure what their names say."""
 
 import pytest
 from build import a_score

@@ -112,7 +112,7 @@ def test_what_a_tool_drops_or_adds_is_named_with_the_reason(written: Any) -> Non
     assert recipe["dropped"] == [PATCHES]
     assert recipe["added"] == dict.fromkeys([K_PROJ, V_PROJ, GATE_PROJ], IS_FUSED)
     assert recipe["notes"] == [
-        f"Left out, as nothing but Linear is quantized there: {PATCHES}.",
+        f"Left out, because the tool quantizes only Linear: {PATCHES}.",
         f"Kept too ({IS_FUSED}): {K_PROJ}, {V_PROJ}, {GATE_PROJ}.",
         TOOLS["llm_compressor"].remark,
     ]
@@ -226,7 +226,7 @@ def test_what_the_plan_keeps_is_kept_by_every_tool(tmp_path: Path, modules: Any)
 def test_an_op_that_the_model_does_not_have_is_refused_and_nothing_written(tmp_path: Path, modules: Any) -> None:
     (tmp_path / "exports").mkdir()
     (tmp_path / "exports" / "before").touch()
-    with pytest.raises(InputError, match="model.gone is no module of tiny; make the plan again"):
+    with pytest.raises(InputError, match="model.gone is not a module of tiny; make the plan again"):
         export_kept(tmp_path / "exports", ["model.gone"], modules, [])
     assert [path.name for path in (tmp_path / "exports").iterdir()] == ["before"]
 
@@ -257,7 +257,7 @@ def test_every_op_of_every_family_can_be_exported(architecture: str, tmp_path: P
 def test_a_name_that_means_two_modules_is_refused() -> None:
     kinds: dict[str, type[torch.nn.Module]] = {"model.proj": torch.nn.Linear, "other.proj": torch.nn.Linear}
     with pytest.raises(
-        InputError, match=r"model.proj: what is common to its names, proj, stands in other.proj as well"
+        InputError, match=r"model.proj: the common part of its names, proj, stands in other.proj as well"
     ):
         common_name("model.proj", kinds, [])
     assert common_name("other.proj", kinds, []) == "other.proj"

@@ -60,7 +60,7 @@ def test_a_model_whose_scatter_inc_drops_is_not_measured_by_inc(scattering, scat
     assert check["status"] == "cannot"
     assert check["reason"].startswith("with no op in INT8, INC's model differs from the FP32 model by a sum of squared")
     assert check["reason"].endswith("at lm_head on batch 0")
-    with pytest.raises(InputError, match=r"INC cannot measure this model: .*; set sensitivity.engine to replay, which"):
+    with pytest.raises(InputError, match=r"INC cannot measure this model: .*; set sensitivity.engine to replay, and"):
         require_measurable(scattering, scattering_plan.ops, "inc", check)
     with pytest.raises(InputError, match=r"INC cannot quantize this model: .* apply the profile with another tool"):
         require_inc(scattering_plan)
@@ -88,7 +88,7 @@ def test_the_audit_by_torchs_modules_finds_one_wrong_bit(scattering, ids, scatte
         for score in scattering_capture.scores
     ]
     wrong = replace(scattering_capture, scores=tuple(scores))
-    with pytest.raises(InputError, match=f"map {label}: {name} was captured as .* by torch's own quantized modules"):
+    with pytest.raises(InputError, match=f"map {label}, {name}: the capture has .*, and torch's own quantized modules"):
         audit_capture(scattering, ids, scattering_plan, wrong, len(scattering_plan.ops))
 
 

@@ -1,4 +1,4 @@
-"""Keep-lists are measured on the model itself, with the scales of the calibration, beside controls."""
+"""Keep-lists are measured on the model itself, with the scales of the calibration, and compared with controls."""
 
 import math
 from pathlib import Path
@@ -153,8 +153,8 @@ class Overflowing:
     ("value", "message"),
     [
         (1.0, "held-out batch 0, list ranking/4: mse_value of the model with a, b, c and 1 more in FP32 is inf; keep"),
-        (0.0, "held-out batch 0: the sum of squares of the FP32 output is 0.0, so no error can be compared with it"),
-        (math.nan, "held-out batch 0: the sum of squares of the FP32 output is nan, so no error can be compared"),
+        (0.0, "held-out batch 0: the sum of squares of the FP32 output is 0.0, so errors cannot be divided by the sum"),
+        (math.nan, "held-out batch 0: the sum of squares of the FP32 output is nan, so errors cannot be divided"),
     ],
 )
 def test_a_value_that_is_no_number_is_named_with_its_list(tmp_path: Path, value: float, message: str) -> None:

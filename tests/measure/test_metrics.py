@@ -1,4 +1,4 @@
-"""What is said of an output: INC's number as INC computes it, and metrics with known values."""
+"""The metrics of an output: INC's number as INC computes it, and metrics with known values."""
 
 import math
 

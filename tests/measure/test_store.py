@@ -102,7 +102,7 @@ def test_a_damaged_line_is_dropped_alone_and_the_next_score_repairs_the_file(
     path.write_bytes(b"".join(lines))
     with store.shelf(OF) as shelf:
         assert (shelf.records, shelf.dropped) == ({key: SCORES[key] for key in ("key0", "key2")}, 1)
-        assert shelf.news().endswith(f"dropped 1 damaged line of {path}, to be measured again")
+        assert shelf.news().endswith(f"dropped 1 damaged line of {path}, which will be measured again")
         assert path.read_bytes() == b"".join(lines)  # reading alone changes nothing
         shelf.add("key1", SCORES["key1"])
     assert lines_of(path) == [whole[number] for number in order]

@@ -1,4 +1,4 @@
-"""A stranger's chat template is rendered as it is, and ended where it takes too much time, memory or length."""
+"""An untrusted chat template is rendered unchanged, and stopped when it takes too much time, memory or length."""
 
 import copy
 from typing import Any

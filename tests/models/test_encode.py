@@ -211,7 +211,7 @@ def test_a_fitted_image_gives_the_pixels_of_the_original_bit_for_bit(
         ({"image_grid_thw": torch.tensor([[1, 4, 2]])}, r"of shapes \(\(16, 1176\), \(1, 3\)\), not \(\(8, 1176\)"),
         ({"pixel_values": torch.zeros(16, 588)}, r"of shapes \(\(16, 588\)"),
         ({"image_grid_thw": None}, "refuses it"),
-        ({"pixel_values": torch.full((16, 1176), torch.nan)}, "no finite float32"),
+        ({"pixel_values": torch.full((16, 1176), torch.nan)}, "not finite float32"),
     ],
 )
 def test_what_a_processor_returns_is_checked(processor: Processor, change: dict[str, Any], message: str) -> None:
@@ -346,7 +346,7 @@ def test_samples_of_equal_length_are_stacked_in_their_order(processor: Processor
 
 def test_samples_of_unequal_length_are_refused(processor: Processor) -> None:
     encoded = [encode(Sample("a", prompt), processor, LIMITS) for prompt in ("x", "x and more")]
-    with pytest.raises(InputError, match=r"cannot share a batch without padding.*set calibration\.batch_size to 1"):
+    with pytest.raises(InputError, match=r"cannot share a batch without padding.*Set calibration\.batch_size to 1"):
         collate(encoded)
 
 

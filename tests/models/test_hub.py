@@ -162,8 +162,8 @@ def test_a_gated_repository(download: Downloader) -> None:
 
 
 def test_a_moving_revision_is_refused_with_the_commit_that_it_is_now(download: Downloader) -> None:
-    assert f"'main' can move; pin the commit that it is now: {COMMIT}" in download.fails(revision="main")
-    assert "no commit of 40 hexadecimal digits" in download.fails(revision="main", HF_HUB_OFFLINE="1")
+    assert f"'main' can move; pin the commit to which it points now: {COMMIT}" in download.fails(revision="main")
+    assert "not a commit of 40 hexadecimal digits" in download.fails(revision="main", HF_HUB_OFFLINE="1")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_no_error_of_the_hub_shows_a_password(download: Downloader) -> None:
 
 
 def test_no_log_of_a_script_shows_a_password_or_a_token(download: Downloader, tmp_path: Path) -> None:
-    """HF_DEBUG has huggingface_hub log each request; a fault that is none of ours has its traceback logged."""
+    """With HF_DEBUG huggingface_hub logs each request; the log also holds the traceback of an unexpected error."""
     log = tmp_path / "get_model.log"
     command = [sys.executable, "scripts/get_model.py", "--name", "tiny", "--source", "hub", "--repo-id", REPO]
     command += ["--revision", COMMIT, "--path", str(tmp_path / "model"), "--log", str(log)]
@@ -393,7 +393,7 @@ def test_data_sets_that_cannot_be_drawn_from(calibrate: Calibrator) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"split": "test"}, "split test cannot be read"),
         ({"revision": "7" * 40}, "the repository has no such revision"),
-        ({"revision": "main"}, f"can move; pin the commit that it is now: {DATASET}"),
+        ({"revision": "main"}, f"can move; pin the commit to which it points now: {DATASET}"),
         ({"repo_id": "org/none"}, "calibration org/none at 555555555555: not found, or not yours to see"),
         ({"num_samples": 90, "num_heldout": 20}, "10 samples left for the heldout split, 20 asked"),
         ({"columns": COLUMNS | {"image": "answer"}}, "split val cannot be read"),

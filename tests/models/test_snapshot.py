@@ -227,10 +227,10 @@ def test_weights_in_two_files_under_an_index_are_those_of_one(snapshot, tmp_path
         (lambda names: [], "no weight_map from tensor names to file names"),
         (lambda names: {}, "no weight_map from tensor names to file names"),
         (lambda names: names.update({"lm_head.weight": 3}), "no weight_map from tensor names to file names"),
-        (lambda names: names.update({"lm_head.weight": "../a.safetensors"}), "which is no .safetensors file of this"),
-        (lambda names: names.update({"lm_head.weight": "/etc/a.safetensors"}), "which is no .safetensors file of this"),
-        (lambda names: names.update({"lm_head.weight": "config.json"}), "which is no .safetensors file of this"),
-        (lambda names: names.update({"lm_head.weight": "a\0.safetensors"}), "which is no .safetensors file of this"),
+        (lambda names: names.update({"lm_head.weight": "../a.safetensors"}), "is not a .safetensors file of this"),
+        (lambda names: names.update({"lm_head.weight": "/etc/a.safetensors"}), "is not a .safetensors file of this"),
+        (lambda names: names.update({"lm_head.weight": "config.json"}), "is not a .safetensors file of this"),
+        (lambda names: names.update({"lm_head.weight": "a\0.safetensors"}), "is not a .safetensors file of this"),
         (lambda names: names.update({"lm_head.weight": "c.safetensors"}), "names c.safetensors, not there"),
         (
             lambda names: names.update({"more.weight": "a.safetensors"}),
@@ -283,7 +283,7 @@ def test_shards_of_a_distributed_checkpoint_which_transformers_would_load_instea
 def test_what_is_no_file(snapshot, name):
     path = snapshot / name
     for make, said in (
-        (lambda: os.mkfifo(path), "no regular file"),
+        (lambda: os.mkfifo(path), "not a regular file"),
         (lambda: path.symlink_to(path.name), "cannot be read .Too many levels"),
         (lambda: path.symlink_to("nowhere"), "a link to nothing"),
     ):
@@ -451,7 +451,7 @@ def test_a_missing_tokenizer_is_named(snapshot):
 @pytest.mark.parametrize("template", [3, [], {"a": "b"}])
 def test_a_chat_template_that_is_no_text(snapshot, template):
     (snapshot / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    with pytest.raises(InputError, match="the chat template is no text"):
+    with pytest.raises(InputError, match="the chat template is not text"):
         load_processor(snapshot)
 
 

@@ -121,7 +121,7 @@ def recommended(points: Sequence[Profile], fp32: Profile, target: Target) -> tup
     if target.max_accuracy_drop is not None and fp32.accuracy == 0:
         return (
             None,
-            f"FP32 itself answers no held-out sample right, so no drop can show: the target is {described(target)}",
+            f"FP32 itself answers no held-out sample right, so no drop shows: the target is {described(target)}",
         )
     reached = [point for point in points if reaches(point, fp32, target)]
     if not reached:
