@@ -1,7 +1,7 @@
 """Fragility that is planted is found: an op whose input is given large outlier channels comes out on top and is kept.
 
-The rescaling does not change the model's function. A norm's weight grows in some channels, and the columns of the op that
-reads them shrink as much. In FP32 nothing changes; in INT8 one scale has to serve channels far apart.
+The rescaling does not change the model's function. A norm's weight grows in some channels, and the columns of the op
+that reads them shrink as much. In FP32 nothing changes; in INT8 one scale has to serve channels far apart.
 """
 
 from dataclasses import replace
