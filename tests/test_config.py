@@ -172,7 +172,7 @@ def test_a_name_that_is_no_folder_of_ones_own_is_refused(tmp_path: Path, block: 
     ("text", "said"),
     [
         (b"", "empty; write blocks such as model: {name: x}"),
-        (b"- a\n", "no mapping; write blocks such as model: {name: x}"),
+        (b"- a\n", "not a mapping; write blocks such as model: {name: x}"),
         (b"model: [1\n", "line 2: not a YAML config (expected ',' or ']', but got '<stream end>'); correct the line"),
         (
             b"model:\n\tname: x\n",

@@ -127,7 +127,7 @@ def arguments(name: str) -> list[str]:
 
 
 def error_of(name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:
-    """What a script prints as its error; it has to end as one that the user can mend, with one line."""
+    """What a script prints as its error; it must be an error that the user can correct, on one line."""
     monkeypatch.setattr(cli, "end_with_parent", lambda: None)  # here the parent is the test runner's
     assert auto_quantize.command(name).main(arguments(name)) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line]

@@ -86,7 +86,7 @@ def code_digest_of_modules(modules: Iterable[str]) -> str:
 
 
 def _digests(entries: Iterable[Path], library: Path) -> dict[Path, str]:
-    """The digests of the files at `entries`, and of every library file that runs on their account."""
+    """The digests of the files at `entries`, and of every library file that these files run."""
     files = _modules(library)
     names = {path: name for name, path in files.items()}
     digests: dict[Path, str] = {}
@@ -107,8 +107,8 @@ def _digests(entries: Iterable[Path], library: Path) -> dict[Path, str]:
 def _imported(imports: Iterable[Import], name: str, is_package: bool, modules: set[str]) -> set[tuple[str, bool]]:
     """The modules that one module runs, each with whether its functions may be called.
 
-    The `__init__` of every package above a module runs too. Its functions are not called on that account, so what they
-    import does not count, unless a name of the package itself is imported.
+    The `__init__` of every package above a module runs too. Its functions are not called for that reason, so their
+    imports do not count, unless a name of the package itself is imported.
 
     Args:
         imports: those of the module.
@@ -154,7 +154,7 @@ def _source(path: Path) -> Source:
 
 @cache  # the rules share most modules
 def _parsed(name: str, data: bytes) -> Source:
-    """What the Python file `name` with the content `data` holds."""
+    """The digest and the imports of the Python file `name` with the content `data`."""
     tree = ast.parse(data, name)
     at_import: list[Import] = []
     in_functions: list[Import] = []
@@ -163,7 +163,7 @@ def _parsed(name: str, data: bytes) -> Source:
 
 
 def _tidy(node: ast.AST, now: list[Import], later: list[Import]) -> None:
-    """Remove the texts that stand as statements, docstrings among them, from a tree, and collect its imports.
+    """Remove text statements, such as docstrings, from a tree, and collect its imports.
 
     Args:
         node: the tree, or a part of it.

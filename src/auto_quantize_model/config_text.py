@@ -153,7 +153,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except yaml.reader.ReaderError as error:
         raise InputError(f"{name}: character {error.position} is {error.character:#x}, which YAML forbids") from None
     if not isinstance(node, yaml.MappingNode):
-        what = "empty" if node is None or node.value == "" else "no mapping"
+        what = "empty" if node is None or node.value == "" else "not a mapping"
         raise InputError(f"{name}: {what}; write blocks such as model: {{name: x}}")
     return Unfolding(name).value(node, ())
 

@@ -161,7 +161,7 @@ def require_file(path: Path) -> None:
     if path.is_dir():
         raise InputError(f"{path}: a folder, where a file is to be written; name a file")
     if path.exists() and not path.is_file():
-        raise InputError(f"{path}: no ordinary file, so it is not replaced; name another path")
+        raise InputError(f"{path}: not an ordinary file, so it is not replaced; name another path")
 
 
 def require_writable(folder: Path) -> None:

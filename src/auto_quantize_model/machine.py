@@ -103,7 +103,7 @@ def require_free(wanted: float, what: str) -> None:
     free = psutil.virtual_memory().available
     if wanted > free:
         raise InputError(
-            f"{what} needs {wanted / GIB:.1f} GiB, and this machine has {free / GIB:.1f} GiB free; do it on a machine"
+            f"{what} needs {wanted / GIB:.1f} GiB, and this machine has {free / GIB:.1f} GiB free; use a machine"
             " with more memory"
         )
 

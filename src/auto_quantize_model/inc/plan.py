@@ -209,9 +209,9 @@ def check_inc(planned: Planned, batches: Sequence[Batch]) -> IncCheck:
 def incs_problem(planned: Planned, batch: Batch) -> str:
     """What is wrong with INC's conversion of a model, by INC's unmodified helpers; empty if nothing is wrong.
 
-    With no op quantized, INC's model must give the FP32 output, bit for bit. It may not: FX drops an in-place operation
-    whose result nobody reads, such as `scatter_`, and INC then measures another model. With every op quantized, INC's
-    model must run.
+    With no op quantized, INC's model must give the FP32 output, bit for bit. It fails where FX drops an in-place
+    operation whose result nobody reads, such as `scatter_`: INC then measures another model. With every op quantized,
+    INC's model must run.
     """
     reached = ["no_op"]
     try:

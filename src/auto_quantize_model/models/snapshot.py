@@ -172,7 +172,7 @@ def check_snapshot(directory: Path) -> dict[str, Any]:
     for key, value in items(config):
         if COUNTS.search(key) and type(value) is int and value > max(len(tensors), 1000):
             raise InputError(
-                f"{path}: {key} is {value}, and the weight files hold {len(tensors)} tensors; mend config.json, or"
+                f"{path}: {key} is {value}, and the weight files hold {len(tensors)} tensors; correct config.json, or"
                 " download the snapshot again"
             )
     return config
@@ -237,14 +237,14 @@ def check_architecture(config: dict[str, Any], path: Path) -> None:
         )
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise InputError(
-            f"{path}: model_type {model_type!r} is unknown to transformers {transformers.__version__}; mend config.json"
+            f"{path}: model_type {model_type!r} is unknown to transformers {transformers.__version__}; correct the file"
         )
     class_of_type = {getattr(transformers, name).config_class.model_type: name for name in PATCH_EMBEDS}
     expected = class_of_type.get(model_type) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     if architecture != expected:
         raise InputError(
             f"{path}: architectures names {architecture}, and model_type {model_type!r} is that of"
-            f" {expected or 'no causal language model'}; mend config.json"
+            f" {expected or 'no causal language model'}; correct config.json"
         )
     if architecture in PATCH_EMBEDS:
         return
@@ -276,7 +276,7 @@ def check_contents(directory: Path) -> None:
     if towers := [name for name in tensors if TOWER.search(name)] if not takes_images else []:
         raise InputError(
             f"{directory}: the weights of a tower for images or sound ({listed(towers)}), which the architecture"
-            f" {config['architectures'][0]} does not have; use the text model, or mend config.json"
+            f" {config['architectures'][0]} does not have; use the text model, or correct config.json"
         )
     with explained(directory / "config.json"):
         require_filled(directory, tensors, empty_model(directory))

@@ -290,13 +290,13 @@ def same_values(directory: Path, one: Tensor, name: str, other: Tensor, other_na
 
 
 WRONG = {
-    "missing_keys": ("the files lack", "would be random numbers; download the snapshot again, or mend config.json"),
-    "mismatched_keys": ("of another shape in the files:", "config.json and the weights are of two models; mend either"),
-    "conversion_errors": ("not convertible by transformers:", "download the snapshot again, or mend config.json"),
+    "missing_keys": ("the files lack", "would be random numbers; download the snapshot again, or correct config.json"),
+    "mismatched_keys": ("of another shape in the files:", "config.json and the weights are of two models; correct one"),
+    "conversion_errors": ("not convertible by transformers:", "download the snapshot again, or correct config.json"),
     "unexpected_keys": (
         "unexpected in the files:",
         "the model has no place for them: leftovers of a quantization or an adapter, or config.json is of another"
-        " model; remove them, or mend config.json",
+        " model; remove them, or correct config.json",
     ),
 }
 

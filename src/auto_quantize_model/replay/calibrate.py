@@ -26,7 +26,7 @@ def calibrate(
         plan: as `inc.plan.build_plan` returns it; its first `confidence_batches` batches are scored.
         batches: all calibration batches.
         whole_set: whether to calibrate on all of them together as well.
-        on_progress: called after each forward with what is done and the total.
+        on_progress: called after each forward with the number done and the total.
 
     Raises:
         InputError: an op's input or output is not finite.

@@ -61,7 +61,7 @@ class OtherOrder(InputError):
     """A model ran its blocks in another order than in the calibration, so kept outputs would be wrong."""
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"{what} where the calibration ran otherwise: the model chooses its blocks by its values")
+        super().__init__(f"{what}, unlike in the calibration: the model chooses its blocks by its values")
 
 
 class Replay:
