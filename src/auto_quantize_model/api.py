@@ -175,8 +175,8 @@ def tradeoff(
         greedy_ops: how many ops are chosen greedily; 0 takes no such steps.
 
     Raises:
-        InputError: an argument is wrong, a held-out batch is a calibration batch too, the replay does not cover an op,
-            or a number is not finite.
+        InputError: an argument is wrong, a held-out batch sets scales too, the replay does not cover an op, or a number
+            is not finite.
     """
     device = _device_of(model)
     calibration, unseen = _batches(batches, "batches", device), _batches(heldout, "heldout", device)
