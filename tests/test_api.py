@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from build import a_plan, an_op
 from transformers import AutoModelForImageTextToText
 
 import auto_quantize_model as aq
 from auto_quantize_model import api
+from auto_quantize_model.config import Config
 from auto_quantize_model.decide.ranking import most_sensitive_first
 from auto_quantize_model.made.digits import LIMITS, digit_samples
 from auto_quantize_model.measure.capture import capture_sensitivity
@@ -156,10 +156,9 @@ def test_a_batch_that_cannot_be_measured_is_named(model: Small, batches: Any, me
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"confidence_batches": 3}, r"^confidence_batches: 3; give a number from 1 to 2"),
-        ({"maps": ["isolated", "all"]}, r"^maps: all; choose of isolated, fallback, requantize$"),
-        ({"maps": []}, r"^maps: none; choose of"),
-        ({"engine": "torch"}, r"^engine: torch; choose of replay, inc, auto$"),
+        ({"confidence_batches": 3}, r"^batches: 2, and confidence_batches is 3; give more batches$"),
+        ({"confidence_batches": 0}, r"^sensitivity\.confidence_batches: 0"),
+        ({"maps": ["isolated", "all"]}, r"^sensitivity\.maps.*all"),
     ],
 )
 def test_a_plan_that_nothing_can_follow_is_refused(model: Small, asked: Any, message: str) -> None:
@@ -172,7 +171,7 @@ def test_a_plan_that_nothing_can_follow_is_refused(model: Small, asked: Any, mes
     [
         ([], {}, r"^heldout: an empty list"),
         ([ids(6), BATCHES[1]], {}, r"^heldout\[1\]: the same as batches\[1\]"),
-        (HELDOUT, {"greedy_ops": -1}, r"^greedy_ops: -1 is negative"),
+        (HELDOUT, {"greedy_ops": -1}, r"^tradeoff\.greedy_ops: -1"),
         (HELDOUT, {"answers": []}, r"^answers: 0 entries for 1 held-out batches"),
         (HELDOUT, {"answers": [[None]]}, r"^answers\[0\]: 1 entries for 2 samples"),
         (HELDOUT, {"answers": [[None, range(0, 1)]]}, r"^answers\[0\]: range\(0, 1\); name positions from 1 to 2"),
@@ -192,18 +191,18 @@ def test_torchs_switches_are_as_before_also_after_an_error(monkeypatch: pytest.M
 
     monkeypatch.setattr(api, "choose_device", set_all)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    with pytest.raises(aq.InputError), api._measuring(torch.device("cpu"), "test"):
+    with pytest.raises(aq.InputError), api._exact(torch.device("cpu")):
         assert not torch.backends.cudnn.allow_tf32 and not torch.is_grad_enabled()
         raise aq.InputError
     assert torch.backends.cudnn.allow_tf32 and not torch.are_deterministic_algorithms_enabled()
 
 
 def test_defaults_are_those_of_the_config() -> None:
-    config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
-    for function, block in ((aq.plan, config["sensitivity"]), (aq.tradeoff, config["tradeoff"])):
+    config = Config()
+    for function, block in ((aq.plan, config.sensitivity), (aq.tradeoff, config.tradeoff)):
         for name, parameter in inspect.signature(function).parameters.items():
-            if name in block and name != "maps":
-                assert parameter.default == (None if block[name] == {} else block[name]), name
+            if name in type(block).model_fields and name != "maps":
+                assert parameter.default == (getattr(block, name) or None), name
 
 
 def test_the_package_hands_out_each_name_and_no_module_hides_one() -> None:

@@ -18,13 +18,15 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from auto_quantize_model.decide.profiles import Target, build_profiles
+from auto_quantize_model.config import PlanSpec, Target, TradeoffSpec
+from auto_quantize_model.config_text import read_block
+from auto_quantize_model.decide.profiles import build_profiles
 from auto_quantize_model.decide.ranking import most_sensitive_first, ranked
 from auto_quantize_model.documents import read_document, write_document
 from auto_quantize_model.files import InputError, digest_of
 from auto_quantize_model.machine import choose_device, explained_out_of_memory
 from auto_quantize_model.measure.capture import Engine, Progress, capture_sensitivity, digest_of_batch
-from auto_quantize_model.measure.heldout import Greedy, measure_tradeoff
+from auto_quantize_model.measure.heldout import measure_tradeoff
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.records import (
     Capture,
@@ -39,8 +41,6 @@ from auto_quantize_model.records import (
 from auto_quantize_model.replay.model import Batch, Replay
 
 INC_NEEDS = ("neural_compressor", "six", "pkg_resources", "transformers")
-ENGINES = ("replay", "inc", "auto")
-MAPS = ("isolated", "fallback", "requantize")
 Batches = Sequence[Mapping[str, torch.Tensor]]
 Saved = Plan | Capture | Tradeoff | Profiles
 KINDS: dict[str, type[Saved]] = {"plan": Plan, "capture": Capture, "tradeoff": Tradeoff, "profiles": Profiles}
@@ -59,7 +59,7 @@ def plan(
 ) -> Plan:
     """Have Intel Neural Compressor (INC) plan which ops it would quantize, and how. The model stays as it was.
 
-    The keywords are the keys of the config's block `sensitivity`. Error messages name them so.
+    The keywords are keys of the config's block `sensitivity`. Error messages name them so.
 
     Args:
         model: FP32, eval mode, on the CPU. `model(**batch)` returns an object with `logits`, float32 of shape
@@ -81,17 +81,22 @@ def plan(
     scored = _batches(batches, "batches", device)
     if device.type != "cpu":
         raise InputError(f"model: on {device}, and INC plans on the CPU; call model.cpu(), and move the batches too")
-    if not 1 <= confidence_batches <= len(scored):
-        raise InputError(f"confidence_batches: {confidence_batches}; give a number from 1 to {len(scored)} (batches)")
-    _require_names("maps", maps, MAPS)
-    _require_names("engine", [engine], ENGINES)
+    asked = {
+        "engine": engine,
+        "confidence_batches": confidence_batches,
+        "maps": list(maps),
+        "reduce_range": reduce_range,
+        "op_type_dict": dict(op_type_dict or {}),
+        "op_name_dict": dict(op_name_dict or {}),
+    }
+    spec = read_block(PlanSpec, asked, "sensitivity")
+    if confidence_batches > len(scored):
+        raise InputError(f"batches: {len(scored)}, and confidence_batches is {confidence_batches}; give more batches")
     _require_inc()
-    from auto_quantize_model.inc.plan import SensitivitySpec, build_plan
+    from auto_quantize_model.inc.plan import build_plan
     from auto_quantize_model.models.snapshot import fx_safe
 
-    kept = dict(op_type_dict or {}), dict(op_name_dict or {})
-    spec = SensitivitySpec(engine, confidence_batches, tuple(maps), *kept, reduce_range)
-    with torch.no_grad(), fx_safe(model):
+    with _exact(device), fx_safe(model):
         return build_plan(model, scored, spec)
 
 
@@ -183,9 +188,8 @@ def tradeoff(
     _require_ops(model, plan)
     _require_capture(plan, capture)
     _require_unseen(unseen, calibration)
-    for name, value in (("greedy_candidates", greedy_candidates), ("greedy_ops", greedy_ops)):
-        if value < 0:
-            raise InputError(f"{name}: {value} is negative; 0 takes no greedy steps")
+    asked = {"heldout_batches": len(unseen), "greedy_candidates": greedy_candidates, "greedy_ops": greedy_ops}
+    spec = read_block(TradeoffSpec, asked, "tradeoff")
     with _measuring(device, "trade-off") as on_progress, _store(store) as scores:
         return measure_tradeoff(
             model,
@@ -195,7 +199,7 @@ def tradeoff(
             unseen,
             _answers(answers, unseen),
             scores,
-            Greedy(greedy_candidates, greedy_ops),
+            spec,
             on_progress=on_progress,
         )
 
@@ -222,7 +226,12 @@ def profiles(
     Raises:
         InputError: a value is out of its range.
     """
-    return build_profiles(tradeoff, Target(min_sqnr_db, max_accuracy_drop, max_weight_bytes))
+    asked = {
+        "min_sqnr_db": min_sqnr_db,
+        "max_accuracy_drop": max_accuracy_drop,
+        "max_weight_bytes": max_weight_bytes,
+    }
+    return build_profiles(tradeoff, read_block(Target, asked, "profiles"))
 
 
 def save(record: Saved, path: str | PathLike[str]) -> None:
@@ -299,11 +308,6 @@ def _batches(batches: Batches, name: str, device: torch.device) -> list[Batch]:
         if "input_ids" not in batch or batch["input_ids"].dim() != 2:
             raise InputError(f"{place}: no input_ids of shape (samples, tokens); give the token ids under that key")
     return [dict(batch) for batch in batches]
-
-
-def _require_names(name: str, given: Sequence[str], known: Sequence[str]) -> None:
-    if not given or (unknown := sorted(set(given) - set(known))):
-        raise InputError(f"{name}: {unknown[0] if given else 'none'}; choose of {', '.join(known)}")
 
 
 def _require_inc() -> None:
@@ -411,11 +415,23 @@ def _store(folder: str | PathLike[str] | None) -> Iterator[ScoreStore]:
 
 
 @contextmanager
-def _measuring(device: torch.device, what: str) -> Iterator[Progress]:
-    """A bar on standard error, no gradients, and float32 that means float32; torch's switches are set back."""
+def _exact(device: torch.device) -> Iterator[None]:
+    """No gradients, and float32 that means float32. Torch's switches are set back at the end."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     tf32 = matmul.allow_tf32, cudnn.allow_tf32
     deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        choose_device(device.type)
+        with torch.no_grad():
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = tf32
+        torch.use_deterministic_algorithms(deterministic)
+
+
+@contextmanager
+def _measuring(device: torch.device, what: str) -> Iterator[Progress]:
+    """Exact arithmetic, and a bar on standard error: call what is yielded with what is done and the total."""
     # In a notebook or a file each update may be a line, so updates are rare there.
     bar = tqdm(desc=what, mininterval=0.5 if sys.stderr.isatty() else 15, dynamic_ncols=True)
 
@@ -423,10 +439,5 @@ def _measuring(device: torch.device, what: str) -> Iterator[Progress]:
         bar.total = total
         bar.update(done - bar.n)
 
-    try:
-        choose_device(device.type)
-        with bar, torch.no_grad(), explained_out_of_memory(device):
-            yield show
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = tf32
-        torch.use_deterministic_algorithms(deterministic)
+    with bar, _exact(device), explained_out_of_memory(device):
+        yield show
