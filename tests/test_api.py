@@ -166,6 +166,25 @@ def test_a_plan_that_nothing_can_follow_is_refused(model: Small, asked: Any, mes
         aq.plan(model, BATCHES, **asked)
 
 
+@pytest.mark.slow
+def test_a_model_of_ones_own_is_planned_and_inc_measures_the_same_bits(model: Small) -> None:
+    plan = aq.plan(model, BATCHES, op_type_dict={"Embedding": "fp32"}, engine="inc")
+    assert plan.op_names == ["body", "head"] and plan.inc_check["status"] == "reproduces_fp32"
+    by_inc, replayed = (aq.capture(model, BATCHES, replace(plan, engine=engine)) for engine in ("inc", "replay"))
+    assert [score.mse_value for score in by_inc.scores] == [score.mse_value for score in replayed.scores]
+    model.forward = lambda input_ids: torch.zeros(1)
+    with pytest.raises(aq.InputError, match=r"^model: returns a Tensor; return an object with the tensor logits$"):
+        aq.plan(model, BATCHES)
+
+
+@pytest.mark.gpu
+def test_a_model_on_a_gpu_is_measured_there(model: Small) -> None:
+    capture = aq.capture(model.cuda(), [{"input_ids": batch["input_ids"].cuda()} for batch in BATCHES], PLAN)
+    assert capture.arithmetic.device == "cuda" and not capture.tf32
+    with pytest.raises(aq.InputError, match=r"^batches\[0\]\['input_ids'\]: on cpu, and the model is on cuda:0"):
+        aq.capture(model, BATCHES, PLAN)
+
+
 @pytest.mark.parametrize(
     ("heldout", "asked", "message"),
     [

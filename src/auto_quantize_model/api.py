@@ -97,6 +97,7 @@ def plan(
     from auto_quantize_model.models.snapshot import fx_safe
 
     with _exact(device), fx_safe(model):
+        _require_logits(model, scored[0])
         return build_plan(model, scored, spec)
 
 
@@ -308,6 +309,17 @@ def _batches(batches: Batches, name: str, device: torch.device) -> list[Batch]:
         if "input_ids" not in batch or batch["input_ids"].dim() != 2:
             raise InputError(f"{place}: no input_ids of shape (samples, tokens); give the token ids under that key")
     return [dict(batch) for batch in batches]
+
+
+def _require_logits(model: torch.nn.Module, batch: Batch) -> None:
+    """Refuse a model whose output has no `logits`. What the model itself raises stays as it is, with its traceback.
+
+    Raises:
+        InputError: as said.
+    """
+    output = model(**batch)
+    if not isinstance(getattr(output, "logits", None), torch.Tensor):
+        raise InputError(f"model: returns a {type(output).__name__}; return an object with the tensor logits")
 
 
 def _require_inc() -> None:
