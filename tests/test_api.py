@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import a_plan, an_op
+from build import a_capture, a_plan, an_op
 from transformers import AutoModelForImageTextToText
 
 import auto_quantize_model as aq
@@ -102,17 +102,18 @@ def test_a_stored_plan_is_measured_where_inc_is_not_installed(
 
 
 def test_a_store_keeps_scores_and_gives_those_of_no_other_model(model: Small, tmp_path: Path) -> None:
-    first = aq.capture(model, BATCHES, PLAN, store=tmp_path)
+    plan = replace(PLAN, confidence_batches=1)
+    first = aq.capture(model, BATCHES, plan, store=tmp_path)
     shelves = set(tmp_path.iterdir())
-    assert aq.capture(model, BATCHES, PLAN, store=tmp_path) == first and set(tmp_path.iterdir()) == shelves
+    assert aq.capture(model, BATCHES, plan, store=tmp_path) == first and set(tmp_path.iterdir()) == shelves
     model.sign = -1.0
-    changed = [aq.capture(model, BATCHES, PLAN, store=tmp_path)]
+    changed = [aq.capture(model, BATCHES, plan, store=tmp_path)]
     with torch.no_grad():
         model.embed.weight[0, 0] += 1
-    changed.append(aq.capture(model, BATCHES, PLAN, store=tmp_path))
+    changed.append(aq.capture(model, BATCHES, plan, store=tmp_path))
     assert len(set(tmp_path.iterdir())) == 3 * len(shelves)
     assert all(capture.scores != first.scores for capture in changed)
-    assert changed[-1] == aq.capture(model, BATCHES, PLAN)
+    assert changed[-1] == aq.capture(model, BATCHES, plan)
 
 
 def half(model: Small) -> Small:
@@ -198,9 +199,8 @@ def test_a_model_on_a_gpu_is_measured_there(model: Small) -> None:
     ],
 )
 def test_held_out_batches_that_prove_nothing_are_refused(model: Small, heldout: Any, asked: Any, message: str) -> None:
-    capture = aq.capture(model, BATCHES, PLAN)
     with pytest.raises(aq.InputError, match=message):
-        aq.tradeoff(model, BATCHES, heldout, PLAN, capture, **asked)
+        aq.tradeoff(model, BATCHES, heldout, PLAN, a_capture(PLAN, {}, []), **asked)
 
 
 def test_torchs_switches_are_as_before_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
