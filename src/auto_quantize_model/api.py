@@ -191,6 +191,7 @@ def tradeoff(
     _require_unseen(unseen, calibration)
     asked = {"heldout_batches": len(unseen), "greedy_candidates": greedy_candidates, "greedy_ops": greedy_ops}
     spec = read_block(TradeoffSpec, asked, "tradeoff")
+    spans = _answers(answers, unseen)
     with _measuring(device, "trade-off") as on_progress, _store(store) as scores:
         return measure_tradeoff(
             model,
@@ -198,7 +199,7 @@ def tradeoff(
             most_sensitive_first(plan, capture),
             calibration,
             unseen,
-            _answers(answers, unseen),
+            spans,
             scores,
             spec,
             on_progress=on_progress,
