@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import a_capture, a_plan, an_op
+from build import ACTIVATION, a_capture, a_plan, an_op
 from transformers import AutoModelForImageTextToText
 
 import auto_quantize_model as aq
@@ -25,7 +25,10 @@ from auto_quantize_model.models.snapshot import load_model
 from auto_quantize_model.replay.model import Batch
 
 ROOT = Path(__file__).parents[1]
-PLAN = a_plan([an_op(name, shape=(8, 8), weight_bytes=256, executions=(1, 1)) for name in ("body", "head")])
+FAST = ACTIVATION | {"name": "MinMaxObserver"}
+PLAN = a_plan(
+    an_op(name, shape=(8, 8), weight_bytes=256, executions=(1, 1), activation=FAST) for name in ("body", "head")
+)
 
 
 class Small(torch.nn.Module):
