@@ -48,8 +48,11 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def room(module: str, names: dict[str, Path]) -> str:
-    """The folder that a module lies in; `root` for modules that lie in none, `package` for the package's `__init__`."""
-    if module == "__init__":
+    """The folder that a module lies in; `root` for modules that lie in none.
+
+    `package` is the package's `__init__` with `api`, whose functions the `__init__` hands out.
+    """
+    if module in ("__init__", "api"):
         return "package"
     return module.split(".")[0] if "." in module or names[module].name == "__init__.py" else "root"
 

@@ -393,9 +393,31 @@ def load_model(directory: Path) -> PreTrainedModel:
         )
     model, loading = loaded
     require_complete(directory, loading)
-    for module in model.modules():
-        module.__class__ = FX_SAFE.get(type(module), type(module))
+    make_fx_safe(model)
     return model.eval().requires_grad_(False)
+
+
+def make_fx_safe(model: torch.nn.Module) -> list[tuple[torch.nn.Module, type[torch.nn.Module]]]:
+    """Give each patch embedding the forward of `FxSafePatchEmbed`.
+
+    Returns:
+        Each changed module and its class before.
+    """
+    changed = [(module, type(module)) for module in model.modules() if type(module) in FX_SAFE]
+    for module, before in changed:
+        module.__class__ = FX_SAFE[before]
+    return changed
+
+
+@contextmanager
+def fx_safe(model: torch.nn.Module) -> Iterator[None]:
+    """Make a model safe for FX, and give each module its class back at the end."""
+    changed = make_fx_safe(model)
+    try:
+        yield
+    finally:
+        for module, before in changed:
+            module.__class__ = before
 
 
 def model_class(config: dict[str, Any]) -> Any:
