@@ -1,4 +1,4 @@
-"""The statistics of trust say what they are named for."""
+"""The statistics of stability: agreement between batches and metrics, ties, and the sum of errors."""
 
 import pytest
 from build import a_score

@@ -19,7 +19,7 @@
     );
   }
 
-  // What is far from 1 as a power of ten.
+  // Numbers far from 1 are shown as powers of ten.
   const shown = (value, digits = 4) => {
     if (value === null || value === undefined) return "–";
     if (Number.isInteger(value) && Math.abs(value) < 1e6) return String(value);
@@ -28,8 +28,8 @@
   };
   const maps = read("maps");
   const measured = (key) => Object.values(maps).some((map) => map.ops.some((row) => row[key] !== null));
-  // What no op has a value of is no column: INC measures one sum, and a text has no image.
-  const optional = { kl_divergence: "kl_divergence", top1_agreement: "top1_agreement" };
+  // A column without any value is left out: INC measures one sum, a text has no image, a running total has no rank.
+  const optional = { rank: "rank", kl_divergence: "kl_divergence", top1_agreement: "top1_agreement" };
   Object.assign(optional, { image_relative_error: "image_relative_error", text_relative_error: "image_relative_error" });
   const columns = [
     ["rank", "rank"],
@@ -47,7 +47,8 @@
   const table = document.getElementById("ops");
   const [head, body] = [table.tHead.rows[0], table.tBodies[0]];
   const control = (id) => document.getElementById(id);
-  const sorting = { key: "mse_value", sign: -1 };
+  // Rows come with the most sensitive op first, and those of a map without ranks in the plan's order.
+  const sorting = { key: "rank", sign: 1 };
 
   for (const [key, title] of columns) {
     const button = make("button", title, { type: "button" });
@@ -112,10 +113,8 @@
   control("filter").addEventListener("input", show);
   control("type").addEventListener("change", show);
   control("map").addEventListener("change", () => {
-    // The most sensitive first: in the fallback map that is the op without which the least error is left.
-    Object.assign(sorting, { key: "mse_value", sign: control("map").value === "isolated" ? -1 : 1 });
+    Object.assign(sorting, { key: "rank", sign: 1 });
     show();
   });
-  if (control("map").value !== "isolated") sorting.sign = 1;
   show();
 })();
