@@ -2,10 +2,10 @@
 
     python scripts/compare_sensitivity.py A.json B.json [--markdown OUT.md] [--json OUT.json]
 
-They differ where Kendall's tau of the rankings is below --tau, where more than --top-changes ops came into or vanished
-from the --top most sensitive, or where all-INT8 lost more than --sqnr-drop. A move is beyond the noise where the places
-that the op would take within one standard deviation of its mse_value are others in each report; with one batch that is
-unknown.
+The reports differ if Kendall's tau of the rankings is below --tau, or if all-INT8 lost more SQNR than --sqnr-drop. They
+also differ if more than --top-changes ops entered or left the --top most sensitive. The range of an op holds the ranks
+that it would get with its mse_value one standard deviation higher or lower. A move is beyond the noise if the ranges of
+both reports share no rank; with one batch the noise is unknown.
 
 Exit code: 0 the reports agree, 1 they differ, 2 bad input, 3 an unexpected error.
 """
