@@ -241,6 +241,8 @@ USERS = {
     "archive.py": {"archive_results"},
     "report/page.py": {"render_page"},
     "report/templates/op_sensitivity.html.j2": {"render_page"},
+    "report/page.js": {"render_page"},
+    "report/page.css": {"render_page"},
     "report/figures.py": {"render_page", "draw_figures"},
     "report/document.py": {"render_report"},
     "report/templates/op_sensitivity.md.j2": {"render_report"},

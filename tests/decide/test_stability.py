@@ -1,4 +1,4 @@
-"""The statistics of stability measure what their names say."""
+"""The statistics of stability: agreement between batches and metrics, ties, and the sum of errors."""
 
 import pytest
 from build import a_score

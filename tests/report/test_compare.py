@@ -1,4 +1,4 @@
-"""Two reports compared: noise is no difference, a changed top set is one, and a CI job can act on the exit code."""
+"""Two reports compared: noise is not a difference, a changed top set is, and a CI job can act on the exit code."""
 
 import copy
 import json
@@ -36,8 +36,8 @@ def report(
     """A report of ops one apart in mse_value, the most sensitive first: with 0.4 of spread none is another's noise."""
     found = copy.deepcopy(WHOLE)
     found["versions"] |= versions
-    found["trust"]["rank_tau"] = rank_tau
-    rows = [row(name, float(value), spread) for value, name in enumerate(reversed(names), start=1)]
+    found["stability"]["rank_tau"] = rank_tau
+    rows = [row(name, float(value), spread) for value, name in enumerate(reversed(names), start=1)][::-1]
     found["maps"]["isolated"]["ops"] = rows
     return found
 
@@ -65,19 +65,19 @@ def test_a_report_never_differs_from_itself(
 
 
 @given(st.lists(measured))
-def test_an_ops_range_contains_its_own_place(ops: list[tuple[float, float | None]]) -> None:
+def test_an_ops_range_contains_its_own_rank(ops: list[tuple[float, float | None]]) -> None:
     rows = [row(str(index), value, spread) for index, (value, spread) in enumerate(ops)]
     found = standings(rows)
-    assert [standing.place for standing in found.values()] == list(range(1, len(ops) + 1))
+    assert [standing.rank for standing in found.values()] == list(range(1, len(ops) + 1))
     for index, (_, spread) in enumerate(ops):
-        place, reach = found[str(index)]
+        rank, reach = found[str(index)]
         assert (reach is None) == (spread is None)
-        assert reach is None or 1 <= reach[0] <= place <= reach[1] <= len(ops)
+        assert reach is None or 1 <= reach[0] <= rank <= reach[1] <= len(ops)
 
 
 def test_tied_ops_share_their_range_without_any_spread() -> None:
     found = standings([row("a", 1.0, 0.0), row("b", 1.0, 0.0), row("c", 2.0, 0.0)])
-    assert found == {"c": (1, (1, 1)), "b": (2, (2, 3)), "a": (3, (2, 3))}
+    assert found == {"c": (1, (1, 1)), "a": (2, (2, 3)), "b": (3, (2, 3))}
 
 
 def test_a_move_between_disjoint_ranges_is_beyond_the_noise() -> None:
@@ -107,7 +107,7 @@ def test_noise_covers_a_move_whose_ranges_overlap() -> None:
     assert " up |" not in markdown
 
 
-def test_ranges_that_share_one_place_overlap() -> None:
+def test_ranges_that_share_one_rank_overlap() -> None:
     found = compared(report("abcde", spread=1.0), report("cabde", spread=1.0))
     assert found["moved"][0]["first_range"] == (2, 4)
     assert found["moved"][0]["second_range"] == (1, 2)
@@ -142,7 +142,7 @@ def test_ten_of_417_ops_that_move_from_the_bottom_to_the_top_differ_though_tau_i
     assert names_of(found["entered"]) == names[-10:]
     assert names_of(found["left"]) == names[:10]
     markdown = to_markdown(found)
-    assert "417 of 417 common ops moved beyond the noise, 0 within it. The farthest 20:" in markdown
+    assert "417 of 417 common ops moved beyond the noise, 0 within it. The largest 20:" in markdown
     assert markdown.count(" up |") + markdown.count(" down |") == 20
 
 
@@ -236,12 +236,12 @@ def test_reports_that_cannot_be_compared() -> None:
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"top": 0}, "top: 0 is no size"),
-        ({"tau": 1.1}, "tau: 1.1 is no Kendall's tau"),
-        ({"tau": -1.1}, "tau: -1.1 is no Kendall's tau"),
-        ({"tau": float("nan")}, "tau: nan is no Kendall's tau"),
-        ({"changes": -1}, "top changes: -1 is no number"),
-        ({"sqnr_drop": float("nan")}, "sqnr drop: nan is no loss"),
+        ({"top": 0}, "top: 0 is not a number of ops"),
+        ({"tau": 1.1}, "tau: 1.1 is not a Kendall's tau"),
+        ({"tau": -1.1}, "tau: -1.1 is not a Kendall's tau"),
+        ({"tau": float("nan")}, "tau: nan is not a Kendall's tau"),
+        ({"changes": -1}, "top changes: -1 is not a number"),
+        ({"sqnr_drop": float("nan")}, "sqnr drop: nan is not a loss"),
     ],
 )
 def test_limits_that_make_no_sense_are_refused(limits: dict[str, Any], message: str) -> None:
@@ -265,7 +265,7 @@ def test_a_fall_of_the_sqnr_of_all_int8_differs(sqnr_db: float | None, differs: 
     assert found["differs"] is differs
     if differs:
         assert found["reasons"] == [
-            "With every op in INT8 the SQNR fell from 20.00 dB to 16.50 dB; it may lose 3.00 dB."
+            "With every op in INT8 the SQNR fell from 20.00 dB to 16.50 dB; the limit is a loss of 3.00 dB."
         ]
     assert "With every op in INT8: 20.00 dB, then " in to_markdown(found)
 
@@ -286,7 +286,7 @@ def test_runs_with_7_and_8_bits_of_activation_are_warned_of_and_do_not_differ_by
     assert "| reduce_range | True | False |" in markdown
 
 
-def test_what_the_recommended_profile_keeps_anew_is_named() -> None:
+def test_what_the_recommended_profile_newly_keeps_is_named() -> None:
     reports = report(), report()
     assert "cannot be compared" in to_markdown(compared(*reports))
     for one, kept in zip(reports, (["a", "b"], ["b", "c"]), strict=True):
@@ -311,7 +311,7 @@ def run_script(folder: Path, second: Any, *options: str) -> subprocess.Completed
         (report("jihgfedcba"), [], 1),
         (report("jihgfedcba"), ["--tau", "-1", "--top-changes", "10"], 0),
         ([], [], 2),
-        ({key: value for key, value in report().items() if key != "trust"}, [], 2),
+        ({key: value for key, value in report().items() if key != "stability"}, [], 2),
         (report() | {"all_int8": report()["all_int8"] | {"sqnr_db": float("nan")}}, [], 2),
         (report(), ["--top", "0"], 2),
         (report(), ["--top", "many"], 2),

@@ -102,15 +102,31 @@ def by_inc():
     return dict.fromkeys(PLAN["maps"], of_one)
 
 
-def test_the_primary_table_runs_from_least_to_most_sensitive_with_ties_in_plan_order():
-    rows = build_report(*parts())["maps"]["isolated"]["ops"]
-    assert [row["op_name"] for row in rows] == ["layers.0.mlp", "layers.1.mlp", "visual.proj", "lm_head"]
-    assert [row["rank"] for row in rows] == [1, 2, 3, 4]
-    assert [row["tied"] for row in rows] == [True, True, False, False]
+def test_rank_1_is_the_most_sensitive_op_and_a_running_total_has_no_ranks():
+    maps = build_report(*parts())["maps"]
+    by_value = ["layers.0.mlp", "layers.1.mlp", "visual.proj", "lm_head"]
+    assert [row["op_name"] for row in maps["isolated"]["ops"]] == by_value[::-1]
+    assert [row["tied"] for row in maps["isolated"]["ops"]] == [False, False, True, True]
+    assert [row["op_name"] for row in maps["fallback"]["ops"]] == by_value
+    for label in ("isolated", "fallback"):
+        assert [row["rank"] for row in maps[label]["ops"]] == [1, 2, 3, 4]
+    assert [row["op_name"] for row in maps["requantize"]["ops"]] == NAMES
+    assert [(row["rank"], row["tied"]) for row in maps["requantize"]["ops"]] == [(None, False)] * 4
+
+
+def test_the_primary_table_runs_from_least_to_most_sensitive_and_says_so():
+    markdown, _ = render(build_report(*parts()))
+    section = markdown.split("## Isolated map")[1].split("\n## ")[0]
+    assert "the last op is the most sensitive, and `rank` counts from the least sensitive op, 1." in section
+    rows = [line.split(" | ")[:2] for line in section.splitlines() if re.match(r"\| \d", line)]
+    names = ["layers.0.mlp", "layers.1.mlp", "visual.proj", "lm_head"]
+    assert rows == [[f"| {rank}", f"`{name}`"] for rank, name in zip(("1 =", "2 =", "3", "4"), names, strict=True)]
+    assert "| 1 | `lm_head` |" in markdown.split("## The most sensitive ops")[1].split("\n## ")[0]
+    assert "\n| op_name | op_type |" in markdown.split("## Requantize map")[1].split("\n## ")[0]
 
 
 def test_scores_are_aggregated_over_batches():
-    row = build_report(*parts())["maps"]["isolated"]["ops"][-1]
+    row = build_report(*parts())["maps"]["isolated"]["ops"][0]
     assert row["mse_value"] == 6.0
     assert math.isclose(row["mse_value_std"], math.sqrt(8))
     assert row["relative_error"] == 12 / 2000
@@ -186,19 +202,19 @@ def test_a_model_that_inc_cannot_measure_is_the_first_warning():
 
 
 @pytest.mark.parametrize(
-    ("audit", "words"),
+    ("audit", "sentence"),
     [
         ({"status": "bit_identical", "compared": 18}, "18 values (1 op, maps isolated, batch 0) were measured again"),
-        ({"status": "not_needed"}, "**Audit:** Not needed, Intel Neural Compressor itself measured every op"),
+        ({"status": "not_needed"}, "**Audit:** Not needed: Intel Neural Compressor itself measured every op"),
         (
             {"status": "sites_bit_identical", "rank_agreement": {"isolated": 0.94}},
             "over these ops (batch 0): isolated 0.94.",
         ),
     ],
 )
-def test_the_audit_stands_in_the_report(audit, words):
+def test_the_audit_stands_in_the_report(audit, sentence):
     markdown, _ = render(build_report(*parts(audit=audit)))
-    assert words in markdown
+    assert sentence in markdown
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -220,7 +236,7 @@ def test_a_low_all_int8_sqnr_warns_of_the_fallback_map():
 
 def test_an_op_without_error_has_no_sqnr_and_is_still_valid_json():
     report = build_report(*parts(scores={"isolated": {"visual.proj": [record(0.0), record(0.0)]}}))
-    assert report["maps"]["isolated"]["ops"][0]["sqnr_db"] is None
+    assert report["maps"]["isolated"]["ops"][-1]["sqnr_db"] is None
     render(report)
 
 
@@ -243,7 +259,7 @@ def test_every_markdown_table_has_as_many_cells_in_each_row_as_in_its_head():
             widths = []
     for heading in ("Isolated map", "Fallback map", "Requantize map", "Excluded ops", "Ops not exercised"):
         assert f"## {heading}" in markdown
-    assert "The lowest is the most sensitive" in markdown
+    assert "the lowest is the most sensitive" in markdown
     assert "\n\n\n\n" not in markdown
 
 
@@ -298,7 +314,7 @@ def test_tables_hold_no_formula():
     report = build_report(*parts())
     report["maps"]["isolated"]["ops"][0] |= {"op_name": "=cmd|' /C calc'!A0", "op_type": "+x", "mse_value": -1.0}
     lines = tables(report)["ranking"].to_csv(index=False).splitlines()
-    assert lines[1].startswith("1,True,'=cmd|' /C calc'!A0,'+x,-1.0,")
+    assert lines[1].startswith("1,False,'=cmd|' /C calc'!A0,'+x,-1.0,")
 
 
 def test_a_map_that_was_not_measured_says_so():

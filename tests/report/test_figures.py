@@ -1,18 +1,16 @@
 """Every picture is drawn from any report, says why where nothing was measured, and takes op names as plain data."""
 
-import argparse
-import importlib.util
 import itertools
 import json
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from build import a_point, a_tradeoff
 from test_document import NAMES, UNMEASURED, by_inc, parts, record
 
+from auto_quantize_model.commands import draw_figures
 from auto_quantize_model.config import Target
 from auto_quantize_model.decide.profiles import build_profiles
 from auto_quantize_model.documents import write_document
@@ -95,7 +93,7 @@ def no_error_at_all():
 
 
 def drawn(report, name, directory):
-    """The words of a picture's SVG."""
+    """The texts of a picture's SVG."""
     path = directory / f"{name}.svg"
     save(figures(report)[name], path)
     return [" ".join(text.itertext()) for text in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
@@ -132,18 +130,18 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_picture_is_drawn_and_says_what_was_not_measured(case, tmp_path):
-    report, words = CASES[case]
+    report, said = CASES[case]
     assert list(figures(report())) == FOUR
     for name in FOUR:
         seen = " ".join(drawn(report(), name, tmp_path))
         assert "tiny" in seen
-        assert words.get(name, "") in seen
+        assert said.get(name, "") in seen
 
 
 def test_the_heat_map_has_a_panel_for_repeated_blocks_and_one_for_the_other_ops(tmp_path):
-    words = drawn(report_of(), "heat_map", tmp_path)
-    assert {"Language: layers", "Outside the repeated blocks", "mlp", "visual.proj", "lm_head"} <= set(words)
-    assert "22.2" in words  # lm_head: 12 of 2000
+    texts = drawn(report_of(), "heat_map", tmp_path)
+    assert {"Language: layers", "Outside the repeated blocks", "mlp", "visual.proj", "lm_head"} <= set(texts)
+    assert "22.2" in texts  # lm_head: 12 of 2000
 
 
 def test_the_axis_of_kept_ops_starts_at_zero_and_the_state_without_error_is_not_drawn():
@@ -156,9 +154,10 @@ def test_only_the_ten_most_sensitive_of_many_ops_are_labelled_and_all_are_in_the
     names = [f"model.layers.{index}.mlp.up_proj" for index in range(417)]
     report = report_of()
     (row,) = (row for row in report["maps"]["isolated"]["ops"] if row["op_name"] == "lm_head")
-    report["maps"]["isolated"]["ops"] = [row | {"op_name": name, "mse_value": 1.0 + i} for i, name in enumerate(names)]
-    words = drawn(report, "ranked_ops", tmp_path)
-    assert [word for word in words if word in names] == names[:-11:-1]
+    rows = [row | {"op_name": name, "mse_value": 500.0 - i, "rank": i + 1} for i, name in enumerate(names)]
+    report["maps"]["isolated"]["ops"] = rows
+    texts = drawn(report, "ranked_ops", tmp_path)
+    assert [text for text in texts if text in names] == names[:10]
     spec = json.dumps(figures(report)["ranked_ops"].chart.to_dict())
     assert all(json.dumps(name) in spec for name in names)
 
@@ -173,7 +172,8 @@ def test_no_label_lies_on_another_at_417_ops(tmp_path):
     curve = [point(size, 20 + size / 20 if size < len(blocks) else None) for size in keep_sizes(len(blocks))]
     report = report_of(tradeoff(curve), Target(min_sqnr_db=30))
     row = report["maps"]["isolated"]["ops"][0]
-    report["maps"]["isolated"]["ops"] = [row | {"op_name": name, "mse_value": 1.0 + i} for i, name in enumerate(blocks)]
+    rows = [row | {"op_name": name, "mse_value": 500.0 - i, "rank": i + 1} for i, name in enumerate(blocks)]
+    report["maps"]["isolated"]["ops"] = rows
     report["ops"] = [report["ops"][0] | {"op_name": name} for name in blocks]
     assert len(blocks) == 417
     for name in FOUR:
@@ -244,9 +244,7 @@ def test_a_failed_drawing_and_another_suffix_leave_nothing_behind(tmp_path):
 def test_a_picture_is_not_drawn_where_a_folder_lies(tmp_path):
     write_document(tmp_path / "report.json", "report", report_of())
     (tmp_path / "tradeoff.png").mkdir()
-    spec = importlib.util.spec_from_file_location("draw", Path(__file__).parents[2] / "scripts" / "draw_figures.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    arguments = ["--report", str(tmp_path / "report.json"), "--directory", str(tmp_path)]
     with pytest.raises(InputError, match=r"tradeoff\.png: a folder, where a file is to be written; name a file"):
-        script.draw_figures(argparse.Namespace(report=tmp_path / "report.json", directory=tmp_path))
+        draw_figures.draw_figures(draw_figures.parser().parse_args(arguments))
     assert not list(tmp_path.glob("*.svg"))

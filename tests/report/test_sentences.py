@@ -17,8 +17,8 @@ def said(found):
 def test_a_control_that_does_better_is_named_as_such():
     text = said(tradeoff())["Against chance"]
     assert "+1.5 dB over random ones, +2.5 dB over the ranking reversed, -0.5 dB over the largest weights first" in text
-    assert "worse than the largest weights first at 1, 2 kept." in text and "the mean of" not in text
-    assert "Against the largest weights first the ranking does not earn its place here." in text
+    assert "worse than the largest weights first with 1, 2 kept ops." in text and "the mean of" not in text
+    assert "In this mean the ranking is not better than the largest weights first." in text
 
 
 def test_without_a_curve_to_compare_nothing_is_said_of_chance():
@@ -27,11 +27,12 @@ def test_without_a_curve_to_compare_nothing_is_said_of_chance():
     assert sentences.certainty(report_of())[0][0] == "Between batches"  # no trade-off at all
 
 
-@pytest.mark.parametrize(("gained", "words_of_it"), [(0.5, "better than"), (-0.5, "no better than")])
-def test_the_greedy_refinement_is_judged_against_the_ranking(gained, words_of_it):
+@pytest.mark.parametrize(("gained", "verdict"), [(0.5, "better than"), (-0.5, "not better than")])
+def test_the_greedy_refinement_is_judged_against_the_ranking(gained, verdict):
     found = tradeoff(greedy_gain_db=gained)
     text = said(with_greedy(found, found.curves["ranking"][:2]))["Greedy refinement"]
-    assert f"of up to 1 op are {words_of_it} those along the ranking ({gained:+.2f} dB)" in text
+    assert text.startswith("Keep-lists of up to 1 op, chosen op by op on a calibration batch, are")
+    assert text.endswith(f"are {verdict} those along the ranking ({gained:+.2f} dB).")
 
 
 def test_the_refinement_helps_where_one_keep_list_of_it_does_better():
@@ -43,8 +44,8 @@ def test_the_refinement_helps_where_one_keep_list_of_it_does_better():
     assert sentences.refinement_helps(found)
     assert sentences.decision(found) == (
         "Keep 1 of 4 ops in FP32.",
-        "They are the fewest of the measured keep-lists that reach the target (min_sqnr_db 26), found by the"
-        " greedy refinement.",
+        "This is the shortest measured keep-list that reaches the target (min_sqnr_db 26), found by the greedy"
+        " refinement.",
     )
 
 
@@ -89,12 +90,12 @@ def rendered(report):
 @pytest.mark.parametrize(
     ("int8", "fp32", "answers", "sentence"),
     [
-        (0.0, 0.0, 64, "FP32 itself gives 0 of 64 held-out answers right, and INT8 0: too few"),
-        (0.03125, 0.0, 64, "FP32 itself gives 0 of 64 held-out answers right, and INT8 2: too few"),
-        (0.0, 0.0625, 64, "FP32 itself gives only 4 of 64 held-out answers right, and INT8 0: too few"),
-        (1.0, 1.0, 1, "FP32 itself gives only 1 of 1 held-out answer right, and INT8 1: too few"),
+        (0.0, 0.0, 64, "FP32 itself gives 0 of 64 held-out answers right, and INT8 0. These are too few"),
+        (0.03125, 0.0, 64, "FP32 itself gives 0 of 64 held-out answers right, and INT8 2. These are too few"),
+        (0.0, 0.0625, 64, "FP32 itself gives only 4 of 64 held-out answers right, and INT8 0. These are too few"),
+        (1.0, 1.0, 1, "FP32 itself gives only 1 of 1 held-out answer right, and INT8 1. These are too few"),
         (0.5, 0.5, 64, "INT8 costs nothing measurable in accuracy here: 50.00 % of 64"),
-        (0.5, 0.5, 64, "as many as in FP32. The trade-off therefore shows SQNR"),
+        (0.5, 0.5, 64, "as many as in FP32. The trade-off therefore shows the SQNR"),
         (0.75, 0.5, 64, "with every op in INT8, more than the 50.00 % in FP32."),
         (0.5, 0.75, 64, "50.00 % of 64 held-out answers are right with every op in INT8, 75.00 % in FP32."),
     ],
@@ -108,7 +109,9 @@ def test_the_accuracy_is_judged_only_where_fp32_answers_enough_right(int8, fp32,
 
 def test_equal_answers_do_not_hide_a_broken_output():
     found = with_states({"accuracy": 0.9, "sqnr_db": 4.0, "top1_agreement": 0.4}, {"accuracy": 0.9})
-    assert "as many as in FP32: the answers do not show what INT8 does" in " ".join(sentences.costs(report_of(found)))
+    assert "as many as in FP32. The answers do not show how much INT8 changes the output." in " ".join(
+        sentences.costs(report_of(found))
+    )
 
 
 def test_without_any_error_there_is_nothing_to_gain_in_sqnr():
@@ -124,11 +127,11 @@ BROKEN = {"sqnr_db": 4.0, "relative_error": 0.398, "top1_agreement": 0.412, "acc
 def test_that_int8_breaks_the_model_is_said_with_values_and_limits():
     report = report_of(with_states(BROKEN), Target(min_sqnr_db=45))
     assert sentences.breaks(report) == [
-        "INT8 breaks this model: with every op in INT8 the output on held-out samples has an SQNR of 4 dB (below 10"
-        " dB), FP32's most likely token at 41.2 % of the positions (below 75 %) and 10.00 % of the answers right, where"
-        " FP32 has 90.00 % (below 75 % of that)."
+        "INT8 breaks this model (every op in INT8, on held-out samples). The SQNR is 4 dB (limit 10 dB). The most"
+        " likely token stays the same at 41.2 % of the positions (limit 75 %). 10.00 % of the answers are right, in"
+        " FP32 90.00 % (limit 75 % of that)."
     ]
-    assert "\n\n**INT8 breaks this model: with every op" in rendered(report)
+    assert "\n\n**INT8 breaks this model (every op" in rendered(report)
     assert (
         sentences.breaks(report_of(tradeoff(), Target(min_sqnr_db=45))) == []
     )  # 20 dB, 75 %, 80 % where FP32 has 90 %
@@ -137,19 +140,19 @@ def test_that_int8_breaks_the_model_is_said_with_values_and_limits():
 def test_a_target_that_a_broken_model_reaches_is_said_to_be_too_low():
     report = report_of(with_states(BROKEN), Target(min_sqnr_db=3))
     assert sentences.decision(report)[0] == "Keep nothing: INT8 reaches the target as it is."
-    assert sentences.breaks(report)[1] == "The target is too low to see that: ask more of it."
+    assert sentences.breaks(report)[1] == "The target is too loose to show that: choose a stricter one."
     low = with_states(BROKEN)
     low = with_point(low, "ranking", 1, sqnr_db=9.0, relative_error=10**-0.9)
     low = with_point(low, "weight_bytes", 1, sqnr_db=8.0, relative_error=10**-0.8)
     report = report_of(low, Target(min_sqnr_db=8.5))
     assert sentences.breaks(report)[1] == (
-        "The recommended profile does not mend that: it has an SQNR of 9 dB (below 10 dB). Ask more of the target."
+        "The recommended profile does not repair that. The SQNR is 9 dB (limit 10 dB). Choose a stricter target."
     )
 
 
 def test_without_held_out_samples_the_calibration_batches_say_whether_int8_breaks_the_model():
     (sentence,) = sentences.breaks(report_of(all_int8=(400.0, 400.0)))
-    assert "the output on the calibration batches has an SQNR of 3.979 dB (below 10 dB) and FP32's" in sentence
+    assert "on the calibration batches). The SQNR is 3.979 dB (limit 10 dB). The most likely" in sentence
     by_inc = {"mse_value": 10.0}  # INC's engine gives no top-1
     assert sentences.breaks(report_of(all_int8=(by_inc, by_inc))) == []
 
@@ -163,22 +166,23 @@ CURVE += [point(6, 30.0, ["e", "f"]), point(8, None, ["g", "h"])]
     [
         (
             {"min_sqnr_db": 45.0},
-            "The measured list nearest to the target keeps 6 of 8 ops, along the ranking: it has an SQNR of 30.00 dB"
-            " and misses by 15 dB.",
+            "keep-list nearest to the target keeps 6 of 8 ops, along the ranking. It has an SQNR of 30.00 dB"
+            " and misses the target by 15 dB.",
         ),
         (
             {"min_sqnr_db": 45.0, "max_weight_bytes": 3000},
-            "The measured list nearest to the target keeps 2 of 8 ops, along the ranking: it has an SQNR of 14.00 dB"
-            " and misses by 31 dB.",
+            "keep-list nearest to the target keeps 2 of 8 ops, along the ranking. It has an SQNR of 14.00 dB"
+            " and misses the target by 31 dB.",
         ),
         (
             {"max_weight_bytes": 100},
-            "The measured list nearest to the target keeps no op: it has an SQNR of 4.00 dB and misses by 0.0009 MB.",
+            "keep-list nearest to the target keeps no op. It has an SQNR of 4.00 dB and misses the target by 0.0009"
+            " MB.",
         ),
         (
             {"max_accuracy_drop": 0.0},
-            "The measured list nearest to the target keeps 1 of 8 ops, along the ranking: it has an SQNR of 10.00 dB"
-            " and misses by 5 percentage points of accuracy.",
+            "keep-list nearest to the target keeps 1 of 8 ops, along the ranking. It has an SQNR of 10.00 dB"
+            " and misses the target by 5 percentage points of accuracy.",
         ),
     ],
 )
@@ -188,10 +192,10 @@ def test_where_the_target_is_missed_the_nearest_list_and_the_knee_are_given(targ
     headline, why = sentences.decision(report)
     assert headline == "No profile is recommended." and nearest in why
     assert why.endswith(
-        "The knee of the measured curve is at 2 ops of 8, along the ranking: there the output has an SQNR of 14.00 dB,"
-        " 10.00 dB more than with every op in INT8, and each further doubling of the list buys less."
+        "The knee of the measured curve is at 2 ops of 8, along the ranking. There the output has an SQNR of 14.00 dB,"
+        " 10.00 dB more than with every op in INT8. Each further doubling of the list gains less."
     )
-    assert "\nAt the knee are kept:\n\n1. `a`\n2. `b`\n" in rendered(report)
+    assert "\nThe ops kept at the knee:\n\n1. `a`\n2. `b`\n" in rendered(report)
     assert "| 8 | `h` | 0.009 | no error | no error | no error |" in rendered(report)
 
 
@@ -223,7 +227,7 @@ def test_a_profile_worse_than_all_int8_in_another_metric_is_remarked_where_it_st
     found = with_point(tradeoff(), "ranking", 1, top1_agreement=0.7, kl_divergence=0.500001)
     found = with_point(found, "weight_bytes", 1, relative_error=0.5)
     report = report_of(found, Target(min_sqnr_db=24))
-    sentence = "does worse than all-INT8 in top-1 (0.7, all-INT8 0.75) and KL divergence (0.500001, all-INT8 0.5)."
+    sentence = "is worse than all-INT8 in top-1 (0.7, all-INT8 0.75) and KL divergence (0.500001, all-INT8 0.5)."
     assert f"recommended {sentence}" in sentences.remarks(report)
     assert report["profiles"]["profiles"]["recommended"]["worse"] == {"top1_agreement": 0.75, "kl_divergence": 0.5}
     assert f"\n- recommended {sentence}\n" in rendered(report)
@@ -242,8 +246,8 @@ def test_a_text_model_has_no_columns_of_images():
     assert "| image error | text error |" in rendered(report_of())
 
 
-TRUST = {"batches": 2, "rank_tau": 0.9, "rank_tau_lowest": 0.9, "top": 1, "top_shared": 1, "ties": 0}
-TRUST |= {"metric_tau": None, "additivity": None}
+STABILITY = {"batches": 2, "rank_tau": 0.9, "rank_tau_lowest": 0.9, "top": 1, "top_shared": 1, "ties": 0}
+STABILITY |= {"metric_tau": None, "additivity": None}
 
 
 @pytest.mark.parametrize(
@@ -259,21 +263,21 @@ TRUST |= {"metric_tau": None, "additivity": None}
         ({"batches": 3, "rank_tau_lowest": 0.5}, 4, "Between batches", "(lowest 0.50; 1 is the same order"),
         ({"rank_tau": -0.001}, 4, "Between batches", "a Kendall's tau of 0.00 ("),
         ({"rank_tau": None}, 4, "Between batches", "Unknown: fewer than two ops ran in every batch, or"),
-        ({"rank_tau": None, "batches": 1}, 4, "Between batches", "Unknown, one batch was scored; raise"),
+        ({"rank_tau": None, "batches": 1}, 4, "Between batches", "Unknown, because only one batch was scored; raise"),
         ({"ties": 4}, 4, "Ties", "4 of 4 ops share their value with another"),
         ({"additivity": 1.0}, 4, "As a sum", "1 times the error with every op in INT8: nearly a sum."),
         ({"additivity": 1.0}, 1, "As a sum", None),  # of one op it says nothing
     ],
 )
 def test_what_is_said_of_the_ranking_fits_what_is_known_of_it(changes, ops, name, sentence):
-    found = dict(sentences.between(TRUST | changes, ops))
+    found = dict(sentences.between(STABILITY | changes, ops))
     assert sentence in found[name] if sentence else name not in found
 
 
 def test_where_no_op_ran_that_is_said_and_no_map_is_called_unmeasured():
     never = dict.fromkeys(NAMES, (0, 0))
     report = build_report(*parts(executions=never, audit={"ops": (), "compared": 0}))
-    assert sentences.certainty(report) == [("Ranking", "No op ran on the scored batches, so there is none.")]
+    assert sentences.certainty(report) == [("Ranking", "No op ran on the scored batches, so there is no ranking.")]
     assert sentences.audited(report["audit"]) == "Nothing was measured again: no op ran on batch 0."
     assert top_table(report) == "no op ran on the scored batches: no ranking"
     assert "4 ops never ran on the scored batches, so nothing is known of them." in rendered(report)
@@ -282,7 +286,7 @@ def test_where_no_op_ran_that_is_said_and_no_map_is_called_unmeasured():
 def test_gains_that_round_to_nothing_are_none():
     text = said(tradeoff(gains_db={"random": 0.04, "inverse": -0.04, "weight_bytes": 2.0}))["Against chance"]
     assert "+0.0 dB over random ones, +0.0 dB over the ranking reversed, +2.0 dB over the largest" in text
-    assert "Against random ones and the ranking reversed the ranking does not earn its place here." in text
+    assert "In this mean the ranking is not better than random ones and the ranking reversed." in text
 
 
 def test_one_batch_has_no_worst_one():

@@ -158,7 +158,12 @@ rule render_page:
     benchmark:
         f"{RUN}/benchmarks/render_page.tsv"
     params:
-        code=code_digest("scripts/render_page.py", "src/auto_quantize_model/report/templates/op_sensitivity.html.j2"),
+        code=code_digest(
+            "scripts/render_page.py",
+            "src/auto_quantize_model/report/templates/op_sensitivity.html.j2",
+            "src/auto_quantize_model/report/page.js",
+            "src/auto_quantize_model/report/page.css",
+        ),
         files=file_options,
         versions=versions_of(*DRAWING),
     shell:

@@ -170,11 +170,11 @@ def reaches(point: Profile, fp32: Profile, target: Target) -> bool:
 
 
 def described(target: Target) -> str:
-    """The parts of a target that are set, in words."""
-    words = {
+    """The parts of a target that are set, as text."""
+    texts = {
         "min_sqnr_db": "an SQNR of at least {} dB",
         "max_accuracy_drop": "an accuracy drop of at most {}",
         "max_weight_bytes": "weights of at most {} bytes",
     }
     asked = target.model_dump(exclude_none=True)
-    return " and ".join(text.format(asked[name]) for name, text in words.items() if name in asked)
+    return " and ".join(text.format(asked[name]) for name, text in texts.items() if name in asked)

@@ -1,16 +1,18 @@
-"""From a capture's scores to a ranking: aggregate each op's scores over the batches, and sort the ops.
+"""From a capture's records to a ranking: each op's scores aggregated over batches, the most sensitive op first.
 
 In: scores of a map, and the sums of squares of the FP32 output. Out: rows as the report shows them.
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pandas as pd
-
 from auto_quantize_model.measure.aggregate import decibels, mean, ratio
 from auto_quantize_model.records import Capture, Op, Plan, Score
+
+# Whether a high mse_value means a sensitive op. A map that is not here ranks nothing.
+HIGH_IS_SENSITIVE = {"isolated": True, "fallback": False}
 
 
 def aggregated(scores: Sequence[Score | None], references: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
@@ -49,20 +51,32 @@ def aggregated(scores: Sequence[Score | None], references: Sequence[Mapping[str,
 
 
 def ranked(
-    ops: Sequence[Op], scores: Mapping[str, Sequence[Score | None]], references: Sequence[Mapping[str, float]]
+    label: str,
+    ops: Sequence[Op],
+    scores: Mapping[str, Sequence[Score | None]],
+    references: Sequence[Mapping[str, float]],
 ) -> list[dict[str, Any]]:
-    """The ops by ascending `mse_value`, with their rank from 1; `tied` marks a shared value (in the plan's order)."""
-    if not ops:
-        return []
-    rows = [{"op_name": op.op_name, "op_type": op.op_type, **aggregated(scores[op.op_name], references)} for op in ops]
-    table = pd.DataFrame(rows, dtype=object).sort_values("mse_value", kind="stable")
-    table.insert(0, "rank", range(1, len(table) + 1))
-    table.insert(1, "tied", table["mse_value"].duplicated(keep=False).astype(object))
-    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+    """The ops of a map as rows, each with its rank, whether it is tied, its name, type and aggregated scores.
+
+    Rank 1 is the most sensitive op and comes first: the highest `mse_value` of the isolated map, the lowest of the
+    fallback map. Ops with the same value are marked as tied. Among these the isolated map ranks the later one in the
+    plan first, the fallback map the earlier one. The requantize map is a running total: its rows stay in the plan's
+    order, and their rank is None.
+    """
+    rows: list[dict[str, Any]] = [
+        {"op_name": op.op_name, "op_type": op.op_type, **aggregated(scores[op.op_name], references)} for op in ops
+    ]
+    if label not in HIGH_IS_SENSITIVE:
+        return [{"rank": None, "tied": False, **row} for row in rows]
+    rows.sort(key=lambda row: row["mse_value"])
+    if HIGH_IS_SENSITIVE[label]:
+        rows.reverse()
+    count = Counter(row["mse_value"] for row in rows)
+    return [{"rank": rank, "tied": count[row["mse_value"]] > 1, **row} for rank, row in enumerate(rows, start=1)]
 
 
 def most_sensitive_first(plan: Plan, capture: Capture) -> list[str]:
     """The names of the measured ops by the isolated map, the most sensitive first."""
     references = [batch.reference for batch in capture.batches]
-    rows = ranked([op for op in plan.ops if op.ran], capture.of_map("isolated"), references)
-    return [row["op_name"] for row in rows][::-1]
+    rows = ranked("isolated", [op for op in plan.ops if op.ran], capture.of_map("isolated"), references)
+    return [row["op_name"] for row in rows]

@@ -28,19 +28,19 @@ IDENTITY = {
 
 
 class Standing(NamedTuple):
-    """An op's place among others, from 1 at the most sensitive, and the places that its noise allows."""
+    """An op's rank among others, 1 for the most sensitive, and the ranks that its noise allows."""
 
-    place: int
+    rank: int
     range: tuple[int, int] | None  # first and last; None where one batch gives no spread
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Beyond what two reports differ.
+    """The limits within which two reports agree.
 
-    `tau` is the least Kendall's tau-b of the rankings; where it is None, that by which batches of one run agree, and at
-    most `USUAL_TAU`. `changes` is how many ops may come into or vanish from the `top` most sensitive, `sqnr_drop` how
-    many dB all-INT8 may lose.
+    `tau` is the minimum Kendall's tau-b between the rankings. Its default (None) is the agreement between batches of
+    one run, and `USUAL_TAU` at most. `changes` is how many ops may enter or leave the `top` most sensitive ones.
+    `sqnr_drop` is how many dB of SQNR all-INT8 may lose.
 
     Raises:
         InputError: a value is out of its range.
@@ -53,13 +53,13 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.top < 1:
-            raise InputError(f"top: {self.top} is no size of a set of ops; give 1 or more")
+            raise InputError(f"top: {self.top} is not a number of ops; give 1 or more")
         if self.tau is not None and not -1 <= self.tau <= 1:
-            raise InputError(f"tau: {self.tau} is no Kendall's tau; give a number from -1 to 1")
+            raise InputError(f"tau: {self.tau} is not a Kendall's tau; give a number from -1 to 1")
         if self.changes < 0:
-            raise InputError(f"top changes: {self.changes} is no number of ops; give 0 or more")
+            raise InputError(f"top changes: {self.changes} is not a number of ops; give 0 or more")
         if not self.sqnr_drop >= 0:
-            raise InputError(f"sqnr drop: {self.sqnr_drop} is no loss in dB; give 0 or more")
+            raise InputError(f"sqnr drop: {self.sqnr_drop} is not a loss in dB; give 0 or more")
 
 
 def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> dict[str, Any]:
@@ -68,19 +68,19 @@ def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> di
     Args:
         first: a report as `report.build_report` returns it.
         second: the other one.
-        limits: beyond what they differ.
+        limits: within which the reports agree.
 
     Returns:
         {differs, reasons, warnings, changed, sqnr_db, recommended, common, only_first, only_second, tau, noise_tau,
         top, entered, left, new_in_top, gone_from_top, moved}. `reasons` are sentences, empty where the reports agree.
-        `warnings` are sentences about runs that cannot be compared number by number; they decide nothing. `changed` is
-        what differs of model, calibration set, engine and versions; `sqnr_db` that of all-INT8 in each report;
-        `recommended` the ops that the recommended profile keeps now and no longer, null where one report lacks it;
-        `noise_tau` the lower of both reports' own agreement between batches, null where both have one batch. `moved`
-        are the ops whose place among the common ones changed, farthest first: {op_name, first, second, first_range,
-        second_range, beyond_noise} as `_move` says. `entered` and `left` are those of them that crossed the end of the
-        top set; `new_in_top` the ops of the second report alone that stand in its own top set, `gone_from_top` those of
-        the first alone in its own.
+        `warnings` are sentences about runs that cannot be compared number by number; they do not count as differences.
+        `changed` lists differences in model, calibration set, engine and versions. `sqnr_db` is the SQNR of all-INT8 in
+        each report. `recommended` has the ops that the recommended profile keeps now and no longer; null where one
+        report lacks it. `noise_tau` is the lower of both reports' agreement between batches; null where both have one
+        batch. `moved` are the ops whose rank among the common ops changed, the largest change first: {op_name, first,
+        second, first_range, second_range, beyond_noise} as `_move` says. `entered` and `left` are the moved ops that
+        came into the top set or fell out of it. `new_in_top` are the ops of the second report alone that are in its top
+        set. `gone_from_top` are the ops of the first report alone that are in its top set.
 
     Raises:
         InputError: the reports have fewer than two ops in common, or one has no isolated map.
@@ -92,8 +92,8 @@ def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> di
     if len(common) < 2:
         raise InputError("the reports have fewer than two measured ops in common; compare reports of one model family")
     one, other = (standings([row for row in of_one if row["op_name"] in common]) for of_one in rows)
-    moved = [_move(name, one[name], other[name]) for name in one if one[name].place != other[name].place]
-    noise = [report["trust"]["rank_tau"] for report in (first, second) if report["trust"]["rank_tau"] is not None]
+    moved = [_move(name, one[name], other[name]) for name in one if one[name].rank != other[name].rank]
+    taus = [report["stability"]["rank_tau"] for report in (first, second)]
     found = {
         "warnings": _of_measurement(first, second),
         "changed": _changed(first, second),
@@ -102,8 +102,8 @@ def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> di
         "common": len(common),
         "only_first": [name for name in everywhere[0] if name not in common],
         "only_second": [name for name in everywhere[1] if name not in common],
-        "tau": tau([one[name].place for name in one], [other[name].place for name in one]),
-        "noise_tau": min(noise, default=None),
+        "tau": tau([one[name].rank for name in one], [other[name].rank for name in one]),
+        "noise_tau": min((value for value in taus if value is not None), default=None),
         "top": top,
         "entered": sorted((m for m in moved if m["second"] <= top < m["first"]), key=lambda move: move["second"]),
         "left": [move for move in moved if move["first"] <= top < move["second"]],
@@ -122,33 +122,33 @@ def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def standings(rows: list[dict[str, Any]]) -> dict[str, Standing]:
-    """Where each op of a map's `rows` stands among them, the most sensitive first.
+    """The rank of each op among the `rows` of an isolated map, the most sensitive first.
 
-    Its range is the places that it would take if its `mse_value` were one `mse_value_std` higher or lower, all others
-    at their means. Of ops with the same value none is the more sensitive, so the range holds the places of all of them.
+    The range of an op holds the ranks that it would get with its `mse_value` one `mse_value_std` higher or lower, all
+    others at their means. Ops with the same value are equally sensitive, so the range holds the ranks of all of them.
     """
     values = sorted(row["mse_value"] for row in rows)
-    ordered = sorted(reversed(rows), key=lambda row: row["mse_value"], reverse=True)
+    ordered = sorted(rows, key=lambda row: row["mse_value"], reverse=True)
     found = {}
-    for place, row in enumerate(ordered, start=1):
+    for rank, row in enumerate(ordered, start=1):
         value, spread = row["mse_value"], row["mse_value_std"]
         reach = None
         if spread is not None:
             above = len(values) - bisect_right(values, value + spread)
             reach = above + 1, len(values) - bisect_left(values, value - spread)
-        found[row["op_name"]] = Standing(place, reach)
+        found[row["op_name"]] = Standing(rank, reach)
     return found
 
 
 def _move(name: str, first: Standing, second: Standing) -> dict[str, Any]:
-    """One op's move: beyond the noise where its two ranges share no place; null (unknown) where one has none."""
+    """One op's move. It is beyond the noise where its two ranges share no rank; null where one range is unknown."""
     beyond = None
     if first.range and second.range:
         beyond = first.range[1] < second.range[0] or second.range[1] < first.range[0]
     return {
         "op_name": name,
-        "first": first.place,
-        "second": second.place,
+        "first": first.rank,
+        "second": second.rank,
         "first_range": first.range,
         "second_range": second.range,
         "beyond_noise": beyond,
@@ -156,34 +156,34 @@ def _move(name: str, first: Standing, second: Standing) -> dict[str, Any]:
 
 
 def _of_measurement(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Whether the two runs measured in the same arithmetic; the spread between batches does not cover another one."""
+    """A warning where the runs measured in different arithmetic, which the spread between batches does not cover."""
     bits = [7 if report["measurement"]["reduce_range"] else 8 for report in (first, second)]
     if bits[0] == bits[1]:
         return []
     return [
         f"The first run quantizes activations to {bits[0]} bits and the second to {bits[1]}, so their scores differ by"
-        " arithmetic. Set the same sensitivity.reduce_range in both configs to compare the models."
+        " arithmetic too. Set the same sensitivity.reduce_range in both configs to compare the models."
     ]
 
 
 def _of_ranking(found: dict[str, Any], limits: Limits) -> list[str]:
-    """Whether the rankings as a whole differ; what is within the agreement of a run's own batches is noise."""
+    """Whether the rankings as a whole differ by more than the batches of one run do."""
     agreement, noise, cell = found["tau"], found["noise_tau"], markdown_cell
     least, what = limits.tau, "asked for"
     if least is None:
         least, what = USUAL_TAU, "usual between runs"
         if noise is not None and noise < least:
-            least, what = noise, "by which batches of one run agree"
-    # Without a move nothing differs: rounding leaves the tau of equal rankings a hair below 1.
+            least, what = noise, "between batches of one run"
+    # Equal rankings can have a tau slightly below 1, because of rounding.
     if not found["moved"] or agreement >= least:
         return []
     return [f"Kendall's tau is {cell(agreement)}, below the {cell(least)} {what}."]
 
 
 def _of_top(found: dict[str, Any], limits: Limits) -> list[str]:
-    """Whether the top set differs: tau weighs all places alike, and hardly falls when a few ops jump to the top.
+    """Whether the top set differs. Tau weighs all ranks alike, so a few ops that jump to the top hardly lower it.
 
-    What has no spread counts as beyond the noise.
+    A move of an op without a spread counts as beyond the noise.
     """
     beyond, unknown = (sum(move["beyond_noise"] is flag for move in found["entered"]) for flag in (True, None))
     new, gone = len(found["new_in_top"]), len(found["gone_from_top"])
@@ -203,13 +203,13 @@ def _of_top(found: dict[str, Any], limits: Limits) -> list[str]:
 
 
 def _of_sqnr(found: dict[str, Any], limits: Limits) -> list[str]:
-    """Whether all-INT8 lost more than it may; null is an infinite SQNR."""
+    """Whether all-INT8 lost more SQNR than the limit; null is an infinite SQNR."""
     first, second = (math.inf if value is None else value for value in found["sqnr_db"])
     if second >= first - limits.sqnr_drop:
         return []
     return [
-        f"With every op in INT8 the SQNR fell from {_decibels(first)} to {_decibels(second)}; it may lose"
-        f" {_decibels(limits.sqnr_drop)}."
+        f"With every op in INT8 the SQNR fell from {_decibels(first)} to {_decibels(second)}; the limit is a loss"
+        f" of {_decibels(limits.sqnr_drop)}."
     ]
 
 
@@ -218,7 +218,7 @@ def _decibels(value: float) -> str:
 
 
 def _recommended(first: dict[str, Any], second: dict[str, Any]) -> dict[str, list[str]] | None:
-    """What the recommended profile keeps now and did not keep before, and what it no longer keeps."""
+    """The ops that only the second report's recommended profile keeps, and those that only the first one's keeps."""
     kept = [report["profiles"]["profiles"].get("recommended", {}).get("kept") for report in (first, second)]
     if None in kept:
         return None
@@ -229,7 +229,7 @@ def _recommended(first: dict[str, Any], second: dict[str, Any]) -> dict[str, lis
 
 
 def _changed(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, str]]:
-    """What differs of the two runs themselves."""
+    """The facts in which the two runs differ."""
     sides = []
     for report in (first, second):
         facts = {what: str(report[block][key]) for what, (block, key) in IDENTITY.items()}
@@ -240,7 +240,7 @@ def _changed(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, st
 
 
 def to_markdown(comparison: dict[str, Any], shown: int = 20) -> str:
-    """The comparison for people: the verdict first, then what changed, the top set, and the farthest moves."""
+    """The comparison as Markdown: the verdict first, then the changes, the top set, and the largest moves."""
     cell = markdown_cell
     lines = [
         "# Two sensitivity reports compared",
@@ -302,22 +302,22 @@ def _top_lines(comparison: dict[str, Any], shown: int) -> list[str]:
 
 
 def _move_lines(comparison: dict[str, Any], shown: int) -> list[str]:
-    """The moves that noise does not explain, or may not; the rest is a number."""
+    """The moves that noise does not or may not explain, as a table; the other moves as a number."""
     flags = [move["beyond_noise"] for move in comparison["moved"]]
     listed = [move for move in comparison["moved"] if move["beyond_noise"] is not False]
     unknown = f", {flags.count(None)} by unknown noise (one batch has no spread)" if None in flags else ""
-    farthest = f" The farthest {shown}:" if len(listed) > shown else ""
+    largest = f" The largest {shown}:" if len(listed) > shown else ""
     table = _move_table([("up" if move["second"] < move["first"] else "down", move) for move in listed[:shown]])
     legend = (
-        "Places are counted among the common ops, from 1 at the most sensitive. In brackets: the places that the op"
-        " would take with its `mse_value` one standard deviation between batches higher or lower. A move is beyond the"
-        " noise where the two reports share no such place."
+        "Ranks are counted among the common ops; 1 is the most sensitive. In brackets: the ranks that the op would get"
+        " with its `mse_value` one standard deviation (between batches) higher or lower. A move is beyond the noise"
+        " where the two ranges share no rank."
     )
     return [
         "## Moves",
         "",
         f"{flags.count(True)} of {comparison['common']} common ops moved beyond the noise{unknown},"
-        f" {flags.count(False)} within it.{farthest}",
+        f" {flags.count(False)} within it.{largest}",
         *(["", *table] if listed else []),
         *(["", legend] if flags else []),
     ]
@@ -326,17 +326,17 @@ def _move_lines(comparison: dict[str, Any], shown: int) -> list[str]:
 def _move_table(moves: list[tuple[str, dict[str, Any]]]) -> list[str]:
     answers = {True: "yes", False: "no", None: "unknown"}
     return [
-        "| op_name | move | first | second | beyond the noise |",
+        "| op_name | move | first rank | second rank | beyond the noise |",
         "|---|---|---:|---:|---|",
         *(
-            f"| {code(move['op_name'])} | {how} | {_place(move, 'first')} | {_place(move, 'second')}"
+            f"| {code(move['op_name'])} | {how} | {_rank(move, 'first')} | {_rank(move, 'second')}"
             f" | {answers[move['beyond_noise']]} |"
             for how, move in moves
         ),
     ]
 
 
-def _place(move: dict[str, Any], which: str) -> str:
+def _rank(move: dict[str, Any], which: str) -> str:
     first, last = move[f"{which}_range"] or (None, None)
     return str(move[which]) if first == last else f"{move[which]} ({first}–{last})"
 

@@ -19,13 +19,13 @@ def headline(ops: int, coverage: Coverage) -> str:
 
 
 def share_of(weights: int, coverage: Coverage) -> str:
-    """A share of all weights as a percentage with one digit, rounded down: less than all is never said to be all."""
+    """A share of all weights as a percentage with one digit, rounded down: 100 % means all weights."""
     thousandths = 1000 * weights // max(coverage["weights_total"], 1)
     return f"{thousandths / 10:.1f} %"
 
 
 def left_out(coverage: Coverage, most: int = 6) -> str:
-    """What is left out of the plan with its bytes, the largest first."""
+    """The modules left out of the plan with their bytes, the largest group first."""
     groups = coverage["left_out"]
     named = [
         f"{group['pattern']} ({group['class']}, {group['count']} x, {in_bytes(group['bytes'])})"
@@ -43,17 +43,17 @@ def in_bytes(value: int) -> str:
 
 
 def warnings(coverage: Coverage) -> list[str]:
-    """What a reader has to know first where the plan leaves out much of the model."""
+    """A warning where the plan leaves out much of the model."""
     if not is_partial(coverage):
         return []
     return [
         f"The planned ops hold only {share_of(coverage['weights_planned'], coverage)} of the model's weights, and every"
-        f" number here is of these ops alone. Never quantized and never measured: {left_out(coverage)}."
+        f" number here is about these ops alone. Never quantized and never measured: {left_out(coverage)}."
     ]
 
 
 def remark(coverage: Coverage) -> list[str]:
-    """What a user of an export has to know of the modules that the plan leaves out; all of them are named."""
+    """A remark for users of an export: all modules that the plan leaves out."""
     groups = coverage["left_out"]
     if not groups:
         return []

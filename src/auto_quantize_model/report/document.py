@@ -1,4 +1,4 @@
-"""The report: the capture aggregated, ranked and put into words, for people (Markdown) and for programs (JSON).
+"""The report: scores aggregated over batches, ranked, and explained, as Markdown for people and JSON for programs.
 
 In: the manifests, the plan and the capture. Out: one document, the same for the same inputs, and its two renderings.
 """
@@ -34,12 +34,12 @@ from auto_quantize_model.report import coverage, sentences
 
 SCHEMA = Path(__file__).with_name("schema.json")
 TEMPLATES = Path(__file__).with_name("templates")
-SCHEMA_VERSION = 6
-# Below this the all-INT8 output is mostly error, and what one op in FP32 takes away from it is noise.
+SCHEMA_VERSION = 7
+# Below this SQNR the all-INT8 output is mostly error, and the error that one op in FP32 removes is noise.
 FALLBACK_FLOOR_DB = 10.0
 # Kendall's tau between batches, where 0 is chance.
 FALLBACK_FLOOR_TAU = 0.3
-# Four times the error on samples that set no scale: the calibration set has not seen what the model will.
+# With four times the error on samples that set no scale, the calibration set does not represent the data.
 HELDOUT_GAP_DB = 6.0
 CALIBRATION_KEYS = ("source", "seed", "batch_size", "text_only", "image_backend", "digest")
 
@@ -66,7 +66,7 @@ def build_report(
     references = [batch.reference for batch in capture.batches]
     exercised = [op for op in plan.ops if op.ran]
     scores = {label: capture.of_map(label) for label in plan.maps}
-    maps = {label: ranked(exercised, scores[label], references) for label in plan.maps}
+    maps = {label: ranked(label, exercised, scores[label], references) for label in plan.maps}
     all_int8 = aggregated(capture.all_int8, references)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -91,8 +91,8 @@ def build_report(
         "batches": [
             describe_batch(batch, score) for batch, score in zip(capture.batches, capture.all_int8, strict=True)
         ],
-        "most_sensitive": maps["isolated"][::-1][:10] if "isolated" in maps else [],
-        "trust": assess(scores["isolated"], capture.all_int8) if "isolated" in maps else None,
+        "most_sensitive": maps["isolated"][:10] if "isolated" in maps else [],
+        "stability": assess(scores["isolated"], capture.all_int8) if "isolated" in maps else None,
         "tradeoff": body_of(tradeoff),
         "profiles": body_of(profiles),
         "maps": {label: {"direction": sentences.DIRECTIONS[label], "ops": rows} for label, rows in maps.items()},
@@ -110,7 +110,7 @@ def build_report(
 
 
 def measurement(plan: Plan, capture: Capture) -> dict[str, Any]:
-    """By what the scores were measured."""
+    """How the scores were measured: engine, arithmetic, and the plan behind them."""
     return {
         "engine": capture.engine,
         **body_of(capture.arithmetic),
@@ -153,7 +153,7 @@ def require_finite(capture: Capture) -> None:
 
 
 def of_the_run(stand_in: str | None, calibration: Mapping[str, Any], not_exercised: int) -> list[str]:
-    """What a reader has to know of model and samples before the first number."""
+    """Warnings about the model and the samples."""
     found = []
     if stand_in:
         found.append(f"This is a stand-in for a published model: {stand_in}.")
@@ -163,7 +163,7 @@ def of_the_run(stand_in: str | None, calibration: Mapping[str, Any], not_exercis
     if answers["located"] < answers["given"]:
         found.append(
             f"Answers were located in {answers['located']} of {answers['given']} held-out samples; accuracy is measured"
-            " on these alone. The chat template changes the other answers, or their tokens hold other text too."
+            " on these alone. The chat template changes the other answers, or their tokens also hold other text."
         )
     if not_exercised:
         ops = sentences.counted(not_exercised, "op")
@@ -174,43 +174,43 @@ def of_the_run(stand_in: str | None, calibration: Mapping[str, Any], not_exercis
 
 
 def of_fallback(all_int8: Mapping[str, Any], scores: Scores) -> list[str]:
-    """Where the fallback map carries no information: little but noise to take away from, or batches that disagree."""
+    """A warning where the fallback map is mostly noise: INT8 breaks the output, or batches disagree."""
     seen, taus = all_int8["sqnr_db"], rank_taus(by_batch(scores)[1])
     found = []
     if seen is not None and seen < FALLBACK_FLOOR_DB:
         below = "an SQNR of {} dB, below {} dB".format(*sentences.apart(seen, FALLBACK_FLOOR_DB))
         found.append(
-            f"With every op in INT8 the output has {below}: the fallback map is mostly noise there; use the isolated"
+            f"With every op in INT8 the output has {below}. The fallback map is mostly noise there: use the isolated"
             " map."
         )
     elif taus and statistics.fmean(taus) < FALLBACK_FLOOR_TAU:
         found.append(
-            f"The fallback map is mostly noise: batches agree on its order with a Kendall's tau of"
-            f" {statistics.fmean(taus):.2f}, where 0 is chance; use the isolated map."
+            "The fallback map is mostly noise: batches agree on its order with a Kendall's tau of"
+            f" {statistics.fmean(taus):.2f}, where 0 is chance. Use the isolated map."
         )
     return found
 
 
 def of_heldout(all_int8: Mapping[str, Any], tradeoff: Tradeoff | NotMeasured) -> list[str]:
-    """Where the calibration set has not seen what the model will."""
+    """A warning where INT8 is far worse on held-out samples than on the samples that set its scales."""
     seen = all_int8["sqnr_db"]
     unseen = tradeoff.curves["ranking"][0].sqnr_db if isinstance(tradeoff, Tradeoff) else None
     if seen is None or unseen is None or seen - unseen <= HELDOUT_GAP_DB:
         return []
     return [
-        f"INT8 has an SQNR of {seen:.1f} dB on the samples that set its scales and {unseen:.1f} dB on held-out ones:"
-        " what lies outside the calibrated ranges is clipped, and no map can see that. Raise calibration.num_samples."
+        f"INT8 has an SQNR of {seen:.1f} dB on the samples that set its scales and {unseen:.1f} dB on held-out ones."
+        " Values outside the calibrated ranges are clipped, and no map shows that. Raise calibration.num_samples."
     ]
 
 
 def render(report: dict[str, Any]) -> tuple[str, str]:
-    """The report as Markdown and as canonical JSON, after it was checked against its schema.
+    """The report as Markdown and as canonical JSON, after a check against its schema.
 
     Args:
         report: as `build_report` returns it.
 
     Raises:
-        jsonschema.ValidationError: the report is not what its published schema says.
+        jsonschema.ValidationError: the report does not match its published schema.
     """
     jsonschema.validate(report, read_json(SCHEMA))
     # Every text that the Markdown shows is escaped unless it is Markup already; JSON holds the raw data.
@@ -245,9 +245,10 @@ def markdown_cell(value: Any) -> str:
 
 
 def tables(report: dict[str, Any]) -> dict[str, pd.DataFrame]:
-    """The report's `ranking`, `tradeoff` and `profiles` as flat tables; what was not measured has no rows.
+    """The report's `ranking`, `tradeoff` and `profiles` as flat tables. A table has no rows if nothing was measured.
 
-    Texts are as `escape.spreadsheet_cell` returns them. Without an image there are no columns of image and text error.
+    The ranking has the most sensitive op first. Texts are as `escape.spreadsheet_cell` returns them. Without an image
+    there are no columns of image and text error.
     """
     measured = report["tradeoff"]["status"] == "measured"
     curves = report["tradeoff"]["curves"] if measured else {}
@@ -274,9 +275,10 @@ def tables(report: dict[str, Any]) -> dict[str, pd.DataFrame]:
 
 def top_table(report: dict[str, Any]) -> str:
     """The ten most sensitive ops as a text table for the terminal."""
-    rows = [{"place": place, **row} for place, row in enumerate(report["most_sensitive"], start=1)]
-    if not rows:
+    if not report["most_sensitive"]:
         ran = "no op ran on the scored batches" if "isolated" in report["maps"] else "the isolated map was not measured"
         return f"{ran}: no ranking"
-    columns = ["place", "op_name", "op_type", "mse_value", "sqnr_db"]
-    return pd.DataFrame(rows)[columns].to_string(index=False, float_format=lambda value: f"{value:.4g}")
+    columns = ["rank", "op_name", "op_type", "mse_value", "sqnr_db"]
+    return pd.DataFrame(report["most_sensitive"])[columns].to_string(
+        index=False, float_format=lambda value: f"{value:.4g}"
+    )

@@ -48,7 +48,7 @@ IN_BLOCK = re.compile(r"(.+?)\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart, its title, and the caption that says in words what is seen."""
+    """A chart, its title, and a caption that explains it."""
 
     title: str
     caption: str
@@ -58,14 +58,14 @@ class Figure:
 def figures(report: dict[str, Any]) -> dict[str, Figure]:
     """The pictures `heat_map`, `ranked_ops`, `tradeoff` and `modalities` of a report as `build_report` returns it.
 
-    All four are always there; where a thing was not measured, its picture says why.
+    All four are always there. A picture of something that was not measured says why.
     """
     report = printable_document(report)  # an SVG with a control character cannot be read
     return {draw.__name__: draw(report) for draw in (heat_map, ranked_ops, tradeoff, modalities)}
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Draw `figure` to `path`, whole or not at all, as its suffix says: .svg, or .png at two pixels a unit.
+    """Draw `figure` to `path`, whole or not at all. The suffix decides the format: .svg, or .png at two pixels a unit.
 
     Raises:
         ValueError: another suffix.
@@ -81,15 +81,15 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def renumbered(svg: str) -> str:
-    """An SVG whose gradients and clips are numbered from 0: Vega counts on from what its process drew before."""
+    """An SVG whose gradients and clips are numbered from 0, because Vega counts through all drawings of a process."""
     found = dict.fromkeys(re.findall(r'<[^<>]* id="((?:gradient_|clip)\d+)"', svg))
-    new = {name: f"{name.rstrip('0123456789')}{place}" for place, name in enumerate(found)}
+    new = {name: f"{name.rstrip('0123456789')}{index}" for index, name in enumerate(found)}
     # In tags alone: the text between them holds names of ops.
     return re.sub(r"<[^<>]*>", lambda tag: SVG_NAME.sub(lambda name: new.get(name[0], name[0]), tag[0]), svg)
 
 
 def heat_map(report: dict[str, Any]) -> Figure:
-    """Block by projection, a panel for each stack of blocks, and the ops outside of any; colour is SQNR in dB."""
+    """Block by projection, with a panel for each stack of blocks and one for all other ops; colour is SQNR in dB."""
     title = "SQNR of the output with one op in INT8"
     if "isolated" not in report["maps"]:
         return finish(report, title, NO_RANKING, None)
@@ -105,23 +105,23 @@ def heat_map(report: dict[str, Any]) -> Figure:
     if others:
         panels.append(heat_panel("", others, domain, 48, extent))
     caption = (
-        "Each cell is one op: the SQNR in dB at the model's output with that op alone in INT8. Dark is sensitive. Grey"
-        " has no value, for an op that never ran or that adds no error at all."
+        "Each cell is one op: the SQNR in dB at the model's output with only that op in INT8. Dark cells are sensitive."
+        " Grey cells have no value: the op never ran or adds no error."
     )
     return finish(report, title, caption, alt.vconcat(*panels, spacing=18))
 
 
 def cells(report: dict[str, Any]) -> tuple[dict[str, list[Row]], list[Row]]:
-    """Planned ops by the stack of blocks that they are in, and those in none; a stack has two blocks or more."""
+    """Planned ops by their stack of blocks, and the ops outside of stacks; a stack has two or more blocks."""
     rows = {row["op_name"]: row for row in report["maps"]["isolated"]["ops"]}
-    places = {op["op_name"]: IN_BLOCK.fullmatch(op["op_name"]) for op in report["ops"]}
+    matches = {op["op_name"]: IN_BLOCK.fullmatch(op["op_name"]) for op in report["ops"]}
     blocks: dict[str, set[str]] = {}
-    for place in filter(None, places.values()):
-        blocks.setdefault(place[1], set()).add(place[2])
+    for match in filter(None, matches.values()):
+        blocks.setdefault(match[1], set()).add(match[2])
     towers: dict[str, list[Row]] = {}
     others: list[Row] = []
     for op in report["ops"]:
-        found, row = places[op["op_name"]], rows.get(op["op_name"])
+        found, row = matches[op["op_name"]], rows.get(op["op_name"])
         value = row["sqnr_db"] if row else None
         cell = {"sqnr": value, "text": f"{value:.1f}" if value is not None else "–"}
         cell |= hover(row, len(rows)) if row else {"op": op["op_name"], "type": op["op_type"], "mse_value": "never ran"}
@@ -133,8 +133,8 @@ def cells(report: dict[str, Any]) -> tuple[dict[str, list[Row]], list[Row]]:
 
 
 def heat_panel(tower: str, found: list[Row], domain: list[float], step: int, extent: int) -> Panel:
-    """The panel of one stack of blocks, or of the ops outside of any where `tower` is empty; sizes in pixels."""
-    # No sorting: projections stand in the plan's order, and a sorted domain would put names into an expression.
+    """The panel of one stack of blocks, or of all other ops where `tower` is empty; sizes in pixels."""
+    # No sorting: projections keep the plan's order, and a sorted domain would put names into an expression.
     axis = alt.Axis(labelLimit=extent, minExtent=extent, ticks=False, domain=False)
     x_axis = alt.Axis(labelAngle=0, labelOverlap=True, ticks=False, domain=False, labelPadding=4) if tower else None
     base = alt.Chart(alt.Data(values=found)).encode(
@@ -162,12 +162,12 @@ def heat_panel(tower: str, found: list[Row], domain: list[float], step: int, ext
 
 
 def ranked_ops(report: dict[str, Any]) -> Figure:
-    """Every op by its error, the ten most sensitive by name above them, on one logarithmic axis."""
+    """Every op by its error on a logarithmic axis; above them the ten most sensitive with their names."""
     title = "Error that each op adds, the most sensitive first"
     if "isolated" not in report["maps"]:
         return finish(report, title, NO_RANKING, None)
     rows = report["maps"]["isolated"]["ops"]
-    drawn = [row for row in rows[::-1] if row["mse_value"] > 0]
+    drawn = [row for row in rows if row["mse_value"] > 0]
     if not drawn:
         return finish(report, title, "No op adds any error: every mse_value is 0.", None)
     high = max(row["mse_value"] + (row["mse_value_std"] or 0) for row in drawn)
@@ -175,12 +175,12 @@ def ranked_ops(report: dict[str, Any]) -> Figure:
     points = [
         hover(row, len(rows))
         | {
-            "place": place,
+            "rank": row["rank"],
             "value": row["mse_value"],
             "low": max(row["mse_value"] - (row["mse_value_std"] or 0), domain[0]),
             "high": row["mse_value"] + (row["mse_value_std"] or 0),
         }
-        for place, row in enumerate(drawn, start=1)
+        for row in drawn
     ]
     spread = any(row["mse_value_std"] for row in drawn)
     named = ranked_panel(points[:TOP], domain, spread, True).properties(
@@ -194,28 +194,28 @@ def ranked_ops(report: dict[str, Any]) -> Figure:
         height=min(380, max(120, 7 * len(points))),
     )
     caption = (
-        "The error that an op adds when it alone is INT8: mse_value, the sum of squared errors at the model's output,"
-        " on a logarithmic axis."
+        "The error that an op adds when only this op is INT8: mse_value, the sum of squared errors at the model's"
+        " output. The axis is logarithmic."
     )
     if spread:
         caption += (
-            " Bars are ± one standard deviation between batches; one that ends at the left edge goes on beyond it."
+            " Bars are ± one standard deviation between batches. A bar that ends at the left edge is cut off there."
         )
     if missing := len(rows) - len(drawn):
-        caption += f" {counted(missing, 'op')} without any error cannot stand on this axis."
+        caption += f" {counted(missing, 'op')} without any error cannot be drawn on this axis."
     return finish(report, title, caption, alt.vconcat(named, whole, spacing=14))
 
 
 def ranked_panel(points: list[Row], domain: list[float], spread: bool, named: bool) -> Panel:
-    """Ops from the top down, with their names as labels or, where they are too many for that, their places."""
+    """Ops from the top down, labelled by their names (`named`) or by their ranks."""
     extent = min(360, 12 + 6 * max(len(point["op"]) for point in points)) if named else 0
     every = next(step for step in (2, 5, 10, 20, 50, 100, 200, 500, len(points)) if len(points) / step <= 9)
     y = (
         alt.Y("op:N", sort=None, title=None, axis=alt.Axis(labelLimit=extent, grid=True, ticks=False))
         if named
         else alt.Y(
-            "place:Q",
-            title="place (1 is the most sensitive)",
+            "rank:Q",
+            title="rank (1 is the most sensitive)",
             scale=alt.Scale(reverse=True, domain=[0, len(points) + 1], nice=False),
             axis=alt.Axis(values=[1, *range(every, len(points) + 1, every)], format="d"),
         )
@@ -237,35 +237,35 @@ def ranked_panel(points: list[Row], domain: list[float], spread: bool, named: bo
 
 
 def tradeoff(report: dict[str, Any]) -> Figure:
-    """SQNR on held-out samples over the number of kept ops, for the ranking and what it is compared with."""
-    title = "What keeping ops in FP32 buys"
+    """SQNR on held-out samples over the number of kept ops, for the ranking and its controls."""
+    title = "SQNR gained by ops kept in FP32"
     found = report["tradeoff"]
     if found["status"] != "measured":
         return finish(report, title, f"The trade-off was not measured: {found['reason']}.", None)
     points = curve_points(found)
     if not points:
-        return finish(report, title, "No keep-list has an error: there is nothing to trade.", None)
+        return finish(report, title, "No keep-list has an error, so there is no curve to draw.", None)
     best = report["profiles"]["profiles"].get("recommended")
     target = report["profiles"]["target"].get("min_sqnr_db")
     half = max(1, found["ops"] // 2)
-    # With nearly every op in FP32 the SQNR shoots up, and on its scale nothing else could be read.
+    # With nearly every op in FP32 the SQNR is so high that the other points would lie flat on its scale.
     near = [point for point in points if point["keep"] <= half]
     panels = [tradeoff_panel(near, half, best, target, found["ops"]).properties(title="Up to half of the ops kept")]
     panels.append(tradeoff_panel(points, found["ops"], best, target, found["ops"]).properties(title="All lengths"))
     caption = (
-        f"The mixed-precision model itself on {counted(found['batches'], 'held-out batch', 'held-out batches')}:"
-        f" SQNR with the given number of its {found['ops']} ops in FP32 and all others in INT8. With no error left, as"
-        " with every op in FP32, there is no SQNR to draw."
+        f"The mixed-precision model, measured on {counted(found['batches'], 'held-out batch', 'held-out batches')}:"
+        f" the SQNR with the given number of its {found['ops']} ops in FP32 and all others in INT8. A state without"
+        " error, such as every op in FP32, has no SQNR and is not drawn."
     )
     if best:
-        caption += f" The vertical line is the recommended profile, {best['keep']} kept."
+        caption += f" The vertical line is the recommended profile with {counted(best['keep'], 'kept op')}."
     return finish(report, title, caption, alt.hconcat(*panels, spacing=30))
 
 
 def curve_points(found: dict[str, Any]) -> list[Row]:
     """The points of all curves that have an SQNR, with the standard deviation of the random ones."""
     points = []
-    for key, (label, *_) in reversed(CURVES.items()):  # what is drawn last lies on top
+    for key, (label, *_) in reversed(CURVES.items()):  # the last curve lies on top
         for point in found["random"] if key == "random" else found["curves"].get(key, []):
             if point["sqnr_db"] is None:
                 continue
@@ -291,7 +291,7 @@ def curve_points(found: dict[str, Any]) -> list[Row]:
 
 
 def tradeoff_panel(points: list[Row], last: int, best: Row | None, target: float | None, ops: int) -> Panel:
-    """The curves up to `last` kept ops, the recommended profile as a vertical line and the target as a level one."""
+    """The curves up to `last` kept ops. A vertical line is the recommended profile, a horizontal line the target."""
     ticks = [0, *(2**power for power in range(20) if 2**power <= last / 1.4), last]
     x = alt.X(
         "keep:Q",
@@ -325,7 +325,7 @@ def tradeoff_panel(points: list[Row], last: int, best: Row | None, target: float
 def marks(best: Row | None, target: float | None, last: int, x: alt.X, below: bool) -> list[alt.Chart]:
     """Lines at the recommended profile, labelled outside the plot, and at the target, labelled where curves start.
 
-    All curves start at the same point: the label stands on the other side of the line.
+    All curves start at the same point, so the target's label is on the other side of its line.
     """
     found = []
     if target is not None:
@@ -349,12 +349,15 @@ def marks(best: Row | None, target: float | None, last: int, x: alt.X, below: bo
 
 
 def modalities(report: dict[str, Any]) -> Figure:
-    """Relative error at image tokens over that at text tokens, an op a point, with the diagonal of equal errors."""
+    """A point for each op: relative error at image tokens over that at text tokens. On the diagonal both are equal."""
     title = "Error at image tokens against error at text tokens"
     if "isolated" not in report["maps"]:
         return finish(report, title, NO_RANKING, None)
     rows = report["maps"]["isolated"]["ops"]
-    pairs = [row for row in rows if row["image_relative_error"] is not None and row["text_relative_error"] is not None]
+    # The most sensitive op is drawn last, on top of the others.
+    pairs = [
+        row for row in rows[::-1] if row["image_relative_error"] is not None and row["text_relative_error"] is not None
+    ]
     drawn = [row for row in pairs if row["image_relative_error"] > 0 and row["text_relative_error"] > 0]
     if not drawn:
         return finish(report, title, no_modalities(report, pairs), None)
@@ -366,9 +369,9 @@ def modalities(report: dict[str, Any]) -> Figure:
     above = sum(value > 1 for value in ratio.values())
     most = max(ratio, key=lambda name: ratio[name])
     caption = (
-        f"Each point is one op alone in INT8; above the line it harms image tokens more than text tokens ({above} of"
-        f" {counted(len(drawn), 'op')}). Errors are relative to the FP32 output at the same tokens. The ratio is"
-        f" largest for {most}: {ratio[most]:.3g}."
+        f"Each point is one op, with only this op in INT8. Above the line, {above} of {counted(len(drawn), 'op')}"
+        " harm image tokens more than text tokens. Errors are relative to the FP32 output at the same tokens. The ratio"
+        f" is largest for {most}: {ratio[most]:.3g}."
     )
     if missing := len(rows) - len(drawn):
         caption += f" {counted(missing, 'op')} without a value above 0 on both axes cannot be drawn."
@@ -378,14 +381,16 @@ def modalities(report: dict[str, Any]) -> Figure:
 def no_modalities(report: dict[str, Any], pairs: Sequence[Row]) -> str:
     """Why errors at image and text tokens cannot be compared."""
     if not any(batch["image_tokens"] for batch in report["batches"]):
-        return "No batch has image tokens, so there is no error at image tokens to compare."
+        return "No batch has image tokens, so this picture is empty."
     if not pairs:
-        return "Errors at image and at text tokens were not measured: Intel Neural Compressor's engine gives one sum."
+        return (
+            "Errors at image and text tokens were not measured: Intel Neural Compressor's engine gives only their sum."
+        )
     return "No op has an error above 0 at both image and text tokens."
 
 
 def modality_chart(points: list[Row], domain: list[float]) -> Panel:
-    """The scatter, the diagonal, and what its two sides mean."""
+    """The scatter plot, the diagonal, and labels for its two sides."""
     scale = alt.Scale(type="log", domain=domain, nice=False)
     axis = alt.Axis(format="~e", values=powers(domain), labelFlush=False, labelOverlap=True)
     x = alt.X("text_value:Q", scale=scale, axis=axis, title="relative error at text tokens")
@@ -411,7 +416,7 @@ def modality_chart(points: list[Row], domain: list[float]) -> Panel:
 
 
 def by_part(points: Iterable[Row]) -> tuple[alt.Color, alt.Shape]:
-    """Colour and shape by the model's part, with a legend where there is more than one."""
+    """Colour and shape by the model's part, with a legend if there are several parts."""
     parts = [part for part in PARTS if any(point["part"] == part for point in points)]
     legend = alt.Legend(title=None, orient="top", symbolSize=80, symbolOpacity=1) if len(parts) > 1 else None
     colors, shapes = ([PARTS[part][index] for part in parts] for index in range(2))
@@ -422,13 +427,13 @@ def by_part(points: Iterable[Row]) -> tuple[alt.Color, alt.Shape]:
 
 
 def hover(row: Row, ops: int) -> Row:
-    """What is shown of an op when the pointer is on it: text alone, so that nothing has to be formatted later."""
+    """The values of an op for its tooltip, as text that needs no formatting in the browser."""
     spread = f" ± {row['mse_value_std']:.2g}" if row["mse_value_std"] is not None else ""
     return {
         "op": row["op_name"],
         "type": row["op_type"],
         "part": tower_of(row["op_name"]),
-        "rank": f"{row['rank']} of {ops}",
+        "rank_text": f"{row['rank']} of {ops}",
         "mse_value": f"{row['mse_value']:.4g}{spread}",
         "sqnr_text": f"{row['sqnr_db']:.2f} dB" if row["sqnr_db"] is not None else "no error",
         "kl": number(row["kl_divergence"], "nats"),
@@ -440,14 +445,14 @@ def hover(row: Row, ops: int) -> Row:
 
 def tooltip(points: Sequence[Row]) -> list[alt.Tooltip]:
     """The tooltip over what `hover` returns."""
-    names = {"op": "op", "type": "type", "rank": "rank", "mse_value": "mse_value", "sqnr_text": "SQNR", "kl": "KL"}
+    names = {"op": "op", "type": "type", "rank_text": "rank", "mse_value": "mse_value", "sqnr_text": "SQNR", "kl": "KL"}
     names |= {"top1": "top-1", "at_image": "image error", "at_text": "text error"}
     known = {key: name for key, name in names.items() if any(point.get(key, "–") != "–" for point in points)}
     return [alt.Tooltip(field=key, type="nominal", title=name) for key, name in known.items()]
 
 
 def decades(low: float, high: float) -> list[float]:
-    """The powers of ten around a range; one decade at least."""
+    """The powers of ten around a range, one decade or more."""
     bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
     return [10.0**bottom, 10.0 ** max(top, bottom + 1)]
 
@@ -459,7 +464,7 @@ def powers(domain: list[float]) -> list[float]:
 
 
 def finish(report: dict[str, Any], title: str, caption: str, chart: Any) -> Figure:
-    """Title and fonts around a chart; where there is none, the caption is what is drawn."""
+    """Title and fonts around a chart; without a chart, the caption is drawn."""
     if chart is None:
         text = alt.Data(values=[{"text": "\n".join(textwrap.wrap(caption, 84))}])
         chart = alt.Chart(text, width=560, height=80, view=alt.ViewConfig(stroke=None))

@@ -1,6 +1,7 @@
-"""The report as one HTML file that needs no network. In: the report, and links to what lies beside the page.
+"""The report as one HTML file that needs no network. In: the report, and links to the files of the same run.
 
-Op names are data: markup escapes them, and scripts get them as JSON that cannot end its element.
+Op names are data: markup escapes them, and scripts get them as JSON that cannot end its element. `page.js` and
+`page.css` are put into the page as they are.
 """
 
 import base64
@@ -23,6 +24,7 @@ from auto_quantize_model.report.figures import CURVES, figures
 
 SHOWN = 12
 TEMPLATES = Path(__file__).with_name("templates")
+SCRIPT, STYLE = (Path(__file__).with_name(name) for name in ("page.js", "page.css"))
 MAPS = {"isolated": "isolated: the ranking", "fallback": "fallback: the error left", "requantize": "requantize: so far"}
 
 
@@ -63,12 +65,19 @@ def render_page(report: dict[str, Any], links: dict[str, Any]) -> str:
         sentences=sentences,
         coverage=coverage,
         bundle=bundle(),
+        script=source(SCRIPT),
+        style=source(STYLE),
     )
 
 
 def drawn_curves(report: dict[str, Any]) -> Iterable[str]:
     """The orders whose keep-lists were measured."""
     return report["tradeoff"].get("curves", {})
+
+
+def source(path: Path) -> Markup:
+    """A file of this folder as markup, unchanged: what the page holds is what its hash is computed from."""
+    return Markup(path.read_text(encoding="utf-8"))  # noqa: S704  our own source
 
 
 @cache

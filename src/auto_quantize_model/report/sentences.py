@@ -1,4 +1,4 @@
-"""What a report says in sentences, in its Markdown and on its page alike. In: the report. Out: text without markup."""
+"""The sentences of a report, for its Markdown and its page. In: the report. Out: text without markup."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,21 +8,28 @@ from auto_quantize_model.report import coverage
 
 # How each map is read.
 DIRECTIONS = {
-    "isolated": "Only this op is INT8, all others stay FP32: the error it adds. The highest is the most sensitive.",
-    "fallback": "Only this op is FP32, all others are INT8: the error left. The lowest is the most sensitive.",
+    "isolated": (
+        "Only this op is INT8, all others stay FP32. The value is the error that the op adds: the highest is the most"
+        " sensitive."
+    ),
+    "fallback": (
+        "Only this op stays FP32, all others are INT8. The value is the error that is left: the lowest is the most"
+        " sensitive."
+    ),
     "requantize": (
-        "Ops are quantized one after another in the plan's order and never reset: the error so far. A running total"
-        " that depends on the order, not a score of the op."
+        "Ops are quantized one after another in the plan's order, and each stays INT8. The value is the error so far, a"
+        " running total. It is not a score of the op, so this map has no ranks."
     ),
 }
 
 Report = dict[str, Any]
-# With fewer right answers of FP32, one that changes is a fifth of them or more: the accuracy says nothing.
+# With fewer correct answers in FP32, one changed answer is a quarter of them or more: the accuracy says nothing.
 FEW_RIGHT = 5
-# Below any of these an INT8 model is called broken: a tenth of the output's power is error, a quarter of the most
-# likely tokens changes, or a quarter of the answers that FP32 gives right is lost.
-BROKEN_SQNR_DB, BROKEN_TOP1, BROKEN_ANSWERS = 10.0, 0.75, 0.75
-# Columns that compare image tokens with text tokens; without an image they are empty, or repeat the whole.
+# An INT8 model that is below one of these limits is called broken.
+BROKEN_SQNR_DB = 10.0  # a tenth of the output's power is error
+BROKEN_TOP1 = 0.75  # share of positions at which the most likely token is that of FP32
+BROKEN_ANSWERS = 0.75  # share of the correct answers of FP32 that are left
+# Columns that compare image tokens with text tokens. Without an image they are empty or repeat the whole.
 BY_MODALITY = ("image_relative_error", "text_relative_error")
 
 
@@ -32,7 +39,7 @@ def number(value: float | None, unit: str = "") -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share as a percentage, a dash for null; what is not all or nothing is never rounded to it."""
+    """A share as a percentage, a dash for null. A share between 0 and 1 is never rounded to 0 % or 100 %."""
     if value is None:
         return "–"
     text = f"{100 * value:.2f}"
@@ -42,18 +49,18 @@ def percent(value: float | None) -> str:
 
 
 def counted(count: int, thing: str, things: str = "") -> str:
-    """A number and its thing, in the plural where it is not one."""
+    """A number and its thing, in the plural unless the number is 1."""
     return f"{count} {thing if count == 1 else things or f'{thing}s'}"
 
 
 def fixed(value: float, form: str) -> str:
-    """A number in a format such as `+.1f`, where a tiny negative one is no minus zero."""
+    """A number in a format such as `+.1f`. A tiny negative number is shown as 0 without a minus sign."""
     text = f"{value:{form}}"
     return text.replace("-", "+" if form[0] == "+" else "") if float(text) == 0 else text
 
 
 def apart(one: float, other: float) -> tuple[str, str]:
-    """Two numbers with as many significant digits as tell them apart, four at least."""
+    """Two numbers with enough significant digits to tell them apart, and four or more."""
     texts = (f"{one:.4g}", f"{other:.4g}")
     for digits in range(5, 18):
         if texts[0] != texts[1] or one == other:
@@ -78,7 +85,7 @@ def sqnr(value: float | None) -> str:
 
 
 def states(report: Report) -> list[dict[str, Any]]:
-    """What was measured on held-out samples: all ops in INT8, the recommended profile, all ops in FP32 where known."""
+    """The states measured on held-out samples: every op in INT8, the recommended profile, and every op in FP32."""
     if report["tradeoff"]["status"] != "measured":
         return []
     curve = report["tradeoff"]["curves"]["ranking"]
@@ -104,15 +111,16 @@ def has_images(report: Report) -> bool:
 
 
 def tokens(report: Report) -> str:
-    """How many tokens the scored batches have, and how many of them are of images where there are any."""
+    """The number of tokens in the scored batches, and of image tokens among them if there are any."""
     of_images, of_all = (sum(batch[key] for batch in report["batches"]) for key in ("image_tokens", "tokens"))
     return f"{of_images} image tokens among {of_all}" if of_images else counted(of_all, "token")
 
 
 def decision(report: Report) -> tuple[str, str]:
-    """What to keep, in one sentence, and why that. It reads the report's `profiles`, `tradeoff` and `coverage` alone.
+    """The decision which ops to keep, in one sentence, and its reason.
 
-    Where `coverage` is not there, the sentences speak of the planned ops and not of the model.
+    It reads only `profiles`, `tradeoff` and `coverage` of the report. Without `coverage` the sentences speak of the
+    planned ops and not of the model.
     """
     best = report["profiles"]["profiles"].get("recommended")
     if best is None:
@@ -126,9 +134,9 @@ def decision(report: Report) -> tuple[str, str]:
             return f"{nothing(report)}: no measured keep-list within the budget has less error than INT8 as it is.", ""
         return f"{nothing(report)}: INT8 reaches the target as it is.", ""
     why = (
-        "It has the least error of the measured keep-lists within the budget"
+        "This is the measured keep-list with the least error within the budget"
         if only_bytes
-        else "They are the fewest of the measured keep-lists that reach the target"
+        else "This is the shortest measured keep-list that reaches the target"
     )
     parts = (f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in target.items())
     why += f" ({', '.join(parts)}), {ORDERS[best['order']]}."
@@ -136,7 +144,7 @@ def decision(report: Report) -> tuple[str, str]:
 
 
 def closing(report: Report, page: str, exports: str, configs: str) -> list[str]:
-    """What a run says last: its warnings, the decision, the page and the next step.
+    """The last lines of a run: its warnings, the decision, the page and the next step.
 
     Args:
         report: of the run.
@@ -157,7 +165,7 @@ def closing(report: Report, page: str, exports: str, configs: str) -> list[str]:
 
 
 def quantized(record: dict[str, Any], folder: str) -> str:
-    """What INC's INT8 model is worth. It takes the record of the comparison and the folder of the model."""
+    """Where INC's INT8 model lies and how its error compares with the profile's. In: the record of the comparison."""
     if record["status"] == "bit_identical":
         found = "its error on held-out samples is bit for bit the profile's"
     else:
@@ -166,19 +174,19 @@ def quantized(record: dict[str, Any], folder: str) -> str:
 
 
 def nothing(report: Report) -> str:
-    """That no op is kept: of the model only where the planned ops are most of it."""
+    """That no op is kept. This speaks of the whole model only where the planned ops hold most of its weights."""
     if "coverage" in report and not coverage.is_partial(report["coverage"]):
         return "Keep nothing"
     return f"Keep no op of the {report['tradeoff']['ops']} planned ones"
 
 
 def int8_of(report: Report) -> str:
-    """What was quantized: INT8 alone means the model, but for a small part."""
+    """The name of what was quantized: plain INT8 only where the planned ops hold most of the weights."""
     return "INT8 of the planned ops" if coverage.is_partial(report["coverage"]) else "INT8"
 
 
 def instead(report: Report) -> list[str]:
-    """Where no profile is recommended: the measured keep-list nearest to the target, and the knee of the curve."""
+    """What to look at without a recommended profile: the keep-list nearest to the target, and the knee of the curve."""
     profiles = report["profiles"]
     found: list[str] = []
     if report["tradeoff"]["status"] != "measured":
@@ -192,22 +200,24 @@ def instead(report: Report) -> list[str]:
             f"keeps {near['keep']} of {counted(ops, 'op')}, {ORDERS[near['order']]}" if near["keep"] else "keeps no op"
         )
         found.append(
-            f"The measured list nearest to the target {kept}: it has {sqnr(near['sqnr_db'])} and misses by {lacks}."
+            f"The measured keep-list nearest to the target {kept}. It has {sqnr(near['sqnr_db'])} and misses the target"
+            f" by {lacks}."
         )
     if knee := profiles["knee"]:
         gained = knee["sqnr_db"] - report["tradeoff"]["curves"]["ranking"][0]["sqnr_db"]
         found.append(
-            f"The knee of the measured curve is at {counted(knee['keep'], 'op')} of {ops}, {ORDERS[knee['order']]}:"
-            f" there the output has {sqnr(knee['sqnr_db'])}, {gained:.2f} dB more than with every op in INT8, and each"
-            " further doubling of the list buys less."
+            f"The knee of the measured curve is at {counted(knee['keep'], 'op')} of {ops}, {ORDERS[knee['order']]}."
+            f" There the output has {sqnr(knee['sqnr_db'])}, {gained:.2f} dB more than with every op in INT8. Each"
+            " further doubling of the list gains less."
         )
     return found
 
 
 def breaks(report: Report) -> list[str]:
-    """That INT8 breaks the model, by which measured values and limits, and whether the recommended profile helps.
+    """Why the INT8 model counts as broken, with values and limits, and whether the recommended profile repairs that.
 
-    Measured on held-out samples where there are any, else on the calibration batches; empty where INT8 breaks nothing.
+    The values are from held-out samples, or from the calibration batches where no trade-off was measured. The list is
+    empty where the INT8 model works.
     """
     known = {state["state"]: state for state in states(report)}
     int8 = known.get("every op in INT8") or report["all_int8"] | {"accuracy": None}
@@ -216,51 +226,51 @@ def breaks(report: Report) -> list[str]:
     damage = damages(report, int8, fp32)
     if not damage:
         return []
-    found = [f"INT8 breaks this model: with every op in INT8 the output on {where} has {joined(damage)}."]
+    found = [f"INT8 breaks this model (every op in INT8, on {where}). {' '.join(damage)}"]
     if (best := known.get("recommended")) and (left := damages(report, best, fp32)):
-        found.append(f"The recommended profile does not mend that: it has {joined(left)}. Ask more of the target.")
+        found.append(f"The recommended profile does not repair that. {' '.join(left)} Choose a stricter target.")
     elif "recommended" in report["profiles"]["profiles"] and not best:
-        found.append("The target is too low to see that: ask more of it.")
+        found.append("The target is too loose to show that: choose a stricter one.")
     return found
 
 
 def damages(report: Report, state: dict[str, Any], fp32: dict[str, Any] | None) -> list[str]:
-    """What of a state is below the limits of a model that works, each with its limit."""
+    """A sentence for each value of a state that is below the limit of a model that works."""
     found = []
     if state["sqnr_db"] is not None and state["sqnr_db"] < BROKEN_SQNR_DB:
-        found.append("an SQNR of {} dB (below {} dB)".format(*apart(state["sqnr_db"], BROKEN_SQNR_DB)))
+        found.append("The SQNR is {} dB (limit {} dB).".format(*apart(state["sqnr_db"], BROKEN_SQNR_DB)))
     top1 = state["top1_agreement"]
     if top1 is not None and top1 < BROKEN_TOP1:
         same, limit = apart(100 * top1, 100 * BROKEN_TOP1)
-        found.append(f"FP32's most likely token at {same} % of the positions (below {limit} %)")
+        found.append(f"The most likely token stays the same at {same} % of the positions (limit {limit} %).")
     if fp32 and enough_right(report, fp32) and state["accuracy"] < BROKEN_ANSWERS * fp32["accuracy"]:
-        right = f"{percent(state['accuracy'])} of the answers right, where FP32 has {percent(fp32['accuracy'])}"
-        found.append(f"{right} (below {100 * BROKEN_ANSWERS:g} % of that)")
+        right = f"{percent(state['accuracy'])} of the answers are right, in FP32 {percent(fp32['accuracy'])}"
+        found.append(f"{right} (limit {100 * BROKEN_ANSWERS:g} % of that).")
     return found
 
 
 def enough_right(report: Report, fp32: dict[str, Any]) -> bool:
-    """Whether FP32 gives enough held-out answers right for an accuracy to say something of INT8."""
+    """Whether FP32 gives enough held-out answers right to judge INT8 by its accuracy."""
     return fp32["accuracy"] is not None and round(fp32["accuracy"] * report["tradeoff"]["answers"]) >= FEW_RIGHT
 
 
 def remark(name: str, profile: dict[str, Any]) -> str:
-    """In which metrics a profile does worse than all ops in INT8, in a sentence; empty where in none."""
+    """The metrics in which a profile is worse than all-INT8, in a sentence; empty if there are none."""
     titles = {"relative_error": "relative error", "top1_agreement": "top-1", "kl_divergence": "KL divergence"}
     parts = [
         "{} ({}, all-INT8 {})".format(titles.get(metric, metric), *apart(profile[metric], int8))
         for metric, int8 in profile.get("worse", {}).items()
     ]
-    return f"{name} does worse than all-INT8 in {joined(parts)}." if parts else ""
+    return f"{name} is worse than all-INT8 in {joined(parts)}." if parts else ""
 
 
 def remarks(report: Report) -> list[str]:
-    """The remarks on all profiles that have one."""
+    """The remarks on all profiles."""
     return list(filter(None, (remark(name, profile) for name, profile in report["profiles"]["profiles"].items())))
 
 
 def costs(report: Report) -> list[str]:
-    """What INT8 and the recommended profile cost, in sentences."""
+    """The cost of INT8 and of the recommended profile, in sentences."""
     known = {state["state"]: state for state in states(report)}
     int8, best, fp32 = (known.get(name) for name in ("every op in INT8", "recommended", "every op in FP32"))
     if int8 is None:
@@ -276,23 +286,23 @@ def costs(report: Report) -> list[str]:
 
 
 def without_tradeoff(report: Report) -> list[str]:
-    """What INT8 costs on the calibration batches, where no held-out samples were measured."""
+    """The cost of INT8 on the calibration batches, where no held-out samples were measured."""
     all_int8 = report["all_int8"]
-    found = ["What keeping ops costs and buys was not measured; of INT8 itself, the calibration batches say this."]
+    found = ["The trade-off was not measured. The calibration batches show only the cost of INT8 itself."]
     top1 = all_int8["top1_agreement"]
     if top1 == 1:
         found.append(
             f"{int8_of(report)} costs nothing measurable in top-1 there: no position's most likely token changes."
         )
     elif top1 is not None:
-        found.append(f"The most likely token is that of FP32 at {percent(top1)} of the positions.")
+        found.append(f"The most likely token is the same as in FP32 at {percent(top1)} of the positions.")
     return [*found, f"With every op in INT8 the output has {sqnr(all_int8['sqnr_db'])}."]
 
 
 def accuracy(
     report: Report, int8: dict[str, Any], best: dict[str, Any] | None, fp32: dict[str, Any] | None
 ) -> list[str]:
-    """What INT8 costs in answers and in top-1, in sentences, and whether either can be measured at all."""
+    """The cost of INT8 in answers and in top-1, in sentences, or why the answers cannot show it."""
     found = []
     if fp32 and int8["accuracy"] is not None and fp32["accuracy"] is not None:
         found.append(of_answers(report, int8, best, fp32))
@@ -303,20 +313,20 @@ def accuracy(
     else:
         kept = f", with the recommended profile at {percent(best['top1_agreement'])}" if best else ""
         found.append(
-            f"The most likely token is that of FP32 at {percent(int8['top1_agreement'])} of the positions with every op"
-            f" in INT8{kept}."
+            f"With every op in INT8 the most likely token is the same as in FP32 at"
+            f" {percent(int8['top1_agreement'])} of the positions{kept}."
         )
     return found
 
 
 def of_answers(report: Report, int8: dict[str, Any], best: dict[str, Any] | None, fp32: dict[str, Any]) -> str:
-    """What INT8 costs in answers, or why the answers do not say."""
+    """The cost of INT8 in answers, or why the answers do not show it."""
     answers = report["tradeoff"]["answers"]
     if not enough_right(report, fp32):
         by_fp32, by_int8 = (round(state["accuracy"] * answers) for state in (fp32, int8))
         return (
             f"FP32 itself gives {f'only {by_fp32}' if by_fp32 else 0} of {counted(answers, 'held-out answer')}"
-            f" right, and INT8 {by_int8}: too few for the accuracy to say anything of INT8."
+            f" right, and INT8 {by_int8}. These are too few to judge INT8 by its accuracy."
         )
     right = f"{percent(int8['accuracy'])} of {answers} held-out answers are right with every op in INT8"
     if int8["accuracy"] < fp32["accuracy"]:
@@ -325,34 +335,32 @@ def of_answers(report: Report, int8: dict[str, Any], best: dict[str, Any] | None
     same = int8["accuracy"] == fp32["accuracy"]
     than = "as many as in FP32" if same else f"more than the {percent(fp32['accuracy'])} in FP32"
     if damages(report, int8, fp32):
-        return f"{right}, {than}: the answers do not show what INT8 does to the output."
-    gain = " The trade-off therefore shows SQNR, in which there is something to gain."
+        return f"{right}, {than}. The answers do not show how much INT8 changes the output."
+    gain = " The trade-off therefore shows the SQNR, which kept ops can still raise."
     left = "" if int8["sqnr_db"] is None else gain
     return f"{int8_of(report)} costs nothing measurable in accuracy here: {right}, {than}.{left}"
 
 
 def certainty(report: Report) -> list[tuple[str, str]]:
-    """How far the ranking and the keep-lists can be trusted: what was looked at, and what it says."""
+    """How stable the ranking and the keep-lists are: each check with its result."""
     found = [*held_out(report), *against_chance(report["tradeoff"]), *refined(report["tradeoff"])]
-    if report["trust"] is None:
-        return [*found, ("Ranking", "The isolated map was not measured, so there is none.")]
+    if report["stability"] is None:
+        return [*found, ("Ranking", "The isolated map was not measured, so there is no ranking.")]
     ops = len(report["maps"]["isolated"]["ops"])
     if not ops:
-        return [*found, ("Ranking", "No op ran on the scored batches, so there is none.")]
-    return found + between(report["trust"], ops)
+        return [*found, ("Ranking", "No op ran on the scored batches, so there is no ranking.")]
+    return found + between(report["stability"], ops)
 
 
 def held_out(report: Report) -> list[tuple[str, str]]:
-    """How much worse INT8 does on samples that no scale was set by."""
+    """How much worse INT8 is on samples that set no scale."""
     if report["tradeoff"]["status"] != "measured":
         return []
     seen, unseen = report["all_int8"]["sqnr_db"], report["tradeoff"]["curves"]["ranking"][0]
     lowest = unseen["sqnr_db_lowest"] if report["tradeoff"]["batches"] > 1 else None
-    scored = (
-        "batches, each with scales of its own," if len(report["batches"]) != 1 else "batch, with scales of its own,"
-    )
-    text = f"With every op in INT8 the output has {sqnr(seen)} on the scored {scored} and"
-    text += f" {sqnr(unseen['sqnr_db'])} on held-out ones"
+    scored = "batches, each with its own scales" if len(report["batches"]) != 1 else "batch, with its own scales"
+    text = f"With every op in INT8 the output has {sqnr(seen)} on the scored {scored}."
+    text += f" On held-out samples it has {sqnr(unseen['sqnr_db'])}"
     return [("Held-out", f"{text}{'' if lowest is None else f' (the worst batch {lowest:.2f} dB)'}.")]
 
 
@@ -360,22 +368,22 @@ CONTROLS = {"random": "random ones", "inverse": "the ranking reversed", "weight_
 
 
 def against_chance(tradeoff: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the ranking is worth on held-out samples, over other orders in which ops can be kept."""
+    """How much better the ranking is on held-out samples than other orders in which ops can be kept."""
     if tradeoff["status"] != "measured":
         return []
     gains = {CONTROLS[key]: value for key, value in tradeoff["gains_db"].items() if value is not None}
     if not gains:
         return []
     text = (
-        f"Up to half of the ops, keep-lists along the ranking are worth {signed(gains)} on held-out samples (the area"
+        f"On held-out samples, keep-lists along the ranking gain {signed(gains)}. This is the mean over lengths up to"
     )
-    text += " between the curves, in which each doubling of a list counts the same)."
+    text += " half of the ops, in which each doubling of the length counts the same."
     for key, lengths in tradeoff["losses"].items():
         if lengths:
             mean = "the mean of " if key == "random" else ""
-            text += f" They are worse than {mean}{CONTROLS[key]} at {', '.join(map(str, lengths))} kept."
+            text += f" They are worse than {mean}{CONTROLS[key]} with {', '.join(map(str, lengths))} kept ops."
     if worse := [name for name, value in gains.items() if round(value, 1) <= 0]:
-        text += f" Against {' and '.join(worse)} the ranking does not earn its place here."
+        text += f" In this mean the ranking is not better than {' and '.join(worse)}."
     return [("Against chance", text)]
 
 
@@ -385,55 +393,58 @@ def signed(gains: dict[str, float]) -> str:
 
 
 def refined(tradeoff: dict[str, Any]) -> list[tuple[str, str]]:
-    """Whether choosing op after op does better than the ranking."""
+    """Whether keep-lists chosen op by op are better than the ranking."""
     if tradeoff["status"] != "measured" or tradeoff["greedy_gain_db"] is None:
         return []
     longest, gained = tradeoff["curves"]["greedy"][-1]["keep"], tradeoff["greedy_gain_db"]
-    better = "better than" if round(gained, 2) > 0 else "no better than"
-    text = f"Chosen one after another on a calibration batch, keep-lists of up to {counted(longest, 'op')} are {better}"
+    better = "better than" if round(gained, 2) > 0 else "not better than"
+    text = f"Keep-lists of up to {counted(longest, 'op')}, chosen op by op on a calibration batch, are {better}"
     return [("Greedy refinement", f"{text} those along the ranking ({fixed(gained, '+.2f')} dB).")]
 
 
 def refinement_helps(report: Report) -> bool:
-    """Whether some keep-list of the greedy curve does better than the ranking's of its length."""
+    """Whether a keep-list of the greedy curve is better than the ranking's keep-list of the same length."""
     curves = report["tradeoff"]["curves"]
     pairs = zip(curves["ranking"], curves.get("greedy", []), strict=False)
     return any(greedy["relative_error"] < ranking["relative_error"] for ranking, greedy in pairs)
 
 
-def between(trust: dict[str, Any], ops: int) -> list[tuple[str, str]]:
+def between(stability: dict[str, Any], ops: int) -> list[tuple[str, str]]:
     """How far batches and metrics agree on the ranking, whether errors add up, and how many ops are tied."""
     found = []
-    if trust["rank_tau"] is None and trust["batches"] > 1:
+    if stability["rank_tau"] is None and stability["batches"] > 1:
         unknown = "Unknown: fewer than two ops ran in every batch, or a batch gives all of them the same value."
         found.append(("Between batches", unknown))
-    elif trust["rank_tau"] is None:
-        found.append(("Between batches", "Unknown, one batch was scored; raise sensitivity.confidence_batches."))
-    else:
-        text = (
-            f"{trust['batches']} batches agree on the order with a Kendall's tau of {fixed(trust['rank_tau'], '.2f')}"
+    elif stability["rank_tau"] is None:
+        found.append(
+            ("Between batches", "Unknown, because only one batch was scored; raise sensitivity.confidence_batches.")
         )
-        lowest = f"lowest {fixed(trust['rank_tau_lowest'], '.2f')}; " if trust["batches"] > 2 else ""
+    else:
+        mean = fixed(stability["rank_tau"], ".2f")
+        text = f"{stability['batches']} batches agree on the order with a Kendall's tau of {mean}"
+        lowest = f"lowest {fixed(stability['rank_tau_lowest'], '.2f')}; " if stability["batches"] > 2 else ""
         text += f" ({lowest}1 is the same order, 0 is chance)."
-        if trust["top"] == 1 and trust["top_shared"] is not None:
-            text += f" The most sensitive op is {'' if trust['top_shared'] else 'not '}the same in every batch."
-        elif trust["top"] and trust["top_shared"] is not None:
-            text += f" {trust['top_shared']} of the {trust['top']} most sensitive ops are the same in every batch."
+        if stability["top"] == 1 and stability["top_shared"] is not None:
+            text += f" The most sensitive op is {'' if stability['top_shared'] else 'not '}the same in every batch."
+        elif stability["top"] and stability["top_shared"] is not None:
+            text += (
+                f" {stability['top_shared']} of the {stability['top']} most sensitive ops are the same in every batch."
+            )
         found.append(("Between batches", text))
-    if trust["metric_tau"] is not None:
-        text = f"Squared error and KL divergence order the ops with a tau of {fixed(trust['metric_tau'], '.2f')}."
+    if stability["metric_tau"] is not None:
+        text = f"Squared error and KL divergence order the ops with a tau of {fixed(stability['metric_tau'], '.2f')}."
         found.append(("Between metrics", text))
-    if trust["additivity"] is not None and ops > 1:
-        text = f"The errors of single ops add up to {trust['additivity']:.3g} times the error with every op in INT8"
-        far = abs(trust["additivity"] - 1) > 0.2
-        text += "; errors cancel or feed each other, so keep-lists have to be measured." if far else ": nearly a sum."
+    if stability["additivity"] is not None and ops > 1:
+        text = f"The errors of single ops add up to {stability['additivity']:.3g} times the error with every op in INT8"
+        far = abs(stability["additivity"] - 1) > 0.2
+        text += ". Errors cancel or add to each other, so keep-lists must be measured." if far else ": nearly a sum."
         found.append(("As a sum", text))
-    ties = f"{trust['ties']} of {ops} ops share their value with another; among them the order is the plan's."
-    return [*found, ("Ties", ties if trust["ties"] else "None, every op has a value of its own.")]
+    ties = f"{stability['ties']} of {ops} ops share their value with another op, so their order means nothing."
+    return [*found, ("Ties", ties if stability["ties"] else "None: every op has its own value.")]
 
 
 def activations(plan: Mapping[str, Any]) -> str:
-    """How many bits activations have and who chose them, in a sentence; `plan` is one or a report's `measurement`."""
+    """How many bits activations have and who chose them. `plan` is a plan or the `measurement` of a report."""
     bits = "7 bits of 8" if plan["reduce_range"] else "all 8 bits"
     by_inc = f"Intel Neural Compressor's choice on a CPU {'without' if plan['reduce_range'] else 'with'} VNNI"
     chosen = by_inc if plan["reduce_range_by"] == "inc" else "set by sensitivity.reduce_range"
@@ -441,10 +452,10 @@ def activations(plan: Mapping[str, Any]) -> str:
 
 
 def without_inc(inc_check: IncCheck) -> str:
-    """Why Intel Neural Compressor could not measure the model, and what stands for it."""
+    """Why Intel Neural Compressor could not measure the model, and who measured and audited instead."""
     return (
-        f"Intel Neural Compressor cannot measure this model: {inc_check['reason']}. All scores are the replay's, and"
-        " the audit compares them with torch's own quantized modules."
+        f"Intel Neural Compressor cannot measure this model: {inc_check['reason']}. All scores come from the"
+        " replay. The audit compares them with torch's own quantized modules."
     )
 
 
@@ -455,7 +466,7 @@ AUDITORS = {
 
 
 def audited(audit: dict[str, Any]) -> str:
-    """What was measured again, and by whom, in sentences."""
+    """Which values were measured again, and by whom, in sentences."""
     ops, batch, auditor = counted(len(audit["ops"]), "op"), audit["batch"], AUDITORS[audit["by"]]
     why = " Intel Neural Compressor cannot measure this model." if audit["by"] == "torch" else ""
     if audit["status"] != "not_needed" and not audit["ops"]:
@@ -474,4 +485,4 @@ def audited(audit: dict[str, Any]) -> str:
             f"The INT8 outputs of {ops} are the same on this device and on the CPU, bit for bit. Rank correlation"
             f" with {auditor} on the CPU over these ops (batch {batch}): {agreement or 'not computed'}.{why}"
         )
-    return "Not needed, Intel Neural Compressor itself measured every op."
+    return "Not needed: Intel Neural Compressor itself measured every op."
