@@ -152,10 +152,8 @@ def ranking(plan: Plan, capture: Capture) -> pd.DataFrame:
     """
     _require_capture(plan, capture)
     references = [batch.reference for batch in capture.batches]
-    rows = ranked([op for op in plan.ops if op.ran], capture.of_map("isolated"), references)
-    by_name = {row["op_name"]: row for row in rows}
-    table = pd.DataFrame([by_name[name] for name in most_sensitive_first(plan, capture)])
-    return table.assign(rank=range(1, len(table) + 1)).set_index("rank")
+    rows = ranked("isolated", [op for op in plan.ops if op.ran], capture.of_map("isolated"), references)
+    return pd.DataFrame(rows).set_index("rank")
 
 
 def tradeoff(
