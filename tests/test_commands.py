@@ -47,7 +47,7 @@ def test_the_steps_after_the_measurements_need_no_torch() -> None:
 def test_every_command_is_listed_and_is_the_script_of_its_name() -> None:
     scripts = {path.stem: path for path in (ROOT / "scripts").rglob("*.py")}
     assert set(scripts) == set(auto_quantize.COMMANDS)
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*scripts, "__init__", "auto_quantize", "run"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*scripts, "__init__", "auto_quantize", "run", "loaded"}
     for name, path in scripts.items():
         called = 'if __name__ == "__main__":\n    raise SystemExit(main())\n'
         assert path.read_text() == f"from auto_quantize_model.commands.{name} import main\n\n{called}"

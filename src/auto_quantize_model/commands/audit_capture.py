@@ -18,14 +18,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def audit_capture(args: argparse.Namespace) -> None:
+    from auto_quantize_model.commands.loaded import Loaded
     from auto_quantize_model.inc import audit
 
     run = open_run(args)
-    batches = run.batches(run.plan.confidence_batches)
+    loaded = Loaded(run)
+    batches = loaded.batches(run.plan.confidence_batches)
     cli.say(audit.announce(run.plan, run.capture, args.ops))
     with cli.progress_bar("audit") as on_progress:
-        scales = run.scales_of_batches()
-        result = audit.audit_capture(run.model(), batches, run.plan, run.capture, args.ops, scales, on_progress)
+        scales = loaded.scales_of_batches()
+        result = audit.audit_capture(loaded.model(), batches, run.plan, run.capture, args.ops, scales, on_progress)
     run.write("audit", args.audit, result)
     cli.say(f"audit: {result.status}, {result.compared} values compared")
 

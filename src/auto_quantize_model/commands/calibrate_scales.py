@@ -20,15 +20,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def calibrate_scales(args: argparse.Namespace) -> None:
+    from auto_quantize_model.commands.loaded import Loaded
     from auto_quantize_model.machine import explained_out_of_memory
     from auto_quantize_model.replay.calibrate import calibrate
     from auto_quantize_model.replay.scales import ranges, write_scales
 
     run = open_run(args)
-    device = run.device
-    batches = run.batches(None if args.whole_set else run.plan.confidence_batches)
+    loaded = Loaded(run)
+    device = loaded.device
+    batches = loaded.batches(None if args.whole_set else run.plan.confidence_batches)
     with explained_out_of_memory(device), cli.progress_bar("scales") as on_progress:
-        found = calibrate(run.model(device), run.plan, batches, args.whole_set, on_progress)
+        found = calibrate(loaded.model(device), run.plan, batches, args.whole_set, on_progress)
     write_scales(args.tensors, found)
     run.write("scales", args.scales, {"device": device.type, "ranges": ranges(found)}, [args.tensors])
     cli.say(f"scales: {len(run.plan.ops)} ops, {len(found)} calibrations")

@@ -19,21 +19,23 @@ def parser() -> argparse.ArgumentParser:
 
 
 def capture_sensitivity(args: argparse.Namespace) -> None:
+    from auto_quantize_model.commands.loaded import Loaded
     from auto_quantize_model.machine import explained_out_of_memory
     from auto_quantize_model.measure import capture
     from auto_quantize_model.measure.store import ScoreStore
 
     run = open_run(args)
-    device = run.device
-    batches = run.batches(run.plan.confidence_batches)
+    loaded = Loaded(run)
+    device = loaded.device
+    batches = loaded.batches(run.plan.confidence_batches)
     by_inc = inc_engine() if run.plan.engine != "replay" else None
     with explained_out_of_memory(device), cli.progress_bar("capture") as on_progress:
         captured, record = capture.capture_sensitivity(
-            run.model(device),
+            loaded.model(device),
             batches,
             run.plan,
             ScoreStore(args.score_store),
-            run.scales_of_batches(),
+            loaded.scales_of_batches(),
             on_progress,
             by_inc,
         )

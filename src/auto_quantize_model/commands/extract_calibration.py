@@ -14,12 +14,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def extract_calibration(args: argparse.Namespace) -> None:
+    from auto_quantize_model.commands.loaded import Loaded
     from auto_quantize_model.config import CalibrationSpec
     from auto_quantize_model.config_text import read_block
     from auto_quantize_model.data.batches import extract_into, remarks, sample_writer
 
     run = open_run(args)
-    processor = run.processor
+    loaded = Loaded(run)
+    processor = loaded.processor
     spec = read_block(CalibrationSpec, args.spec, "calibration")
     with sample_writer(args.calibration_set) as calibration, sample_writer(args.heldout_set) as heldout:
         stores = {"calibration": calibration, "heldout": heldout}

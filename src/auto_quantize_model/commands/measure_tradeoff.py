@@ -19,6 +19,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def measure_tradeoff(args: argparse.Namespace) -> None:
+    from auto_quantize_model.commands.loaded import Loaded
     from auto_quantize_model.config import TradeoffSpec
     from auto_quantize_model.config_text import read_block
     from auto_quantize_model.decide.ranking import most_sensitive_first
@@ -31,13 +32,14 @@ def measure_tradeoff(args: argparse.Namespace) -> None:
     greedy = {"greedy_candidates": args.greedy_candidates, "greedy_ops": args.greedy_ops}
     spec = read_block(TradeoffSpec, {"heldout_batches": args.batches, **greedy}, "tradeoff")
     run = open_run(args)
+    loaded = Loaded(run)
     if not spec.heldout_batches:
         run.write("tradeoff", args.tradeoff, NotMeasured("not_measured", "tradeoff.heldout_batches is 0"))
         return
-    device = run.device
-    batches = run.batches()
-    samples, answers = run.heldout(spec.heldout_batches)
-    model = run.model()
+    device = loaded.device
+    batches = loaded.batches()
+    samples, answers = loaded.heldout(spec.heldout_batches)
+    model = loaded.model()
     if refused := refusals(model, run.plan.ops):
         reason = f"{len(refused)} ops, such as {min(refused)}, cannot be replayed"
         run.write("tradeoff", args.tradeoff, NotMeasured("not_measured", reason))
@@ -53,7 +55,7 @@ def measure_tradeoff(args: argparse.Namespace) -> None:
             answers,
             ScoreStore(args.score_store),
             spec,
-            run.scales[ALL_BATCHES],
+            loaded.scales[ALL_BATCHES],
             on_progress,
         )
     run.write("tradeoff", args.tradeoff, found)

@@ -16,6 +16,7 @@ def parser() -> argparse.ArgumentParser:
 def plan_quantization(args: argparse.Namespace) -> None:
     import torch
 
+    from auto_quantize_model.commands.loaded import Loaded
     from auto_quantize_model.config import PlanSpec
     from auto_quantize_model.config_text import read_block
     from auto_quantize_model.inc.plan import build_plan, identify
@@ -23,11 +24,12 @@ def plan_quantization(args: argparse.Namespace) -> None:
     from auto_quantize_model.report import coverage, sentences
 
     run = open_run(args)
+    loaded = Loaded(run)
     spec = read_block(PlanSpec, args.spec, "sensitivity")
     # INC's conversion with every op in INT8 needs as much memory as a replay on the CPU.
-    require_memory(run.parameters, torch.device("cpu"))
-    batches = run.batches()
-    plan = identify(build_plan(run.model(), batches, spec), run.manifest, run.calibration, digest_of(args.spec))
+    require_memory(loaded.parameters, torch.device("cpu"))
+    batches = loaded.batches()
+    plan = identify(build_plan(loaded.model(), batches, spec), run.manifest, run.calibration, digest_of(args.spec))
     run.write("plan", args.plan, plan)
     cli.say(f"plan: {len(plan.ops)} ops to measure at {plan.measured_op}, {len(plan.excluded)} excluded")
     cli.say(f"plan: {sentences.activations(vars(plan))}")

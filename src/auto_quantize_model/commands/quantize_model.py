@@ -19,6 +19,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def quantize_model(args: argparse.Namespace) -> None:
+    from auto_quantize_model.commands.loaded import Loaded
     from auto_quantize_model.inc.audit import incs_surroundings
     from auto_quantize_model.inc.engine import require_inc
     from auto_quantize_model.inc.quantize import compared, load_quantized, logits, measure_error, quantize, release
@@ -29,26 +30,27 @@ def quantize_model(args: argparse.Namespace) -> None:
     beside = [args.record.name] if args.record.absolute().parent == args.directory.absolute() else []
     require_own_folder(args.directory, beside=beside)
     run = open_run(args)
+    loaded = Loaded(run)
     require_inc(run.plan)
     profile = profile_by_name(run.profiles, args.profile)
     kept = run.exports.path.parent / args.profile / "inc_op_name_dict.json"
     require_listed(run.exports, kept)
     op_name_dict = read_json(kept)
     # Reloading needs memory for INC's model, for the FP32 model that receives it, and for the file.
-    needed = 4 * run.parameters + 2 * profile.weight_bytes + WORKING_BYTES
+    needed = 4 * loaded.parameters + 2 * profile.weight_bytes + WORKING_BYTES
     require_free(needed, "quantizing this model, and loading the result back,")
-    batches = run.batches()
+    batches = loaded.batches()
     tradeoff = run.tradeoff
     assert isinstance(tradeoff, Tradeoff)  # noqa: S101  without a trade-off there is no profile
-    heldout, answers = run.heldout(tradeoff.batches)
+    heldout, answers = loaded.heldout(tradeoff.batches)
     with incs_surroundings(tradeoff.threads, run.plan.reduce_range):
-        model = run.model()
+        model = loaded.model()
         references = [Reference(logits(model, batch), batch.get("mm_token_type_ids")) for batch in heldout]
         with atomic_folder(args.directory, beside=beside) as folder:
             quantize(model, batches, op_name_dict, folder)
         del model  # before the next one is loaded
         release()
-        quantized = load_quantized(args.directory, run.model())
+        quantized = load_quantized(args.directory, loaded.model())
         with cli.progress_bar("INC's INT8 model") as on_batch:
             found = measure_error(references, quantized, heldout, answers, on_batch)
     record = compared(args.profile, profile, found, tradeoff)

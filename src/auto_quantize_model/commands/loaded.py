@@ -1,0 +1,83 @@
+"""The model, the samples and the scales that a step's documents describe.
+
+In: the documents of a step. Out: the snapshot, the samples, the scales and the model, each read when the step asks.
+Only steps that run a model import this module, so a change of model code reruns no other step.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from auto_quantize_model.commands.run import Run
+from auto_quantize_model.data.batches import Batch, load_batches, load_heldout
+from auto_quantize_model.documents import files_of, require_listed
+from auto_quantize_model.machine import choose_device, require_memory
+from auto_quantize_model.models.snapshot import (
+    Processor,
+    count_parameters,
+    load_model,
+    load_processor,
+    verify_manifest,
+)
+from auto_quantize_model.records import Scales
+from auto_quantize_model.replay.scales import name_of_batch, read_scales
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The files that the documents of a run describe."""
+
+    run: Run
+
+    @cached_property
+    def directory(self) -> Path:
+        """The model's snapshot, after every file is compared with the manifest, which takes minutes for gigabytes."""
+        return verify_manifest(self.run.manifest)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of the model's weights."""
+        return count_parameters(self.directory)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device that the options name, set up as the options say, after a check that the model fits there."""
+        options = self.run.options
+        device = choose_device(
+            options.device, tf32=options.tf32, deterministic=not options.nondeterministic, threads=options.threads
+        )
+        require_memory(self.parameters, device)
+        return device
+
+    @cached_property
+    def processor(self) -> Processor:
+        """The tokenizer and image processor, with the image backend of the calibration set where the step reads one."""
+        backend = self.run.calibration["image_backend"] if "calibration_manifest" in self.run.has else None
+        return load_processor(self.directory, backend)
+
+    def batches(self, count: int | None = None) -> list[Batch]:
+        """The first `count` calibration batches, or all."""
+        return load_batches(self.run.options.calibration_set, self.run.calibration, self.processor, count)
+
+    def heldout(self, count: int) -> tuple[list[Batch], list[list[range | None]]]:
+        """The first `count` held-out batches, and for each sample the positions of its answer's tokens."""
+        return load_heldout(self.run.options.heldout_set, self.run.calibration, self.processor, count)
+
+    def model(self, device: torch.device | str = "cpu") -> torch.nn.Module:
+        """The model in FP32 on a device, loaded again at each call."""
+        model: torch.nn.Module = load_model(self.directory)
+        return model.to(device)
+
+    @cached_property
+    def scales(self) -> dict[str, Scales]:
+        """The scales of each calibration, by its name."""
+        document = self.run.document("scales")
+        (path,) = files_of(document)
+        require_listed(document, path)
+        return read_scales(path)
+
+    def scales_of_batches(self) -> list[Scales]:
+        """The scales of each scored batch."""
+        return [self.scales[name_of_batch(index)] for index in range(self.run.plan.confidence_batches)]
