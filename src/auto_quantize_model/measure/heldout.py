@@ -155,19 +155,7 @@ def measure_tradeoff(
         kept: summary(found, references, asked) | {"weight_bytes": model_bytes(model, quantized(ranking, kept))}
         for kept, found in records.items()
     }
-    curves = {
-        order: [
-            Point(size, tuple(names[before:size]), **points[frozenset(names[:size])])
-            for before, size in zip([0, *sizes], sizes, strict=False)
-            if size <= len(names)
-        ]
-        for order, names in kept_by.items()
-    }
-    seeds = [curves[f"random_{seed}"] for seed in range(RANDOM_SEEDS)]
-    averaged = [spread(list(of_one_length)) for of_one_length in zip(*seeds, strict=True)]
-    of_seeds = [(point["keep"], point["sqnr_db"]) for point in averaged]
-    controls = {"random": of_seeds, "inverse": _line(curves["inverse"]), "weight_bytes": _line(curves["weight_bytes"])}
-    by_ranking, half = _line(curves["ranking"]), len(ranking) / 2
+    curves = curves_of(kept_by, sizes, points)
     return Tradeoff(
         **asdict(arithmetic(next(model.parameters()).device)),
         ops=len(ranking),
@@ -175,11 +163,48 @@ def measure_tradeoff(
         batches=len(heldout),
         answers=asked,
         curves=curves,
-        random=averaged,
-        gains_db={name: gain(by_ranking, control, half) for name, control in controls.items()},
-        losses={name: losses(by_ranking, control) for name, control in controls.items()},
-        greedy_gain_db=gain(_line(curves["greedy"]), by_ranking) if "greedy" in curves else None,
+        **against_controls(curves, len(ranking) / 2),
     )
+
+
+def curves_of(
+    kept_by: Mapping[str, Sequence[str]], sizes: Sequence[int], points: Mapping[frozenset[str], Mapping[str, Any]]
+) -> dict[str, list[Point]]:
+    """The measured keep-lists of each order as a curve.
+
+    Args:
+        kept_by: {order: ops in the order in which they are kept}.
+        sizes: lengths of the keep-lists; an order ends at its own length.
+        points: the metrics of each keep-list.
+    """
+    return {
+        order: [
+            Point(size, tuple(names[before:size]), **points[frozenset(names[:size])])
+            for before, size in zip([0, *sizes], sizes, strict=False)
+            if size <= len(names)
+        ]
+        for order, names in kept_by.items()
+    }
+
+
+def against_controls(curves: Mapping[str, Sequence[Point]], longest: float) -> dict[str, Any]:
+    """The ranking's curve compared with its controls, and the greedy curve with the ranking's, as in `Tradeoff`.
+
+    Args:
+        curves: as `curves_of` returns them.
+        longest: the longest keep-list that counts in a gain over a control.
+    """
+    seeds = [curves[f"random_{seed}"] for seed in range(RANDOM_SEEDS)]
+    averaged = [spread(list(of_one_length)) for of_one_length in zip(*seeds, strict=True)]
+    of_seeds = [(point["keep"], point["sqnr_db"]) for point in averaged]
+    controls = {"random": of_seeds, "inverse": _line(curves["inverse"]), "weight_bytes": _line(curves["weight_bytes"])}
+    by_ranking = _line(curves["ranking"])
+    return {
+        "random": averaged,
+        "gains_db": {name: gain(by_ranking, control, longest) for name, control in controls.items()},
+        "losses": {name: losses(by_ranking, control) for name, control in controls.items()},
+        "greedy_gain_db": gain(_line(curves["greedy"]), by_ranking) if "greedy" in curves else None,
+    }
 
 
 def quantized(ranking: Sequence[str], kept: frozenset[str]) -> dict[str, str]:
