@@ -41,7 +41,7 @@ def test_the_driver_writes_the_report_and_publishes_it(tiny_snapshot, photos, tm
     report = json.loads((tmp_path / "tmp/qwen2_5_vl_3b_inc/op_sensitivity_mse_v2_cpu.json").read_text())
     assert (report["measurement"]["reduce_range"], report["measurement"]["reduce_range_by"]) == (True, "config")
     assert f"{report['audit']['compared']} values by INC" in ended.stdout
-    schema = json.loads((ROOT / "workflow" / "schemas" / "op_sensitivity.schema.json").read_text())
+    schema = json.loads((ROOT / "src" / "auto_quantize_model" / "report" / "schema.json").read_text())
     jsonschema.validate(report, schema)
     assert {op["status"] for op in report["ops"]} == {"measured"}
     for suffix in ("md", "json"):

@@ -74,6 +74,6 @@ def test_the_run_record_has_memory_and_host():
 def test_work_that_does_not_fit_is_refused_with_both_numbers():
     require_free(0, "nothing")
     with pytest.raises(
-        InputError, match=r"^counting needs 1048576.0 GiB, and this machine has [\d.]+ GiB free; do it on"
+        InputError, match=r"^counting needs 1048576.0 GiB, and this machine has [\d.]+ GiB free; use a machine"
     ):
         require_free(2**50, "counting")

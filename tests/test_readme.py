@@ -20,7 +20,7 @@ PAGES += [ROOT / "resources" / "README.md", ROOT / "results" / "README.md"]
 RULE = re.compile(r"^rule (\w+):", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # What a reader has from elsewhere.
-OTHER = {"git", "cd", "."}
+OTHER = {"git", "cd", ".", "pip"}
 
 
 def blocks(page: Path, language: str) -> list[str]:

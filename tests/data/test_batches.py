@@ -200,7 +200,7 @@ def test_samples_of_different_length_do_not_share_a_batch(processor, jsonl):
     lines = jsonl.read_text().splitlines()
     row = json.loads(lines[0]) | {"prompt": "A much longer question than the others: which digit is this?"}
     jsonl.write_text("\n".join([json.dumps(row), *lines[1:]]) + "\n")
-    with pytest.raises(InputError, match=r"set calibration\.batch_size to 1"):
+    with pytest.raises(InputError, match=r"Set calibration\.batch_size to 1"):
         extract(local(jsonl, num_samples=6, num_heldout=0), processor, UNTRAINED)
 
 
@@ -465,7 +465,7 @@ def test_a_template_that_leaves_the_prompt_out_gives_one_sample_to_the_model(pro
     deaf.chat_template = "hello"
     (tmp_path / "set.jsonl").write_text('{"prompt": "x"}\n{"prompt": "y"}\n')
     spec = local(tmp_path / "set.jsonl", num_samples=1, num_heldout=1, batch_size=1)
-    with pytest.raises(InputError, match="same sample to the model.*check that the chat template writes the prompt"):
+    with pytest.raises(InputError, match="the same to the model.*chat template writes the prompt"):
         extract(spec, replace(processor, tokenizer=deaf), UNTRAINED)
 
 

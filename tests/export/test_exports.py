@@ -308,7 +308,7 @@ def test_a_profile_that_is_worse_than_all_int8_says_so_in_its_files(tmp_path: Pa
     for file in ("README.md", "inc_quantize.py", "llm_compressor_recipe.yaml"):
         text = (tmp_path / "exports" / "minimal" / file).read_text()
         assert "Profile minimal of tiny: 1 op in FP32, no error on held-out samples" in text
-        assert "minimal does worse than all-INT8 in top-1 (0.5, all-INT8 0.75)." in text
+        assert "minimal is worse than all-INT8 in top-1 (0.5, all-INT8 0.75)." in text
 
 
 def test_files_for_inc_say_so_where_inc_cannot_convert_the_model(tmp_path: Path, modules: Any) -> None:

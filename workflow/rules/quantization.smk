@@ -4,7 +4,7 @@ rule quantize_model:
     `all` does not include this rule. Name it, or run `make quantize PROFILE=moderate`.
     """
     input:
-        **MEASURED,
+        **PLANNED,
         stale=made_again_where_stale("quantize_model"),
         heldout_set=rules.extract_calibration.output.heldout_set,
         tradeoff=rules.measure_tradeoff.output.tradeoff,
