@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from auto_quantize_model.report.compare import Limits, compare, standings, to_ma
 from auto_quantize_model.report.document import build_report
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts/compare_sensitivity.py"
 
 
 # A whole report, as the script asks for: what the comparison does not read is the same everywhere.
@@ -295,13 +292,16 @@ def test_what_the_recommended_profile_newly_keeps_is_named() -> None:
     assert "keeps the same ops" in to_markdown(compared(reports[0], reports[0]))
 
 
-def run_script(folder: Path, second: Any, *options: str) -> subprocess.CompletedProcess[str]:
-    """Compare `report()` in a.json with `second` in b.json, by the script and into c.md and c.json."""
+def run_command(folder: Path, second: Any, *options: str) -> int:
+    """Compare `report()` in a.json with `second` in b.json, by the command and into c.md and c.json: the exit code."""
     (folder / "a.json").write_text(json.dumps(report()))
     (folder / "b.json").write_text(json.dumps(second))
     paths = [str(folder / "a.json"), str(folder / "b.json")]
     outputs = ["--markdown", str(folder / "c.md"), "--json", str(folder / "c.json")]
-    return subprocess.run([sys.executable, SCRIPT, *paths, *outputs, *options], capture_output=True, text=True)
+    try:
+        return compare_sensitivity.main([*paths, *outputs, *options])
+    except SystemExit as ended:  # argparse's
+        return int(ended.code or 0)
 
 
 @pytest.mark.parametrize(
@@ -317,14 +317,15 @@ def run_script(folder: Path, second: Any, *options: str) -> subprocess.Completed
         (report(), ["--top", "many"], 2),
     ],
 )
-def test_the_exit_code_is_the_verdict(tmp_path: Path, second: Any, options: list[str], code: int) -> None:
-    ended = run_script(tmp_path, second, *options)
-    assert ended.returncode == code, ended.stderr
+def test_the_exit_code_is_the_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], second: Any, options: list[str], code: int
+) -> None:
+    assert run_command(tmp_path, second, *options) == code
     assert (tmp_path / "c.md").exists() == (tmp_path / "c.json").exists() == (code < 2)
     if code < 2:
         found = json.loads((tmp_path / "c.json").read_text())
         assert (found["differs"], bool(found["reasons"])) == (bool(code), bool(code))
-        assert ended.stdout == (tmp_path / "c.md").read_text() + "\n"
+        assert capsys.readouterr().out == (tmp_path / "c.md").read_text() + "\n"
 
 
 def test_an_unexpected_error_does_not_end_like_a_difference(
