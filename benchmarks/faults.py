@@ -323,6 +323,7 @@ WRITTEN = {
     "get_model.py": {"--manifest"},
     "extract_calibration.py": {"--calibration-manifest", "--calibration-set", "--heldout-set"},
     "plan_quantization.py": {"--plan"},
+    "calibrate_scales.py": {"--scales", "--tensors"},
     "capture_sensitivity.py": {"--capture", "--run-record"},
     "audit_capture.py": {"--audit"},
     "measure_tradeoff.py": {"--tradeoff"},

@@ -188,6 +188,18 @@ def test_a_capture_that_was_stopped_resumes_and_ends_the_same(model, batches, fe
     assert record["resumed_scores"] >= len(plan.ops) / 2
 
 
+def test_a_second_pass_that_a_kill_lost_is_measured_again(model, batches, few, tmp_path):
+    plan = identify(build_plan(model, batches, spec(engine="inc", maps=["fallback"], op_name_dict=few)), *IDENTITY)
+    whole, _ = captured(model, batches, plan, tmp_path)
+    (shelf,) = tmp_path.glob("*.jsonl")
+    lines = shelf.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if '"key": "second_pass"' not in line]
+    assert len(kept) == len(lines) - 1
+    shelf.write_text("".join(kept))
+    assert captured(model, batches, plan, tmp_path)[0] == whole
+    assert '"key": "second_pass"' in shelf.read_text()
+
+
 def test_an_op_that_text_does_not_reach_has_no_score(model, processor, few, tmp_path):
     texts = [collate([encode(Sample("text", "Which digit is this?"), processor, LIMITS)])]
     plan = identify(build_plan(model, texts, spec(engine="inc", op_name_dict=few)), *IDENTITY)

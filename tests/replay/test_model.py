@@ -8,6 +8,7 @@ import torch
 from build import an_op
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.data.digits import LIMITS
@@ -247,6 +248,16 @@ def test_scales_of_a_file_give_the_bits_of_the_calibration_that_found_them(tmp_p
         assert torch.equal(replay.run(state), expected)
         replay.set_scales({})
         assert torch.equal(replay.run(state), replay.begin(first))  # an op without scales stays in FP32
+
+
+def test_a_file_that_holds_no_scales_or_half_of_an_ops_scales_is_refused_by_name(tmp_path):
+    path = tmp_path / "scales.safetensors"
+    save_file({"batch_0/head/in_scale": torch.ones(1)}, path)
+    with pytest.raises(InputError, match=r"scales\.safetensors: batch_0/head has not exactly in_scale, in_zero_point"):
+        read_scales(path)
+    path.write_bytes(b"text")
+    with pytest.raises(InputError, match=r"scales\.safetensors: not a safetensors file .*--forcerun calibrate_scales"):
+        read_scales(path)
 
 
 def test_a_scheme_that_the_replay_does_not_know_is_refused():

@@ -159,8 +159,10 @@ def rank_agreement(found: dict[str, float], expected: dict[str, float]) -> float
 
 @contextmanager
 def incs_surroundings(threads: int, reduce_range: bool) -> Iterator[None]:
-    """The capture's number of threads, on which float32 sums depend, the plan's `reduce_range`, and all INC kernels.
-    A run on a GPU may have restricted torch to deterministic kernels."""
+    """Set the capture's number of threads and the plan's `reduce_range`, and allow all of INC's kernels.
+
+    Sums of float32 depend on the threads. A run on a GPU may have restricted torch to deterministic kernels.
+    """
     saved = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

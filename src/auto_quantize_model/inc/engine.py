@@ -54,7 +54,9 @@ def measure_by_inc(work: Work, share: Share, on_progress: Progress) -> None:
         with work.shelf(base | {"batch": digest_of_batch(batch)}) as shelf:
             for label, names in share.items():
                 ran = [""] if label == ALL else [name for name in names if name in exercised]
-                if any(shelf.get(f"{label}/{name}") is None for name in ran):
+                # A kill may have come between the last score of a map and its second pass.
+                keys = [f"{label}/{name}" for name in ran] + [SECOND_PASS] * (label == "fallback" and bool(ran))
+                if any(shelf.get(key) is None for key in keys):
                     measure_map(work, conf, index, label, names, ran, shelf, step)
                 else:
                     done += len(names) if label != ALL else 1

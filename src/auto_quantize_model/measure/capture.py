@@ -7,6 +7,7 @@ run (times and host, which vary). The replay needs torch alone. Callers pass in 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -259,6 +260,7 @@ def context(model: torch.nn.Module, plan: Plan, ops: Sequence[Any], engine: str 
         "reduce_range": plan.reduce_range,
         "versions": plan.versions,
         "torch": torch.__version__,
+        "transformers": version("transformers"),  # of this process; the plan's may be older
         "gpu": None if device.type == "cpu" else torch.cuda.get_device_name(device),
         **asdict(arithmetic(device)),
         "tf32": torch.backends.cuda.matmul.allow_tf32,

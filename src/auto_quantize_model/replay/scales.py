@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from auto_quantize_model.files import InputError, atomic_path, digest_of, named_errors
@@ -47,23 +48,25 @@ def read_scales(path: Path) -> dict[str, Scales]:
     Raises:
         InputError: the file is missing, damaged, or holds other tensors.
     """
-    with named_errors(path):
-        tensors = load_file(path)
+    again = "make the file again (snakemake --cores 1 --forcerun calibrate_scales)"
+    try:
+        with named_errors(path):
+            tensors = load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a safetensors file ({error}); {again}") from None
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name, tensor in tensors.items():
         calibration, _, rest = name.partition("/")
         op_name, _, key = rest.rpartition("/")
         found.setdefault(calibration, {}).setdefault(op_name, {})[key] = tensor.item()
-    try:
-        return {
-            calibration: {op_name: OpScales(**values) for op_name, values in ops.items()}
-            for calibration, ops in found.items()
-        }
-    except TypeError:
-        raise InputError(
-            f"{path}: holds tensors that are not scales; make the file again (snakemake --cores 1 --forcerun"
-            " calibrate_scales)"
-        ) from None
+    for calibration, ops in found.items():
+        for op_name, values in ops.items():
+            if set(values) != set(KEYS):
+                raise InputError(f"{path}: {calibration}/{op_name} has not exactly {', '.join(KEYS)}; {again}")
+    return {
+        calibration: {op_name: OpScales(**values) for op_name, values in ops.items()}
+        for calibration, ops in found.items()
+    }
 
 
 def ranges(calibrations: Mapping[str, Scales]) -> dict[str, Any]:
