@@ -57,11 +57,12 @@ def main() -> int:
 def keep_batch() -> None:
     """Write one calibration batch of `digits_vlm`, because the tools' environments cannot make one."""
     from auto_quantize_model.data.batches import load_batches
-    from auto_quantize_model.files import read_json
+    from auto_quantize_model.documents import read_document
     from auto_quantize_model.models.snapshot import load_processor
+    from auto_quantize_model.records import CalibrationManifest, as_record
 
-    calibration = read_json(RUN / "calibration_manifest.json")
-    processor = load_processor(MODELS["digits_vlm"][0], calibration["image_backend"])
+    calibration = as_record(CalibrationManifest, read_document(RUN / "calibration_manifest.json"))
+    processor = load_processor(MODELS["digits_vlm"][0], calibration.image_backend)
     batches = load_batches(RUN / "calibration" / "calibration.parquet", calibration, processor)
     FOLDER.mkdir(parents=True, exist_ok=True)
     torch.save(batches[0], FOLDER / "digits_vlm.pt")
@@ -90,10 +91,10 @@ def make_qwen2_vl() -> None:
     batch |= {"pixel_values": torch.randn(16, 3 * 2 * 14 * 14), "image_grid_thw": torch.tensor([[1, 4, 4]])}
     torch.save(batch, FOLDER / "qwen2_vl.pt")
     kept = ["model.visual.blocks.0.mlp.fc1", "model.language_model.layers.0.self_attn.q_proj"]
-    two = Profile(2, 0.0, None, None, 0.0, 1.0, None, 0, "ranking", tuple(kept), {})
     modules = {name: type(module) for name, module in model.named_modules()}
     scheme = IncInt8("merger", "Linear", Side({}), Side({}))
     idle = inventoried("model.visual.merger.mlp.0", "Linear", dict(model.named_modules()), scheme)
+    two = Profile(2, 0.0, None, None, 0.0, 1.0, None, 0, "ranking", tuple(kept), {}, {})
     plan = Plan(
         model="qwen2_vl",
         engine="replay",

@@ -29,7 +29,7 @@ from scipy.stats import spearmanr
 
 from auto_quantize_model import cli
 from auto_quantize_model.documents import read_document
-from auto_quantize_model.files import InputError, read_json, write_json
+from auto_quantize_model.files import InputError, write_json
 from auto_quantize_model.machine import (
     GIB,
     WORKING_BYTES,
@@ -45,7 +45,7 @@ from auto_quantize_model.measure.metrics import Reference
 from auto_quantize_model.measure.states import ALL, states
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.snapshot import count_parameters, load_model, load_processor, verify_manifest
-from auto_quantize_model.records import Capture, Op, Plan, Scales, as_record
+from auto_quantize_model.records import CalibrationManifest, Capture, ModelManifest, Op, Plan, Scales, as_record
 from auto_quantize_model.replay.devices import op_inputs, site_differences
 from auto_quantize_model.replay.model import Batch, Replay
 from auto_quantize_model.schemes.inc_int8 import cpu_kernel
@@ -78,9 +78,9 @@ def prepare(args: argparse.Namespace) -> None:
     from auto_quantize_model.data.batches import load_batches  # needs `datasets`
 
     results = args.results
-    snapshot = verify_manifest(read_json(results.parent / "model_manifest.json"))
-    calibration = read_json(results / "calibration_manifest.json")
-    processor = load_processor(snapshot, calibration["image_backend"])
+    snapshot = verify_manifest(as_record(ModelManifest, read_document(results.parent / "model_manifest.json")))
+    calibration = as_record(CalibrationManifest, read_document(results / "calibration_manifest.json"))
+    processor = load_processor(snapshot, calibration.image_backend)
     batches = load_batches(results / "calibration" / "calibration.parquet", calibration, processor)
     shutil.copytree(snapshot, args.folder / "snapshot", dirs_exist_ok=True)
     shutil.copyfile(results / "plan.json", args.folder / "plan.json")

@@ -108,12 +108,10 @@ def compare_devices(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_plan(path: Path, args: argparse.Namespace, model: Any, batch: Any) -> None:
-    from auto_quantize_model.inc.plan import build_plan, identify
+    from auto_quantize_model.inc.plan import build_plan
 
     spec = PlanSpec(confidence_batches=1, maps=("isolated", "fallback", "requantize"))
-    manifest = {"model": args.shape, "digest": "0" * 64}
-    calibration = {"calibration": "photo", "digest": "0" * 64}
-    write_json(path, body_of(identify(build_plan(model, [batch], spec), manifest, calibration, "0" * 64)))
+    write_json(path, body_of(replace(build_plan(model, [batch], spec), model=args.shape, model_digest="0" * 64)))
 
 
 def peak() -> float:

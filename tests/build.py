@@ -5,16 +5,20 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from auto_quantize_model.records import (
+    Answers,
     Arithmetic,
     Audit,
+    CalibrationManifest,
     Capture,
     Excluded,
     IncInt8,
+    ModelManifest,
     Op,
     Plan,
     Point,
     Profile,
     Profiles,
+    SampleEntry,
     Score,
     ScoredBatch,
     Side,
@@ -34,6 +38,47 @@ WEIGHT = ACTIVATION | {"name": "PerChannelMinMaxObserver", "dtype": "qint8", "qs
 EMBEDDING = WEIGHT | {"dtype": "quint8", "qscheme": "per_channel_affine_float_qparams"}
 ARITHMETIC = Arithmetic("cpu", 1, "AVX2", "saturating")
 COVERAGE: Any = {"weights_total": 8, "weights_planned": 8, "weights_kept": 0, "share": 1.0, "left_out": []}
+
+
+def a_model_manifest(**changes: Any) -> ModelManifest:
+    """The manifest of a model without files."""
+    fields: dict[str, Any] = {
+        "model": "tiny",
+        "source": "local",
+        "path": "models/tiny",
+        "architecture": "Qwen2_5_VL",
+        "stand_in": None,
+        "files": (),
+        "digest": "0" * 64,
+        "details": {},
+    }
+    return ModelManifest(**fields | changes)
+
+
+def a_calibration_manifest(**changes: Any) -> CalibrationManifest:
+    """The manifest of a set of two calibration samples with an image and an answer."""
+    sample = SampleEntry("a|b", "1" * 64, "3" * 64, tokens=24, image_tokens=4, answer_tokens=1)
+    fields: dict[str, Any] = {
+        "calibration": "set",
+        "source": "local",
+        "path": "set.jsonl",
+        "source_digest": "4" * 64,
+        "seed": 0,
+        "samples": {"calibration": (sample, sample), "heldout": ()},
+        "limits": {"min_pixels": 3136, "max_pixels": 3136, "max_tokens": 64},
+        "batch_size": 1,
+        "format": "chat",
+        "image_backend": "pil",
+        "text_only": False,
+        "answers": {"calibration": Answers(2, 2), "heldout": Answers(0, 0)},
+        "digest": "2" * 64,
+        "details": {},
+    }
+    return CalibrationManifest(**fields | changes)
+
+
+# What `inc.plan.identify` takes besides the plan.
+IDENTITY = (a_model_manifest(), a_calibration_manifest(), "2")
 
 
 def an_op(name: str, op_type: str = "Linear", *, executions: Sequence[int] = (1,), **changes: Any) -> Op:
@@ -154,10 +199,10 @@ def with_point(tradeoff: Tradeoff, order: str, index: int, **changes: Any) -> Tr
 
 
 def a_profile(kept: Sequence[str], sqnr_db: float | None = 31.0, **changes: Any) -> Profile:
-    """A profile that keeps the named ops."""
+    """A profile that keeps the named ops and quantizes no other."""
     point = a_point(len(kept), sqnr_db)
     fields = {key: value for key, value in vars(point).items() if key != "added"}
-    fields |= {"order": "ranking", "kept": tuple(kept), "worse": {}}
+    fields |= {"order": "ranking", "kept": tuple(kept), "worse": {}, "assignment": {}}
     return Profile(**fields | changes)
 
 

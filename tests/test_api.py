@@ -99,7 +99,7 @@ def test_a_stored_plan_is_measured_where_inc_is_not_installed(
     tradeoff = aq.tradeoff(model, BATCHES, HELDOUT, plan, capture, answers=[[range(1, 3), None]])
     assert tradeoff.answers == 1 and tradeoff.curves["ranking"][1].added == (table.op_name[1],)
     best = aq.profiles(tradeoff, max_weight_bytes=10**6).profiles["recommended"]
-    assert best.assignment(plan.op_names).keys() | set(best.kept) == set(plan.op_names)
+    assert best.assignment.keys() | set(best.kept) == set(plan.op_names)
     with pytest.raises(aq.InputError, match=r"^capture: measured by another plan"):
         aq.ranking(replace(plan, measured_op="body"), capture)
 

@@ -11,9 +11,20 @@ from auto_quantize_model.config import Target
 from auto_quantize_model.decide.profiles import build_profiles
 from auto_quantize_model.documents import write_document
 from auto_quantize_model.files import InputError, canonical_json
-from auto_quantize_model.records import Audit, Capture, NotMeasured, Plan, Profiles, Tradeoff, as_record, body_of
+from auto_quantize_model.records import (
+    Audit,
+    CalibrationManifest,
+    Capture,
+    ModelManifest,
+    NotMeasured,
+    Plan,
+    Profiles,
+    Tradeoff,
+    as_record,
+    body_of,
+)
 
-_, _, PLAN, CAPTURE, AUDIT, *_ = parts()
+MANIFEST, CALIBRATION, PLAN, CAPTURE, AUDIT, *_ = parts()
 # A budget of bytes that is missed, by a whole number of bytes.
 MISSED = build_profiles(tradeoff(), Target(max_weight_bytes=1))
 
@@ -21,6 +32,8 @@ MISSED = build_profiles(tradeoff(), Target(max_weight_bytes=1))
 @pytest.mark.parametrize(
     ("kind", "record"),
     [
+        (ModelManifest, MANIFEST),
+        (CalibrationManifest, CALIBRATION),
         (Plan, PLAN),
         (Capture, CAPTURE),
         (Audit, AUDIT),

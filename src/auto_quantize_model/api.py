@@ -221,7 +221,7 @@ def profiles(
 
     Returns:
         `profiles` holds the profiles by name, `recommended` among them where a list reaches the target. Otherwise
-        `missed` says why none does. `profile.assignment(plan.op_names)` is {op_name: scheme}.
+        `missed` says why none does. `profile.assignment` is {op_name: scheme}.
 
     Raises:
         InputError: a value is out of its range.

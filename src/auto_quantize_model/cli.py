@@ -63,7 +63,7 @@ def user_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-class TerminalBar(tqdm):
+class TerminalBar(tqdm):  # type: ignore[misc]  # tqdm ships no types
     """A bar for libraries that make their bars from a class; shown on the terminal while other output goes to a log."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -48,7 +48,7 @@ class Bounded(yaml.BaseLoader):
         self.depth += 1
         self.nodes += 1
         if self.depth > MAX_DEPTH or self.nodes > 2 * MAX_VALUES:
-            mark = self.peek_event().start_mark
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(problem="too many values or levels", problem_mark=mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -155,7 +155,8 @@ def read_file(path: Path) -> dict[str, Any]:
     if not isinstance(node, yaml.MappingNode):
         what = "empty" if node is None or node.value == "" else "not a mapping"
         raise InputError(f"{name}: {what}; write blocks such as model: {{name: x}}")
-    return Unfolding(name).value(node, ())
+    blocks: dict[str, Any] = Unfolding(name).value(node, ())
+    return blocks
 
 
 class Unfolding:
@@ -257,9 +258,12 @@ def resolved(part: Schema, schema: Schema) -> Schema:
 
 def below(part: Schema, key: str | int) -> Schema:
     """The schema of the value at a key or an index; empty for a key that must not be there."""
+    found: Schema
     if isinstance(key, int):
-        return part.get("items", {})
-    return part.get("properties", {}).get(key) or part.get("additionalProperties") or {}
+        found = part.get("items", {})
+    else:
+        found = part.get("properties", {}).get(key) or part.get("additionalProperties") or {}
+    return found
 
 
 def kinds_of(part: Schema) -> list[str]:

@@ -141,7 +141,8 @@ def _capturing(
         def capturing_sorted(items: Iterable[Any], *, key: Any = None, reverse: bool = False) -> list[Any]:
             items = list(items)
             next(passes).update((item, float(key(item))) for item in items)
-            return within["sorted"](items, key=key, reverse=reverse)
+            in_order: list[Any] = within["sorted"](items, key=key, reverse=reverse)
+            return in_order
 
         def bounding_tqdm(items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
             for name, value in within["tqdm"](items):

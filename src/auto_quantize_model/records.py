@@ -21,6 +21,105 @@ closed = with_config(ConfigDict(extra="forbid"))
 
 
 @dataclass(frozen=True)
+class SnapshotFile:
+    """A file of a snapshot; `name` is its path in the snapshot."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@closed
+@dataclass(frozen=True, kw_only=True)
+class ModelManifest:
+    """A checked snapshot. Rules hand the manifest on, in place of the weights.
+
+    Attributes:
+        model: its name in result paths.
+        source: where it came from, `digits`, `local` or `hub`.
+        path: the snapshot's directory.
+        architecture: the class of transformers.
+        stand_in: the text of a stand-in's `stand_in.json`, None for any other snapshot.
+        files: all its files.
+        digest: of `files` alone, so the same weights have the same digest wherever they lie.
+        details: facts that the source adds, such as the training split, as JSON.
+    """
+
+    model: str
+    source: str
+    path: str
+    architecture: str
+    stand_in: str | None
+    files: tuple[SnapshotFile, ...]
+    digest: str
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SampleEntry:
+    """A sample of a calibration set, by its hashes and its numbers of tokens.
+
+    Attributes:
+        id: the sample's name in its source.
+        sha256: over the words and the stored RGB pixels.
+        tokens_sha256: over the token ids and the answer's position.
+        tokens: in all; `image_tokens` are those of the image.
+        answer_tokens: 0 where the answer's tokens are unknown, None without an answer.
+    """
+
+    id: str
+    sha256: str
+    tokens_sha256: str
+    tokens: int
+    image_tokens: int
+    answer_tokens: int | None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How many samples have an answer, and how many have an answer whose tokens are known."""
+
+    given: int
+    located: int
+
+
+@closed
+@dataclass(frozen=True, kw_only=True)
+class CalibrationManifest:
+    """The samples of a calibration set, and how they were drawn.
+
+    Attributes:
+        calibration: the set's name in result paths.
+        source: `digits`, `local` or `hub`; `path` and `source_digest` are a local source's.
+        seed: of the draw.
+        samples: of each split, `calibration` and `heldout`.
+        limits: {min_pixels, max_pixels, max_tokens} of a sample.
+        batch_size: samples in a batch.
+        format: `chat` or `plain`.
+        image_backend: what decodes and resizes images; None for a model without images.
+        text_only: whether no calibration sample has an image.
+        answers: of each split.
+        digest: of samples, limits, batch_size and format.
+        details: facts that the source adds, such as skipped files, as JSON.
+    """
+
+    calibration: str
+    source: str
+    path: str | None
+    source_digest: str | None
+    seed: int
+    samples: dict[str, tuple[SampleEntry, ...]]
+    limits: dict[str, int]
+    batch_size: int
+    format: str
+    image_backend: str | None
+    text_only: bool
+    answers: dict[str, Answers]
+    digest: str
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Side:
     """How INC quantizes the weight or the activations of an op.
 
@@ -340,13 +439,18 @@ class Tradeoff:
     losses: dict[str, list[int]]
     greedy_gain_db: float | None
 
+    @property
+    def op_names(self) -> list[str]:
+        """All its ops, the most sensitive first: the ranking's last point keeps them all."""
+        return [name for point in self.curves["ranking"] for name in point.added]
+
 
 @dataclass(frozen=True)
 class Profile:
-    """A point with a name: `kept` are all its unquantized ops, in the order `order`.
+    """A point with a name, and its state as an assignment, {op_name: scheme}.
 
-    `worse` holds the metrics in which the profile does worse than all ops in INT8, each with the value of all in INT8.
-    The other fields are those of `Point`.
+    `kept` are all its unquantized ops, in the order `order`. `worse` holds the metrics in which the profile does worse
+    than all ops in INT8, each with the value of all in INT8. The other fields are those of `Point`.
     """
 
     keep: int
@@ -360,10 +464,7 @@ class Profile:
     order: str
     kept: tuple[str, ...]
     worse: dict[str, float]
-
-    def assignment(self, op_names: Iterable[str]) -> dict[str, str]:
-        """The profile's state as an assignment, for a model with the named ops."""
-        return {name: "inc_int8" for name in op_names if name not in self.kept}
+    assignment: dict[str, str]
 
 
 @closed

@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from build import a_model_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -36,6 +37,7 @@ from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.loader import CalibrationLoader
 from auto_quantize_model.models.chat_template import renderer
 from auto_quantize_model.models.encode import Limits, prepare
+from auto_quantize_model.records import Answers
 
 SPEC = CalibrationSpec(
     name="set",
@@ -49,7 +51,7 @@ SPEC = CalibrationSpec(
     max_tokens=64,
 )
 LIMITS = Limits(SPEC.min_pixels, SPEC.max_pixels, SPEC.max_tokens)
-UNTRAINED = {"details": {}}
+UNTRAINED = a_model_manifest()
 
 
 @pytest.fixture
@@ -94,14 +96,14 @@ def test_digits_come_from_the_splits_that_training_left_aside(processor):
     split = digits_split(0)
     for samples, name in ((calibration, "calibration"), (heldout, "heldout")):
         assert {int(item.sample.id.removeprefix("digit-")) for item in samples} <= set(split[name])
-    assert not manifest["text_only"]
-    assert all(entry["image_tokens"] == 4 for entry in manifest["samples"]["calibration"])
+    assert not manifest.text_only
+    assert all(entry.image_tokens == 4 for entry in manifest.samples["calibration"])
 
 
 def test_the_same_seed_draws_the_same_set_and_another_seed_another(processor):
     manifests = [extract(SPEC.model_copy(update={"seed": seed}), processor, UNTRAINED)[2] for seed in (0, 0, 1)]
     assert manifests[0] == manifests[1]
-    assert manifests[0]["digest"] != manifests[2]["digest"]
+    assert manifests[0].digest != manifests[2].digest
 
 
 def test_stored_samples_come_back_bit_for_bit(processor, tmp_path):
@@ -142,7 +144,7 @@ def test_text_only_samples_are_allowed_and_marked(processor, tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"word {number}"}) + "\n" for number in range(3)))
     _, _, manifest = extract(local(path, num_samples=2, num_heldout=0, batch_size=1), processor, UNTRAINED)
-    assert manifest["text_only"]
+    assert manifest.text_only
 
 
 @pytest.mark.parametrize(
@@ -327,7 +329,7 @@ def test_a_template_with_a_date_is_rendered_once(processor, tmp_path, monkeypatc
         assert dated.decode(batch["input_ids"][0]).startswith("26 Jul 2024<")
     assert answers == [[item.answer_span for item in heldout]]
     next_day = extract(SPEC, processor, UNTRAINED)[2]
-    assert next_day["digest"] != manifest["digest"]
+    assert next_day.digest != manifest.digest
     assert dated.decode(extract(SPEC, processor, UNTRAINED)[0][0].input_ids).startswith("31 Dec 2025<")
 
 
@@ -452,10 +454,10 @@ def test_answers_that_cannot_be_located_are_told(processor):
     changed.chat_template = changed.chat_template.replace("{{ part.text }}", "{{ part.text | replace('1', 'one') }}")
     spec = SPEC.model_copy(update={"num_samples": 20, "batch_size": 1})
     manifest = extract(spec, replace(processor, tokenizer=changed), UNTRAINED)[2]
-    digits = [int(entry["id"].removeprefix("digit-")) for entry in manifest["samples"]["calibration"]]
+    digits = [int(entry.id.removeprefix("digit-")) for entry in manifest.samples["calibration"]]
     ones = sum(sample.answer == "1" for sample in digit_samples(digits))
     assert 0 < ones < 20
-    assert manifest["answers"]["calibration"] == {"given": 20, "located": 20 - ones}
+    assert manifest.answers["calibration"] == Answers(given=20, located=20 - ones)
     assert f"answers located in {20 - ones} of 20 calibration samples" in " ".join(remarks(manifest))
     assert remarks(extract(SPEC, processor, UNTRAINED)[2]) == []
 
@@ -483,8 +485,8 @@ def test_what_a_folder_skips_and_animations_are_told(processor, tmp_path):
     spec = local(tmp_path, num_samples=1, num_heldout=0, batch_size=1)
     samples, _, manifest = extract(spec, processor, UNTRAINED)
     assert samples[0].sample.image.getpixel((0, 0)) == (255, 0, 0)
-    assert manifest["details"] == {"skipped": {".heic": 1}, "first_frame_only": [str(tmp_path / "a.gif")]}
-    assert manifest["source_digest"] == samples_digest(tmp_path)
+    assert manifest.details == {"skipped": {".heic": 1}, "first_frame_only": [str(tmp_path / "a.gif")]}
+    assert manifest.source_digest == samples_digest(tmp_path)
     assert remarks(manifest) == [
         f"{tmp_path} holds files that are no images, which were skipped: 1 .heic",
         f"1 images are animations or have several pages; the first frame alone is used: {tmp_path / 'a.gif'}",
@@ -502,7 +504,7 @@ def test_a_model_without_a_chat_template_takes_plain_text(processor, tmp_path):
         extract(spec, processor, UNTRAINED)
     (item,), _, manifest = extract(spec.model_copy(update={"format": "plain"}), processor, UNTRAINED)
     assert plain.decode(item.input_ids) == "One and one is two."
-    assert manifest["format"] == "plain" and manifest["answers"]["calibration"] == {"given": 1, "located": 1}
+    assert manifest.format == "plain" and manifest.answers["calibration"] == Answers(given=1, located=1)
 
 
 def test_a_template_without_end_stops_the_extraction(processor, monkeypatch):

@@ -9,11 +9,13 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from build import a_calibration_manifest, a_model_manifest
 
 from auto_quantize_model.data import local_sources
 from auto_quantize_model.data.local_sources import samples_digest, why_other_samples, why_other_snapshot
 from auto_quantize_model.documents import write_document
 from auto_quantize_model.files import sha256_file
+from auto_quantize_model.records import SnapshotFile, body_of
 
 ROWS = [
     '{"image": "a.png"}',
@@ -104,7 +106,8 @@ def test_what_cannot_be_read_has_a_digest_as_well(place: Path, name: str) -> Non
 def test_a_set_is_stale_where_its_source_holds_other_files_and_not_where_nothing_lies_there(place: Path) -> None:
     manifest = place.with_name("calibration_manifest.json")
     assert why_other_samples(manifest, place) == ""
-    write_document(manifest, "calibration_manifest", {"source_digest": samples_digest(place)})
+    recorded = a_calibration_manifest(source_digest=samples_digest(place))
+    write_document(manifest, "calibration_manifest", body_of(recorded))
     assert why_other_samples(manifest, place) == ""
     (place / "a.png").write_bytes(b"other")
     assert why_other_samples(manifest, place) == f"{manifest} was made from other files than {place} holds"
@@ -117,11 +120,12 @@ def test_a_snapshot_is_compared_by_names_sizes_and_the_content_of_small_files(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = place.with_name("model_manifest.json")
-    files = [
-        {"name": name, "bytes": (place / name).stat().st_size, "sha256": sha256_file(place / name)}
-        for name in (str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
-    ]
-    write_document(manifest, "model_manifest", {"files": files})
+    files = tuple(
+        SnapshotFile(str(path.relative_to(place)), path.stat().st_size, sha256_file(path))
+        for path in place.rglob("*")
+        if path.is_file()
+    )
+    write_document(manifest, "model_manifest", body_of(a_model_manifest(files=files)))
 
     def after(change: Callable[[], Any]) -> str:
         change()

@@ -14,6 +14,7 @@ from auto_quantize_model.config import Target
 from auto_quantize_model.decide.profiles import build_profiles
 from auto_quantize_model.documents import write_document
 from auto_quantize_model.records import NotMeasured, Point, Tradeoff, body_of
+from auto_quantize_model.schemes.scheme import assigned
 
 SQNR = {0: 5.0, 1: 12.0, 2: 11.0, 4: 25.0, 8: 40.0, 20: None}
 
@@ -46,6 +47,7 @@ def test_recommended_is_the_smallest_that_reaches_the_target(target: dict[str, A
     recommended = build_profiles(tradeoff(), Target(**target)).profiles["recommended"]
     assert recommended.keep == keep
     assert recommended.kept == tuple(f"op{number}" for number in range(keep))
+    assert recommended.assignment == assigned(f"op{number}" for number in range(keep, 20))
 
 
 def test_where_no_keep_list_reaches_the_target_that_is_said() -> None:

@@ -28,6 +28,7 @@ from auto_quantize_model.export.exports import (
 )
 from auto_quantize_model.files import InputError
 from auto_quantize_model.models.snapshot import load_model, module_types, tensor_names
+from auto_quantize_model.schemes.scheme import assigned
 
 PATCHES = "model.visual.patch_embed.proj"
 Q_PROJ, K_PROJ, V_PROJ = (f"model.language_model.layers.0.self_attn.{name}_proj" for name in "qkv")
@@ -221,6 +222,12 @@ def test_what_the_plan_keeps_is_kept_by_every_tool(tmp_path: Path, modules: Any)
     norm = "model.language_model.norm"
     index = export_kept(tmp_path / "exports", [], modules, [], excluded=[Q_PROJ, norm])
     assert index["profiles"]["recommended"]["torchao"]["kept"] == [Q_PROJ]
+
+
+def test_an_op_that_the_profile_quantizes_is_in_no_list(tmp_path: Path, modules: Any) -> None:
+    profile = a_profile([Q_PROJ], assignment=assigned([GATE_PROJ]))
+    index = export(tmp_path / "e", profiles_of({"one": profile}), a_plan([GATE_PROJ, Q_PROJ]), modules, [], 2)
+    assert index["profiles"]["one"]["torchao"]["kept"] == [Q_PROJ]
 
 
 def test_an_op_that_the_model_does_not_have_is_refused_and_nothing_written(tmp_path: Path, modules: Any) -> None:

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from build import a_capture, a_plan
+from build import IDENTITY, a_capture, a_plan
 
 from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.files import InputError
@@ -13,8 +13,6 @@ from auto_quantize_model.inc.plan import build_plan, identify
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.snapshot import load_model
-
-IDENTITY = ({"model": "tiny", "digest": "0"}, {"calibration": "set", "digest": "1"}, "2")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from build import IDENTITY
 
 from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.files import InputError
@@ -17,7 +18,6 @@ from auto_quantize_model.inc.torch_modules import torch_scores
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.store import ScoreStore
 
-IDENTITY = ({"model": "tiny", "digest": "0"}, {"calibration": "set", "digest": "1"}, "2")
 MAPS = ("isolated", "fallback", "requantize")
 SHAPE = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "bos_token_id": 1}
 SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "eos_token_id": 2}

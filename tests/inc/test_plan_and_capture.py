@@ -8,6 +8,7 @@ from dataclasses import replace
 import neural_compressor.adaptor.pytorch as nc_pytorch
 import pytest
 import torch
+from build import IDENTITY
 
 from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.data.digits import LIMITS
@@ -24,7 +25,6 @@ from auto_quantize_model.schemes.inc_int8 import build_observer
 pytestmark = pytest.mark.slow
 KEPT = "model.visual.patch_embed.proj"
 MAPS = ["isolated", "fallback", "requantize"]
-IDENTITY = ({"model": "tiny", "digest": "0"}, {"calibration": "set", "digest": "1"}, "2")
 
 
 @pytest.fixture(scope="module")

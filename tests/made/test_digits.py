@@ -31,7 +31,7 @@ def test_the_shipped_snapshot_reads_digits_that_its_training_left_aside() -> Non
     assert not set(split["train"]) & set(split["calibration"] + split["heldout"])
     assert record["heldout_accuracy"] >= 0.95
     assert digits.heldout_accuracy(SHIPPED, record["split_seed"]) >= 0.95
-    names = {entry["name"] for entry in build_manifest(SHIPPED, "digits_vlm", "digits", {"training": record})["files"]}
+    names = {file.name for file in build_manifest(SHIPPED, "digits_vlm", "digits", {"training": record}).files}
     assert names == {path.name for path in SHIPPED.iterdir() if not path.name.startswith(".")}
 
 

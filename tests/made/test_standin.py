@@ -138,8 +138,8 @@ def test_the_processors_own_chat_template_comes_before_the_tokenizers(published:
 
 
 def test_a_stand_in_says_so_in_its_manifest(published: Path, tiny_snapshot: Path) -> None:
-    assert "drawn from seed 0" in build_manifest(published, "x", "local", {})["stand_in"]
-    assert build_manifest(tiny_snapshot, "x", "local", {})["stand_in"] is None
+    assert "drawn from seed 0" in build_manifest(published, "x", "local", {}).stand_in
+    assert build_manifest(tiny_snapshot, "x", "local", {}).stand_in is None
 
 
 def test_a_calibration_set_of_torchvision_is_not_read_with_another_resizer(

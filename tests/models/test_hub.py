@@ -13,9 +13,10 @@ import pytest
 from loopback_hub import Fault, Hub, serving, write_captions
 
 from auto_quantize_model.data.batches import read_samples
-from auto_quantize_model.documents import write_document
+from auto_quantize_model.documents import read_document, write_document
 from auto_quantize_model.files import read_json
 from auto_quantize_model.models.snapshot import build_manifest
+from auto_quantize_model.records import ModelManifest, as_record, body_of
 
 COMMIT = "6" * 40
 REPO = "org/tiny"
@@ -251,10 +252,11 @@ def test_a_later_run_of_the_model_rule_verifies_the_manifest(download: Downloade
     from auto_quantize_model.files import InputError
     from auto_quantize_model.models.snapshot import verify_manifest
 
-    assert verify_manifest(written) == link
+    recorded = as_record(ModelManifest, read_document(manifest, "model_manifest"))
+    assert verify_manifest(recorded) == link
     (link / "config.json").resolve().write_text("{}")
     with pytest.raises(InputError, match=r"config\.json: differs from the sha256"):
-        verify_manifest(written)
+        verify_manifest(recorded)
 
 
 COLUMNS = {"id": "question_id", "image": "image", "prompt": "question", "answer": "answer"}
@@ -288,7 +290,7 @@ class Calibrator:
         spec |= {"columns": COLUMNS, "num_samples": 2, "num_heldout": 1, "seed": 0, "batch_size": 1}
         spec |= {"min_pixels": 3136, "max_pixels": 3136, "max_tokens": 512} | changes
         manifest = self.folder / "model.json"
-        write_document(manifest, "model_manifest", build_manifest(self.model, "tiny", "local", {}))
+        write_document(manifest, "model_manifest", body_of(build_manifest(self.model, "tiny", "local", {})))
         words = ["scripts/extract_calibration.py", "--manifest", str(manifest)]
         words += ["--spec", json.dumps(spec), "--calibration-set", str(self.folder / "calibration.parquet")]
         words += ["--heldout-set", str(self.folder / "heldout.parquet")]

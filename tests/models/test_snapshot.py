@@ -139,7 +139,7 @@ def test_digest_does_not_depend_on_the_place_nor_on_what_other_tools_hide_there(
     elsewhere = Path(shutil.copytree(snapshot, tmp_path / "elsewhere"))
     (elsewhere / ".git").mkdir()
     (elsewhere / ".git" / "index").touch()
-    digests = {build_manifest(place, "tiny", "local", {})["digest"] for place in (snapshot, elsewhere)}
+    digests = {build_manifest(place, "tiny", "local", {}).digest for place in (snapshot, elsewhere)}
     assert len(digests) == 1
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from build import an_op
+from build import IDENTITY, an_op
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -27,7 +27,6 @@ from auto_quantize_model.replay.scales import name_of_batch, read_scales, write_
 from auto_quantize_model.schemes.scheme import assigned
 
 MAPS = ("isolated", "fallback", "requantize")
-IDENTITY = ({"model": "small", "digest": "0"}, {"calibration": "set", "digest": "1"}, "2")
 
 
 @pytest.fixture(scope="module")

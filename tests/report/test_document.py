@@ -6,7 +6,7 @@ import re
 from html import unescape
 
 import pytest
-from build import COVERAGE, a_capture, a_plan, a_score, an_audit, an_op
+from build import COVERAGE, a_calibration_manifest, a_capture, a_model_manifest, a_plan, a_score, an_audit, an_op
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -16,7 +16,7 @@ from auto_quantize_model.decide.profiles import build_profiles
 from auto_quantize_model.decide.ranking import aggregated
 from auto_quantize_model.escape import CONTROLS, one_line
 from auto_quantize_model.files import InputError, canonical_json
-from auto_quantize_model.records import Excluded, NotMeasured
+from auto_quantize_model.records import Answers, Excluded, NotMeasured
 from auto_quantize_model.report.document import build_report, markdown_cell, render, tables, top_table
 
 UNMEASURED = NotMeasured("not_measured", "tradeoff.heldout_batches is 0")
@@ -24,19 +24,6 @@ PROFILES = build_profiles(UNMEASURED, Target())
 MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 NAMES = ["visual.proj", "layers.0.mlp", "layers.1.mlp", "lm_head"]
 ERRORS = dict(zip(NAMES, ((3.0, 1.0), (0.5, 0.5), (0.5, 0.5), (8.0, 4.0)), strict=True))  # on two batches
-MANIFEST = {"model": "tiny", "source": "local", "architecture": "Qwen2_5_VL", "digest": "0" * 64, "details": {}}
-SAMPLE = {"id": "a|b", "sha256": "1" * 64, "tokens": 24, "image_tokens": 4}
-CALIBRATION = {
-    "calibration": "set",
-    "source": "local",
-    "seed": 0,
-    "batch_size": 1,
-    "text_only": False,
-    "answers": {"calibration": {"given": 2, "located": 2}, "heldout": {"given": 0, "located": 0}},
-    "image_backend": "pil",
-    "digest": "2" * 64,
-    "samples": {"calibration": [SAMPLE, SAMPLE], "heldout": []},
-}
 LEFT_OUT = [{"pattern": "norm|x", "class": "RMSNorm", "count": 1, "weights": 9, "bytes": 36}]
 PLAN = {
     "coverage": COVERAGE | {"weights_total": 1000, "weights_planned": 991, "share": 0.991, "left_out": LEFT_OUT},
@@ -86,8 +73,8 @@ def parts(
     }
     together = [record(value) if isinstance(value, float) else value for value in all_int8]
     return (
-        MANIFEST | {"stand_in": stand_in},
-        CALIBRATION | (calibration or {}),
+        a_model_manifest(stand_in=stand_in),
+        a_calibration_manifest(**calibration or {}),
         planned,
         a_capture(planned, ran, together, **capture),
         an_audit(**audit or {}),
@@ -143,7 +130,7 @@ def test_the_ten_most_sensitive_come_first():
 
 
 def test_answers_that_were_not_located_are_a_warning():
-    answers = {"calibration": {"given": 2, "located": 2}, "heldout": {"given": 8, "located": 0}}
+    answers = {"calibration": Answers(given=2, located=2), "heldout": Answers(given=8, located=0)}
     report = build_report(*parts(calibration={"answers": answers}))
     assert report["warnings"][0].startswith("Answers were located in 0 of 8 held-out samples; accuracy is measured on")
 

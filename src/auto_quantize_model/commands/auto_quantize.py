@@ -67,4 +67,5 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     given = parser().parse_args(argv)
     sys.argv[0] = f"auto-quantize {given.command}"  # the name that the command's own usage shows
-    return command(given.command).main(given.arguments)
+    ended: int = command(given.command).main(given.arguments)
+    return ended

@@ -14,6 +14,7 @@ Exit code: 0 the reports agree, 1 they differ, 2 bad input, 3 an unexpected erro
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from auto_quantize_model import cli, options
 from auto_quantize_model.documents import HEAD, read_document
@@ -59,12 +60,12 @@ def comparison(args: argparse.Namespace) -> bool:
     return bool(found["differs"])
 
 
-def read_report(path: Path) -> dict:
+def read_report(path: Path) -> dict[str, Any]:
     import jsonschema
 
     from auto_quantize_model.report.document import SCHEMA, SCHEMA_VERSION
 
-    report = read_json(path)
+    report: Any = read_json(path)
     version = report.get("schema_version") if isinstance(report, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(
@@ -76,7 +77,8 @@ def read_report(path: Path) -> dict:
         jsonschema.validate(report, read_json(SCHEMA))
     except jsonschema.ValidationError as error:
         raise InputError(f"{path}: no whole report, {error.json_path}: {error.message[:200]}; render it") from None
-    return report
+    whole: dict[str, Any] = report
+    return whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:

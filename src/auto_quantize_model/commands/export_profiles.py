@@ -19,9 +19,9 @@ def export_profiles(args: argparse.Namespace) -> None:
 
     run = open_run(args)
     # The export reads only names and classes, so the weights are not hashed again.
-    snapshot = Path(run.manifest["path"])
+    snapshot = Path(run.manifest.path)
     modules, published = module_types(snapshot), tensor_names(snapshot)
-    samples, size = len(run.calibration["samples"]["calibration"]), run.calibration["batch_size"]
+    samples, size = len(run.calibration.samples["calibration"]), run.calibration.batch_size
     in_whole_batches = samples - samples % size
     index = export(args.directory, run.profiles, run.plan, modules, published, in_whole_batches, run.documents)
     if index["missed"]:

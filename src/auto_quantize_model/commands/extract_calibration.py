@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from auto_quantize_model import cli, options
 from auto_quantize_model.commands.run import open_run
 from auto_quantize_model.documents import write_document
+from auto_quantize_model.records import body_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,9 +31,9 @@ def extract_calibration(args: argparse.Namespace) -> None:
         )
     sets = [args.calibration_set, args.heldout_set]
     kind = "calibration_manifest"
-    write_document(args.calibration_manifest, kind, manifest, run.documents, args.config_digest, sets)
-    drawn = {split: len(samples) for split, samples in manifest["samples"].items()}
-    cli.say(f"calibration: {drawn['calibration']} samples, {drawn['heldout']} held out, from {manifest['source']}")
+    write_document(args.calibration_manifest, kind, body_of(manifest), run.documents, args.config_digest, sets)
+    drawn = {split: len(samples) for split, samples in manifest.samples.items()}
+    cli.say(f"calibration: {drawn['calibration']} samples, {drawn['heldout']} held out, from {manifest.source}")
     for remark in remarks(manifest):
         cli.say(f"calibration: {remark}")
 

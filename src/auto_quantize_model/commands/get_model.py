@@ -7,6 +7,7 @@ from typing import Any
 from auto_quantize_model import cli, options
 from auto_quantize_model.documents import write_document
 from auto_quantize_model.files import InputError
+from auto_quantize_model.records import body_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,8 +46,8 @@ def get_model(args: argparse.Namespace) -> None:
         raise InputError(f"model.path: {args.path} is not a directory; give a Hugging Face snapshot directory")
     manifest = build_manifest(args.path, args.name, args.source, details)
     if args.source == "hub":
-        hub.check_against_hub(args.path, {file["name"]: file["sha256"] for file in manifest["files"]})
-    write_document(args.manifest, "model_manifest", manifest, config=args.config_digest)
+        hub.check_against_hub(args.path, {file.name: file.sha256 for file in manifest.files})
+    write_document(args.manifest, "model_manifest", body_of(manifest), config=args.config_digest)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -110,10 +110,10 @@ def measure(args: argparse.Namespace) -> None:
     plan = identify(build_plan(model, batches, spec), manifest, calibration, digest_of(spec.model_dump()))
     store = ScoreStore(args.output / "scores")
     with explained_out_of_memory(device), cli.progress_bar("capture") as on_progress:
-        captured, record = capture_sensitivity(
+        captured, run_of_capture = capture_sensitivity(
             model.to(device), batches, plan, store, on_progress=on_progress, by_inc=measure_by_inc
         )
-    cli.say(f"capture: {news(record)}")
+    cli.say(f"capture: {news(run_of_capture)}")
     captured = described(captured, calibration)
     cli.say(announce(plan, captured, args.audit_ops))
     with cli.progress_bar("audit") as on_progress:
@@ -123,12 +123,10 @@ def measure(args: argparse.Namespace) -> None:
         manifest, calibration, plan, captured, audit, unmeasured, build_profiles(unmeasured, Target())
     )
     markdown, document = render(report)
-    write_json(run_record, record)
-    parts = {"model_manifest": manifest, "calibration_manifest": calibration, "plan": body_of(plan)}
-    parts |= {"capture": body_of(captured), "audit": body_of(audit)}
+    write_json(run_record, run_of_capture)
     made_from: list[Document] = []
-    for kind, part in parts.items():
-        made_from.append(write_document(documents[kind], kind, part, made_from))
+    for (kind, path), record in zip(documents.items(), (manifest, calibration, plan, captured, audit), strict=True):
+        made_from.append(write_document(path, kind, body_of(record), made_from))
     for target in targets:
         write_text(target.with_name(f"{target.name}.md"), markdown)
     listed = [args.output / f"{name}.md"]

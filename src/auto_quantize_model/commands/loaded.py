@@ -54,7 +54,7 @@ class Loaded:
     @cached_property
     def processor(self) -> Processor:
         """The tokenizer and image processor, with the image backend of the calibration set where the step reads one."""
-        backend = self.run.calibration["image_backend"] if "calibration_manifest" in self.run.has else None
+        backend = self.run.calibration.image_backend if "calibration_manifest" in self.run.has else None
         return load_processor(self.directory, backend)
 
     def batches(self, count: int | None = None) -> list[Batch]:

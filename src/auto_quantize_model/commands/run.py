@@ -14,7 +14,9 @@ from typing import Any
 from auto_quantize_model.documents import Document, read_documents, require_listed, write_document
 from auto_quantize_model.records import (
     Audit,
+    CalibrationManifest,
     Capture,
+    ModelManifest,
     NotMeasured,
     Plan,
     Profiles,
@@ -54,13 +56,13 @@ class Run:
         """The document of a kind."""
         return next(document for document in self.documents if document.kind == kind)
 
-    @property
-    def manifest(self) -> Document:
-        return self.document("model_manifest")
+    @cached_property
+    def manifest(self) -> ModelManifest:
+        return as_record(ModelManifest, self.document("model_manifest"))
 
-    @property
-    def calibration(self) -> Document:
-        return self.document("calibration_manifest")
+    @cached_property
+    def calibration(self) -> CalibrationManifest:
+        return as_record(CalibrationManifest, self.document("calibration_manifest"))
 
     @cached_property
     def plan(self) -> Plan:
@@ -123,5 +125,5 @@ def open_run(args: argparse.Namespace) -> Run:
     run = Run(args, tuple(read_documents(paths)))
     for option in ("calibration_set", "heldout_set"):
         if option in args and option not in args.writes:
-            require_listed(run.calibration, getattr(args, option))
+            require_listed(run.document("calibration_manifest"), getattr(args, option))
     return run

@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from auto_quantize_model.models.encode import (
     tensors,
 )
 from auto_quantize_model.models.snapshot import Processor
+from auto_quantize_model.records import Answers, CalibrationManifest, ModelManifest, SampleEntry, body_of
 
 FEATURES = Features(
     {
@@ -53,13 +55,14 @@ FEATURES = Features(
 )
 ROWS_AT_ONCE = 16  # prepared samples that are kept in memory before they are written
 SPLITS = ("calibration", "heldout")
+DIGESTED = ("samples", "limits", "batch_size", "format")  # the manifest's digest covers these fields
 Batch = dict[str, torch.Tensor]
 Store = Callable[[Prepared], None]
 
 
 def extract(
-    spec: CalibrationSpec, processor: Processor, model_manifest: dict[str, Any], progress: Progress = iter
-) -> tuple[list[Prepared], list[Prepared], dict[str, Any]]:
+    spec: CalibrationSpec, processor: Processor, model_manifest: ModelManifest, progress: Progress = iter
+) -> tuple[list[Prepared], list[Prepared], CalibrationManifest]:
     """As `extract_into`, with the samples kept in memory.
 
     Returns:
@@ -75,9 +78,9 @@ def extract_into(
     stores: dict[str, Store],
     spec: CalibrationSpec,
     processor: Processor,
-    model_manifest: dict[str, Any],
+    model_manifest: ModelManifest,
     progress: Progress = iter,
-) -> dict[str, Any]:
+) -> CalibrationManifest:
     """Draw the samples, run each through the model's processor, pass each to a store, and describe all of them.
 
     One sample is in memory at a time, so any number of samples and any size of their images fit.
@@ -86,11 +89,8 @@ def extract_into(
         stores: for each split, `calibration` and `heldout`, the function that takes its prepared samples, in order.
         spec: the config's calibration block.
         processor: the model's.
-        model_manifest: as `snapshot.build_manifest` returns it; digits are drawn from those that training left aside.
+        model_manifest: of the model; digits are drawn from those that its training left aside.
         progress: wraps the range of samples while they are fetched from the hub.
-
-    Returns:
-        The manifest: ids, sha256, token counts, limits, seed, what the source skipped, and a local source's digest.
 
     Raises:
         InputError: the source is empty or malformed, has too few samples, or has samples that cannot be used. Or a
@@ -98,7 +98,7 @@ def extract_into(
     """
     if spec.format == "chat" and processor.tokenizer.chat_template is None:
         raise InputError(
-            f"{model_manifest.get('path', 'the model')}: no chat template (chat_template.jinja, chat_template.json, or"
+            f"{model_manifest.path}: no chat template (chat_template.jinja, chat_template.json, or"
             " in tokenizer_config.json); complete the snapshot, or set calibration.format to plain"
         )
     limits = Limits(spec.min_pixels, spec.max_pixels, spec.max_tokens)
@@ -106,7 +106,7 @@ def extract_into(
     source_digest = samples_digest(Path(spec.path)) if spec.source == "local" and spec.path else None
     pools, source = _open_source(spec, model_manifest, progress)
     split_of = _draw(spec, pools)
-    entries: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    entries: dict[str, list[SampleEntry]] = {split: [] for split in SPLITS}
     shapes: list[tuple[int, bool]] = []
     first_frames: list[str] = []
 
@@ -130,55 +130,53 @@ def extract_into(
     _refuse_shared(entries, spec.place)
     for start in range(0, len(shapes), spec.batch_size):
         require_equal(shapes[start : start + spec.batch_size])
-    content = {
-        "samples": entries,
-        "limits": vars(limits),
-        "batch_size": spec.batch_size,
-        "format": spec.format,
-    }
-    return {
-        "calibration": spec.name,
-        "source": spec.source,
-        "path": spec.path,
-        "source_digest": source_digest,
-        "seed": spec.seed,
-        **content,
-        "image_backend": processor.image_backend,
-        "text_only": not any(entry["image_tokens"] for entry in entries["calibration"]),
-        "answers": {split: _located(entries[split]) for split in SPLITS},
-        "digest": digest_of(content),
-        "details": source.details | ({"first_frame_only": first_frames} if first_frames else {}),
-    }
+    made = CalibrationManifest(
+        calibration=spec.name,
+        source=spec.source,
+        path=spec.path,
+        source_digest=source_digest,
+        seed=spec.seed,
+        samples={split: tuple(entries[split]) for split in SPLITS},
+        limits=asdict(limits),
+        batch_size=spec.batch_size,
+        format=spec.format,
+        image_backend=processor.image_backend,
+        text_only=not any(entry.image_tokens for entry in entries["calibration"]),
+        answers={split: _located(entries[split]) for split in SPLITS},
+        digest="",
+        details=source.details | ({"first_frame_only": first_frames} if first_frames else {}),
+    )
+    body = body_of(made)
+    return replace(made, digest=digest_of({key: body[key] for key in DIGESTED}))
 
 
-def remarks(manifest: dict[str, Any]) -> list[str]:
+def remarks(manifest: CalibrationManifest) -> list[str]:
     """What a user should know about an extracted set, in sentences."""
     found = []
-    if unread := manifest["details"].get("columns_not_read"):
+    if unread := manifest.details.get("columns_not_read"):
         named = ", ".join(unread[:12]) + " and more" * (len(unread) > 12)
-        found.append(f"{manifest['path']} has columns that are not read: {named}")
-    if skipped := manifest["details"].get("skipped"):
-        found.append(f"{manifest['path']} holds files that are no images, which were skipped: {listed(skipped)}")
-    if frames := manifest["details"].get("first_frame_only"):
+        found.append(f"{manifest.path} has columns that are not read: {named}")
+    if skipped := manifest.details.get("skipped"):
+        found.append(f"{manifest.path} holds files that are no images, which were skipped: {listed(skipped)}")
+    if frames := manifest.details.get("first_frame_only"):
         more = f" and {len(frames) - 5} more" if len(frames) > 5 else ""
         found.append(
             f"{len(frames)} images are animations or have several pages; the first frame alone is used:"
             f" {', '.join(frames[:5])}{more}"
         )
-    for split, answers in manifest["answers"].items():
-        if answers["located"] < answers["given"]:
+    for split, answers in manifest.answers.items():
+        if answers.located < answers.given:
             found.append(
-                f"answers located in {answers['located']} of {answers['given']} {split} samples, and accuracy is"
+                f"answers located in {answers.located} of {answers.given} {split} samples, and accuracy is"
                 " measured on those. The other answers are empty, changed by the chat template, or in tokens that hold"
                 " other text too"
             )
     return found
 
 
-def _located(entries: list[dict[str, Any]]) -> dict[str, int]:
-    """How many samples have an answer, and how many have an answer whose tokens are known."""
-    given = [entry for entry in entries if entry["answer_tokens"] is not None]
-    return {"given": len(given), "located": sum(entry["answer_tokens"] > 0 for entry in given)}
+def _located(entries: Iterable[SampleEntry]) -> Answers:
+    tokens = [entry.answer_tokens for entry in entries if entry.answer_tokens is not None]
+    return Answers(given=len(tokens), located=sum(count > 0 for count in tokens))
 
 
 def _draw(spec: CalibrationSpec, pools: dict[str, Sequence[int]]) -> dict[int, str]:
@@ -201,7 +199,7 @@ def _draw(spec: CalibrationSpec, pools: dict[str, Sequence[int]]) -> dict[int, s
 
 
 def _open_source(
-    spec: CalibrationSpec, model_manifest: dict[str, Any], progress: Progress
+    spec: CalibrationSpec, model_manifest: ModelManifest, progress: Progress
 ) -> tuple[dict[str, Sequence[int]], Source]:
     """The row numbers that each split draws from, and the source.
 
@@ -211,7 +209,7 @@ def _open_source(
     if spec.source == "digits":
         from auto_quantize_model.data.digits import DIGITS, digit_samples, digits_split
 
-        split = model_manifest["details"].get("training", {}).get("split") or {"seed": 0, **digits_split(0)}
+        split = model_manifest.details.get("training", {}).get("split") or {"seed": 0, **digits_split(0)}
 
         def read(numbers: Sequence[int]) -> Iterator[Callable[[], tuple[Sample, str | None]]]:
             return (functools.partial(lambda sample: (sample, None), sample) for sample in digit_samples(numbers))
@@ -230,42 +228,38 @@ def _open_source(
     return dict.fromkeys(SPLITS, range(source.count)), source
 
 
-def _refuse_shared(entries: dict[str, list[dict[str, Any]]], place: str) -> None:
+def _refuse_shared(entries: dict[str, list[SampleEntry]], place: str) -> None:
     """Refuse a sample that is in both splits: calibration on a held-out sample would improve the held-out scores."""
 
-    def contents(entry: dict[str, Any]) -> list[str]:
+    def contents(entry: SampleEntry) -> list[str]:
         # Without an image, the model sees only the tokens, and a template may leave out the words.
-        return [entry["sha256"], *[entry["tokens_sha256"]] * (entry["image_tokens"] == 0)]
+        return [entry.sha256, *[entry.tokens_sha256] * (entry.image_tokens == 0)]
 
-    calibration = {content: entry["id"] for entry in entries["calibration"] for content in contents(entry)}
+    calibration = {content: entry.id for entry in entries["calibration"] for content in contents(entry)}
     for entry in entries["heldout"]:
         for content in contents(entry):
             if content in calibration:
                 raise InputError(
-                    f"{place}: the calibration sample {calibration[content]} and the held-out sample {entry['id']} are"
+                    f"{place}: the calibration sample {calibration[content]} and the held-out sample {entry.id} are"
                     " the same to the model. Remove the duplicate, set calibration.num_heldout to 0, or check that the"
                     " chat template writes the prompt"
                 )
 
 
-def _describe(prepared: Prepared, processor: Processor) -> dict[str, Any]:
-    """The manifest's entry.
-
-    `sha256` is over the words and the stored RGB pixels, `tokens_sha256` over the token ids and the answer's position.
-    `answer_tokens` is the number of the answer's tokens: 0 where they are unknown, null without an answer.
-    """
+def _describe(prepared: Prepared, processor: Processor) -> SampleEntry:
+    """The manifest's entry of a sample."""
     sample, span = prepared.sample, prepared.answer_span
     pixels = b"" if sample.image is None else repr(sample.image.size).encode() + sample.image.tobytes()
     words: list[Any] = [sample.prompt, sample.answer, *([sample.turns] if sample.turns else [])]
     tokens = [prepared.input_ids, None if span is None else [span.start, span.stop]]
-    return {
-        "id": sample.id,
-        "sha256": sha256_bytes(json.dumps(words).encode() + pixels),
-        "tokens_sha256": sha256_bytes(json.dumps(tokens).encode()),
-        "tokens": len(prepared.input_ids),
-        "image_tokens": prepared.input_ids.count(processor.image_token_id),
-        "answer_tokens": None if sample.answer is None else len(span or ()),
-    }
+    return SampleEntry(
+        id=sample.id,
+        sha256=sha256_bytes(json.dumps(words).encode() + pixels),
+        tokens_sha256=sha256_bytes(json.dumps(tokens).encode()),
+        tokens=len(prepared.input_ids),
+        image_tokens=prepared.input_ids.count(processor.image_token_id),
+        answer_tokens=None if sample.answer is None else len(span or ()),
+    )
 
 
 @contextmanager
@@ -339,18 +333,20 @@ def _prepared(row: dict[str, Any], path: Path) -> Prepared:
     return Prepared(sample, tuple(row["input_ids"]), range(*row["answer_span"]) if row["answer_span"] else None)
 
 
-def load_batches(path: Path, manifest: dict[str, Any], processor: Processor, count: int | None = None) -> list[Batch]:
+def load_batches(
+    path: Path, manifest: CalibrationManifest, processor: Processor, count: int | None = None
+) -> list[Batch]:
     """The first `count` batches of a stored calibration set, or all; an incomplete last batch is left out.
 
     Raises:
         InputError: the set is not the one that the manifest describes.
     """
-    samples = None if count is None else count * manifest["batch_size"]
+    samples = None if count is None else count * manifest.batch_size
     return batches_of(load_samples(path, manifest, processor, "calibration", samples), manifest, processor)
 
 
 def load_samples(
-    path: Path, manifest: dict[str, Any], processor: Processor, split: str, count: int | None = None
+    path: Path, manifest: CalibrationManifest, processor: Processor, split: str, count: int | None = None
 ) -> list[Prepared]:
     """The first `count` samples of a stored split, or all, with the token ids that were extracted.
 
@@ -361,28 +357,28 @@ def load_samples(
         InputError: the samples are not those that the manifest describes.
     """
     samples = read_samples(path, count)
-    if [_describe(sample, processor) for sample in samples] != manifest["samples"][split][:count]:
+    if tuple(_describe(sample, processor) for sample in samples) != manifest.samples[split][:count]:
         raise InputError(f"{path}: not the samples of its manifest; run the calibration rule again")
     return samples
 
 
 def load_heldout(
-    path: Path, manifest: dict[str, Any], processor: Processor, count: int
+    path: Path, manifest: CalibrationManifest, processor: Processor, count: int
 ) -> tuple[list[Batch], list[list[range | None]]]:
     """The first `count` held-out batches, and for each of their samples the positions of its answer's tokens.
 
     Raises:
         InputError: the samples are not those that the manifest describes.
     """
-    size = manifest["batch_size"]
+    size = manifest.batch_size
     samples = load_samples(path, manifest, processor, "heldout", count * size)
     spans = [sample.answer_span for sample in samples]
     answers = [spans[start : start + size] for start in range(0, len(spans), size)]
     return batches_of(samples, manifest, processor), answers
 
 
-def batches_of(samples: Sequence[Prepared], manifest: dict[str, Any], processor: Processor) -> list[Batch]:
+def batches_of(samples: Sequence[Prepared], manifest: CalibrationManifest, processor: Processor) -> list[Batch]:
     """Samples in batches of the manifest's size; an incomplete last batch is left out."""
-    size = manifest["batch_size"]
+    size = manifest.batch_size
     encoded = [tensors(sample, processor) for sample in samples]
     return [collate(encoded[start : start + size]) for start in range(0, len(encoded) - size + 1, size)]

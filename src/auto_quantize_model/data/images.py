@@ -13,6 +13,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffTags
@@ -190,7 +191,7 @@ def _rawmode(opened: Image.Image) -> str:
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 
-def _grey_8(opened: Image.Image) -> np.ndarray:
+def _grey_8(opened: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """16-bit grey as uint8 (height, width): the high byte, as Pillow itself reads 16-bit colour."""
     tags = getattr(opened, "tag_v2", {})
     bits = tags.get(TIFF_TAGS["BitsPerSample"], (16,))[0]

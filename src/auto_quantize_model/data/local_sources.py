@@ -13,6 +13,7 @@ from typing import Any
 
 from auto_quantize_model.documents import read_document
 from auto_quantize_model.files import InputError, digest_of, named_path, sha256_file, visible
+from auto_quantize_model.records import CalibrationManifest, ModelManifest, as_record
 
 # Of a snapshot, larger files are compared by name and size: reading all weights at every start would take minutes.
 HASHED_BYTES = 64 * 2**20
@@ -29,10 +30,10 @@ def why_other_samples(manifest: Path, source: Path) -> str:
         source: the value of `calibration.path`.
     """
     try:
-        recorded = read_document(manifest, "calibration_manifest")
+        recorded = as_record(CalibrationManifest, read_document(manifest, "calibration_manifest"))
     except InputError:
         return ""
-    if not os.path.exists(source) or recorded.get("source_digest") == samples_digest(source):
+    if not os.path.exists(source) or recorded.source_digest == samples_digest(source):
         return ""
     return f"{manifest} was made from other files than {source} holds"
 
@@ -48,9 +49,10 @@ def why_other_snapshot(manifest: Path, snapshot: Path) -> str:
         snapshot: the value of `model.path`; where nothing lies there, there is no reason.
     """
     try:
-        recorded = {snapshot / entry["name"]: entry for entry in read_document(manifest, "model_manifest")["files"]}
+        files = as_record(ModelManifest, read_document(manifest, "model_manifest")).files
     except InputError:
         return ""
+    recorded = {snapshot / file.name: file for file in files}
     found = [path for path in visible(snapshot) if not os.path.isdir(path)]
     for path in sorted(recorded.keys() | set(found)) if found else ():
         if path not in recorded:
@@ -58,7 +60,7 @@ def why_other_snapshot(manifest: Path, snapshot: Path) -> str:
         if not os.path.isfile(path):
             return f"{path} is gone, and {manifest} lists it"
         entry, size = recorded[path], os.path.getsize(path)
-        if size != entry["bytes"] or (size <= HASHED_BYTES and _content(path) != entry["sha256"]):
+        if size != entry.bytes or (size <= HASHED_BYTES and _content(path) != entry.sha256):
             return f"{path} is not the file that {manifest} lists"
     return ""
 

@@ -265,9 +265,10 @@ def image_path(image: Any, folder: Path, where: str) -> Path | bytes | None:
         InputError: the value is not a path.
     """
     if isinstance(image, dict):
-        if isinstance(image.get("bytes"), bytes):  # JSON has no bytes: a text would be opened as a path
-            return image["bytes"]
-        if image.get("bytes"):
+        content = image.get("bytes")
+        if isinstance(content, bytes):  # JSON has no bytes: a text would be opened as a path
+            return content
+        if content:
             raise InputError(f"{where}: 'bytes' of the image are not bytes; save the image as a file and give its path")
         image = image.get("path")
     if image is None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 
 from auto_quantize_model.config import Target
 from auto_quantize_model.records import NotMeasured, Point, Profile, Profiles, Tradeoff
+from auto_quantize_model.schemes.scheme import assigned
 
 # The share of ops that a profile may keep, but at least one op.
 SHARES = {"minimal": 0.01, "moderate": 0.05, "aggressive": 0.15, "max": 0.4}
@@ -30,7 +31,7 @@ def build_profiles(tradeoff: Tradeoff | NotMeasured, target: Target) -> Profiles
     """
     if isinstance(tradeoff, NotMeasured):
         return Profiles(target.model_dump(), {}, f"nothing was measured: {tradeoff.reason}", None, None, {})
-    curves = {order: whole(order, tradeoff.curves.get(order, [])) for order in ORDERS}
+    curves = {order: whole(order, tradeoff.curves.get(order, []), tradeoff.op_names) for order in ORDERS}
     int8, *_, fp32 = curves["ranking"]
     profiles = [
         replace(profile, worse=worse_than(profile, int8))
@@ -149,14 +150,15 @@ def dropped(point: Profile, fp32: Profile) -> float:
     return fp32.accuracy - point.accuracy
 
 
-def whole(order: str, curve: Sequence[Point]) -> list[Profile]:
-    """The points of a curve as profiles, which list all ops that they keep and not only the added ones."""
+def whole(order: str, curve: Sequence[Point], op_names: Sequence[str]) -> list[Profile]:
+    """The points of a curve as profiles: each has its whole assignment, where a point has only the added ops."""
     profiles: list[Profile] = []
     kept: tuple[str, ...] = ()
     for point in curve:
         kept = (*kept, *point.added)
         metrics = {key: value for key, value in asdict(point).items() if key != "added"}
-        profiles.append(Profile(**metrics, order=order, kept=kept, worse={}))
+        assignment = assigned(name for name in op_names if name not in kept)
+        profiles.append(Profile(**metrics, order=order, kept=kept, worse={}, assignment=assignment))
     return profiles
 
 

@@ -24,6 +24,7 @@ from auto_quantize_model.folders import atomic_folder
 from auto_quantize_model.models.units import siblings_of
 from auto_quantize_model.records import Coverage, IncCheck, Plan, Profile, Profiles, body_of, digest_of_record
 from auto_quantize_model.report import coverage, sentences
+from auto_quantize_model.schemes.scheme import Assignment
 
 TEMPLATES = Path(__file__).with_name("templates")
 Modules = dict[str, type[torch.nn.Module]]
@@ -75,12 +76,18 @@ class Context:
 
 
 def export_profile(
-    kept: Sequence[str], excluded: Iterable[str], modules: Modules, published: Collection[str], context: Context
+    assignment: Assignment,
+    op_names: Iterable[str],
+    excluded: Iterable[str],
+    modules: Modules,
+    published: Collection[str],
+    context: Context,
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """The files of one profile for every tool.
 
     Args:
-        kept: names of the ops that the profile keeps in FP32.
+        assignment: the profile's state.
+        op_names: the plan's ops that ran; the files list those that the assignment leaves in FP32, in this order.
         excluded: modules that INC's plan leaves in FP32 already.
         modules: the model's modules, by name.
         published: names of the published checkpoint's weights.
@@ -94,6 +101,7 @@ def export_profile(
     Raises:
         InputError: the model does not have an op, or a name means more than one module.
     """
+    kept = [name for name in op_names if name not in assignment]
     if missing := sorted({*kept, *context.idle} - set(modules)):
         raise InputError(
             f"profile {context.profile}: {missing[0]} is not a module of {context.model}; make the plan again"
@@ -330,7 +338,9 @@ def export(
             plan.inc_check,
             plan.coverage,
         )
-        files, index[name] = export_profile(profile.kept, left_out, modules, published, context)
+        # The files list the kept ops in the profile's own order, the most sensitive first.
+        op_names = dict.fromkeys((*profile.kept, *(op.op_name for op in plan.ops if op.ran)))
+        files, index[name] = export_profile(profile.assignment, op_names, left_out, modules, published, context)
         texts |= {f"{name}/{file}": text for file, text in files.items()}
         for tool in index[name].values():
             tool["files"] = [f"{directory.name}/{name}/{file}" for file in tool["files"]]

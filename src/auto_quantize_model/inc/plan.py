@@ -34,7 +34,7 @@ from auto_quantize_model.models.coverage import cover
 from auto_quantize_model.models.snapshot import explained
 from auto_quantize_model.models.units import tower_of, unit_of
 from auto_quantize_model.models.weights import require_meaningful
-from auto_quantize_model.records import Excluded, IncCheck, IncInt8, Op, Plan, Side
+from auto_quantize_model.records import CalibrationManifest, Excluded, IncCheck, IncInt8, ModelManifest, Op, Plan, Side
 from auto_quantize_model.replay.model import Batch, refusals, require_replayable
 from auto_quantize_model.schemes.scheme import INC_INT8
 
@@ -266,14 +266,14 @@ def keep_entry(ops: Sequence[Op], names: Iterable[str]) -> str:
     return "sensitivity.op_name_dict"
 
 
-def identify(plan: Plan, manifest: Mapping[str, Any], calibration: Mapping[str, Any], config_digest: str) -> Plan:
+def identify(plan: Plan, manifest: ModelManifest, calibration: CalibrationManifest, config_digest: str) -> Plan:
     """The plan with the names and digests of the model, the calibration set and the config that it was made for."""
     return replace(
         plan,
-        model=manifest["model"],
-        model_digest=manifest["digest"],
-        calibration=calibration["calibration"],
-        calibration_digest=calibration["digest"],
+        model=manifest.model,
+        model_digest=manifest.digest,
+        calibration=calibration.calibration,
+        calibration_digest=calibration.digest,
         config_digest=config_digest,
     )
 

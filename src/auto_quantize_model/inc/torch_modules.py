@@ -19,7 +19,7 @@ from auto_quantize_model.inc_pytorch_mse_patching import copies_sharing_paramete
 from auto_quantize_model.measure.metrics import squared_error
 from auto_quantize_model.records import Op, Plan
 from auto_quantize_model.replay.model import Batch
-from auto_quantize_model.replay.ops import build_observer
+from auto_quantize_model.schemes.inc_int8 import build_observer
 
 QUANTIZED: dict[str, Any] = {
     "Linear": torch_quantized.Linear,

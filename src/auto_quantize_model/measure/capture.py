@@ -22,6 +22,7 @@ from auto_quantize_model.measure.store import ScoreStore, Shelf
 from auto_quantize_model.records import (
     METRICS,
     Arithmetic,
+    CalibrationManifest,
     Capture,
     Plan,
     Scales,
@@ -286,12 +287,18 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     return sha256_bytes(tensor.detach().cpu().contiguous().numpy().tobytes())
 
 
-def described(capture: Capture, calibration: Mapping[str, Any]) -> Capture:
+def described(capture: Capture, calibration: CalibrationManifest) -> Capture:
     """The capture with each batch's sample ids and token counts from the calibration manifest."""
-    samples, size = calibration["samples"]["calibration"], calibration["batch_size"]
+    samples, size = calibration.samples["calibration"], calibration.batch_size
     batches = []
     for entry in capture.batches:
         members = samples[entry.batch * size : (entry.batch + 1) * size]
-        counts = {key: sum(sample[key] for sample in members) for key in ("tokens", "image_tokens")}
-        batches.append(replace(entry, sample_ids=tuple(sample["id"] for sample in members), **counts))
+        batches.append(
+            replace(
+                entry,
+                sample_ids=tuple(sample.id for sample in members),
+                tokens=sum(sample.tokens for sample in members),
+                image_tokens=sum(sample.image_tokens for sample in members),
+            )
+        )
     return replace(capture, batches=tuple(batches))

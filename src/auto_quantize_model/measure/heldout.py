@@ -68,7 +68,7 @@ def model_bytes(model: torch.nn.Module, assignment: Assignment) -> int:
     """
     modules = dict(model.named_modules())
     weights = [modules[name].weight for name in assignment]
-    int8 = sum(weight.numel() + 4 * weight.shape[0] for weight in weights)
+    int8: int = sum(weight.numel() + 4 * weight.shape[0] for weight in weights)
     quantized = {f"{name}.weight" for name in assignment}
     named = model.named_parameters(remove_duplicate=False)
     in_fp32 = {id(parameter): parameter.numel() for name, parameter in named if name not in quantized}

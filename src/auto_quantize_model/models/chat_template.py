@@ -49,7 +49,7 @@ def renderer(tokenizer: Any) -> Render:
 
     def render(messages: list[dict[str, Any]], opened: bool) -> str:
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
+            text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
             text.encode()  # a template can write half of a character, which no tokenizer takes
         except TEMPLATE_ERRORS as error:
             problem = f"{type(error).__name__}: {str(error)[:200]}".removesuffix(": ")
@@ -84,6 +84,7 @@ def limited_renderer(tokenizer: Any) -> Iterator[Render]:
     theirs.close()
 
     def render(messages: list[dict[str, Any]], opened: bool) -> str:
+        text: str
         try:
             ours.send((messages, opened))
             text, problem = ours.recv()

@@ -35,7 +35,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
 from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchEmbed as Qwen2VLPatchEmbed
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionPatchEmbed
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 from auto_quantize_model.files import InputError, digest_of, sha256_file, visible
 from auto_quantize_model.machine import require_memory
@@ -47,6 +47,7 @@ from auto_quantize_model.models.weights import (
     require_filled,
     require_readable,
 )
+from auto_quantize_model.records import ModelManifest, SnapshotFile, body_of
 
 # Models that take images, each with the module that reads patches. Causal language models are supported too.
 PATCH_EMBEDS: dict[str, type[torch.nn.Module]] = {
@@ -129,7 +130,8 @@ class FxSafePatchEmbed(torch.nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Patches of shape (n, channels * time * height * width), float32, to embeddings of shape (n, embed_dim)."""
         volume = hidden_states.view(-1, self.in_channels, *self.proj.kernel_size)
-        return self.proj(volume).view(-1, self.embed_dim)
+        embeddings: torch.Tensor = self.proj(volume)
+        return embeddings.view(-1, self.embed_dim)
 
 
 FX_SAFE = {module: type(f"FxSafe{module.__name__}", (FxSafePatchEmbed, module), {}) for module in PATCH_EMBEDS.values()}
@@ -321,53 +323,48 @@ def explained(place: object, problem: str = "refused by transformers") -> Iterat
         raise InputError(f"{place}: {problem} ({message}); correct it, or download the snapshot again") from error
 
 
-def build_manifest(directory: Path, name: str, source: str, details: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a checked snapshot. Rules hand the manifest on, in place of the weights.
+def build_manifest(directory: Path, name: str, source: str, details: dict[str, Any]) -> ModelManifest:
+    """The manifest of a snapshot, after `check_contents`.
 
     Args:
         directory: the snapshot.
         name: the model's name in result paths.
         source: where it came from (`digits`, `local`).
-        details: what that source adds (such as its training split), JSON-able.
-
-    Returns:
-        {model, source, path, architecture, stand_in, files: [{name, bytes, sha256}], digest, details}. `stand_in` is
-        the text of `stand_in.json`, null without that file. `digest` covers only the files, so the same weights have
-        the same digest wherever they lie.
+        details: facts that the source adds (such as its training split), JSON-able.
     """
     check_contents(directory)
     config = read_object(directory / "config.json")
-    files = [
-        {"name": str(path.relative_to(directory)), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    files = tuple(
+        SnapshotFile(str(path.relative_to(directory)), path.stat().st_size, sha256_file(path))
         for path in snapshot_files(directory)
-    ]
-    return {
-        "model": name,
-        "source": source,
-        "path": os.fspath(directory),
-        "architecture": config["architectures"][0],
-        "stand_in": stand_in(directory),
-        "files": files,
-        "digest": digest_of(files),
-        "details": details,
-    }
+    )
+    return ModelManifest(
+        model=name,
+        source=source,
+        path=os.fspath(directory),
+        architecture=config["architectures"][0],
+        stand_in=stand_in(directory),
+        files=files,
+        digest=digest_of([body_of(file) for file in files]),
+        details=details,
+    )
 
 
-def verify_manifest(manifest: dict[str, Any]) -> Path:
+def verify_manifest(manifest: ModelManifest) -> Path:
     """The snapshot directory that a manifest names, after a check that its files are those of the manifest.
 
     Raises:
         InputError: the directory or a file is missing, or differs from the manifest.
     """
-    directory = Path(manifest["path"])
+    directory = Path(manifest.path)
     again = "run the model rule again (snakemake --cores 1 --forcerun get_model), or restore the files"
     if not directory.is_dir():
-        raise InputError(f"{directory}: the snapshot of model {manifest['model']} is not there; {again}")
-    for entry in manifest["files"]:
-        path = directory / entry["name"]
+        raise InputError(f"{directory}: the snapshot of model {manifest.model} is not there; {again}")
+    for entry in manifest.files:
+        path = directory / entry.name
         if not path.is_file():
             raise InputError(f"{path}: listed in the model manifest but missing; {again}")
-        if path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
+        if path.stat().st_size != entry.bytes or sha256_file(path) != entry.sha256:
             raise InputError(f"{path}: differs from the sha256 in the model manifest; {again}")
     return directory
 
@@ -391,10 +388,12 @@ def load_model(directory: Path) -> PreTrainedModel:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported by name below
         )
+    model: PreTrainedModel
     model, loading = loaded
     require_complete(directory, loading)
     make_fx_safe(model)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def make_fx_safe(model: torch.nn.Module) -> list[tuple[torch.nn.Module, type[torch.nn.Module]]]:
@@ -436,7 +435,8 @@ def empty_model(directory: Path) -> PreTrainedModel:
     with explained(directory / "config.json"), torch.device("meta"):
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         build = factory.from_config if factory is AutoModelForCausalLM else factory._from_config
-        return build(config, dtype=torch.float32)
+        empty: PreTrainedModel = build(config, dtype=torch.float32)
+        return empty
 
 
 def module_types(directory: Path) -> dict[str, type[torch.nn.Module]]:

@@ -233,6 +233,7 @@ def load_shapes(model: PreTrainedModel, tensors: dict[str, Tensor]) -> LoadState
     state = {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
     mapping: Any = get_model_conversion_mapping(model)
     options = LoadStateDictConfig(device_map={"": "meta"}, dtype=torch.float32, weight_mapping=mapping)
+    loading: LoadStateDictInfo
     loading, _ = convert_and_load_state_dict_in_model(model=model, state_dict=state, load_config=options)
     model.tie_weights(missing_keys=loading.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(loading)

@@ -52,7 +52,7 @@ class Site:
         self.executions += 1
         if self.scheme:
             return self.quantized(input)
-        output = self.forward(input)
+        output: torch.Tensor = self.forward(input)
         for observer, tensor in zip(self.observers, (input, output), strict=False):
             if not tensor.isfinite().all():
                 raise InputError(
@@ -242,7 +242,8 @@ class EmbeddingSite(Site):
     def quantized(self, x: torch.Tensor) -> torch.Tensor:
         scale, zero = self.scale[x].unsqueeze(-1), self.zero[x].unsqueeze(-1)
         codes = (self.module.weight[x] * scale.reciprocal()).add_(zero).round_().clamp_(0, 255)
-        return (codes.double() * scale.double() + (-zero * scale).double()).float()
+        dequantized: torch.Tensor = (codes.double() * scale.double() + (-zero * scale).double()).float()
+        return dequantized
 
 
 def as_patches(x: torch.Tensor, kernel: tuple[int, ...]) -> tuple[torch.Tensor, list[int]]:

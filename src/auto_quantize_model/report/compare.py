@@ -118,7 +118,8 @@ def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> di
 def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     if "isolated" not in report["maps"]:
         raise InputError(f"the report of {report['model']['model']} has no isolated map; measure it (sensitivity.maps)")
-    return report["maps"]["isolated"]["ops"]
+    rows: list[dict[str, Any]] = report["maps"]["isolated"]["ops"]
+    return rows
 
 
 def standings(rows: list[dict[str, Any]]) -> dict[str, Standing]:

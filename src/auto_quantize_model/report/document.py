@@ -20,7 +20,9 @@ from auto_quantize_model.files import InputError, canonical_json, read_json
 from auto_quantize_model.records import (
     METRICS,
     Audit,
+    CalibrationManifest,
     Capture,
+    ModelManifest,
     NotMeasured,
     Plan,
     Profiles,
@@ -45,8 +47,8 @@ CALIBRATION_KEYS = ("source", "seed", "batch_size", "text_only", "image_backend"
 
 
 def build_report(
-    manifest: Mapping[str, Any],
-    calibration: Mapping[str, Any],
+    manifest: ModelManifest,
+    calibration: CalibrationManifest,
     plan: Plan,
     capture: Capture,
     audit: Audit,
@@ -70,11 +72,11 @@ def build_report(
     all_int8 = aggregated(capture.all_int8, references)
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": {key: manifest[key] for key in ("model", "source", "architecture", "stand_in", "digest")},
+        "model": {key: getattr(manifest, key) for key in ("model", "source", "architecture", "stand_in", "digest")},
         "calibration": {
-            "name": calibration["calibration"],
-            **{key: calibration[key] for key in CALIBRATION_KEYS},
-            "samples": {split: len(samples) for split, samples in calibration["samples"].items()},
+            "name": calibration.calibration,
+            **{key: getattr(calibration, key) for key in CALIBRATION_KEYS},
+            "samples": {split: len(samples) for split, samples in calibration.samples.items()},
         },
         "measurement": measurement(plan, capture),
         "audit": body_of(audit),
@@ -82,7 +84,7 @@ def build_report(
         "coverage": plan.coverage,
         "warnings": [
             *coverage.warnings(plan.coverage),
-            *of_the_run(manifest["stand_in"], calibration, len(plan.ops) - len(exercised)),
+            *of_the_run(manifest.stand_in, calibration, len(plan.ops) - len(exercised)),
             *([sentences.without_inc(plan.inc_check)] if plan.inc_check["status"] == "cannot" else []),
             *(of_fallback(all_int8, scores["fallback"]) if "fallback" in maps else []),
             *of_heldout(all_int8, tradeoff),
@@ -94,7 +96,7 @@ def build_report(
         "most_sensitive": maps["isolated"][:10] if "isolated" in maps else [],
         "stability": assess(scores["isolated"], capture.all_int8) if "isolated" in maps else None,
         "tradeoff": body_of(tradeoff),
-        "profiles": body_of(profiles),
+        "profiles": by_kept_ops(profiles),
         "maps": {label: {"direction": sentences.DIRECTIONS[label], "ops": rows} for label, rows in maps.items()},
         "ops": [
             {
@@ -107,6 +109,15 @@ def build_report(
         ],
         "excluded": [body_of(module) for module in plan.excluded],
     }
+
+
+def by_kept_ops(profiles: Profiles) -> dict[str, Any]:
+    """The profiles as the report shows them: a reader looks for the ops in FP32, so the assignments are left out."""
+    body = body_of(profiles)
+    for profile in (*body["profiles"].values(), body["knee"], body["nearest"]):
+        if profile:
+            del profile["assignment"]
+    return body
 
 
 def measurement(plan: Plan, capture: Capture) -> dict[str, Any]:
@@ -152,17 +163,17 @@ def require_finite(capture: Capture) -> None:
                 )
 
 
-def of_the_run(stand_in: str | None, calibration: Mapping[str, Any], not_exercised: int) -> list[str]:
+def of_the_run(stand_in: str | None, calibration: CalibrationManifest, not_exercised: int) -> list[str]:
     """Warnings about the model and the samples."""
     found = []
     if stand_in:
         found.append(f"This is a stand-in for a published model: {stand_in}.")
-    if calibration["text_only"] and calibration["image_backend"]:
+    if calibration.text_only and calibration.image_backend:
         found.append("The vision tower was not exercised: no calibration sample has an image.")
-    answers = calibration["answers"]["heldout"]
-    if answers["located"] < answers["given"]:
+    answers = calibration.answers["heldout"]
+    if answers.located < answers.given:
         found.append(
-            f"Answers were located in {answers['located']} of {answers['given']} held-out samples; accuracy is measured"
+            f"Answers were located in {answers.located} of {answers.given} held-out samples; accuracy is measured"
             " on these alone. The chat template changes the other answers, or their tokens also hold other text."
         )
     if not_exercised:

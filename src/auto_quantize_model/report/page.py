@@ -72,7 +72,8 @@ def render_page(report: dict[str, Any], links: dict[str, Any]) -> str:
 
 def drawn_curves(report: dict[str, Any]) -> Iterable[str]:
     """The orders whose keep-lists were measured."""
-    return report["tradeoff"].get("curves", {})
+    curves: dict[str, Any] = report["tradeoff"].get("curves", {})
+    return curves
 
 
 def source(path: Path) -> Markup:

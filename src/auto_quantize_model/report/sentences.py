@@ -1,6 +1,6 @@
 """The sentences of a report, for its Markdown and its page. In: the report. Out: text without markup."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from auto_quantize_model.records import IncCheck
@@ -193,7 +193,7 @@ def instead(report: Report) -> list[str]:
         return found
     ops = report["tradeoff"]["ops"]
     if near := profiles["nearest"]:
-        units = {"max_weight_bytes": megabytes, "min_sqnr_db": lambda value: number(value, "dB")}
+        units: dict[str, Callable[[Any], str]] = {"max_weight_bytes": megabytes, "min_sqnr_db": lambda value: number(value, "dB")}
         units["max_accuracy_drop"] = lambda value: f"{number(100 * value)} percentage points of accuracy"
         lacks = joined([units[part](value) for part, value in profiles["short"].items()])
         kept = (

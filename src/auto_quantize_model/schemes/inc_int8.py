@@ -174,7 +174,8 @@ def weight_scale(weight: torch.Tensor, entry: dict[str, Any]) -> torch.Tensor:
     """The scale (n,), float32, of each output channel by the plan's weight observer."""
     observer = build_observer(entry)
     observer(weight.detach().cpu())
-    return observer.calculate_qparams()[0].to(weight.device)
+    scale: torch.Tensor = observer.calculate_qparams()[0]
+    return scale.to(weight.device)
 
 
 def dequantized(result: torch.Tensor, scale: torch.Tensor, zero_point: int) -> torch.Tensor:
