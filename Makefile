@@ -28,7 +28,7 @@ $(if $(VERBOSE),,PIPELINE_QUIET=1) $(BIN)/snakemake $(1) --cores 1 --resources g
 	$(if $(CONFIG),--configfile $(CONFIG)) $(2)
 endef
 
-.PHONY: help setup run test lint quantize bench bench-3b bench-gpu bench-faults check-exports standin-3b train-digits dag config archive lock clean
+.PHONY: help setup run test lint quantize bench bench-3b bench-gpu bench-faults bench-tests check-exports standin-3b train-digits dag config archive lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -78,6 +78,9 @@ bench-faults: $(READY) ## kill the pipeline and damage its inputs: configs, snap
 	$(BIN)/python benchmarks/faults.py
 	$(BIN)/python benchmarks/fuzz_configs.py
 	$(BIN)/python benchmarks/fuzz_snapshots.py
+
+bench-tests: $(READY) ## run the tests that take minutes, such as the 3B's config from a local hub
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m bench
 
 check-exports: run ## load every export in its own tool (installs five tools into tmp/, 6 GB)
 	$(BIN)/python benchmarks/check_exports.py

@@ -5,6 +5,7 @@ One copy of the checkout runs end to end on a tiny model; after that every test 
 
 import ast
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -14,9 +15,12 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
+import traceback
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +96,42 @@ def snakemake(directory: Path, *arguments: str, **settings: str) -> subprocess.C
     )
 
 
+def dry_run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Snakemake's dry run, in a fork of this process: imports and parsing take longer than the dry run itself."""
+    from snakemake.cli import main
+
+    parse_library()
+    command = ["--dry-run", *arguments]
+    with tempfile.TemporaryFile("w+") as output:
+        if not (child := os.fork()):
+            status = 1
+            try:
+                os.chdir(directory)
+                sys.stdout = sys.stderr = output
+                main(command)
+            except SystemExit as end:
+                print(end.code if isinstance(end.code, str) else "", end="", file=output)
+                status = end.code if isinstance(end.code, int) else int(end.code is not None)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                output.flush()
+                os._exit(status)
+        _, ended = os.waitpid(child, 0)
+        output.seek(0)
+        return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(ended), output.read())
+
+
+@functools.cache
+def parse_library() -> None:
+    """Parse the library once for all forks: `code_digest` remembers a file by its content."""
+    for script in (ROOT / "scripts").glob("*.py"):
+        code_digest(ROOT, f"scripts/{script.name}")
+
+
 def planned(directory: Path, *arguments: str) -> set[str]:
     """The rules that a run would execute, by a dry run; without `all`, which runs nothing."""
-    ended = snakemake(directory, "--dry-run", *arguments)
+    ended = dry_run(directory, *arguments)
     assert ended.returncode == 0, ended.stdout
     rules = set(re.findall(r"^(?:local)?rule (\w+):", ended.stdout, re.MULTILINE)) - {"all"}
     assert rules or "Nothing to be done" in ended.stdout, ended.stdout
@@ -166,7 +203,7 @@ def test_the_workflow_passes_snakemakes_own_linter_and_its_formatter(checkout: P
 
 
 def test_the_threads_of_the_config_reach_each_step_that_measures(checkout: Path) -> None:
-    told = snakemake(checkout, "--dry-run", "--printshellcmds", "--config", "sensitivity={threads: 3}").stdout
+    told = dry_run(checkout, "--printshellcmds", "--config", "sensitivity={threads: 3}").stdout
     steps = re.findall(r"exec python scripts/(\w+)\.py [^\n]* --threads 3 ", told)
     assert sorted(steps) == ["calibrate_scales", "capture_sensitivity", "measure_tradeoff"]
 
@@ -176,12 +213,12 @@ def test_a_bad_config_ends_before_any_job_with_a_line_for_each_problem_and_no_tr
 ) -> None:
     changes = {"sensitivity": {"confidense_batches": 2}, "calibration": {"source": "local", "path": "gone {a}.jsonl"}}
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(changes))
-    ended = snakemake(checkout, "--dry-run", "--configfile", str(tmp_path / "bad.yaml"))
+    ended = dry_run(checkout, "--configfile", str(tmp_path / "bad.yaml"))
     assert ended.returncode == 1
     lines = ended.stdout.splitlines()
     assert lines[-1] == "config: sensitivity.confidense_batches: no such key; did you mean confidence_batches?"
     assert len(lines) <= 3 and "Traceback" not in ended.stdout
-    ended = snakemake(checkout, "--dry-run", "--config", "calibration={source: local, path: gone.jsonl}")
+    ended = dry_run(checkout, "--config", "calibration={source: local, path: gone.jsonl}")
     expected = "config: calibration.path: gone.jsonl does not exist; give a JSONL, a Parquet file or an image folder"
     assert ended.returncode == 1 and ended.stdout.splitlines()[-1] == expected
     assert not (checkout / "results" / "digits_vlm").exists()
@@ -197,7 +234,7 @@ def test_a_gpu_that_is_missing_ends_a_run_before_its_first_job(checkout: Path) -
 
 def test_values_of_the_command_line_are_what_their_keys_take(checkout: Path) -> None:
     text = json.dumps({"num_samples": 34, "prompt": "what: {this}?", "columns": {"id": None}})
-    ended = snakemake(checkout, "--dry-run", "--config", f"calibration={text}")
+    ended = dry_run(checkout, "--config", f"calibration={text}")
     assert ended.returncode == 0, ended.stdout
     assert '"num_samples": 34' in ended.stdout and '"prompt": "what: {this}?"' in ended.stdout
     assert '"id": null' in ended.stdout
@@ -219,7 +256,7 @@ def test_the_shipped_snapshot_counts_by_its_content_and_not_by_its_times(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot, target = Path("resources/models/digits_vlm"), "results/digits_vlm/model_manifest.json"
-    printed = snakemake(checkout, "--dry-run", "--printshellcmds", target).stdout
+    printed = dry_run(checkout, "--printshellcmds", target).stdout
     found = re.search(r"python scripts/get_model\.py (.*) --log ", printed)
     assert found, printed
     command = found[1].split()
@@ -335,10 +372,29 @@ def test_the_archive_holds_the_results_with_their_checksums(finished: tuple[Path
     assert "results/tiny/digits/op_sensitivity_mse_v2_cpu.json" in [entry["name"] for entry in checksums["files"]]
 
 
-@pytest.mark.slow
-def test_the_shipped_config_of_the_3b_runs_from_the_hub_to_the_published_summary(tmp_path: Path) -> None:
-    """Only ids and sizes are overridden: the hub is one on loopback, with a tiny model in the published layout."""
-    directory = copy_checkout(tmp_path / "checkout")
+@dataclass(frozen=True)
+class FromHub:
+    """A checkout with the shipped config of the 3B, and a hub on loopback that is served at each run.
+
+    Only ids and sizes are overridden: the hub has a tiny model in the published layout.
+    """
+
+    directory: Path
+    arguments: tuple[str, ...]
+    repositories: dict[tuple[str, str, str], Path]
+
+    def run(self, *targets: str) -> None:
+        with serving() as hub:
+            hub.repositories.update(self.repositories)
+            settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(self.directory / "home")}
+            ended = snakemake(
+                self.directory, *targets, "--cores", "1", "--resources", "gpu=1", *self.arguments, **settings
+            )
+        assert ended.returncode == 0, ended.stdout
+
+
+@pytest.fixture
+def from_hub(tmp_path: Path) -> FromHub:
     model, data = "a" * 40, "b" * 40
     standin.build(SHAPES["tiny"], tmp_path / "model", shard_bytes=100_000)
     overrides = [
@@ -347,14 +403,34 @@ def test_the_shipped_config_of_the_3b_runs_from_the_hub_to_the_published_summary
         "sensitivity={audit_ops: 2}",
         "tradeoff={heldout_batches: 1, greedy_candidates: 2, greedy_ops: 2}",
     ]
-    command = ["--configfile", "config/qwen2_5_vl_3b.yaml", "--config", *overrides]
-    with serving() as hub:
-        hub.repositories[("model", "org/tiny", model)] = tmp_path / "model"
-        hub.repositories[("dataset", "org/captions", data)] = write_captions(tmp_path / "captions")
-        settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home")}
-        ended = snakemake(directory, "--cores", "1", "--resources", "gpu=1", *command, **settings)
-    assert ended.returncode == 0, ended.stdout
-    summary = directory / "context" / "summaries" / "inc-kb" / "qwen2_5_vl_3b_mse_sensitivity"
+    repositories = {
+        ("model", "org/tiny", model): tmp_path / "model",
+        ("dataset", "org/captions", data): write_captions(tmp_path / "captions"),
+    }
+    directory = copy_checkout(tmp_path / "checkout")
+    return FromHub(directory, ("--configfile", "config/qwen2_5_vl_3b.yaml", "--config", *overrides), repositories)
+
+
+@pytest.mark.slow
+def test_the_shipped_config_of_the_3b_is_planned_from_the_hub(from_hub: FromHub) -> None:
+    from_hub.run("plan_quantization")
+    results = from_hub.directory / "results" / "qwen2_5_vl_3b"
+    model = json.loads((results / "model_manifest.json").read_text())
+    assert model["source"] == "hub" and "drawn from seed 0" in model["stand_in"]
+    (calibration,) = (json.loads(path.read_text()) for path in results.rglob("calibration_manifest.json"))
+    assert calibration["source"] == "hub"
+    assert all(sample["image_tokens"] > 0 for sample in calibration["samples"]["calibration"])
+    (plan,) = (json.loads(path.read_text()) for path in results.rglob("plan.json"))
+    assert (len(plan["ops"]), plan["maps"]) == (29, ["isolated", "fallback"])
+    assert all(op["executions"] == [1, 1] for op in plan["ops"])
+    # The hub is gone; what it gave is kept.
+    assert planned(from_hub.directory, *from_hub.arguments) == FROM_SCALES
+
+
+@pytest.mark.bench
+def test_the_shipped_config_of_the_3b_runs_from_the_hub_to_the_published_summary(from_hub: FromHub) -> None:
+    from_hub.run()
+    summary = from_hub.directory / "context" / "summaries" / "inc-kb" / "qwen2_5_vl_3b_mse_sensitivity"
     report = json.loads(summary.with_suffix(".json").read_text())
     assert (report["model"]["source"], report["calibration"]["source"]) == ("hub", "hub")
     assert (len(report["ops"]), len(report["batches"]), set(report["maps"])) == (29, 2, {"isolated", "fallback"})
@@ -364,8 +440,7 @@ def test_the_shipped_config_of_the_3b_runs_from_the_hub_to_the_published_summary
     markdown = summary.with_suffix(".md").read_text()
     assert markdown.startswith("# INT8 sensitivity of qwen2_5_vl_3b (stand-in)\n")
     assert "> **Warning:** This is a stand-in for a published model: its weights are drawn from seed 0" in markdown
-    # The hub is gone; what it gave is kept.
-    assert planned(directory, *command) == set()
+    assert planned(from_hub.directory, *from_hub.arguments) == set()
 
 
 @pytest.mark.slow
@@ -656,7 +731,7 @@ def test_with_an_unpacked_archive_other_samples_are_drawn_again_and_missing_ones
         assert planned(restored) == EVERYTHING - {"get_model"}
     with away(samples):
         assert planned(restored) == {"publish_summary", "archive_results"}
-        ended = snakemake(restored, "--dry-run", "--config", "calibration={seed: 1}")
+        ended = dry_run(restored, "--config", "calibration={seed: 1}")
         line = f"config: calibration.path: {TINY['calibration']['path']} does not exist; give a JSONL,"
         assert ended.returncode == 1 and ended.stdout.splitlines()[-1].startswith(line), ended.stdout
 

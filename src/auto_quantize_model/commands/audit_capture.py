@@ -18,10 +18,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def audit_capture(args: argparse.Namespace) -> None:
+    run = open_run(args)
     from auto_quantize_model.commands.loaded import Loaded
     from auto_quantize_model.inc import audit
 
-    run = open_run(args)
     loaded = Loaded(run)
     batches = loaded.batches(run.plan.confidence_batches)
     cli.say(audit.announce(run.plan, run.capture, args.ops))

@@ -18,12 +18,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def build_profiles(args: argparse.Namespace) -> None:
+    run = open_run(args)
     from auto_quantize_model.config import Target
     from auto_quantize_model.config_text import read_block
     from auto_quantize_model.decide import profiles
     from auto_quantize_model.report import coverage, sentences
 
-    run = open_run(args)
     found = profiles.build_profiles(run.tradeoff, read_block(Target, args.target, "profiles"))
     run.write("profiles", args.profiles, found)
     known: dict[str, Any] = {"profiles": body_of(found), "tradeoff": body_of(run.tradeoff)}

@@ -20,12 +20,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def calibrate_scales(args: argparse.Namespace) -> None:
+    run = open_run(args)
     from auto_quantize_model.commands.loaded import Loaded
     from auto_quantize_model.machine import explained_out_of_memory
     from auto_quantize_model.replay.calibrate import calibrate
     from auto_quantize_model.replay.scales import ranges, write_scales
 
-    run = open_run(args)
     loaded = Loaded(run)
     device = loaded.device
     batches = loaded.batches(None if args.whole_set else run.plan.confidence_batches)

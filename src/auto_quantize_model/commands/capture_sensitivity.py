@@ -19,12 +19,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def capture_sensitivity(args: argparse.Namespace) -> None:
+    run = open_run(args)
     from auto_quantize_model.commands.loaded import Loaded
     from auto_quantize_model.machine import explained_out_of_memory
     from auto_quantize_model.measure import capture
     from auto_quantize_model.measure.store import ScoreStore
 
-    run = open_run(args)
     loaded = Loaded(run)
     device = loaded.device
     batches = loaded.batches(run.plan.confidence_batches)

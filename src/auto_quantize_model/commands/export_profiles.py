@@ -6,6 +6,7 @@ from pathlib import Path
 
 from auto_quantize_model import cli, options
 from auto_quantize_model.commands.run import open_run
+from auto_quantize_model.folders import require_own_folder
 
 
 def parser() -> argparse.ArgumentParser:
@@ -14,10 +15,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def export_profiles(args: argparse.Namespace) -> None:
+    require_own_folder(args.directory)
+    run = open_run(args)
     from auto_quantize_model.export.exports import export
     from auto_quantize_model.models.snapshot import module_types, tensor_names
 
-    run = open_run(args)
     # The export reads only names and classes, so the weights are not hashed again.
     snapshot = Path(run.manifest.path)
     modules, published = module_types(snapshot), tensor_names(snapshot)

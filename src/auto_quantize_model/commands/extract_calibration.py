@@ -15,12 +15,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def extract_calibration(args: argparse.Namespace) -> None:
+    run = open_run(args)
     from auto_quantize_model.commands.loaded import Loaded
     from auto_quantize_model.config import CalibrationSpec
     from auto_quantize_model.config_text import read_block
     from auto_quantize_model.data.batches import extract_into, remarks, sample_writer
 
-    run = open_run(args)
     loaded = Loaded(run)
     processor = loaded.processor
     spec = read_block(CalibrationSpec, args.spec, "calibration")

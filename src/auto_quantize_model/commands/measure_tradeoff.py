@@ -19,6 +19,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def measure_tradeoff(args: argparse.Namespace) -> None:
+    run = open_run(args)
     from auto_quantize_model.commands.loaded import Loaded
     from auto_quantize_model.config import TradeoffSpec
     from auto_quantize_model.config_text import read_block
@@ -31,7 +32,6 @@ def measure_tradeoff(args: argparse.Namespace) -> None:
 
     greedy = {"greedy_candidates": args.greedy_candidates, "greedy_ops": args.greedy_ops}
     spec = read_block(TradeoffSpec, {"heldout_batches": args.batches, **greedy}, "tradeoff")
-    run = open_run(args)
     loaded = Loaded(run)
     if not spec.heldout_batches:
         run.write("tradeoff", args.tradeoff, NotMeasured("not_measured", "tradeoff.heldout_batches is 0"))

@@ -14,6 +14,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def plan_quantization(args: argparse.Namespace) -> None:
+    run = open_run(args)
     import torch
 
     from auto_quantize_model.commands.loaded import Loaded
@@ -23,7 +24,6 @@ def plan_quantization(args: argparse.Namespace) -> None:
     from auto_quantize_model.machine import require_memory
     from auto_quantize_model.report import coverage, sentences
 
-    run = open_run(args)
     loaded = Loaded(run)
     spec = read_block(PlanSpec, args.spec, "sensitivity")
     # INC's conversion with every op in INT8 needs as much memory as a replay on the CPU.

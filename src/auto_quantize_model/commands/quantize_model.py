@@ -19,6 +19,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def quantize_model(args: argparse.Namespace) -> None:
+    beside = [args.record.name] if args.record.absolute().parent == args.directory.absolute() else []
+    require_own_folder(args.directory, beside=beside)
+    run = open_run(args)
+    profile = profile_by_name(run.profiles, args.profile)
+    kept = run.exports.path.parent / args.profile / "inc_op_name_dict.json"
+    require_listed(run.exports, kept)
+    op_name_dict = read_json(kept)
     from auto_quantize_model.commands.loaded import Loaded
     from auto_quantize_model.inc.audit import incs_surroundings
     from auto_quantize_model.inc.engine import require_inc
@@ -27,15 +34,8 @@ def quantize_model(args: argparse.Namespace) -> None:
     from auto_quantize_model.measure.metrics import Reference
     from auto_quantize_model.report import sentences
 
-    beside = [args.record.name] if args.record.absolute().parent == args.directory.absolute() else []
-    require_own_folder(args.directory, beside=beside)
-    run = open_run(args)
     loaded = Loaded(run)
     require_inc(run.plan)
-    profile = profile_by_name(run.profiles, args.profile)
-    kept = run.exports.path.parent / args.profile / "inc_op_name_dict.json"
-    require_listed(run.exports, kept)
-    op_name_dict = read_json(kept)
     # Reloading needs memory for INC's model, for the FP32 model that receives it, and for the file.
     needed = 4 * loaded.parameters + 2 * profile.weight_bytes + WORKING_BYTES
     require_free(needed, "quantizing this model, and loading the result back,")

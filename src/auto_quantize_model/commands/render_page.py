@@ -19,9 +19,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def render_page(args: argparse.Namespace) -> None:
+    run = open_run(args)
     from auto_quantize_model.report import page, sentences
 
-    run = open_run(args)
     for path in (args.markdown, *args.tables):
         if path:
             require_listed(run.report, path)

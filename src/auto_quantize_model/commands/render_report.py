@@ -19,10 +19,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def render_report(args: argparse.Namespace) -> None:
+    run = open_run(args)
     from auto_quantize_model.report import coverage, sentences
     from auto_quantize_model.report.document import build_report, render, tables, top_table
 
-    run = open_run(args)
     report = build_report(run.manifest, run.calibration, run.plan, run.capture, run.audit, run.tradeoff, run.profiles)
     markdown, document = render(report)
     texts = {args.markdown: markdown}

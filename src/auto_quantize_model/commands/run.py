@@ -114,6 +114,8 @@ class Run:
 def open_run(args: argparse.Namespace) -> Run:
     """The documents of a step by its parsed options. Documents that the step writes are not read.
 
+    A command calls this function before it imports torch, so that a damaged document ends the command at once.
+
     Raises:
         InputError: a document or a stored set is missing, damaged or of another run.
     """

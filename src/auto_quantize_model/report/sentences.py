@@ -193,7 +193,10 @@ def instead(report: Report) -> list[str]:
         return found
     ops = report["tradeoff"]["ops"]
     if near := profiles["nearest"]:
-        units: dict[str, Callable[[Any], str]] = {"max_weight_bytes": megabytes, "min_sqnr_db": lambda value: number(value, "dB")}
+        units: dict[str, Callable[[Any], str]] = {
+            "max_weight_bytes": megabytes,
+            "min_sqnr_db": lambda value: number(value, "dB"),
+        }
         units["max_accuracy_drop"] = lambda value: f"{number(100 * value)} percentage points of accuracy"
         lacks = joined([units[part](value) for part, value in profiles["short"].items()])
         kept = (
