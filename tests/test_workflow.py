@@ -427,6 +427,7 @@ def test_the_shipped_config_of_the_3b_is_planned_from_the_hub(from_hub: FromHub)
     assert planned(from_hub.directory, *from_hub.arguments) == FROM_SCALES
 
 
+@pytest.mark.slow
 @pytest.mark.bench
 def test_the_shipped_config_of_the_3b_runs_from_the_hub_to_the_published_summary(from_hub: FromHub) -> None:
     from_hub.run()
