@@ -49,9 +49,10 @@ def render_page(report: dict[str, Any], links: dict[str, Any]) -> str:
     drawn = figures(report)
     if not sentences.has_images(report):
         del drawn["modalities"]
-    specs = {name: figure.chart.to_dict() for name, figure in drawn.items()}
-    for spec in specs.values():
-        del spec["title"]  # the page has a heading of its own
+    # The page has a heading of its own.
+    specs = {
+        name: {key: value for key, value in figure.spec.items() if key != "title"} for name, figure in drawn.items()
+    }
     return environment.get_template("op_sensitivity.html.j2").render(
         report=report,
         links=links,
