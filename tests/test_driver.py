@@ -17,11 +17,6 @@ DRIVER = ROOT / "scripts" / "qwen" / "inc_qwen2_5_vl_3b_sensitivity.py"
 PUBLISHED = "context/summaries/inc-kb/qwen2_5_vl_3b_mse_sensitivity"
 
 
-def drive(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(DRIVER), *arguments]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True)
-
-
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     for sample in digit_samples([0, 1]):
@@ -36,7 +31,8 @@ def photos(tmp_path: Path) -> Path:
 def test_the_driver_writes_the_report_and_publishes_it(tiny_snapshot, photos, tmp_path):
     common = ["--model", str(tiny_snapshot), "--calibration", str(photos), "--num-samples", "1"]
     keep = ["--maps", "isolated", "--keep-name", r"model\.visual\.blocks.*", r"model\.language_model\.layers.*"]
-    ended = drive(tmp_path, *common, *keep, "--reduce-range", "true", "--publish")
+    command = [sys.executable, str(DRIVER), *common, *keep, "--reduce-range", "true", "--audit-ops", "2", "--publish"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     report = json.loads((tmp_path / "tmp/qwen2_5_vl_3b_inc/op_sensitivity_mse_v2_cpu.json").read_text())
     assert (report["measurement"]["reduce_range"], report["measurement"]["reduce_range_by"]) == (True, "config")
@@ -65,9 +61,10 @@ def test_an_output_of_the_driver_is_refused_before_work(monkeypatch, tmp_path):
         driver.measure(driver.parser().parse_args([*command, "--calibration", "photos", "--publish"]))
 
 
-def test_a_bad_calibration_set_ends_the_driver_before_any_output(tiny_snapshot, photos, tmp_path):
+def test_a_bad_calibration_set_ends_the_driver_before_any_output(tiny_snapshot, photos, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "digit-0001.png").unlink()
-    ended = drive(tmp_path, "--model", str(tiny_snapshot), "--calibration", str(photos), "--num-samples", "2")
-    assert ended.returncode == 2
-    assert "line 2: image" in ended.stderr and "does not exist" in ended.stderr
+    assert driver.main(["--model", str(tiny_snapshot), "--calibration", str(photos), "--num-samples", "2"]) == 2
+    said = capfd.readouterr().err
+    assert "line 2: image" in said and "does not exist" in said
     assert not list((tmp_path / "tmp").rglob("*.json"))

@@ -1,8 +1,10 @@
 """Run a command: library output goes into the log, progress and results to the terminal, an error takes one line."""
 
 import argparse
+import atexit
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -261,6 +263,8 @@ def _report_early_end(kind: type[BaseException], error: BaseException, trace: Tr
 
 
 sys.excepthook = _report_early_end  # scripts import this module first
+# At its end Python searches all objects for cycles. With torch and transformers loaded, that takes seconds.
+atexit.register(gc.freeze)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,59 @@ from auto_quantize_model.records import ModelManifest, as_record, body_of
 
 COMMIT = "6" * 40
 REPO = "org/tiny"
-# The hub's address is read from the environment when huggingface_hub is imported: a process for each download.
+# A process that imports the named modules once, and then forks for each call: most of a call's time is imports, and
+# Python's search for cycles at its end.
+FORKS = """
+import importlib, json, os, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+for line in sys.stdin:
+    code, sys.argv, environment, said = json.loads(line)
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    for number, path in enumerate(said, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ |= environment
+    try:
+        exec(code, {"__name__": "__main__"})
+        ended = 0
+    except SystemExit as end:
+        ended = end.code
+    if isinstance(ended, str):
+        print(ended, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if isinstance(ended, str) else ended or 0)
+os._exit(0)
+"""
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Forks:
+    """Runs Python code in processes that have the modules of `server` loaded."""
+
+    server: subprocess.Popen[str]
+    folder: Path
+
+    def __call__(self, code: str, argv: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+        said = [self.folder / "stdout", self.folder / "stderr"]
+        assert self.server.stdin and self.server.stdout
+        print(json.dumps([code, argv, environment, list(map(str, said))]), file=self.server.stdin, flush=True)
+        code_of_exit = int(self.server.stdout.readline())
+        return subprocess.CompletedProcess(argv, code_of_exit, *(path.read_text() for path in said))
+
+
+@contextmanager
+def forking(folder: Path, *modules: str, **environment: str) -> Iterator[Forks]:
+    """A server of forks with modules loaded in an environment, until the block ends."""
+    command, pipes = [sys.executable, "-c", FORKS, *modules], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, text=True, **pipes) as server:
+        yield Forks(server, folder)
+
+
+# huggingface_hub reads the hub's address from the environment when it is imported, so each download imports it.
 DRIVER = """
 import sys, time
 from pathlib import Path
@@ -44,17 +97,13 @@ class Downloader:
 
     hub: Hub
     home: Path
+    forks: Forks
 
     def __call__(
         self, revision: str = COMMIT, repo_id: str = REPO, setup: str = "", **environment: str
     ) -> subprocess.CompletedProcess[str]:
         settings = {"HF_ENDPOINT": self.hub.address, "HF_HOME": str(self.home), **environment}
-        return subprocess.run(
-            [sys.executable, "-c", DRIVER.format(setup=setup), repo_id, revision],
-            env={**os.environ, **settings},
-            capture_output=True,
-            text=True,
-        )
+        return self.forks(DRIVER.format(setup=setup), ["-c", repo_id, revision], **settings)
 
     def succeeds(self, **options: str) -> Path:
         ended = self(**options)
@@ -67,12 +116,20 @@ class Downloader:
         return ended.stderr.split("InputError: ")[1]
 
 
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Processes with all libraries loaded that huggingface_hub imports, and without huggingface_hub."""
+    libraries = ("auto_quantize_model.files", "httpx2", "httpcore2", "tqdm.auto", "yaml", "filelock")
+    with forking(tmp_path_factory.mktemp("downloads"), *libraries) as forks:
+        yield forks
+
+
 @pytest.fixture
-def download(tiny_snapshot: Path, tmp_path: Path) -> Iterator[Downloader]:
+def download(downloads: Forks, tiny_snapshot: Path, tmp_path: Path) -> Iterator[Downloader]:
     with serving() as hub:
         hub.repositories[("model", REPO, COMMIT)] = tiny_snapshot
         hub.branches["main"] = COMMIT
-        yield Downloader(hub, tmp_path / "home")
+        yield Downloader(hub, tmp_path / "home", downloads)
 
 
 def test_a_snapshot_arrives_whole_and_only_what_is_read(download: Downloader, tiny_snapshot: Path) -> None:
@@ -198,22 +255,6 @@ def test_no_error_of_the_hub_shows_a_password(download: Downloader) -> None:
     assert "pass-word" not in download.fails(repo_id="https://user:pass-word@127.0.0.1:9/org/tiny")
 
 
-def test_no_log_of_a_script_shows_a_password_or_a_token(download: Downloader, tmp_path: Path) -> None:
-    """With HF_DEBUG huggingface_hub logs each request; the log also holds the traceback of an unexpected error."""
-    log = tmp_path / "get_model.log"
-    command = [sys.executable, "scripts/get_model.py", "--name", "tiny", "--source", "hub", "--repo-id", REPO]
-    command += ["--revision", COMMIT, "--path", str(tmp_path / "model"), "--log", str(log)]
-    command += ["--manifest", "/proc/nowhere/manifest.json"]
-    environment = {"HF_ENDPOINT": with_password(download.hub.address), "HF_HOME": str(download.home), "HF_DEBUG": "1"}
-    environment |= {"HF_TOKEN": "opaque-token"}
-    root = Path(__file__).parents[2]
-    ended = subprocess.run(command, cwd=root, env={**os.environ, **environment}, capture_output=True, text=True)
-    assert ended.returncode != 0
-    everything = ended.stdout + ended.stderr + log.read_text()
-    assert download.hub.address.replace("://", "://***@") in everything
-    assert "pass-word" not in everything and "opaque-token" not in everything
-
-
 @pytest.fixture
 def small_disk(download: Downloader) -> Iterator[Downloader]:
     """A cache on a disk of 256 KiB, where this machine lets a test mount one."""
@@ -236,14 +277,54 @@ def test_a_disk_that_fills_up_on_the_way(small_disk: Downloader) -> None:
     assert "does not hold all of it" in small_disk.fails(HF_HUB_OFFLINE="1")
 
 
-def test_a_later_run_of_the_model_rule_verifies_the_manifest(download: Downloader, tmp_path: Path) -> None:
+# datasets waits five seconds so that its threads end before Python does. A fork ends at once, whatever its threads do.
+SCRIPT = """
+import runpy, sys
+from datasets import config
+config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@dataclass
+class Scripts:
+    """Runs scripts with their libraries loaded, on a hub of their own."""
+
+    hub: Hub
+    forks: Forks
+
+
+@pytest.fixture(scope="module")
+def scripts(tiny_snapshot: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripts]:
+    """The hub's address has a password, and huggingface_hub logs each request (HF_DEBUG)."""
+    folder = tmp_path_factory.mktemp("scripts")
+    with serving() as hub:
+        hub.repositories[("model", REPO, COMMIT)] = tiny_snapshot
+        environment = {"HF_ENDPOINT": with_password(hub.address), "HF_HOME": str(folder / "home"), "HF_DEBUG": "1"}
+        with forking(folder, "auto_quantize_model.commands.loaded", HF_TOKEN="opaque-token", **environment) as forks:
+            yield Scripts(hub, forks)
+
+
+def get_model(scripts: Scripts, path: Path, manifest: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run the script of the model rule."""
+    words = ["scripts/get_model.py", "--name", "tiny", "--source", "hub", "--repo-id", REPO, "--revision", COMMIT]
+    return scripts.forks(SCRIPT, [*words, "--path", str(path), "--manifest", str(manifest), *options])
+
+
+def test_no_log_of_a_script_shows_a_password_or_a_token(scripts: Scripts, tmp_path: Path) -> None:
+    """With HF_DEBUG huggingface_hub logs each request; the log also holds the traceback of an unexpected error."""
+    log = tmp_path / "get_model.log"
+    ended = get_model(scripts, tmp_path / "model", Path("/proc/nowhere/manifest.json"), "--log", str(log))
+    assert ended.returncode != 0
+    everything = ended.stdout + ended.stderr + log.read_text()
+    assert scripts.hub.address.replace("://", "://***@") in everything
+    assert "pass-word" not in everything and "opaque-token" not in everything
+
+
+def test_a_later_run_of_the_model_rule_verifies_the_manifest(scripts: Scripts, tmp_path: Path) -> None:
     """The script as the rule calls it: manifest with the hub's commit, a sha256 per file, through a link."""
     link, manifest = tmp_path / "models" / "tiny", tmp_path / "manifest.json"
-    command = [sys.executable, "scripts/get_model.py", "--name", "tiny", "--source", "hub", "--repo-id", REPO]
-    command += ["--revision", COMMIT, "--path", str(link), "--manifest", str(manifest)]
-    environment = {**os.environ, "HF_ENDPOINT": download.hub.address, "HF_HOME": str(download.home)}
-    root = Path(__file__).parents[2]
-    ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    ended = get_model(scripts, link, manifest)
     assert ended.returncode == 0, ended.stderr
     written = json.loads(manifest.read_text())
     assert written["details"] == {"hub": {"repo_id": REPO, "commit": COMMIT}}
@@ -263,19 +344,6 @@ COLUMNS = {"id": "question_id", "image": "image", "prompt": "question", "answer"
 DATASET = "5" * 40
 
 
-IN_TURN = """
-import contextlib, io, json, runpy, sys
-ended = []
-for sys.argv in json.load(sys.stdin):
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as end:
-            ended.append((end.code, said.getvalue()))
-print(json.dumps(ended))
-"""
-
-
 @dataclass
 class Calibrator:
     """Extracts a calibration set from a hub by the rule's own script."""
@@ -283,9 +351,10 @@ class Calibrator:
     hub: Hub
     folder: Path
     model: Path
+    scripts: Forks
 
-    def arguments(self, **changes: Any) -> list[str]:
-        """The script and its options, for the usual set with `changes`."""
+    def __call__(self, setup: str = "", **changes: Any) -> subprocess.CompletedProcess[str]:
+        """Run the script for the usual set with `changes`, after the code `setup`."""
         spec = {"name": "captions", "source": "hub", "repo_id": "org/captions", "revision": DATASET, "split": "val"}
         spec |= {"columns": COLUMNS, "num_samples": 2, "num_heldout": 1, "seed": 0, "batch_size": 1}
         spec |= {"min_pixels": 3136, "max_pixels": 3136, "max_tokens": 512} | changes
@@ -294,37 +363,16 @@ class Calibrator:
         words = ["scripts/extract_calibration.py", "--manifest", str(manifest)]
         words += ["--spec", json.dumps(spec), "--calibration-set", str(self.folder / "calibration.parquet")]
         words += ["--heldout-set", str(self.folder / "heldout.parquet")]
-        return [*words, "--calibration-manifest", str(self.folder / "calibration.json")]
-
-    def run(self, command: list[str], setup: dict[str, str], text: str = "") -> subprocess.CompletedProcess[str]:
-        environment = {"HF_ENDPOINT": self.hub.address, "HF_HOME": str(self.folder / "home"), **setup}
-        return subprocess.run(
-            [sys.executable, *command],
-            cwd=Path(__file__).parents[2],
-            env=os.environ | environment,
-            input=text,
-            capture_output=True,
-            text=True,
-        )
-
-    def __call__(self, setup: dict[str, str], **changes: Any) -> subprocess.CompletedProcess[str]:
-        return self.run(self.arguments(**changes), setup)
-
-    def in_turn(self, commands: list[list[str]], code: int) -> list[str]:
-        """What the script says to each command, all of them in one process: its imports take seconds."""
-        ended = self.run(["-c", IN_TURN], {}, json.dumps(commands))
-        assert ended.returncode == 0, ended.stderr
-        codes, messages = zip(*json.loads(ended.stdout.splitlines()[-1]), strict=True)
-        assert set(codes) == {code}, messages
-        return list(messages)
+        words += ["--calibration-manifest", str(self.folder / "calibration.json")]
+        return self.scripts(setup + SCRIPT, words)
 
     def succeeds(self, **changes: Any) -> dict[str, Any]:
-        ended = self({}, **changes)
+        ended = self(**changes)
         assert ended.returncode == 0, ended.stderr
         return read_json(self.folder / "calibration.json")
 
-    def fails(self, setup: dict[str, str] | None = None, **changes: Any) -> str:
-        ended = self(setup or {}, **changes)
+    def fails(self, setup: str = "", **changes: Any) -> str:
+        ended = self(setup, **changes)
         assert ended.returncode == 2, ended.stderr
         assert not (self.folder / "calibration.json").exists()
         return ended.stderr
@@ -336,20 +384,16 @@ def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def calibrate(captions: Path, tiny_snapshot: Path, tmp_path: Path) -> Iterator[Calibrator]:
-    with serving() as hub:
-        hub.repositories[("dataset", "org/captions", DATASET)] = captions
-        yield Calibrator(hub, tmp_path, tiny_snapshot)
+def calibrate(captions: Path, tiny_snapshot: Path, scripts: Scripts, tmp_path: Path) -> Calibrator:
+    scripts.hub.repositories[("dataset", "org/captions", DATASET)] = captions
+    return Calibrator(scripts.hub, tmp_path, tiny_snapshot, scripts.forks)
 
 
-def test_a_streamed_set_is_drawn_by_the_seed_and_stored_with_its_images(calibrate: Calibrator, captions: Path) -> None:
-    first, other = calibrate.folder / "first.json", calibrate.folder / "other.json"
-    commands = [calibrate.arguments(), calibrate.arguments(seed=1), calibrate.arguments()]
-    commands[0][-1], commands[1][-1] = str(first), str(other)
-    calibrate.in_turn(commands, 0)
-    manifest = read_json(calibrate.folder / "calibration.json")
-    assert manifest == read_json(first)
-    assert manifest["digest"] != read_json(other)["digest"]
+def test_a_streamed_set_is_drawn_by_the_seed_and_stored_with_its_images(calibrate: Calibrator) -> None:
+    first, other = calibrate.succeeds(), calibrate.succeeds(seed=1)
+    manifest = calibrate.succeeds()
+    assert manifest == first
+    assert manifest["digest"] != other["digest"]
     drawn = manifest["samples"]["calibration"] + manifest["samples"]["heldout"]
     assert len({sample["id"] for sample in drawn}) == 3
     assert all(sample["image_tokens"] > 0 for sample in drawn)
@@ -358,16 +402,17 @@ def test_a_streamed_set_is_drawn_by_the_seed_and_stored_with_its_images(calibrat
     }
     stored = read_samples(calibrate.folder / "calibration.parquet")
     assert [item.sample.id for item in stored] == [sample["id"] for sample in manifest["samples"]["calibration"]]
-    first = stored[0].sample
-    part, number = first.id[4:5], first.id[5:7]
-    assert (first.prompt, first.answer) == ("What is this?", f"noise {part} {int(number)}")
-    assert first.image is not None and first.image.size == (56, 28)
+    sample = stored[0].sample
+    part, number = sample.id[4:5], sample.id[5:7]
+    assert (sample.prompt, sample.answer) == ("What is this?", f"noise {part} {int(number)}")
+    assert sample.image is not None and sample.image.size == (56, 28)
 
 
 def test_only_the_rows_that_are_needed_are_fetched(calibrate: Calibrator, tmp_path: Path) -> None:
     """The draw takes row groups from a random place; most of a data set never leaves the hub."""
-    calibrate.hub.repositories[("dataset", "org/captions", DATASET)] = write_captions(tmp_path / "large", 1)
-    calibrate.succeeds(num_samples=1, num_heldout=0)
+    calibrate.hub.repositories[("dataset", "org/large", DATASET)] = write_captions(tmp_path / "large", 1)
+    calibrate.hub.ranges.clear()
+    calibrate.succeeds(repo_id="org/large", num_samples=1, num_heldout=0)
     reads = [wanted.removeprefix("bytes=").split("-") for wanted in calibrate.hub.ranges]
     # Readers ask for everything from a place on, and hang up when they have what they want: places tell them apart.
     groups = {first for first, _ in reads}
@@ -404,11 +449,10 @@ def test_data_sets_that_cannot_be_drawn_from(calibrate: Calibrator) -> None:
             "no column 'caption' (calibration.columns.answer); there are question_id, image, question, answer",
         ),
     ]
-    messages = calibrate.in_turn([calibrate.arguments(**changes) for changes, _ in cases], 2)
-    assert not (calibrate.folder / "calibration.json").exists()
-    for (_, expected), message in zip(cases, messages, strict=True):
-        assert expected in message
+    for changes, expected in cases:
+        assert expected in calibrate.fails(**changes)
 
 
 def test_streaming_is_refused_offline(calibrate: Calibrator) -> None:
-    assert "HF_HUB_OFFLINE is set and samples are streamed" in calibrate.fails({"HF_HUB_OFFLINE": "1"})
+    offline = "from huggingface_hub import constants; constants.HF_HUB_OFFLINE = True\n"
+    assert "HF_HUB_OFFLINE is set and samples are streamed" in calibrate.fails(offline)

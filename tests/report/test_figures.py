@@ -24,6 +24,8 @@ VISION = ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_pro
 LANGUAGE = (*(f"self_attn.{one}_proj" for one in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 AVERAGED = ("weight_bytes", "sqnr_db", "kl_divergence", "top1_agreement", "accuracy")
 FOUR = ["heat_map", "ranked_ops", "tradeoff", "modalities"]
+SVG = "{http://www.w3.org/2000/svg}"
+DRAWN = {}  # SVG by specification
 
 
 def point(keep, sqnr_db, added=()):
@@ -92,11 +94,18 @@ def no_error_at_all():
     return report
 
 
-def drawn(report, name, directory):
+def svg(figure, directory):
+    """A picture's SVG. Many reports differ in one picture alone, so a specification is drawn once."""
+    spec = json.dumps(figure.spec)
+    if spec not in DRAWN:
+        save(figure, directory / "picture.svg")
+        DRAWN[spec] = ElementTree.parse(directory / "picture.svg").getroot()
+    return DRAWN[spec]
+
+
+def drawn(figure, directory):
     """The texts of a picture's SVG."""
-    path = directory / f"{name}.svg"
-    save(figures(report)[name], path)
-    return [" ".join(text.itertext()) for text in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
+    return [" ".join(text.itertext()) for text in svg(figure, directory).iter(f"{SVG}text")]
 
 
 def without_data(spec):
@@ -131,21 +140,22 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_every_picture_is_drawn_and_says_what_was_not_measured(case, tmp_path):
     report, said = CASES[case]
-    assert list(figures(report())) == FOUR
-    for name in FOUR:
-        seen = " ".join(drawn(report(), name, tmp_path))
+    pictures = figures(report())
+    assert list(pictures) == FOUR
+    for name, picture in pictures.items():
+        seen = " ".join(drawn(picture, tmp_path))
         assert "tiny" in seen
         assert said.get(name, "") in seen
 
 
 def test_the_heat_map_has_a_panel_for_repeated_blocks_and_one_for_the_other_ops(tmp_path):
-    texts = drawn(report_of(), "heat_map", tmp_path)
+    texts = drawn(figures(report_of())["heat_map"], tmp_path)
     assert {"Language: layers", "Outside the repeated blocks", "mlp", "visual.proj", "lm_head"} <= set(texts)
     assert "22.2" in texts  # lm_head: 12 of 2000
 
 
 def test_the_axis_of_kept_ops_starts_at_zero_and_the_state_without_error_is_not_drawn():
-    spec = json.dumps(figures(report_of(tradeoff()))["tradeoff"].chart.to_dict())
+    spec = json.dumps(figures(report_of(tradeoff()))["tradeoff"].spec)
     assert '"type": "symlog"' in spec and '"domain": [0, 4]' in spec
     assert '"keep": 2' in spec and '"keep": 4' not in spec
 
@@ -156,9 +166,9 @@ def test_only_the_ten_most_sensitive_of_many_ops_are_labelled_and_all_are_in_the
     (row,) = (row for row in report["maps"]["isolated"]["ops"] if row["op_name"] == "lm_head")
     rows = [row | {"op_name": name, "mse_value": 500.0 - i, "rank": i + 1} for i, name in enumerate(names)]
     report["maps"]["isolated"]["ops"] = rows
-    texts = drawn(report, "ranked_ops", tmp_path)
-    assert [text for text in texts if text in names] == names[:10]
-    spec = json.dumps(figures(report)["ranked_ops"].chart.to_dict())
+    picture = figures(report)["ranked_ops"]
+    assert [text for text in drawn(picture, tmp_path) if text in names] == names[:10]
+    spec = json.dumps(picture.spec)
     assert all(json.dumps(name) in spec for name in names)
 
 
@@ -176,9 +186,8 @@ def test_no_label_lies_on_another_at_417_ops(tmp_path):
     report["maps"]["isolated"]["ops"] = rows
     report["ops"] = [report["ops"][0] | {"op_name": name} for name in blocks]
     assert len(blocks) == 417
-    for name in FOUR:
-        save(figures(report)[name], tmp_path / f"{name}.svg")
-        boxes = label_boxes(ElementTree.parse(tmp_path / f"{name}.svg").getroot())
+    for name, picture in figures(report).items():
+        boxes = label_boxes(svg(picture, tmp_path))
         assert len(boxes) > 5
         clashes = [(a[0], b[0]) for a, b in itertools.combinations(boxes, 2) if overlap(a[1], b[1])]
         assert not clashes, (name, clashes[:5])
@@ -204,35 +213,40 @@ def overlap(one, other):
 
 def test_a_stand_in_says_so_in_every_picture(tmp_path):
     report = report_of(stand_in="weights from seed 0")
-    for name in FOUR:
-        assert "STAND-IN" in " ".join(drawn(report, name, tmp_path))
+    for picture in figures(report).values():
+        assert "STAND-IN" in " ".join(drawn(picture, tmp_path))
+
+
+@pytest.fixture(scope="module")
+def twice():
+    """The pictures of a report, made twice."""
+    return {copy_name: figures(report_of(tradeoff())) for copy_name in ("a", "b")}
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 @pytest.mark.parametrize("name", FOUR)
-def test_a_picture_is_the_same_bytes_each_time(name, suffix, tmp_path):
-    for copy_name in ("a", "b"):
-        save(figures(report_of(tradeoff()))[name], tmp_path / f"{copy_name}{suffix}")
+def test_a_picture_is_the_same_bytes_each_time(twice, name, suffix, tmp_path):
+    for copy_name, pictures in twice.items():
+        save(pictures[name], tmp_path / f"{copy_name}{suffix}")
     assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"a{suffix}", f"b{suffix}"]
 
 
 def test_a_name_full_of_markup_and_quotes_is_drawn_as_it_is(tmp_path):
-    report = renamed(report_of(tradeoff()), "lm_head", HOSTILE)
-    assert HOSTILE in drawn(report, "ranked_ops", tmp_path)
-    assert HOSTILE.removeprefix("layers.0.") in drawn(report, "heat_map", tmp_path)
-    for name in FOUR:
-        spec = figures(report)[name].chart.to_dict()
-        assert "alert" not in json.dumps(without_data(spec))  # no expression and no field holds a name
-        save(figures(report)[name], tmp_path / f"{name}.svg")
-        assert not list(ElementTree.parse(tmp_path / f"{name}.svg").iter("{http://www.w3.org/2000/svg}script"))
+    pictures = figures(renamed(report_of(tradeoff()), "lm_head", HOSTILE))
+    assert HOSTILE in drawn(pictures["ranked_ops"], tmp_path)
+    assert HOSTILE.removeprefix("layers.0.") in drawn(pictures["heat_map"], tmp_path)
+    for picture in pictures.values():
+        assert "alert" not in json.dumps(without_data(picture.spec))  # no expression and no field holds a name
+        assert not list(svg(picture, tmp_path).iter(f"{SVG}script"))
 
 
 def test_a_control_character_in_a_name_leaves_the_picture_readable(tmp_path):
     report = renamed(report_of(tradeoff()), "lm_head", "lm\x1b[2J\u202ehead")
     report["model"]["model"] = "tiny\x00"
-    assert "lm\\x1b[2J\\u202ehead" in drawn(report, "ranked_ops", tmp_path)
-    assert "tiny\\x00" in drawn(report, "tradeoff", tmp_path)
+    pictures = figures(report)
+    assert "lm\\x1b[2J\\u202ehead" in drawn(pictures["ranked_ops"], tmp_path)
+    assert "tiny\\x00" in drawn(pictures["tradeoff"], tmp_path)
 
 
 def test_a_failed_drawing_and_another_suffix_leave_nothing_behind(tmp_path):

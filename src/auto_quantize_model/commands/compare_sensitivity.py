@@ -61,9 +61,7 @@ def comparison(args: argparse.Namespace) -> bool:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    import jsonschema
-
-    from auto_quantize_model.report.document import SCHEMA, SCHEMA_VERSION
+    from auto_quantize_model.report.document import SCHEMA_VERSION, mismatch
 
     report: Any = read_json(path)
     version = report.get("schema_version") if isinstance(report, dict) else None
@@ -73,10 +71,8 @@ def read_report(path: Path) -> dict[str, Any]:
         )
     if HEAD in report:  # a report that was made by hand, or by another version, has no head
         report = read_document(path, "report")
-    try:
-        jsonschema.validate(report, read_json(SCHEMA))
-    except jsonschema.ValidationError as error:
-        raise InputError(f"{path}: no whole report, {error.json_path}: {error.message[:200]}; render it") from None
+    if error := mismatch(report):
+        raise InputError(f"{path}: no whole report, {error.json_path}: {error.message[:200]}; render it")
     whole: dict[str, Any] = report
     return whole
 

@@ -6,12 +6,15 @@ In: the manifests, the plan and the capture. Out: one document, the same for the
 import math
 import statistics
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jsonschema.exceptions import ValidationError, best_match
+from jsonschema.protocols import Validator
+from jsonschema.validators import validator_for
 
 from auto_quantize_model import escape
 from auto_quantize_model.decide.ranking import aggregated, ranked
@@ -223,9 +226,37 @@ def render(report: dict[str, Any]) -> tuple[str, str]:
     Raises:
         jsonschema.ValidationError: the report does not match its published schema.
     """
-    jsonschema.validate(report, read_json(SCHEMA))
+    if error := mismatch(report):
+        raise error
+    markdown, document = (
+        environment.get_template(f"op_sensitivity.{kind}.j2").render(
+            report=report, sentences=sentences, coverage=coverage
+        )
+        for kind, environment in environments().items()
+    )
+    return markdown, document
+
+
+def mismatch(report: dict[str, Any]) -> ValidationError | None:
+    """The most telling place where a report does not match its published schema."""
+    found: ValidationError | None = best_match(checker().iter_errors(report))
+    return found
+
+
+@cache
+def checker() -> Validator:
+    """A validator of the published schema, which is checked itself."""
+    schema = read_json(SCHEMA)
+    kind = validator_for(schema)
+    kind.check_schema(schema)
+    return kind(schema)
+
+
+@cache
+def environments() -> dict[str, Environment]:
+    """The environments of both templates: each template is compiled once."""
     # Every text that the Markdown shows is escaped unless it is Markup already; JSON holds the raw data.
-    environments = {
+    made = {
         "md": Environment(
             loader=FileSystemLoader(TEMPLATES),
             undefined=StrictUndefined,
@@ -236,16 +267,10 @@ def render(report: dict[str, Any]) -> tuple[str, str]:
         ),
         "json": Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined),  # noqa: S701  no HTML
     }
-    environments["md"].filters |= {"cell": markdown_cell, "code": escape.code}
-    environments["md"].filters["decibels"] = lambda value: "no error" if value is None else sentences.number(value)
-    environments["json"].filters["canonical_json"] = canonical_json
-    markdown, document = (
-        environment.get_template(f"op_sensitivity.{kind}.j2").render(
-            report=report, sentences=sentences, coverage=coverage
-        )
-        for kind, environment in environments.items()
-    )
-    return markdown, document
+    made["md"].filters |= {"cell": markdown_cell, "code": escape.code}
+    made["md"].filters["decibels"] = lambda value: "no error" if value is None else sentences.number(value)
+    made["json"].filters["canonical_json"] = canonical_json
+    return made
 
 
 def markdown_cell(value: Any) -> str:

@@ -8,6 +8,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +55,12 @@ class Figure:
     caption: str
     chart: alt.TopLevelMixin
 
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        """The chart as a Vega-Lite specification, made and checked once for all files of a picture."""
+        spec: dict[str, Any] = self.chart.to_dict()
+        return spec
+
 
 def figures(report: dict[str, Any]) -> dict[str, Figure]:
     """The pictures `heat_map`, `ranked_ops`, `tradeoff` and `modalities` of a report as `build_report` returns it.
@@ -72,12 +79,11 @@ def save(figure: Figure, path: Path) -> None:
     """
     if path.suffix not in (".svg", ".png"):
         raise ValueError(f"{path}: a figure is drawn as .svg or .png")
-    spec = figure.chart.to_dict()
     with atomic_path(path) as temporary:
         if path.suffix == ".svg":
-            temporary.write_text(renumbered(vl_convert.vegalite_to_svg(spec)), encoding="utf-8")
+            temporary.write_text(renumbered(vl_convert.vegalite_to_svg(figure.spec)), encoding="utf-8")
         else:
-            temporary.write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
+            temporary.write_bytes(vl_convert.vegalite_to_png(figure.spec, scale=2))
 
 
 def renumbered(svg: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 import vl_convert
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from auto_quantize_model.escape import printable_document
@@ -36,23 +36,15 @@ def render_page(report: dict[str, Any], links: dict[str, Any]) -> str:
         links: {files: {label: path}, exports: {profile: {tool: {files: [path], notes: [text]}}}}; paths are relative to
             the page's folder, and either may be empty.
     """
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": sentences.number, "percent": sentences.percent, "mb": sentences.megabytes}
-    environment.filters |= {"csp_hash": csp_hash, "href": href, "breakable": breakable}
     report, links = printable_document(report), printable_document(links)
     drawn = figures(report)
     if not sentences.has_images(report):
         del drawn["modalities"]
-    specs = {name: figure.chart.to_dict() for name, figure in drawn.items()}
-    for spec in specs.values():
-        del spec["title"]  # the page has a heading of its own
-    return environment.get_template("op_sensitivity.html.j2").render(
+    # The page has a heading of its own.
+    specs = {
+        name: {key: value for key, value in figure.spec.items() if key != "title"} for name, figure in drawn.items()
+    }
+    return template().render(
         report=report,
         links=links,
         figures=drawn,
@@ -68,6 +60,21 @@ def render_page(report: dict[str, Any], links: dict[str, Any]) -> str:
         script=source(SCRIPT),
         style=source(STYLE),
     )
+
+
+@cache
+def template() -> Template:
+    """The template of the page, compiled once."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": sentences.number, "percent": sentences.percent, "mb": sentences.megabytes}
+    environment.filters |= {"csp_hash": csp_hash, "href": href, "breakable": breakable}
+    return environment.get_template("op_sensitivity.html.j2")
 
 
 def drawn_curves(report: dict[str, Any]) -> Iterable[str]:
