@@ -18,7 +18,7 @@ class Block(torch.nn.Module):
         self.down = torch.nn.Linear(2 * WIDTH, WIDTH)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down(torch.nn.functional.silu(self.up(hidden)))
+        out: torch.Tensor = hidden + self.down(torch.nn.functional.silu(self.up(hidden)))
         return out
 
 
@@ -50,11 +50,16 @@ class FewOps(torch.nn.Module):
 
 
 def few_ops_model() -> FewOps:
-    torch.manual_seed(0)
-    return FewOps().eval().requires_grad_(False)
+    """No op weighs much more than another with 7 bits of activation, so INC adds its second pass to the first."""
+    torch.manual_seed(11)
+    model = FewOps().eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data *= 2
+    return model
 
 
 def token_batches(count: int) -> list[dict[str, torch.Tensor]]:
-    """Batches of one sample of 12 tokens."""
+    """Batches of one sample of 24 tokens."""
     generator = torch.Generator().manual_seed(0)
-    return [{"input_ids": torch.randint(0, VOCABULARY, (1, 12), generator=generator)} for _ in range(count)]
+    return [{"input_ids": torch.randint(0, VOCABULARY, (1, 24), generator=generator)} for _ in range(count)]
