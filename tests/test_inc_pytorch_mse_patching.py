@@ -6,13 +6,14 @@ import copy
 import neural_compressor.adaptor.torch_utils.util as nc_util
 import pytest
 import torch
-from few_ops import few_ops_model, token_batches
 from neural_compressor.config import options
+from quick_inc import few_ops_model, token_batches
 from torch.ao.quantization.fx.utils import assert_and_get_unique_device
 
 from auto_quantize_model.inc.loader import CalibrationLoader
 from auto_quantize_model.inc.plan import quant_config
 from auto_quantize_model.inc_pytorch_mse_patching import (
+    activations_reduced,
     build_strategy,
     capture_mse_v2_sensitivity,
     run_single_mse_v2_sensitivity_pass,
@@ -83,9 +84,13 @@ def test_helpers_return_incs_ascending_order(scored):
         assert call.order == sorted(expected, key=expected.get)
 
 
-def test_patched_and_unpatched_helpers_return_the_same_order(model, loader):
-    """The second helper scores what is in FP32 and in `op_cfg_mapping`, which the first one fills."""
-    strategy, tune_cfg = build_strategy(model, quant_config(1), loader)
+@pytest.mark.parametrize(("kept", "falls_back"), [([], 1), (["model.blocks.1.up", "model.project"], 5)])
+def test_patched_and_unpatched_helpers_return_the_same_order(model, loader, kept, falls_back):
+    """The second helper scores what is in FP32 and in `op_cfg_mapping`, which the first one fills.
+
+    With every op in INT8 the first helper makes its second pass, on one op. With fewer it returns all of them early.
+    """
+    strategy, tune_cfg = build_strategy(model, quant_config(1, kept), loader)
     name = next(name for name, _ in tune_cfg["op"] if name.startswith("lm_head"))
     tune_cfg = with_measured_op_last(tune_cfg, name)
 
@@ -96,22 +101,26 @@ def test_patched_and_unpatched_helpers_return_the_same_order(model, loader):
             score(strategy.model, loader, with_ops_in_fp32(tune_cfg), None, 1, fallback=False),
         ]
 
-    with capture_mse_v2_sensitivity() as capture:
+    with activations_reduced(True), capture_mse_v2_sensitivity() as capture:
         patched = orders()
     hooks = {module: dict(module._forward_hooks) for module in model.modules()}
     mapping = dict(nc_util.op_cfg_mapping)
     try:
-        unpatched = orders()
+        with activations_reduced(True):
+            unpatched = orders()
     finally:  # unpatched, INC leaves its hooks, its qconfigs and torch's cache behind
         assert_and_get_unique_device.cache_clear()
-        for module, kept in hooks.items():
+        for module, before in hooks.items():
             module._forward_hooks.clear()
-            module._forward_hooks.update(kept)
+            module._forward_hooks.update(before)
         nc_util.op_cfg_mapping.clear()
         nc_util.op_cfg_mapping.update(mapping)
     assert patched == unpatched
     assert [call.order for call in capture.calls] == unpatched
-    assert [len(order) for order in unpatched] == [len(tune_cfg["op"])] * 2
+    assert [len(order) for order in unpatched] == [falls_back, 7]
+    first = capture.calls[0]
+    expected = first.second_pass or first.scores
+    assert first.order == sorted(expected, key=expected.get)
 
 
 def test_nothing_is_left_behind_by_a_pass(model, loader):

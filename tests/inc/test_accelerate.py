@@ -8,10 +8,10 @@ import neural_compressor.adaptor.pytorch as nc_pytorch
 import neural_compressor.adaptor.torch_utils.util as nc_util
 import pytest
 import torch
-from few_ops import few_ops_model, token_batches
 from neural_compressor.adaptor.pytorch import PyTorch_FXAdaptor
 from neural_compressor.config import AccuracyCriterion, PostTrainingQuantConfig, TuningCriterion
 from neural_compressor.quantization import fit
+from quick_inc import few_ops_model, token_batches
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import Qwen2Config, Qwen2ForCausalLM
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from build import IDENTITY, an_op
-from few_ops import few_ops_model, token_batches
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from quick_inc import few_ops_model, plans_unchecked, token_batches
 from safetensors.torch import save_file
 
 from auto_quantize_model.config import PlanSpec
@@ -39,7 +39,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plan(model, batches):
-    return identify(build_plan(model, batches, PlanSpec(confidence_batches=2, maps=MAPS)), *IDENTITY)
+    with plans_unchecked():
+        return identify(build_plan(model, batches, PlanSpec(confidence_batches=2, maps=MAPS)), *IDENTITY)
 
 
 def start(model, plan, **options):
@@ -58,7 +59,8 @@ def mse_values(capture):
 def tiny(tiny_snapshot, batches):
     """A model small enough for INC to measure all of it, and its plan for one batch."""
     model = load_model(tiny_snapshot)
-    return model, identify(build_plan(model, batches, PlanSpec(confidence_batches=1, maps=MAPS)), *IDENTITY)
+    with plans_unchecked():
+        return model, identify(build_plan(model, batches, PlanSpec(confidence_batches=1, maps=MAPS)), *IDENTITY)
 
 
 @pytest.mark.slow
