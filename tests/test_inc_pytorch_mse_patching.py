@@ -7,38 +7,32 @@ import neural_compressor.adaptor.torch_utils.util as nc_util
 import pytest
 import torch
 from neural_compressor.config import options
+from quick_inc import few_ops_model, token_batches
 from torch.ao.quantization.fx.utils import assert_and_get_unique_device
 
-from auto_quantize_model.data.digits import LIMITS, digit_samples
 from auto_quantize_model.inc.loader import CalibrationLoader
 from auto_quantize_model.inc.plan import quant_config
 from auto_quantize_model.inc_pytorch_mse_patching import (
+    activations_reduced,
     build_strategy,
     capture_mse_v2_sensitivity,
     run_single_mse_v2_sensitivity_pass,
     with_measured_op_last,
     with_ops_in_fp32,
 )
-from auto_quantize_model.made.digits import build_snapshot
-from auto_quantize_model.models.encode import collate, encode
-from auto_quantize_model.models.snapshot import load_model, load_processor
+from auto_quantize_model.models.snapshot import load_model
 
-OPS = ["model.visual.patch_embed.proj", "model.language_model.embed_tokens", "model.visual.merger.mlp.0", "lm_head"]
+OPS = ["model.embed_tokens", "model.blocks.1.up", "lm_head"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("snapshot")
-    build_snapshot(directory, depth=1, hidden=32, seed=0)
-    return load_model(directory)
+def model():
+    return few_ops_model()
 
 
 @pytest.fixture(scope="module")
-def loader(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("processor")
-    build_snapshot(directory, depth=1, hidden=32, seed=0)
-    processor = load_processor(directory)
-    return CalibrationLoader([collate([encode(sample, processor, LIMITS) for sample in digit_samples([0, 1])])])
+def loader():
+    return CalibrationLoader(token_batches(1))
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +61,14 @@ def assert_same_state(before, after):
     assert all(torch.equal(before[-1][name], after[-1][name]) for name in before[-1])
 
 
-def test_every_op_of_the_plan_is_scored_in_all_maps(scored):
+def test_every_op_of_the_plan_is_scored_in_all_maps(scored, model):
     planned = scored["fallback"].scores.keys()
-    assert len(planned) == 17
+    kinds = (torch.nn.Embedding, torch.nn.Linear)
+    assert {name.removesuffix(".module") for name, _ in planned} == {
+        name for name, module in model.named_modules() if isinstance(module, kinds)
+    }
     assert scored["requantize"].scores.keys() == scored["isolated"].scores.keys() == planned
-    assert len(set(scored["isolated"].scores.values())) > 10
+    assert len(set(scored["isolated"].scores.values())) == len(planned)
 
 
 def test_first_requantized_op_equals_its_isolated_score_and_the_last_is_all_int8(scored):
@@ -87,39 +84,43 @@ def test_helpers_return_incs_ascending_order(scored):
         assert call.order == sorted(expected, key=expected.get)
 
 
-@pytest.mark.parametrize("fallback", [True, False])
-def test_patched_and_unpatched_helpers_return_the_same_order(model, loader, fallback):
-    """The second helper scores what is in FP32 and in `op_cfg_mapping`, which the first one fills."""
-    # A few ops show the order as well as all, and INC takes seconds for each.
-    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)} - set(OPS)
-    kept = linears | {f"{name}.module" for name in linears}  # as INC names those that it wraps
+@pytest.mark.parametrize(("kept", "falls_back"), [([], 1), (["model.blocks.1.up", "model.project"], 5)])
+def test_patched_and_unpatched_helpers_return_the_same_order(model, loader, kept, falls_back):
+    """The second helper scores what is in FP32 and in `op_cfg_mapping`, which the first one fills.
+
+    With every op in INT8 the first helper makes its second pass, on one op. With fewer it returns all of them early.
+    """
     strategy, tune_cfg = build_strategy(model, quant_config(1, kept), loader)
     name = next(name for name, _ in tune_cfg["op"] if name.startswith("lm_head"))
     tune_cfg = with_measured_op_last(tune_cfg, name)
 
-    def order():
+    def orders():
         score = strategy.adaptor.calculate_op_sensitivity
-        first = score(strategy.model, loader, copy.deepcopy(tune_cfg), None, 1, fallback=True)
-        if fallback:
-            return first
-        return score(strategy.model, loader, with_ops_in_fp32(tune_cfg), None, 1, fallback=False)
+        return [
+            score(strategy.model, loader, copy.deepcopy(tune_cfg), None, 1, fallback=True),
+            score(strategy.model, loader, with_ops_in_fp32(tune_cfg), None, 1, fallback=False),
+        ]
 
-    with capture_mse_v2_sensitivity() as capture:
-        patched = order()
+    with activations_reduced(True), capture_mse_v2_sensitivity() as capture:
+        patched = orders()
     hooks = {module: dict(module._forward_hooks) for module in model.modules()}
     mapping = dict(nc_util.op_cfg_mapping)
     try:
-        unpatched = order()
+        with activations_reduced(True):
+            unpatched = orders()
     finally:  # unpatched, INC leaves its hooks, its qconfigs and torch's cache behind
         assert_and_get_unique_device.cache_clear()
-        for module, kept in hooks.items():
+        for module, before in hooks.items():
             module._forward_hooks.clear()
-            module._forward_hooks.update(kept)
+            module._forward_hooks.update(before)
         nc_util.op_cfg_mapping.clear()
         nc_util.op_cfg_mapping.update(mapping)
     assert patched == unpatched
-    assert capture.calls[-1].order == unpatched
-    assert len(unpatched) >= len(OPS)
+    assert [call.order for call in capture.calls] == unpatched
+    assert [len(order) for order in unpatched] == [falls_back, 7]
+    first = capture.calls[0]
+    expected = first.second_pass or first.scores
+    assert first.order == sorted(expected, key=expected.get)
 
 
 def test_nothing_is_left_behind_by_a_pass(model, loader):
@@ -170,22 +171,22 @@ def test_a_bounded_pass_gives_the_same_scores_as_the_whole(model, loader, scored
 
 
 def test_an_op_kept_in_fp32_is_not_scored_and_the_output_op_stays_the_measured_one(model, loader):
-    kept = quant_config(1, ["model.visual.patch_embed.proj"])
+    kept = quant_config(1, ["model.embed_tokens"])
     maps = ["isolated", "requantize"]
     result = run_single_mse_v2_sensitivity_pass(model, kept, loader, measured_op="lm_head", maps=maps, only=OPS)
     assert {name for name, _ in result["isolated"].scores} == {name for name, _ in result["requantize"].scores}
-    assert "model.visual.patch_embed.proj" not in {name for name, _ in result["isolated"].scores}
+    assert "model.embed_tokens" not in {name for name, _ in result["isolated"].scores}
     assert all(value > 0 for value in result["isolated"].scores.values())
 
 
 def test_measuring_at_an_op_that_inc_does_not_plan_is_refused(model, loader):
     with pytest.raises(LookupError, match="cannot measure there"):
-        run_single_mse_v2_sensitivity_pass(model, quant_config(1), loader, measured_op="model.visual", only=OPS)
+        run_single_mse_v2_sensitivity_pass(model, quant_config(1), loader, measured_op="model.blocks", only=OPS)
 
 
-def test_fx_safe_patch_embedding_changes_no_bit(model, loader):
-    patch_embed = model.model.visual.patch_embed
+def test_fx_safe_patch_embedding_changes_no_bit(tiny_snapshot, batches):
+    patch_embed = load_model(tiny_snapshot).model.visual.patch_embed
     original = copy.deepcopy(patch_embed)
     original.__class__ = type(patch_embed).__mro__[1]
-    (batch,) = loader.batches
-    assert torch.equal(original(batch["pixel_values"]), patch_embed(batch["pixel_values"]))
+    pixels = batches[0]["pixel_values"]
+    assert torch.equal(original(pixels), patch_embed(pixels))

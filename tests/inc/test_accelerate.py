@@ -11,6 +11,7 @@ import torch
 from neural_compressor.adaptor.pytorch import PyTorch_FXAdaptor
 from neural_compressor.config import AccuracyCriterion, PostTrainingQuantConfig, TuningCriterion
 from neural_compressor.quantization import fit
+from quick_inc import few_ops_model, token_batches
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -19,14 +20,15 @@ from auto_quantize_model.inc.loader import CalibrationLoader
 from auto_quantize_model.inc.plan import quant_config
 from auto_quantize_model.inc_pytorch_mse_patching import (
     HELPERS,
+    activations_reduced,
     build_strategy,
     temporary_workspace,
     with_ops_in_fp32,
 )
 
 
-def text_model(seed=0):
-    torch.manual_seed(seed)
+def text_model():
+    torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=97,
         hidden_size=32,
@@ -37,11 +39,6 @@ def text_model(seed=0):
         tie_word_embeddings=False,
     )
     return Qwen2ForCausalLM(config).eval().requires_grad_(False)
-
-
-def loader(count=2):
-    generator = torch.Generator().manual_seed(0)
-    return CalibrationLoader([{"input_ids": torch.randint(0, 97, (1, 12), generator=generator)} for _ in range(count)])
 
 
 @pytest.fixture(autouse=True)
@@ -64,27 +61,30 @@ def prepared(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("helper", list(HELPERS))
-def test_a_helper_returns_the_same_order_and_leaves_the_same_qconfigs(helper, prepared):
-    model, batches = text_model(), loader()
-    strategy, tune_cfg = build_strategy(model, quant_config(2), batches)
+@pytest.mark.parametrize(("make", "falls_back"), [(text_model, 9), (few_ops_model, 1)])
+def test_the_helpers_return_the_same_orders_and_leave_the_same_qconfigs(make, falls_back, prepared):
+    """One after the other, as in a fit: the requantize helper reads the qconfigs that the fallback helper leaves.
+
+    The fallback helper returns every op of the one model early. For the other it makes a second pass, on one op of ten.
+    """
+    model, batches = make(), CalibrationLoader(token_batches(1))
+    strategy, tune_cfg = build_strategy(model, quant_config(1), batches)
+    two_in_int8 = with_ops_in_fp32(tune_cfg, [name for name, _ in list(tune_cfg["op"])[2:]])
     results, copies = [], []
     for context in (nullcontext, accelerated_mse_v2):
         nc_util.op_cfg_mapping.clear()
         prepared.clear()
-        with context():
-            order = strategy.adaptor.calculate_op_sensitivity(
-                strategy.model, batches, copy.deepcopy(tune_cfg), None, 2, fallback=True
-            )
-            if helper == "requantize":
-                start = with_ops_in_fp32(tune_cfg, [name for name, _ in list(tune_cfg["op"])[2:]])
+        found = []
+        with activations_reduced(True), context():
+            for start, fallback in ((copy.deepcopy(tune_cfg), True), (two_in_int8, False)):
                 order = strategy.adaptor.calculate_op_sensitivity(
-                    strategy.model, batches, start, None, 1, fallback=False
+                    strategy.model, batches, start, None, 1, fallback=fallback
                 )
-            results.append((order, {name: bool(qconfig) for name, qconfig in nc_util.op_cfg_mapping.items()}))
-            copies.append(len(prepared))
+                found.append((order, {name: bool(qconfig) for name, qconfig in nc_util.op_cfg_mapping.items()}))
+        results.append(found)
+        copies.append(len(prepared))
     assert results[0] == results[1]
-    assert len(results[0][0]) > 5
+    assert [len(order) for order, _ in results[0]] == [falls_back, len(tune_cfg["op"]) - 2]
     assert copies[0] > 10 and copies[1] == 0
 
 
@@ -106,15 +106,16 @@ def visited(accelerated):
         tuning_criterion=TuningCriterion(strategy="mse_v2", strategy_kwargs={"confidence_batches": 2}, max_trials=7),
         accuracy_criterion=AccuracyCriterion(tolerable_loss=0.0001),
     )
+    batches = CalibrationLoader(token_batches(2))
     before = {name: getattr(nc_util, name) for name in HELPERS.values()}
     PyTorch_FXAdaptor.quantize = recording
     try:
         with temporary_workspace():
             if accelerated:
                 with accelerated_mse_v2():
-                    fit(text_model(), conf, calib_dataloader=loader(), eval_func=lambda model: next(accuracies))
+                    fit(few_ops_model(), conf, calib_dataloader=batches, eval_func=lambda model: next(accuracies))
             else:
-                fit(text_model(), conf, calib_dataloader=loader(), eval_func=lambda model: next(accuracies))
+                fit(few_ops_model(), conf, calib_dataloader=batches, eval_func=lambda model: next(accuracies))
     finally:
         PyTorch_FXAdaptor.quantize = quantize
     assert before == {name: getattr(nc_util, name) for name in HELPERS.values()}

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from quick_inc import plans_unchecked
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_image
 
@@ -88,12 +89,14 @@ def test_every_op_of_a_family_is_planned_executed_and_bit_identical(
     image = Image.radial_gradient("L").convert("RGB") if "VL" in architecture else None
     sample = Sample("gradient", "Which digit is this?", image, "3")
     batch = collate([encode(sample, load_processor(directory), LIMITS)])
-    # Each value of the fallback map has all other ops in INT8, so a wrong bit of any op shows in few values already.
-    plan = build_plan(model, [batch], PlanSpec(confidence_batches=1, maps=("fallback",)))
+    # Each value of the fallback map has all other ops in INT8, so of two values one at least has any op in INT8.
+    with plans_unchecked():
+        plan = build_plan(model, [batch], PlanSpec(confidence_batches=1, maps=("fallback",)))
     capture, _ = capture_sensitivity(model, [batch], plan, ScoreStore(tmp_path / "scores"))
     assert len(plan.ops) == number
     assert all(op.executions == (1,) for op in plan.ops)
-    assert audit_capture(model, [batch], plan, capture, 4).status == "bit_identical"
+    audit = audit_capture(model, [batch], plan, capture, 2)
+    assert (audit.status, audit.by) == ("bit_identical", "inc")
 
 
 def test_a_text_model_takes_no_images(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from quick_inc import plans_unchecked
 
 from auto_quantize_model.config import PlanSpec, Target
 from auto_quantize_model.decide.profiles import build_profiles
@@ -59,19 +60,31 @@ def measured(model: torch.nn.Module, plan: Plan, batches: Batches, directory: Pa
     return ranking, measure_tradeoff(model, plan, ranking, batches[:1], batches[1:], [[None]], store)
 
 
+def written(directory: Path, seed: int) -> Path:
+    build_snapshot(directory / "snapshot", depth=2, hidden=32, seed=seed)
+    return directory / "snapshot"
+
+
+@pytest.fixture(scope="module")
+def shared_plan(batches: Batches, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """INC's plan, which does not depend on the weights."""
+    model = model_of(written(tmp_path_factory.mktemp("plan"), 0))
+    with plans_unchecked():
+        return build_plan(model, batches, PlanSpec(confidence_batches=1, maps=("isolated",)))
+
+
 @pytest.fixture(scope="module", params=[0, 1])
 def usual(
-    request: pytest.FixtureRequest, batches: Batches, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, shared_plan: Plan, batches: Batches, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, Path, Plan, list[str], float]:
     """Of a model before anything is planted: seed, snapshot, plan, ranking, and SQNR of all-INT8 in dB."""
     directory = tmp_path_factory.mktemp("usual")
-    build_snapshot(directory / "snapshot", depth=2, hidden=32, seed=request.param)
-    model = model_of(directory / "snapshot")
-    plan = build_plan(model, batches, PlanSpec(confidence_batches=1, maps=("isolated",)))
+    snapshot, plan = written(directory, request.param), replace(shared_plan, model_digest=f"seed {request.param}")
+    model = model_of(snapshot)
     ranking, tradeoff = measured(model, plan, batches, directory / "scores")
     sqnr_db = tradeoff.curves["ranking"][0].sqnr_db
     assert sqnr_db is not None
-    return request.param, directory / "snapshot", plan, ranking, sqnr_db
+    return request.param, snapshot, plan, ranking, sqnr_db
 
 
 @pytest.mark.slow

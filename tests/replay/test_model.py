@@ -8,6 +8,7 @@ import torch
 from build import IDENTITY, an_op
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from quick_inc import few_ops_model, plans_unchecked, token_batches
 from safetensors.torch import save_file
 
 from auto_quantize_model.config import PlanSpec
@@ -38,7 +39,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plan(model, batches):
-    return identify(build_plan(model, batches, PlanSpec(confidence_batches=2, maps=MAPS)), *IDENTITY)
+    with plans_unchecked():
+        return identify(build_plan(model, batches, PlanSpec(confidence_batches=2, maps=MAPS)), *IDENTITY)
 
 
 def start(model, plan, **options):
@@ -57,7 +59,8 @@ def mse_values(capture):
 def tiny(tiny_snapshot, batches):
     """A model small enough for INC to measure all of it, and its plan for one batch."""
     model = load_model(tiny_snapshot)
-    return model, identify(build_plan(model, batches, PlanSpec(confidence_batches=1, maps=MAPS)), *IDENTITY)
+    with plans_unchecked():
+        return model, identify(build_plan(model, batches, PlanSpec(confidence_batches=1, maps=MAPS)), *IDENTITY)
 
 
 @pytest.mark.slow
@@ -71,32 +74,37 @@ def test_every_value_of_every_map_is_incs_bit_for_bit(tiny, batches, tmp_path):
 
 
 @pytest.mark.slow
-def test_with_auto_inc_measures_what_no_site_covers_and_the_values_are_the_same(tiny, batches, tmp_path, monkeypatch):
-    model, plan = tiny
-    plan = replace(plan, maps=("isolated", "fallback"))
+def test_with_auto_inc_measures_what_no_site_covers_and_the_values_are_the_same(tmp_path, monkeypatch):
+    model, batches, uncovered = few_ops_model(), token_batches(1), "model.blocks.0.up"
+    plan = identify(build_plan(model, batches, PlanSpec(confidence_batches=1, maps=MAPS[:2])), *IDENTITY)
     expected = mse_values(captured(model, batches, plan, tmp_path / "a"))
-    monkeypatch.setattr(
-        replay_module, "refusal", lambda module, op: "a test" if op.op_name.endswith("blocks.0.attn.qkv") else ""
-    )
-    with pytest.raises(InputError, match=r"1 of \d+ ops cannot be replayed exactly, first .*qkv: a test; set sens"):
+    monkeypatch.setattr(replay_module, "refusal", lambda module, op: "a test" if op.op_name == uncovered else "")
+    with pytest.raises(InputError, match=r"1 of 7 ops cannot be replayed exactly, first .*\.up: a test; set sens"):
         start(model, plan)
     mixed = captured(model, batches, replace(plan, engine="auto"), tmp_path / "b")
     assert mse_values(mixed) == expected
     by_inc = {score.op_name for score in mixed.scores if score.map == "isolated" and score.kl_divergence is None}
-    assert by_inc == {"model.visual.blocks.0.attn.qkv"}
+    assert by_inc == {uncovered}
+
+
+@pytest.fixture(scope="module")
+def scales(model, batches, plan):
+    with start(model, plan) as replay:
+        return replay.calibrate(batches[0])
 
 
 @pytest.mark.slow
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_whatever_ran_before_a_state_gives_the_same_bits(model, batches, plan, data):
+def test_whatever_ran_before_a_state_gives_the_same_bits(model, batches, plan, scales, data):
     """Kept outputs never change a result: any sequence of states equals runs that keep nothing."""
     names = plan.op_names
     subsets = data.draw(st.lists(st.sets(st.sampled_from(names)), min_size=2, max_size=5))
     outputs = []
     for cache_bytes in (0, 20_000, 1 << 30):
         with start(model, plan, cache_bytes=cache_bytes) as replay:
-            replay.calibrate(batches[0])
+            replay.set_scales(scales)
+            replay.begin(batches[0])
             outputs.append([replay.run(assigned(subset)).clone() for subset in subsets])
             assert replay.cached_bytes <= cache_bytes
     for other in outputs[1:]:
