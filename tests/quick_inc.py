@@ -74,5 +74,5 @@ def token_batches(count: int) -> list[dict[str, torch.Tensor]]:
 def plans_unchecked() -> Iterator[None]:
     """Plans say that INC can measure, and INC does not convert the model twice to find out."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "check_inc", lambda *_: {"status": "reproduces_fp32"})
+        patch.setattr(planning, "check_inc", lambda *_: ({"status": "reproduces_fp32"}, {}))
         yield

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from build import IDENTITY
+from quick_inc import few_ops_model, token_batches
 
 from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.files import InputError
@@ -137,6 +138,18 @@ def test_mamba_is_refused_with_what_inc_raises_and_what_to_keep(ids):
 
 
 @pytest.mark.slow
+def test_a_function_that_inc_computes_in_int8_is_refused_to_the_replay_and_not_to_inc(monkeypatch):
+    """A state with one op in INT8 has the same bits in both: there nothing lies between two ops in INT8."""
+    monkeypatch.setattr(torch.nn.functional, "silu", torch.tanh)
+    model, batches = few_ops_model(), token_batches(1)
+    wanted = PlanSpec(confidence_batches=1, maps=("isolated",))
+    for engine in ("replay", "auto"):
+        with pytest.raises(InputError, match=r"^with every op in INT8, the replay has a .* on batch 0, and INC has "):
+            build_plan(model, batches, wanted.model_copy(update={"engine": engine}))
+    assert build_plan(model, batches, wanted.model_copy(update={"engine": "inc"})).ops
+
+
+@pytest.mark.slow
 def test_a_model_that_inc_converts_rightly_says_so(ids):
     plan = build_plan(made("Qwen2", **SHAPE), ids, PlanSpec(engine="inc", confidence_batches=1, maps=("isolated",)))
     assert plan.inc_check == {"status": "reproduces_fp32"}
@@ -166,7 +179,10 @@ def test_a_batch_of_each_set_of_inputs_is_checked(monkeypatch):
     """A batch without images runs no vision tower, so the first batch alone says nothing about it."""
     text, image = {"input_ids": torch.ones(1)}, {"input_ids": torch.ones(1), "pixel_values": torch.ones(1)}
     checked = []
-    monkeypatch.setattr(planning, "incs_problem", lambda _, batch: checked.append(batch) or "fails" * (len(batch) == 2))
-    found = planning.check_inc(None, [text, text, image, image])
+    trial = lambda _, batch: (checked.append(batch) or "fails" * (len(batch) == 2), 1.0)  # noqa: E731
+    monkeypatch.setattr(planning, "tried_by_inc", trial)
+    assert planning.check_inc(None, [text, text]) == ({"status": "reproduces_fp32"}, {0: 1.0})
+    checked.clear()
+    found, errors = planning.check_inc(None, [text, text, image, image])
     assert [len(batch) for batch in checked] == [1, 2]
-    assert found == {"status": "cannot", "reason": "fails on batch 2"}
+    assert (found, errors) == ({"status": "cannot", "reason": "fails on batch 2"}, {})

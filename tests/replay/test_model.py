@@ -282,6 +282,25 @@ def test_a_block_is_an_element_of_a_list_or_the_op_itself(op, block):
     assert block_of(stack_of()[0], op) == block
 
 
+def test_an_element_of_a_list_that_is_itself_not_called_is_no_block():
+    model, _ = stack_of()
+    model.blocks[1] = torch.nn.ModuleDict({"linear": torch.nn.Linear(8, 8)})
+    assert block_of(model, "blocks.1.linear") == "blocks.1.linear"
+
+
+def test_an_op_that_runs_outside_of_its_block_is_refused():
+    model, ops = stack_of()
+    model.route = lambda x: model.blocks[1].linear(x) is x or (0, 1, 2)
+    with (
+        Replay(model, ops, "head") as replay,
+        pytest.raises(
+            InputError,
+            match=r"^blocks\.1\.linear runs outside of blocks\.1, .*; set sensitivity.engine to inc",
+        ),
+    ):
+        replay.calibrate({"x": torch.randn(4, 8)})
+
+
 def test_states_run_from_the_last_op_to_the_first_and_requantize_as_planned():
     found = list(states(["a", "b"], ["b", "a", "never"], (*MAPS, ALL)))
     assert [(label, name) for label, name, _ in found] == [

@@ -59,10 +59,11 @@ def announce(plan: Plan, capture: Capture, count: int) -> str:
     if capture.engine == "inc":
         return "audit: not needed, INC itself measured every op"
     names = sample_ops(capture, audited_batch(capture), count)
+    count_of_values = len(names) * len(plan.maps)
     more = f" (sensitivity.audit_ops asks for {count}; no more ran)" if count > len(names) else ""
     return (
         f"audit: {len(names)} of {len(plan.ops)} ops{more} on batch {audited_batch(capture)},"
-        f" {len(names) * len(plan.maps)} values by {AUDITORS[auditor(plan)]}"
+        f" {count_of_values} value{'s' * (count_of_values != 1)} by {AUDITORS[auditor(plan)]}"
     )
 
 

@@ -4,6 +4,7 @@ In: a model, its calibration batches, and the plan's keys of the config. Out: th
 """
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -30,13 +31,14 @@ from auto_quantize_model.inc_pytorch_mse_patching import (
     run_planned_pass,
     with_measured_op_last,
 )
+from auto_quantize_model.measure.metrics import squared_error
 from auto_quantize_model.models.coverage import cover
 from auto_quantize_model.models.snapshot import explained
 from auto_quantize_model.models.units import tower_of, unit_of
 from auto_quantize_model.models.weights import require_meaningful
 from auto_quantize_model.records import CalibrationManifest, Excluded, IncCheck, IncInt8, ModelManifest, Op, Plan, Side
-from auto_quantize_model.replay.model import Batch, refusals, require_replayable
-from auto_quantize_model.schemes.scheme import INC_INT8
+from auto_quantize_model.replay.model import Batch, Replay, refusals, require_replayable
+from auto_quantize_model.schemes.scheme import INC_INT8, assigned
 
 PACKAGES = ("neural-compressor", "torch", "transformers")
 FP32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
@@ -90,13 +92,16 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
         spec: the keys of the config that the plan depends on.
 
     Raises:
-        InputError: as `plan_ops` says, or the engine cannot measure this model.
+        InputError: as `plan_ops` says, or the engine cannot measure this model, or not as INC does.
     """
     scored = batches[: spec.confidence_batches]
     with activations_reduced(spec.reduce_range) as reduced:
         planned = plan_ops(model, batches, spec)
-        inc_check = check_inc(planned, scored)
+        inc_check, incs_errors = check_inc(planned, scored)
     require_measurable(model, planned.ops, spec.engine, inc_check)
+    if spec.engine != "inc" and not refusals(model, planned.ops):
+        for index, error in incs_errors.items():
+            require_same_int8(model, planned, scored, index, error)
     names = [op.op_name for op in planned.ops]
     counts = [run_in_fp32(model, batch, names, planned.measured_op)[0] for batch in scored]
     return Plan(
@@ -189,29 +194,32 @@ def described(error: Exception) -> str:
     return f"{type(error).__name__} ({' '.join(first[:200].split())})" if first else type(error).__name__
 
 
-def check_inc(planned: Planned, batches: Sequence[Batch]) -> IncCheck:
+def check_inc(planned: Planned, batches: Sequence[Batch]) -> tuple[IncCheck, dict[int, float]]:
     """Whether INC can measure the model of a plan.
 
     Of the scored batches, the first with each set of inputs is tried: a batch without images runs no vision tower.
 
     Returns:
-        {"status": "reproduces_fp32"}, or {"status": "cannot", "reason": ...}.
+        {"status": "reproduces_fp32"}, or {"status": "cannot", "reason": ...}. And INC's error with every op in INT8 on
+        each batch that was tried, by the batch's index; empty where INC cannot measure the model.
     """
     first_of_kind: dict[frozenset[str], int] = {}
     for index, batch in enumerate(batches):
         first_of_kind.setdefault(frozenset(batch), index)
+    errors = {}
     for index in first_of_kind.values():
-        if problem := incs_problem(planned, batches[index]):
-            return {"status": "cannot", "reason": f"{problem} on batch {index}"}
-    return {"status": "reproduces_fp32"}
+        problem, errors[index] = tried_by_inc(planned, batches[index])
+        if problem:
+            return {"status": "cannot", "reason": f"{problem} on batch {index}"}, {}
+    return {"status": "reproduces_fp32"}, errors
 
 
-def incs_problem(planned: Planned, batch: Batch) -> str:
+def tried_by_inc(planned: Planned, batch: Batch) -> tuple[str, float]:
     """What is wrong with INC's conversion of a model, by INC's unmodified helpers; empty if nothing is wrong.
 
     With no op quantized, INC's model must give the FP32 output, bit for bit. It fails where FX drops an in-place
     operation whose result nobody reads, such as `scatter_`: INC then measures another model. With every op quantized,
-    INC's model must run.
+    INC's model must run. The second value is its error in that state: the sum of squared errors at the measured op.
     """
     reached = ["no_op"]
     try:
@@ -223,14 +231,39 @@ def incs_problem(planned: Planned, batch: Batch) -> str:
             on_op=lambda label, name: reached.append(label),
         )
     except INC_ERRORS as error:
-        return f"with {CHECKED_STATES[reached[-1]]} in INT8, INC's model ends with {described(error)}"
+        return f"with {CHECKED_STATES[reached[-1]]} in INT8, INC's model ends with {described(error)}", math.nan
     (difference,) = calls["no_op"].scores.values()
+    (error_of_all,) = calls["all_int8"].scores.values()
     if difference == 0:
-        return ""
-    return (
+        return "", error_of_all
+    problem = (
         f"with no op in INT8, INC's model differs from the FP32 model by a sum of squared errors of {difference:.2g} at"
         f" {planned.measured_op}"
     )
+    return problem, error_of_all
+
+
+def require_same_int8(
+    model: torch.nn.Module, planned: Planned, batches: Sequence[Batch], index: int, incs_error: float
+) -> None:
+    """Refuse a model whose state with every op in INT8 is another in INC than in the replay.
+
+    A site gives FP32 to whatever follows its op. INC keeps some functions between two ops in INT8, such as tanh and
+    clamp. A state with one op in INT8 does not show that, and the trade-off would be wrong.
+
+    Raises:
+        InputError: the errors differ in any bit.
+    """
+    batch = batches[index]
+    with Replay(model, planned.ops, planned.measured_op) as replay:
+        replay.calibrate(batch)
+        found = squared_error(replay.begin(batch), replay.run(assigned(replay.order)))
+    if found != incs_error:
+        raise InputError(
+            f"with every op in INT8, the replay has a sum of squared errors of {found:.4g} at {planned.measured_op} on"
+            f" batch {index}, and INC has {incs_error:.4g}. INC computes a function between two ops in INT8, such as"
+            " tanh or clamp; set sensitivity.engine to inc"
+        )
 
 
 def require_measurable(model: torch.nn.Module, ops: Sequence[Op], engine: str, inc_check: IncCheck) -> None:

@@ -47,13 +47,15 @@ def require_replayable(model: torch.nn.Module, ops: Sequence[Op]) -> None:
 def block_of(model: torch.nn.Module, op_name: str) -> str:
     """The part of the model whose output is kept for an op: its repeated block, or the op itself outside of any block.
 
-    A repeated block is an element of a `ModuleList`, the outermost where they nest.
+    A repeated block is an element of a `ModuleList`, the outermost where they nest. A container such as a `ModuleDict`
+    has no forward, so the container is no block.
     """
     parent, parts = model, op_name.split(".")
     for depth, part in enumerate(parts):
-        if isinstance(parent, torch.nn.ModuleList):
+        child = getattr(parent, part)
+        if isinstance(parent, torch.nn.ModuleList) and type(child).forward is not torch.nn.Module.forward:
             return ".".join(parts[: depth + 1])
-        parent = getattr(parent, part)
+        parent = child
     return op_name
 
 
@@ -145,6 +147,7 @@ class Replay:
         self.measured = torch.empty(0)
         self.order: list[str] = []
         self.executions: dict[str, int] = {}
+        self.inside = dict.fromkeys(self.sites, 0)  # how often each op ran in its own block
         self.cached_bytes = 0
 
     def calibrate(self, *batches: Batch) -> Scales:
@@ -180,7 +183,7 @@ class Replay:
             The FP32 output at the measured op.
 
         Raises:
-            InputError: the output is not finite, or the measured op did not run.
+            InputError: the output is not finite, the measured op did not run, or an op runs outside of its block.
         """
         self._forget()
         self.batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
@@ -189,6 +192,12 @@ class Replay:
         self._forward(frozenset())
         self.recording = False
         self.executions = {name: site.executions - before[name] for name, site in self.sites.items()}
+        for name, count in self.executions.items():
+            if count != self.inside[name]:
+                raise InputError(
+                    f"{name} runs outside of {self.blocks[name]}, so the replay cannot know when its input changes; set"
+                    " sensitivity.engine to inc"
+                )
         self.first_visit = {name: self.sequence.index(self.blocks[name]) for name in self.order}
         if not self.measured.numel() or not self.measured.isfinite().all():
             raise InputError("the FP32 output at the measured op is missing or not finite; check the weights")
@@ -256,8 +265,10 @@ class Replay:
             return _copied(self.outputs[index])
         output = forward(*args, **kwargs)
         if self.recording:
-            ran = [name for name, count in before.items() if self.sites[name].executions > count]
-            self.order += [name for name in ran if name not in self.order]
+            for name, count in before.items():
+                self.inside[name] += self.sites[name].executions - count
+                if self.inside[name] and name not in self.order:
+                    self.order.append(name)
         self._keep(index, output)
         return output
 
