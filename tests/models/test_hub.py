@@ -21,7 +21,7 @@ from auto_quantize_model.records import ModelManifest, as_record, body_of
 
 COMMIT = "6" * 40
 REPO = "org/tiny"
-# A process that imports the named modules once, and then forks for each call: most of a call's time is imports, and
+# A process that imports the named modules once, and then forks for each call. Most of a call's time is imports, and
 # Python's search for cycles at its end.
 FORKS = """
 import importlib, json, os, sys

@@ -48,7 +48,7 @@ def block_of(model: torch.nn.Module, op_name: str) -> str:
     """The part of the model whose output is kept for an op: its repeated block, or the op itself outside of any block.
 
     A repeated block is an element of a `ModuleList`, the outermost where they nest. A container such as a `ModuleDict`
-    has no forward, so the container is no block.
+    has no forward, so no block is a container.
     """
     parent, parts = model, op_name.split(".")
     for depth, part in enumerate(parts):
