@@ -141,6 +141,7 @@ def test_a_missing_script_template_or_module_is_named(root: Path) -> None:
 def test_modules_of_the_running_library_have_a_digest_of_their_own(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     names = [f"auto_quantize_model.{name}" for name in ("measure.metrics", "replay.model", "replay")]
     assert len({code_digest_of_modules([name]) for name in names}) == len(names)
+    assert code_digest_of_modules(iter(names)) == code_digest_of_modules(names) != code_digest_of_modules([])
     # An installed package lies in another folder, and names its files alike.
     monkeypatch.setattr("auto_quantize_model.code.__file__", str(root / LIBRARY / "code.py"))
     before = code_digest_of_modules(["auto_quantize_model.top", "auto_quantize_model.room"])

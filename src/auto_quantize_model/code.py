@@ -78,10 +78,12 @@ def code_digest_of_modules(modules: Iterable[str]) -> str:
     """
     library = Path(__file__).parents[1]
     files = _modules(library)
+    entries = []
     for name in modules:
         if name not in files:
             raise InputError(f"{name}: no module of this library; correct the name")
-    digests = _digests([files[name] for name in modules], library)
+        entries.append(files[name])
+    digests = _digests(entries, library)
     return digest_of({path.relative_to(library).as_posix(): digest for path, digest in digests.items()})
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from auto_quantize_model.code import code_digest_of_modules
 from auto_quantize_model.files import InputError
+from auto_quantize_model.inc import engine
+from auto_quantize_model.measure import capture
 from auto_quantize_model.measure.store import ScoreStore, Shelf
 
 OF = {"weights": "a", "batch": "b", "threads": 1}
@@ -291,3 +294,10 @@ def test_an_emptied_store_leaves_no_folder(store: ScoreStore) -> None:
         empty.path.write_bytes(b"")  # as a kill before the first line leaves it
     assert store.empty()[0] == 2
     assert not store.folder.exists()
+
+
+def test_a_score_is_kept_under_the_code_that_makes_it():
+    names = ("replay.model", "measure.metrics", "models.snapshot")
+    assert capture.CODE == code_digest_of_modules([f"auto_quantize_model.{name}" for name in names])
+    assert engine.CODE == code_digest_of_modules(["auto_quantize_model.inc.engine"])
+    assert len({capture.CODE, engine.CODE, code_digest_of_modules([])}) == 3
