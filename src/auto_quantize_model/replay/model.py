@@ -5,8 +5,8 @@ the bits that INC 2.6 would give on the CPU. Nothing is prepared, converted or c
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from types import TracebackType
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from auto_quantize_model.files import InputError
 from auto_quantize_model.records import Op, Scales
 from auto_quantize_model.replay.ops import SITES, Site, refusal
 from auto_quantize_model.schemes.inc_int8 import require_formula
-from auto_quantize_model.schemes.scheme import INC_INT8, Assignment
+from auto_quantize_model.schemes.scheme import Assignment
 
 CACHE_BYTES = 2 << 30  # for block outputs; outputs that do not fit are computed again
 Batch = dict[str, torch.Tensor]
@@ -88,6 +88,7 @@ class Replay:
         measured_op: str,
         call: Callable[[], Any] | None = None,
         cache_bytes: int = CACHE_BYTES,
+        schemes: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Replace the forwards of the planned ops and of their blocks.
 
@@ -97,6 +98,7 @@ class Replay:
             measured_op: the module at whose output the error is measured.
             call: runs the model; by default `model(**batch)` on the batch that was begun.
             cache_bytes: the maximum memory for kept outputs.
+            schemes: the schemes of compressed-tensors that ops may have, as `schemes.by_name.schemes_of` returns them.
 
         Raises:
             InputError: no site reproduces an op, or INC's arithmetic cannot be repeated on the device.
@@ -110,6 +112,7 @@ class Replay:
         self.sites: dict[str, Site] = {}
         for op in ops:
             self.sites[op.op_name] = SITES[op.op_type][1](modules[op.op_name], op)
+        self._serve(ops, modules, schemes)
         self.blocks = {name: block_of(model, name) for name in self.sites}
         self._taken: list[tuple[torch.nn.Module, Any]] = []
         for name, site in self.sites.items():
@@ -118,6 +121,23 @@ class Replay:
             self._take_over(modules[block], functools.partial(self._visit, block, modules[block].forward))
         self._hook = modules[measured_op].register_forward_hook(self._measure)
         self._forget()
+
+    def _serve(self, ops: Sequence[Op], modules: Mapping[str, Any], schemes: Mapping[str, Any]) -> None:
+        """Give each op its schemes of compressed-tensors."""
+        if not schemes:
+            return
+        from auto_quantize_model.replay.served import Kept, Served
+
+        kept = Kept()
+        units: dict[str, list[torch.Tensor]] = {}
+        for op in ops:
+            units.setdefault(op.unit, []).append(modules[op.op_name].weight)
+        for op in ops:
+            self.sites[op.op_name].served = {
+                name: Served(modules[op.op_name], schemes[name], units[op.unit], kept)
+                for name in op.schemes
+                if name in schemes
+            }
 
     def _take_over(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
         self._taken.append((module, vars(module).get("forward")))
@@ -169,10 +189,17 @@ class Replay:
         self.set_scales(scales)
         return scales
 
-    def set_scales(self, scales: Scales) -> None:
-        """Use these scales from now on; an op without an entry stays in FP32."""
+    def set_scales(self, scales: Scales, of_all: Scales | None = None) -> None:
+        """Use these scales from now on; an op without an entry stays in FP32.
+
+        Args:
+            scales: for `inc_int8`.
+            of_all: whose input ranges the schemes of compressed-tensors take; None takes those of `scales`.
+        """
         for name, site in self.sites.items():
             site.set_scales(scales.get(name))
+            for served in site.served.values():
+                served.set_range((of_all or scales).get(name))
         if self.state:
             self.state = None  # the kept outputs of quantized ops belong to other scales
 
@@ -213,14 +240,14 @@ class Replay:
         An op that has no scales, or that does not run on the batch, stays in FP32.
 
         Raises:
-            InputError: the replay does not know a scheme.
+            InputError: an op does not have its scheme.
             OtherOrder: the blocks ran in another order than when the batch was begun, so kept outputs would be wrong.
         """
-        if unknown := sorted(set(assignment.values()) - {INC_INT8}):
-            raise InputError(f"no scheme {unknown[0]}; the replay knows {INC_INT8}")
         ran = frozenset(self.order)
         return self._forward(
-            frozenset(item for item in assignment.items() if item[0] in ran and self.sites[item[0]].has_scales)
+            frozenset(
+                (name, scheme) for name, scheme in assignment.items() if self.sites[name].ready(scheme) and name in ran
+            )
         )
 
     def _forward(self, state: State) -> torch.Tensor:

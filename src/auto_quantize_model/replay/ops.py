@@ -1,13 +1,14 @@
-"""Op sites: a site switches the forward of one planned module between FP32 and the INT8 that INC would give it.
+"""Op sites: a site switches the forward of one planned module between FP32 and its schemes.
 
-In: the FP32 module, and its op of the plan. Out: the same module, calibrated once, switched by its scheme. Its bits are
-those of INC 2.6's model on this machine's CPU. On the CPU a site calls the kernel that INC's model calls, so the bits
-are INC's on every instruction set. On CUDA a site computes the formula of the kernel (`schemes.inc_int8`).
+In: the FP32 module, and its op of the plan. Out: the same module, calibrated once, switched by its scheme. In the
+scheme `inc_int8` its bits are those of INC 2.6's model on this machine's CPU. On the CPU a site calls the kernel that
+INC's model calls, so the bits are INC's on every instruction set. On CUDA a site computes the formula of the kernel
+(`schemes.inc_int8`). The other schemes are those of `replay.served`.
 """
 
 import functools
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,14 +28,18 @@ from auto_quantize_model.schemes.inc_int8 import (
     saturation,
     weight_scale,
 )
+from auto_quantize_model.schemes.scheme import INC_INT8
+
+if TYPE_CHECKING:  # the library that it imports is needed for its own schemes alone
+    from auto_quantize_model.replay.served import Served
 
 
 class Site:
     """One op of the plan; called in place of its module's forward.
 
-    `scheme` is the op's current scheme, None for FP32. Between `observe` and `observed`, in FP32, observers see the
-    op's input and output. `executions` counts calls. Scales and zero_points of input and output belong to the
-    calibration, the weight's codes to the model.
+    `scheme` is the op's current scheme, None for FP32. `served` are the op's schemes of compressed-tensors. Between
+    `observe` and `observed`, in FP32, observers see the op's input and output. `executions` counts calls. Scales and
+    zero_points of input and output belong to the calibration, the weight's codes to the model.
     """
 
     def __init__(self, module: Any, op: Op) -> None:
@@ -44,14 +49,17 @@ class Site:
         self.activation = op.inc_int8.activation.observer
         self.weight = op.inc_int8.weight.observer
         self.scheme: str | None = None
+        self.served: dict[str, Served] = {}
         self.observers: list[Any] = []
         self.executions = 0
         self.has_scales = False
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:  # named as in torch's modules
         self.executions += 1
-        if self.scheme:
+        if self.scheme == INC_INT8:
             return self.quantized(input)
+        if self.scheme:
+            return self.served[self.scheme](input)
         output: torch.Tensor = self.forward(input)
         for observer, tensor in zip(self.observers, (input, output), strict=False):
             if not tensor.isfinite().all():
@@ -86,8 +94,21 @@ class Site:
         self.in_scale, self.in_zero = torch.tensor([scales.in_scale], device=device), scales.in_zero_point
         self.out_scale, self.out_zero = torch.tensor([scales.out_scale], device=device), scales.out_zero_point
 
+    def ready(self, scheme: str) -> bool:
+        """Whether the op has all that a scheme of the plan needs of a calibration.
+
+        Raises:
+            InputError: the op does not have the scheme.
+        """
+        if scheme == INC_INT8:
+            return self.has_scales
+        if scheme not in self.served:
+            has = ", ".join((INC_INT8, *self.served))
+            raise InputError(f"{self.name} has no scheme {scheme}; its schemes are {has}")
+        return self.served[scheme].ready
+
     def quantized(self, x: torch.Tensor) -> torch.Tensor:
-        """The op's INT8 output for `x`, dequantized to float32."""
+        """The op's output for `x` in `inc_int8`, dequantized to float32."""
         raise NotImplementedError
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from auto_quantize_model.files import InputError, atomic_path, digest_of, named_errors
-from auto_quantize_model.records import OpScales, Scales
+from auto_quantize_model.records import ObservedRange, OpScales, Scales
 
 ALL_BATCHES = "all_batches"  # the calibration on the whole set, with which a deployed model is quantized
 KEYS = {
@@ -23,6 +23,8 @@ KEYS = {
     "out_scale": torch.float32,
     "out_zero_point": torch.int32,
 }
+# The range of an op's input, for schemes of compressed-tensors. An Embedding has none.
+RANGE = ("minimum", "maximum")
 
 
 def name_of_batch(index: int) -> str:
@@ -31,13 +33,17 @@ def name_of_batch(index: int) -> str:
 
 
 def write_scales(path: Path, calibrations: Mapping[str, Scales]) -> None:
-    """Write the scales of all calibrations: tensors (4 of one value for each op) under `CALIBRATION/OP/KEY`."""
-    tensors = {
-        f"{name}/{op_name}/{key}": torch.tensor([getattr(found, key)], dtype=dtype)
-        for name, scales in calibrations.items()
-        for op_name, found in scales.items()
-        for key, dtype in KEYS.items()
-    }
+    """Write the scales of all calibrations: tensors of one value under `CALIBRATION/OP/KEY`.
+
+    Each op has four, and the minimum and the maximum of its input where it has one.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, scales in calibrations.items():
+        for op_name, found in scales.items():
+            values = {key: torch.tensor([getattr(found, key)], dtype=dtype) for key, dtype in KEYS.items()}
+            if found.input:
+                values |= {key: torch.tensor([getattr(found.input, key)], dtype=torch.float32) for key in RANGE}
+            tensors |= {f"{name}/{op_name}/{key}": value for key, value in values.items()}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary)
 
@@ -61,8 +67,10 @@ def read_scales(path: Path) -> dict[str, Scales]:
         found.setdefault(calibration, {}).setdefault(op_name, {})[key] = tensor.item()
     for calibration, ops in found.items():
         for op_name, values in ops.items():
-            if set(values) != set(KEYS):
+            if set(values) not in (set(KEYS), {*KEYS, *RANGE}):
                 raise InputError(f"{path}: {calibration}/{op_name} has not exactly {', '.join(KEYS)}; {again}")
+            seen = ObservedRange(*(values.pop(key) for key in RANGE)) if RANGE[0] in values else None
+            values["input"] = seen
     return {
         calibration: {op_name: OpScales(**values) for op_name, values in ops.items()}
         for calibration, ops in found.items()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-# A scheme is the name of a way to quantize an op. INC 2.6's static INT8 is the only scheme so far.
+# A scheme is the name of a way to quantize an op. INC 2.6's static INT8 is one; the others are compressed-tensors'.
 INC_INT8 = "inc_int8"
 # {op_name: scheme}; an op that is absent is unquantized.
 Assignment = Mapping[str, str]

@@ -1,0 +1,186 @@
+"""The schemes of `compressed-tensors`, the format that llm-compressor writes and that vLLM reads.
+
+In: a scheme by its name or by its fields, a Linear's weight, and its inputs. Out: weight and inputs as the served model
+sees them, bit for bit as the library's own quantized module computes them. The library's functions do the arithmetic.
+Min/max observers find the ranges, as llm-compressor's `memoryless_minmax` and `static_minmax` do.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import (
+    calculate_qparams,
+    compute_dynamic_scales_and_zp,
+    generate_gparam,
+    maybe_pad_tensor_for_block_quant,
+)
+from pydantic import ValidationError
+
+from auto_quantize_model.config import Scheme
+from auto_quantize_model.files import InputError
+from auto_quantize_model.schemes.scheme import INC_INT8
+
+PRESETS = tuple(name for name in get_args(Scheme) if name != INC_INT8)
+IN_GROUPS = ("group", "tensor_group")
+
+
+@dataclass(frozen=True)
+class QuantizationParameters:
+    """What a static side of an op is quantized with.
+
+    Attributes:
+        scale: in the dtype that the library gives it; its shape is that of the strategy, such as (rows, groups).
+        zero_point: of the same shape.
+        global_scale: float32 of shape (1,) for `tensor_group`, else None.
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    global_scale: torch.Tensor | None = None
+
+
+def scheme_of(name: str, fields: Mapping[str, Any] | None = None) -> QuantizationScheme:
+    """A scheme by the name of a preset, or by its own fields.
+
+    Args:
+        name: a preset of compressed-tensors, in its spelling, or any name for a scheme with fields.
+        fields: `weights` and `input_activations`, each with the fields of the library's `QuantizationArgs`.
+
+    Raises:
+        InputError: there is no such preset, a field is unknown or has a wrong value, or the scheme quantizes outputs.
+    """
+    if fields is None:
+        if name not in PRESETS:
+            raise InputError(f"{name}: no scheme of compressed-tensors; take one of {', '.join(PRESETS)}")
+        return preset_name_to_scheme(name, ["Linear"])
+    try:
+        scheme = QuantizationScheme(targets=["Linear"], **fields)
+    except (ValidationError, NotImplementedError, ValueError, TypeError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        where = ".".join(str(part) for part in (name, *first["loc"]))
+        raise InputError(f"{where}: {first['msg']}; take the fields of a preset as an example") from None
+    if scheme.weights is None or scheme.output_activations is not None:
+        raise InputError(f"{name}: a scheme quantizes weights, and inputs if asked, but no outputs; correct its fields")
+    return scheme
+
+
+def fields_of(scheme: QuantizationScheme) -> dict[str, Any]:
+    """The fields of a scheme as JSON, from which `scheme_of` makes the scheme again."""
+    fields: dict[str, Any] = scheme.model_dump(mode="json", include={"weights", "input_activations"})
+    return fields
+
+
+def refusal(scheme: QuantizationScheme, op_type: str, shape: tuple[int, ...]) -> str:
+    """Why an op cannot have a scheme; empty if it can.
+
+    Args:
+        scheme: as `scheme_of` returns it.
+        op_type: such as `Linear`.
+        shape: of the op's weight, (rows, columns) for a Linear.
+    """
+    if op_type != "Linear":
+        return f"compressed-tensors quantizes a Linear, and this op is of the type {op_type}"
+    for side, args in (("weight", scheme.weights), ("input", scheme.input_activations)):
+        if args and args.strategy in IN_GROUPS and args.group_size and shape[1] % args.group_size:
+            return f"its {shape[1]} columns do not divide into the {side}'s groups of {args.group_size}"
+        if args and args.block_structure and shape[1] % args.block_structure[1]:
+            return f"its {shape[1]} columns do not divide into blocks of {args.block_structure[1]}"
+    return ""
+
+
+def nearest(scheme: QuantizationScheme, op_type: str, shape: tuple[int, ...]) -> str:
+    """The preset that an op can have and that is most like a scheme, by bits and types; empty if there is none."""
+
+    def unlike(name: str) -> tuple[int, bool, int]:
+        other = preset_name_to_scheme(name, ["Linear"])
+        mine, theirs = (side.input_activations.num_bits if side.input_activations else 16 for side in (scheme, other))
+        bits = abs(other.weights.num_bits - scheme.weights.num_bits)
+        return bits, other.weights.type != scheme.weights.type, abs(mine - theirs)
+
+    able = [name for name in PRESETS if not refusal(scheme_of(name), op_type, shape)]
+    return min(able, key=unlike, default="")
+
+
+def global_scale(weights: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The global scale of weights that a serving engine holds as one matrix: float32 of shape (1,).
+
+    By compressed-tensors' `generate_gparam`, over the minimum and the maximum of all the weights.
+    """
+    ranges = [torch.aminmax(weight.detach()) for weight in weights]
+    low, high = (torch.stack(side).to(torch.float32) for side in zip(*ranges, strict=True))
+    found: torch.Tensor = generate_gparam(low.min(), high.max())
+    return found
+
+
+def weight_parameters(
+    weight: torch.Tensor, args: QuantizationArgs, shared: torch.Tensor | None = None
+) -> QuantizationParameters:
+    """The parameters of a weight (rows, columns) by its minima and maxima.
+
+    Args:
+        shared: for `tensor_group`, the global scale that the weight shares with others; None takes the weight's own.
+    """
+    weight = weight.detach()
+    common = (shared if shared is not None else global_scale([weight])) if args.strategy == "tensor_group" else None
+    if args.strategy == "tensor":
+        low, high = torch.aminmax(weight)
+    elif args.strategy == "channel":
+        low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
+    elif args.strategy == "block":
+        height, width = args.block_structure
+        padded = maybe_pad_tensor_for_block_quant(weight, args.block_structure)
+        blocks = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height))
+        low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
+    else:
+        groups = weight.unflatten(-1, (-1, args.group_size))
+        low, high = groups.amin(-1), groups.amax(-1)
+    scale, zero_point = calculate_qparams(low, high, args, common)
+    return QuantizationParameters(scale, zero_point, common)
+
+
+def quantized_weight(weight: torch.Tensor, args: QuantizationArgs, found: QuantizationParameters) -> torch.Tensor:
+    """The weight as the served model sees it, of the same shape and dtype."""
+    weight = weight.detach()
+    served: torch.Tensor = fake_quantize(weight, found.scale, found.zero_point, args, global_scale=found.global_scale)
+    return served
+
+
+def input_parameters(low: float, high: float, args: QuantizationArgs, dtype: torch.dtype) -> QuantizationParameters:
+    """The parameters of a static input, or the global scale of a locally dynamic one, by the range of a calibration.
+
+    Args:
+        low, high: the least and the greatest value that the calibration saw.
+        dtype: of the model, which scales take.
+    """
+    ends = torch.tensor([low], dtype=dtype), torch.tensor([high], dtype=dtype)
+    if args.dynamic == "local":
+        common = generate_gparam(*(end.to(torch.float32) for end in ends))
+        return QuantizationParameters(torch.empty(0), torch.empty(0), common)
+    return QuantizationParameters(*calculate_qparams(*ends, args))
+
+
+def quantized_input(
+    x: torch.Tensor, args: QuantizationArgs, found: QuantizationParameters | None = None
+) -> torch.Tensor:
+    """An input (..., columns) as the served model sees it, of the same shape and dtype.
+
+    A dynamic scale per token is one of each row, also where the input has no dimension for samples, as in a vision
+    tower. There the library itself would take one scale for all tokens, and vLLM takes one for each.
+
+    Args:
+        found: for a side that is not wholly dynamic, as `input_parameters` returns it.
+    """
+    if x.ndim == 2:
+        return quantized_input(x.unsqueeze(0), args, found).squeeze(0)
+    common = found.global_scale if found else None
+    if args.dynamic:
+        scale, zero_point = compute_dynamic_scales_and_zp(x, args, torch.nn.Identity(), common)
+    else:
+        assert found is not None  # noqa: S101  the replay calibrates static inputs first
+        scale, zero_point = found.scale, found.zero_point
+    served: torch.Tensor = fake_quantize(x, scale, zero_point, args, global_scale=common)
+    return served

@@ -1,0 +1,118 @@
+"""A replayed model in any assignment of schemes has the bits of the model that compressed-tensors quantizes."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from build import an_op
+from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
+from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
+
+from auto_quantize_model.files import InputError
+from auto_quantize_model.measure.served_audit import with_samples
+from auto_quantize_model.models.snapshot import load_model
+from auto_quantize_model.models.units import unit_of
+from auto_quantize_model.records import Op, Scales
+from auto_quantize_model.replay.model import Replay
+from auto_quantize_model.replay.served import Kept
+from auto_quantize_model.schemes.compressed import global_scale, input_parameters, refusal, scheme_of, weight_parameters
+from auto_quantize_model.schemes.scheme import assigned
+
+GROUPS = {"weights": {"num_bits": 4, "group_size": 16, "strategy": "group", "symmetric": False}}
+SCHEMES = {name: scheme_of(name) for name in ("W8A8", "FP8", "FP8_DYNAMIC", "W4A16", "NVFP4", "MXFP4", "MXFP8A16")}
+SCHEMES["INT4_16"] = scheme_of("INT4_16", GROUPS)
+
+
+def planned(model: torch.nn.Module) -> list[Op]:
+    """The model's Linears with the schemes that each can have."""
+    modules = dict(model.named_modules())
+    ops = []
+    for name, module in modules.items():
+        if isinstance(module, torch.nn.Linear):
+            shape = tuple(module.weight.shape)
+            able = tuple(key for key, scheme in SCHEMES.items() if not refusal(scheme, "Linear", shape))
+            ops.append(an_op(name, shape=shape, schemes=("inc_int8", *able), unit=unit_of(name, modules)))
+    return ops
+
+
+def by_compressed_tensors(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], ops: list[Op], assignment: dict[str, str], seen: Scales
+) -> torch.Tensor:
+    """The logits of a copy of the model whose modules compressed-tensors quantizes."""
+    model = copy.deepcopy(model)
+    modules = dict(model.named_modules())
+    units = {
+        op.op_name: [modules[other.op_name].weight.clone() for other in ops if other.unit == op.unit] for op in ops
+    }
+    for name, scheme_name in assignment.items():
+        scheme: QuantizationScheme = SCHEMES[scheme_name]
+        module, weights = modules[name], scheme.weights
+        shared = global_scale(units[name]) if weights.strategy == "tensor_group" else None
+        parameters = {"weight": weight_parameters(module.weight, weights, shared)}
+        if scheme.input_activations and scheme.input_activations.dynamic is not True:
+            given = seen[name].input
+            parameters["input"] = input_parameters(
+                given.minimum, given.maximum, scheme.input_activations, torch.float32
+            )
+        initialize_module_for_quantization(module, scheme)
+        for side, found in parameters.items():
+            for key, value in vars(found).items():
+                if value is not None and value.numel():
+                    getattr(module, f"{side}_{key}").data = value
+        module.quantization_status = QuantizationStatus.FROZEN
+        with_samples(module)
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+@pytest.fixture(scope="module")
+def model(tiny_snapshot):
+    return load_model(tiny_snapshot)
+
+
+@pytest.mark.slow
+def test_every_scheme_and_mixed_assignments_have_the_bits_of_compressed_tensors(model, batches):
+    ops = planned(model)
+    names = {scheme: [op.op_name for op in ops if scheme in op.schemes] for scheme in SCHEMES}
+    assert all(names.values()) and len(names["W4A16"]) == 2  # of the merger, whose columns 128 divides
+    generator = np.random.default_rng(0)
+    states = [assigned(able, scheme) for scheme, able in names.items()]
+    for _ in range(3):
+        drawn = {op.op_name: str(generator.choice([*op.schemes[1:], ""])) for op in ops}
+        states.append({name: scheme for name, scheme in drawn.items() if scheme})
+    states += [{able[-1]: scheme} for scheme, able in names.items()]
+    with Replay(model, ops, "lm_head") as replay:
+        seen = replay.calibrate(*batches)
+    expected = [[by_compressed_tensors(model, batch, ops, state, seen) for state in states] for batch in batches]
+    with Replay(model, ops, "lm_head", schemes=SCHEMES) as replay:
+        replay.set_scales(seen)
+        for batch, of_batch in zip(batches, expected, strict=True):
+            fp32 = replay.begin(batch).clone()
+            for state, output in zip(states, of_batch, strict=True):
+                assert torch.equal(replay.run(state), output) and not torch.equal(output, fp32), state
+            assert torch.equal(replay.run({}), fp32)
+
+
+def test_an_op_without_the_scheme_is_refused_by_name(model):
+    ops = planned(model)
+    with (
+        Replay(model, ops, "lm_head", schemes=SCHEMES) as replay,
+        pytest.raises(
+            InputError, match=r"^lm_head has no scheme W4A16; its schemes are inc_int8, W8A8, FP8, FP8_DYNAMIC, NVFP4, "
+        ),
+    ):
+        replay.run({"lm_head": "W4A16"})
+
+
+def test_weights_are_made_once_while_they_fit():
+    made: list[int] = []
+
+    def make(key: int) -> torch.Tensor:
+        made.append(key)
+        return torch.full((4,), float(key))
+
+    kept = Kept(limit=32)
+    for key in (1, 2, 1, 3, 1, 2):
+        assert kept.get(key, lambda key=key: make(key)).tolist() == [key] * 4
+    assert made == [1, 2, 3, 2] and kept.bytes == 32

@@ -1,0 +1,140 @@
+"""The arithmetic of a scheme is that of compressed-tensors' own quantized module, bit for bit."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+from hypothesis import given
+from hypothesis import strategies as st
+
+from auto_quantize_model.files import InputError
+from auto_quantize_model.schemes import compressed
+from auto_quantize_model.schemes.compressed import PRESETS, QuantizationParameters, refusal, scheme_of
+
+MINE = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False}}
+
+
+def by_module(
+    linear: torch.nn.Linear, x: torch.Tensor, scheme: Any, weight: QuantizationParameters, given: Any
+) -> torch.Tensor:
+    """The output of the library's own module, with the same scales and zero_points."""
+    initialize_module_for_quantization(linear, scheme)
+    for side, found in (("weight", weight), ("input", given)):
+        for key, value in vars(found).items() if found else ():
+            if value is not None and value.numel():
+                parameter = getattr(linear, f"{side}_{key}")
+                assert parameter.shape == value.shape
+                parameter.data = value.to(parameter.dtype)
+    linear.quantization_status = QuantizationStatus.FROZEN
+    with torch.no_grad():
+        return linear(x)
+
+
+def values(shape: tuple[int, ...], kind: str, seed: int) -> torch.Tensor:
+    """Values of one kind: with outliers, with rows of zeros, on the borders of codes, or far apart."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(shape, generator=generator)
+    if kind == "outliers":
+        drawn.view(-1)[:: max(1, drawn.numel() // 5)] *= 1000
+    if kind == "zeros":
+        drawn[..., : shape[-1] // 2, :] = 0
+    if kind == "borders":
+        drawn = (drawn * 4).round() / 8
+    if kind == "far apart":
+        drawn *= torch.logspace(-20, 20, shape[-1])
+    return drawn
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "mine"])
+@given(
+    kinds=st.tuples(*[st.sampled_from(["plain", "outliers", "zeros", "borders", "far apart"])] * 2),
+    rows=st.integers(1, 300),
+    groups=st.integers(1, 3),
+    tokens=st.integers(1, 9),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    bias=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_an_op_has_the_bits_of_the_librarys_module(
+    name: str, kinds: tuple[str, str], rows: int, groups: int, tokens: int, dtype: torch.dtype, bias: bool, seed: int
+) -> None:
+    scheme = scheme_of(name, MINE if name == "mine" else None)
+    linear = torch.nn.Linear(128 * groups, rows, bias=bias)
+    linear.weight.data = values((rows, 128 * groups), kinds[0], seed)
+    linear.to(dtype)
+    x = values((2, tokens, 128 * groups), kinds[1], seed + 1).to(dtype)
+    assert refusal(scheme, "Linear", tuple(linear.weight.shape)) == ""
+    weight, bias_of = linear.weight.detach().clone(), linear.bias
+    found = compressed.weight_parameters(weight, scheme.weights)
+    inputs, seen = scheme.input_activations, None
+    if inputs and inputs.dynamic is not True:
+        seen = compressed.input_parameters(float(x.min()), float(x.max()), inputs, dtype)
+    used = compressed.quantized_input(x, inputs, seen) if inputs else x
+    output = torch.nn.functional.linear(used, compressed.quantized_weight(weight, scheme.weights, found), bias_of)
+    expected = by_module(linear, x, scheme, found, seen)
+    assert output.dtype == expected.dtype == dtype
+    assert torch.equal(output.nan_to_num(), expected.nan_to_num())
+
+
+def test_each_token_has_its_own_scale_with_and_without_a_dimension_for_samples() -> None:
+    args = scheme_of("W8A8").input_activations
+    x = values((5, 32), "plain", 0) * torch.tensor([1e-3, 1.0, 10.0, 1e3, 1e5]).unsqueeze(1)
+    found = compressed.quantized_input(x, args)
+    assert torch.equal(found, compressed.quantized_input(x.unsqueeze(0), args)[0])
+    assert all(torch.equal(found[row], compressed.quantized_input(x[row : row + 1], args)[0]) for row in range(5))
+
+
+def test_the_global_scale_of_a_unit_is_that_of_its_largest_value() -> None:
+    small, large = values((4, 32), "plain", 0), 7 * values((4, 32), "plain", 1)
+    shared = compressed.global_scale([small, large])
+    assert shared == compressed.global_scale([large]) != compressed.global_scale([small])
+    args = scheme_of("NVFP4").weights
+    found = compressed.weight_parameters(small, args, shared)
+    assert found.global_scale is shared and not torch.equal(
+        found.scale, compressed.weight_parameters(small, args).scale
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "op_type", "shape", "why"),
+    [
+        ("W4A16", "Linear", (8, 576), "its 576 columns do not divide into the weight's groups of 128"),
+        ("NVFP4", "Linear", (8, 24), "its 24 columns do not divide into the weight's groups of 16"),
+        ("FP8_BLOCK", "Linear", (8, 192), "its 192 columns do not divide into blocks of 128"),
+        (
+            "W8A8",
+            "Conv3d",
+            (8, 3, 2, 14, 14),
+            "compressed-tensors quantizes a Linear, and this op is of the type Conv3d",
+        ),
+        ("W8A8", "Linear", (8, 13), ""),
+        ("FP8_BLOCK", "Linear", (130, 256), ""),
+    ],
+)
+def test_an_op_that_cannot_have_a_scheme_is_refused_with_the_reason(
+    name: str, op_type: str, shape: tuple[int, ...], why: str
+) -> None:
+    assert refusal(scheme_of(name), op_type, shape) == why
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("W9A9", None, "W9A9: no scheme of compressed-tensors; take one of W8A8, INT8, FP8, "),
+        ("mine", {"weights": {"num_bit": 4}}, "mine.weights.num_bit: Extra inputs are not permitted; take the fields"),
+        ("mine", {"weights": {"strategy": "group"}}, "requires group_size to be set"),
+        ("mine", {"input_activations": {"dynamic": True}}, "mine: a scheme quantizes weights, and inputs if asked"),
+        ("mine", {"weights": {}, "output_activations": {}}, "but no outputs; correct its fields"),
+    ],
+)
+def test_an_unknown_or_wrong_scheme_is_refused(name: str, fields: Any, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        scheme_of(name, fields)
+
+
+def test_every_preset_of_the_library_is_a_scheme() -> None:
+    assert set(PRESETS) == set(PRESET_SCHEMES) - {"UNQUANTIZED"}
