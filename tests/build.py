@@ -90,8 +90,9 @@ def an_op(name: str, op_type: str = "Linear", *, executions: Sequence[int] = (1,
         activation=Side(changes.pop("activation", ACTIVATION)),
         weight=Side(weight),
     )
-    fields: dict[str, Any] = {"shape": (2, 2), "weight_bytes": 16, "tower": "language", "unit": name, **changes}
-    return Op(op_name=name, op_type=op_type, executions=tuple(executions), schemes={"inc_int8": scheme}, **fields)
+    fields: dict[str, Any] = {"shape": (2, 2), "weight_bytes": 16, "tower": "language", "unit": name}
+    fields |= {"schemes": ("inc_int8",), "refused": {}, **changes}
+    return Op(op_name=name, op_type=op_type, executions=tuple(executions), inc_int8=scheme, **fields)
 
 
 def a_plan(ops: Iterable[Op | str] = (), **changes: Any) -> Plan:
@@ -110,6 +111,7 @@ def a_plan(ops: Iterable[Op | str] = (), **changes: Any) -> Plan:
         "keep": {"op_type_dict": {}, "op_name_dict": {}},
         "reduce_range": True,
         "reduce_range_by": "inc",
+        "schemes": {"inc_int8": {}},
         "measured_op": found[-1].op_name if found else "lm_head",
         "coverage": COVERAGE,
         "inc_check": {"status": "reproduces_fp32"},
@@ -153,6 +155,31 @@ def a_capture(
         "second_pass": tuple({} for _ in all_int8),
     }
     return Capture(scores=tuple(rows), **fields | changes)
+
+
+KL_OF_SCHEMES = {
+    "inc_int8": {"a": 3.0, "b": 2.0, "c": 1.0},
+    "W8A8": {"a": 1.0, "b": 2.0, "c": 3.0},
+    "NVFP4": {"a": 5.0, "c": 1.0},
+}
+
+
+def three_schemes() -> tuple[Plan, Capture]:
+    """Three ops in three schemes; `b` cannot have NVFP4."""
+    ops = [
+        an_op(name, schemes=tuple(scheme for scheme in KL_OF_SCHEMES if name in KL_OF_SCHEMES[scheme]))
+        for name in "abc"
+    ]
+    ops[1].refused["NVFP4"] = "its 8 columns do not divide"
+    plan = a_plan(ops, schemes=dict.fromkeys(KL_OF_SCHEMES, {}), config_digest="3" * 64)
+    scores: list[Score] = []
+    for scheme, values in KL_OF_SCHEMES.items():
+        record: dict[str, Any] = {"text_error": 1.0, "image_error": 0.0, "top1_agreement": 0.5}
+        scores += [
+            Score(0, "isolated", scheme, name, 10 - kl, kl_divergence=kl, **record) for name, kl in values.items()
+        ]
+        scores.append(Score(0, "all", scheme, "", 9.0, kl_divergence=sum(values.values()), **record))
+    return plan, replace(a_capture(plan, {}, [{"mse_value": 1.0}]), scores=tuple(scores))
 
 
 def an_audit(**changes: Any) -> Audit:

@@ -103,7 +103,17 @@ def test_reading_a_config_imports_no_torch() -> None:
             "sensitivity: {threads: 0}",
             "sensitivity.threads: 0 is out of range; write a whole number from 1 to 1024 or null",
         ),
-        ("sensitivity: {engine: inc, device: cuda}", "sensitivity.engine inc and auto run INC, on the CPU only;"),
+        (
+            "sensitivity: {engine: inc, device: cuda, schemes: [inc_int8]}",
+            "sensitivity.engine inc and auto run INC, on the CPU only;",
+        ),
+        ("sensitivity: {engine: inc}", "sensitivity.engine inc measures inc_int8 alone; set sensitivity.schemes to"),
+        ("sensitivity: {schemes: [W8A8]}", "sensitivity.schemes: inc_int8 is not in the list, and trade-off and"),
+        ("sensitivity: {schemes: [W8A8, W8A8]}", "sensitivity.schemes: an entry is there twice; remove one of the two"),
+        (
+            "sensitivity: {schemes: [inc_int8, W4A15]}",
+            "sensitivity.schemes[1]: no such value 'W4A15'; did you mean W4A16? Write inc_int8, W8A8, INT8, FP8,",
+        ),
         ("calibration:", "calibration: null; write a block of keys"),
         ("calibration: text", "calibration: 'text' is text; write a block of keys"),
         ("calibration: [a]", "calibration: ['a'] is a list; write a block of keys"),

@@ -288,6 +288,8 @@ USERS = {
     "export/templates/inc_quantize.py.j2": {"export_profiles"},
     "decide/profiles.py": {"build_profiles"},
     "inc/audit.py": {"audit_capture", "quantize_model"},
+    "measure/served_audit.py": {"audit_capture"},
+    "schemes/compressed.py": MEASURING,
     "measure/heldout.py": {"measure_tradeoff", "quantize_model"},
     "inc/plan.py": MEASURING - {"calibrate_scales", "measure_tradeoff"},
     "measure/store.py": {"capture_sensitivity", "audit_capture", "measure_tradeoff", "quantize_model"},

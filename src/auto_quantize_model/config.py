@@ -71,11 +71,11 @@ def regular_expression(pattern: str) -> str:
     return pattern
 
 
-def each_once(maps: tuple[str, ...]) -> tuple[str, ...]:
-    """`maps`, after a check that no entry is repeated."""
-    if len(set(maps)) < len(maps):
+def each_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    """`names`, after a check that no entry is repeated."""
+    if len(set(names)) < len(names):
         raise ValueError("an entry is there twice; remove one of the two")
-    return maps
+    return names
 
 
 Name = Annotated[
@@ -111,6 +111,47 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 CountOrNone = Annotated[int, Field(ge=0, le=1_000_000)]
 Pixels = Annotated[int, Field(ge=28 * 28, le=8192 * 8192)]
 Share = Annotated[float, Field(ge=0, le=1)]
+# INC 2.6's static INT8, and the presets of compressed-tensors 0.20.
+Scheme = Literal[
+    "inc_int8",
+    "W8A8",
+    "INT8",
+    "FP8",
+    "FP8_DYNAMIC",
+    "FP8_BLOCK",
+    "NVFP4",
+    "NVFP4A16",
+    "MXFP4",
+    "MXFP4A16",
+    "MXFP4XFP8",
+    "MXFP6A16",
+    "MXFP6A8",
+    "MXFP8",
+    "MXFP8A16",
+    "W4A16",
+    "W4A16_ASYM",
+    "W4AFP8",
+    "W2A4",
+    "W2A8",
+    "W2A16",
+    "W3A4",
+    "W3A8",
+    "W3A16",
+    "W4A4",
+    "W4A8",
+    "W5A8",
+    "W5A16",
+    "W6A8",
+    "W6A16",
+    "W7A8",
+    "W7A16",
+    "W8A16",
+]
+Schemes = Annotated[  # not strict: files hold lists
+    tuple[Scheme, ...],
+    Field(strict=False, json_schema_extra={"uniqueItems": True}),
+    AfterValidator(each_once),
+]
 Map = Literal["isolated", "fallback", "requantize"]
 Maps = Annotated[  # not strict: files hold lists
     tuple[Map, ...],
@@ -262,6 +303,8 @@ class PlanSpec(Block):
     """replay: INC's arithmetic in place, bit for bit. inc: INC itself. auto: INC where replay cannot."""
     confidence_batches: Count = 2
     """Calibration batches that are scored, each on its own."""
+    schemes: Schemes = ("inc_int8",)
+    """Schemes to measure: inc_int8 and presets of compressed-tensors, such as W8A8, FP8_DYNAMIC, W4A16, NVFP4."""
     maps: Maps = ("isolated", "fallback", "requantize")
     """Maps to measure. isolated gives the ranking, so it must be one of them."""
     reduce_range: bool | None = None
@@ -287,6 +330,10 @@ class SensitivitySpec(PlanSpec):
     """Ops that INC's own helpers measure again, the most and the least sensitive among them."""
 
     def contradictions(self) -> Iterator[str]:
+        if "inc_int8" not in self.schemes:
+            yield "sensitivity.schemes: inc_int8 is not in the list, and trade-off and profiles need it; add inc_int8"
+        if self.engine == "inc" and len(self.schemes) > 1:
+            yield "sensitivity.engine inc measures inc_int8 alone; set sensitivity.schemes to [inc_int8]"
         if "isolated" not in self.maps:
             yield "sensitivity.maps: isolated is not in the list; add isolated"
         if self.engine != "replay" and self.device == "cuda":
@@ -341,7 +388,7 @@ class Config(Block):
         max_pixels=56 * 56,
         max_tokens=512,
     )
-    sensitivity: SensitivitySpec = SensitivitySpec()
+    sensitivity: SensitivitySpec = SensitivitySpec(schemes=("inc_int8", "W8A8", "FP8_DYNAMIC", "W4A16", "NVFP4"))
     tradeoff: TradeoffSpec = TradeoffSpec(heldout_batches=16, greedy_candidates=8, greedy_ops=8)
     profiles: Target = Target(min_sqnr_db=45.0)
     quantize: QuantizeSpec = QuantizeSpec(profile="recommended")

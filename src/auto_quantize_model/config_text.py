@@ -341,12 +341,17 @@ def asked(part: Schema) -> str:
     return listed(choices(part))
 
 
+SHOWN = 8  # values of a long list that are written out
+
+
 def choices(part: Schema) -> list[str]:
-    """The values that a key takes, by value or by type."""
+    """The values that a key takes, by value or by type; of a long list the first ones."""
     if "anyOf" in part:
         return [words for inner in part["anyOf"] for words in choices(inner)]
     if "const" in part or "enum" in part:
-        return [part["const"]] if "const" in part else part["enum"]
+        values: list[str] = [part["const"]] if "const" in part else part["enum"]
+        more = len(values) - SHOWN
+        return values if more <= 1 else [*values[:SHOWN], f"{more} more (config/config.schema.json)"]
     if part["type"] == "array":
         return [f"a list of {asked(part['items'])}"]
     words = {

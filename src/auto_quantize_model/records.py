@@ -5,7 +5,7 @@ fields, in their order.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any, Literal, NotRequired, TypeVar
 
@@ -155,7 +155,9 @@ class Op:
         executions: how often the op runs in FP32 on each scored batch.
         tower: `vision` or `language`.
         unit: one name for the ops that a serving engine holds as one matrix; an op of its own has its own name.
-        schemes: the schemes that the op can have, by name.
+        inc_int8: what INC plans for the op.
+        schemes: the names of the schemes that the op can have.
+        refused: the other schemes of the plan, each with the reason.
     """
 
     op_name: str
@@ -165,17 +167,14 @@ class Op:
     executions: tuple[int, ...]
     tower: str
     unit: str
-    schemes: dict[str, IncInt8]
+    inc_int8: IncInt8
+    schemes: tuple[str, ...]
+    refused: dict[str, str]
 
     @property
     def ran(self) -> bool:
         """Whether the op runs on at least one scored batch."""
         return any(self.executions)
-
-    @property
-    def inc_int8(self) -> IncInt8:
-        """What INC plans for this op."""
-        return self.schemes["inc_int8"]
 
 
 @dataclass(frozen=True)
@@ -228,6 +227,8 @@ class Plan:
         keep: what the config keeps in FP32.
         reduce_range: whether activations take 7 bits of 8; `reduce_range_by` says who chose, `inc` or `config`.
         measured_op: the op at whose output the errors are measured.
+        schemes: the schemes that are measured, by name. Those of compressed-tensors have their fields; see
+            `schemes.compressed.scheme_of`.
         ops: in INC's order.
         excluded: the modules that stay in FP32.
     """
@@ -244,6 +245,7 @@ class Plan:
     reduce_range: bool
     reduce_range_by: str
     measured_op: str
+    schemes: dict[str, dict[str, Any]]
     ops: tuple[Op, ...]
     excluded: tuple[Excluded, ...]
     coverage: Coverage
@@ -357,24 +359,31 @@ class Capture:
     second_pass: tuple[dict[str, float], ...]
     scores: tuple[Score, ...]
 
-    def of_map(self, label: str) -> dict[str, list[Score | None]]:
+    def of_map(self, label: str, scheme: str = "inc_int8") -> dict[str, list[Score | None]]:
         """{op_name: its score on each batch, None where it did not run}, in the order of the rows."""
         found: dict[str, list[Score | None]] = {}
         for score in self.scores:
-            if score.map == label:
+            if (score.map, score.scheme) == (label, scheme):
                 found.setdefault(score.op_name, [None] * len(self.batches))[score.batch] = score
         return found
 
+    def all_in(self, scheme: str) -> list[Score]:
+        """The score of each batch with every op in a scheme that can have the scheme."""
+        return [score for score in self.scores if (score.map, score.scheme) == ("all", scheme)]
+
     @property
     def all_int8(self) -> list[Score]:
-        """The score with every op quantized, of each batch."""
-        return [score for score in self.scores if score.map == "all"]
+        """The score of each batch with every op in `inc_int8`."""
+        return self.all_in("inc_int8")
 
 
 @closed
 @dataclass(frozen=True)
 class Audit:
-    """What was measured again, and with what result; see `inc.audit.audit_capture`."""
+    """What was measured again, and with what result; see `inc.audit.audit_capture`.
+
+    `served` is {scheme: number of values compared} of `measure.served_audit.audit_served`.
+    """
 
     status: str
     by: str
@@ -383,6 +392,7 @@ class Audit:
     maps: tuple[str, ...]
     compared: int
     rank_agreement: dict[str, float | None]
+    served: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from auto_quantize_model.commands.run import DOCUMENTS
 PLAN_KEYS = tuple(PlanSpec.model_fields)  # the other keys of the block sensitivity are read where they are used
 
 # The packages that scores depend on, and those that draw.
-MEASURING = ("neural-compressor", "torch", "transformers", "numpy")
+MEASURING = ("neural-compressor", "compressed-tensors", "torch", "transformers", "numpy")
 DRAWING = ("altair", "vl-convert-python")
 
 
@@ -137,6 +137,8 @@ def replay_flags():
     return " ".join(flag for flag, on in flags.items() if on)
 
 
+# The trade-off needs the scales of the whole set, and schemes of compressed-tensors need its input ranges.
+NEEDS_WHOLE_SET = bool(config["tradeoff"]["heldout_batches"]) or len(config["sensitivity"]["schemes"]) > 1
 # The keys of the model block that matter, by source.
 MODEL_KEYS = {"digits": (), "local": (), "hub": ("repo_id", "revision")}
 # The part of the config that each rule's document depends on, apart from the parts that other documents depend on.
@@ -146,7 +148,7 @@ ASKED = {
     },
     "extract_calibration": config["calibration"],
     "plan_quantization": {key: config["sensitivity"][key] for key in PLAN_KEYS},
-    "calibrate_scales": [DEVICE, replay_flags(), bool(config["tradeoff"]["heldout_batches"])],
+    "calibrate_scales": [DEVICE, replay_flags(), NEEDS_WHOLE_SET],
     "capture_sensitivity": [DEVICE, replay_flags()],
     "audit_capture": config["sensitivity"]["audit_ops"],
     "measure_tradeoff": [config["tradeoff"], DEVICE, replay_flags()],

@@ -66,8 +66,7 @@ rule calibrate_scales:
         **REPLAYED,
         code=code_digest("scripts/calibrate_scales.py"),
         files=file_options,
-        # The trade-off alone needs the scales of the whole set.
-        whole_set="--whole-set" if config["tradeoff"]["heldout_batches"] else "",
+        whole_set="--whole-set" if NEEDS_WHOLE_SET else "",
         config_digest=config_digest("calibrate_scales"),
     shell:
         "exec python scripts/calibrate_scales.py {params.files}"

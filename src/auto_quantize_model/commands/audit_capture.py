@@ -5,6 +5,7 @@ Where the plan says that INC cannot measure the model, torch's own quantized mod
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 from auto_quantize_model import cli, options
 from auto_quantize_model.commands.run import open_run
@@ -21,6 +22,8 @@ def audit_capture(args: argparse.Namespace) -> None:
     run = open_run(args)
     from auto_quantize_model.commands.loaded import Loaded
     from auto_quantize_model.inc import audit
+    from auto_quantize_model.measure.served_audit import audit_served
+    from auto_quantize_model.replay.scales import ALL_BATCHES
 
     loaded = Loaded(run)
     batches = loaded.batches(run.plan.confidence_batches)
@@ -28,8 +31,15 @@ def audit_capture(args: argparse.Namespace) -> None:
     with cli.progress_bar("audit") as on_progress:
         scales = loaded.scales_of_batches()
         result = audit.audit_capture(loaded.model(), batches, run.plan, run.capture, args.ops, scales, on_progress)
-    run.write("audit", args.audit, result)
     cli.say(f"audit: {result.status}, {result.compared} values compared")
+    batch = audit.audited_batch(run.capture)
+    ranges = loaded.scales.get(ALL_BATCHES, scales[batch])
+    model = loaded.model(run.capture.arithmetic.device)
+    with cli.progress_bar("audit of schemes") as on_progress:
+        served = audit_served(model, batches, batch, run.plan, run.capture, args.ops, ranges, on_progress)
+    for scheme, values in served.items():
+        cli.say(f"audit: {scheme}, bit_identical, {values} values compared with compressed-tensors")
+    run.write("audit", args.audit, replace(result, served=served))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

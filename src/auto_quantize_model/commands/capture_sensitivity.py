@@ -24,6 +24,7 @@ def capture_sensitivity(args: argparse.Namespace) -> None:
     from auto_quantize_model.machine import explained_out_of_memory
     from auto_quantize_model.measure import capture
     from auto_quantize_model.measure.store import ScoreStore
+    from auto_quantize_model.replay.scales import ALL_BATCHES
 
     loaded = Loaded(run)
     device = loaded.device
@@ -38,6 +39,7 @@ def capture_sensitivity(args: argparse.Namespace) -> None:
             loaded.scales_of_batches(),
             on_progress,
             by_inc,
+            loaded.scales.get(ALL_BATCHES),
         )
     cli.say(f"capture: {capture.news(record)}")
     write_json(args.run_record, record)

@@ -33,6 +33,10 @@ def plan_quantization(args: argparse.Namespace) -> None:
     run.write("plan", args.plan, plan)
     cli.say(f"plan: {len(plan.ops)} ops to measure at {plan.measured_op}, {len(plan.excluded)} excluded")
     cli.say(f"plan: {sentences.activations(vars(plan))}")
+    for scheme in plan.schemes:
+        if refused := {op.op_name: op.refused[scheme] for op in plan.ops if scheme in op.refused}:
+            name, reason = next(iter(refused.items()))
+            cli.say(f"plan: {len(refused)} of {len(plan.ops)} ops cannot have {scheme}, first {name}: {reason}")
     if plan.inc_check["status"] == "cannot":
         cli.say(f"plan: {sentences.without_inc(plan.inc_check)}")
     cli.say(f"plan: {coverage.headline(len(plan.ops), plan.coverage)}")

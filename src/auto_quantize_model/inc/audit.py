@@ -23,6 +23,7 @@ from auto_quantize_model.measure.states import ALL
 from auto_quantize_model.records import Audit, Capture, Plan, Scales, Score, digest_of_record
 from auto_quantize_model.replay.devices import check_sites
 from auto_quantize_model.replay.model import Batch
+from auto_quantize_model.schemes.scheme import INC_INT8
 
 # `requantize` is a running total: INC starts from the state before the op, and does not measure all ops before it.
 HELPER_OF = {"isolated": "isolated", "fallback": "fallback", "requantize": "requantize_at"}
@@ -31,7 +32,9 @@ AUDITORS = {"inc": "INC", "torch": "torch's own quantized modules"}
 
 def sample_ops(capture: Capture, batch: int, count: int) -> list[str]:
     """The least and the most sensitive op of a batch, and others drawn by the plan's digest, in the plan's order."""
-    of_batch = [score for score in capture.scores if score.batch == batch and score.map != ALL]
+    of_batch = [
+        score for score in capture.scores if score.batch == batch and score.scheme == INC_INT8 and score.map != ALL
+    ]
     maps = [score.map for score in of_batch]
     label = "isolated" if "isolated" in maps else next(iter(maps), "")
     values = {score.op_name: score.mse_value for score in of_batch if score.map == label}

@@ -17,6 +17,7 @@ from auto_quantize_model.measure.states import ALL
 from auto_quantize_model.measure.store import Shelf
 from auto_quantize_model.records import Plan
 from auto_quantize_model.replay.model import Batch
+from auto_quantize_model.schemes.scheme import INC_INT8
 
 CODE = code_digest_of_modules(["auto_quantize_model.inc.engine"])  # at import, as in `measure.capture`
 LABELS = {ALL: "all_int8"}  # the patching module's name of the state with every op quantized
@@ -60,7 +61,7 @@ def measure_by_inc(work: Work, share: Share, on_progress: Progress) -> None:
                     measure_map(work, conf, index, label, names, ran, shelf, step)
                 else:
                     done += len(names) if label != ALL else 1
-                work.scores |= {(index, label, name): shelf.records[f"{label}/{name}"] for name in ran}
+                work.scores |= {(index, INC_INT8, label, name): shelf.records[f"{label}/{name}"] for name in ran}
             work.second_pass[index] = shelf.get(SECOND_PASS) or {}
 
 
@@ -116,9 +117,9 @@ def require_same_plan(model: torch.nn.Module, batches: Sequence[Batch], plan: Pl
     """
     with activations_reduced(plan.reduce_range):
         fresh = plan_ops(model, batches, spec_of(plan))
-    ops = [(op.op_name, op.op_type, op.schemes) for op in fresh.ops]
+    ops = [(op.op_name, op.op_type, op.inc_int8) for op in fresh.ops]
     same = {
-        "ops": ops == [(op.op_name, op.op_type, op.schemes) for op in plan.ops],
+        "ops": ops == [(op.op_name, op.op_type, op.inc_int8) for op in plan.ops],
         "excluded": tuple(fresh.excluded) == plan.excluded,
         "measured_op": fresh.measured_op == plan.measured_op,
     }
@@ -146,4 +147,4 @@ def require_inc(plan: Plan) -> None:
 def spec_of(plan: Plan) -> PlanSpec:
     """The sensitivity block that a plan was made from."""
     keys = {key: getattr(plan, key) for key in ("engine", "confidence_batches", "maps", "reduce_range")}
-    return PlanSpec.model_validate(keys | plan.keep)
+    return PlanSpec.model_validate(keys | {"schemes": tuple(plan.schemes)} | plan.keep)

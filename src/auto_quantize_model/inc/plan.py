@@ -15,6 +15,7 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
+from compressed_tensors.quantization import QuantizationScheme
 from neural_compressor.adaptor.pytorch import _cfg_to_qconfig
 from neural_compressor.config import AccuracyCriterion, PostTrainingQuantConfig, TuningCriterion
 from neural_compressor.strategy.mse_v2 import MSE_V2TuneStrategy
@@ -38,9 +39,11 @@ from auto_quantize_model.models.units import tower_of, unit_of
 from auto_quantize_model.models.weights import require_meaningful
 from auto_quantize_model.records import CalibrationManifest, Excluded, IncCheck, IncInt8, ModelManifest, Op, Plan, Side
 from auto_quantize_model.replay.model import Batch, Replay, refusals, require_replayable
+from auto_quantize_model.schemes.by_name import schemes_of
+from auto_quantize_model.schemes.compressed import fields_of, nearest, refusal
 from auto_quantize_model.schemes.scheme import INC_INT8, assigned
 
-PACKAGES = ("neural-compressor", "torch", "transformers")
+PACKAGES = ("neural-compressor", "compressed-tensors", "torch", "transformers")
 FP32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
 MATCH = """
 import json, re, sys
@@ -102,6 +105,7 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
     if spec.engine != "inc" and not refusals(model, planned.ops):
         for index, error in incs_errors.items():
             require_same_int8(model, planned, scored, index, error)
+    schemes = schemes_of(spec.schemes)
     names = [op.op_name for op in planned.ops]
     counts = [run_in_fp32(model, batch, names, planned.measured_op)[0] for batch in scored]
     return Plan(
@@ -112,7 +116,11 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
         reduce_range=reduced,
         reduce_range_by="inc" if spec.reduce_range is None else "config",
         measured_op=planned.measured_op,
-        ops=tuple(replace(op, executions=tuple(count[op.op_name] for count in counts)) for op in planned.ops),
+        schemes={name: fields_of(schemes[name]) if name in schemes else {} for name in spec.schemes},
+        ops=tuple(
+            replace(with_schemes(op, schemes), executions=tuple(count[op.op_name] for count in counts))
+            for op in planned.ops
+        ),
         excluded=tuple(planned.excluded),
         coverage=cover(model, names, planned.kept),
         inc_check=inc_check,
@@ -441,8 +449,21 @@ def inventoried(name: str, op_type: str, modules: Mapping[str, torch.nn.Module],
         executions=(),
         tower=tower_of(name),
         unit=unit_of(name, modules),
-        schemes={INC_INT8: scheme},
+        inc_int8=scheme,
+        schemes=(INC_INT8,),
+        refused={},
     )
+
+
+def with_schemes(op: Op, schemes: Mapping[str, QuantizationScheme]) -> Op:
+    """An op with the schemes of compressed-tensors that it can have, and the reasons against the others."""
+    refused = {}
+    for name, scheme in schemes.items():
+        if reason := refusal(scheme, op.op_type, op.shape):
+            other = nearest(scheme, op.op_type, op.shape)
+            refused[name] = f"{reason}; {other} can hold the op" if other else reason
+    able = tuple(name for name in schemes if name not in refused)
+    return replace(op, schemes=(*op.schemes, *able), refused=refused)
 
 
 def run_in_fp32(

@@ -5,9 +5,11 @@ run (times and host, which vary). The replay needs torch alone. Callers pass in 
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import product
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from auto_quantize_model.records import (
 )
 from auto_quantize_model.replay.model import Batch, OtherOrder, Replay, refusals
 from auto_quantize_model.replay.scales import digest_of_scales
+from auto_quantize_model.schemes.by_name import schemes_of
 from auto_quantize_model.schemes.inc_int8 import cpu_kernel
 from auto_quantize_model.schemes.scheme import INC_INT8, Assignment
 
@@ -49,7 +52,7 @@ class Work:
 
     Attributes:
         batches: the scored batches.
-        scores: {(batch, map, op_name): record}, for all scores that are known already.
+        scores: {(batch, scheme, map, op_name): record}, for all scores that are known already.
         references: for each batch, the sums of squares of the FP32 output.
         second_pass: for each batch, the scores of INC's second pass: {op_name: mse_value}.
         found: how many records the store already had.
@@ -60,7 +63,7 @@ class Work:
     batches: Sequence[Batch]
     plan: Plan
     store: ScoreStore
-    scores: dict[tuple[int, str, str], Mapping[str, float]]
+    scores: dict[tuple[int, str, str, str], Mapping[str, float]]
     references: dict[int, dict[str, float]]
     second_pass: dict[int, dict[str, float]]
     found: int = 0
@@ -86,6 +89,7 @@ def capture_sensitivity(
     scales: Sequence[Scales] | None = None,
     on_progress: Progress = lambda done, total: None,
     by_inc: Engine | None = None,
+    of_all: Scales | None = None,
 ) -> tuple[Capture, dict[str, Any]]:
     """Score every op of `plan` on each confidence batch.
 
@@ -97,6 +101,8 @@ def capture_sensitivity(
         scales: of each scored batch, from that batch alone, as INC calibrates; None calibrates here.
         on_progress: called after each score.
         by_inc: the engine for scores that the replay cannot measure; None if INC is not available.
+        of_all: the scales of all calibration batches together, whose input ranges the schemes of compressed-tensors
+            take; None takes those of each batch.
 
     Returns:
         (capture, run_record).
@@ -115,7 +121,7 @@ def capture_sensitivity(
     record: dict[str, Any] = {}
     if of_replay:
         try:
-            record |= measure_by_replay(work, of_replay, on_progress, scales)
+            record |= measure_by_replay(work, of_replay, on_progress, scales, of_all)
         except OtherOrder as error:
             raise InputError(f"{error}; {without_replay(plan)}") from None
     if of_inc and by_inc:
@@ -142,6 +148,11 @@ def share_of_engines(model: torch.nn.Module, plan: Plan) -> tuple[Share, Share]:
     names = plan.op_names
     everything = {label: names for label in [*plan.maps, ALL]}
     uncovered = refusals(model, plan.ops) if plan.engine == "auto" else {}
+    if uncovered and len(plan.schemes) > 1:
+        raise InputError(
+            f"{len(uncovered)} ops, such as {min(uncovered)}, cannot be replayed, so sensitivity.schemes can hold"
+            " inc_int8 alone; remove the others, or keep these ops in FP32 with sensitivity.op_name_dict"
+        )
     if plan.engine == "inc":
         return {}, everything
     if not uncovered:
@@ -150,33 +161,47 @@ def share_of_engines(model: torch.nn.Module, plan: Plan) -> tuple[Share, Share]:
     return covered, everything | ({"isolated": list(uncovered)} if covered else {})
 
 
+def maps_of(scheme: str, maps: Iterable[str]) -> list[str]:
+    """The maps that are measured in a scheme: INC defines `fallback` and `requantize` for its own scheme alone."""
+    return [label for label in maps if scheme == INC_INT8 or label in ("isolated", ALL)]
+
+
 def measure_by_replay(
-    work: Work, share: Share, on_progress: Progress, scales: Sequence[Scales] | None
+    work: Work, share: Share, on_progress: Progress, scales: Sequence[Scales] | None, of_all: Scales | None
 ) -> dict[str, Any]:
     """Measure a share of the maps by replay, and return the entries for the run record."""
     plan = work.plan
-    ops = [op for op in plan.ops if op.op_name in next(iter(share.values()))]
-    base = context(work.model, plan, ops)
+    ops = {op.op_name: op for op in plan.ops if op.op_name in next(iter(share.values()))}
+    base = context(work.model, plan, list(ops.values()))
     done, seconds, cached = 0, [], 0
-    with Replay(work.model, ops, plan.measured_op) as replay:
+    with Replay(work.model, list(ops.values()), plan.measured_op, schemes=schemes_of(plan.schemes)) as replay:
         for index, batch in enumerate(work.batches):
             started = time.monotonic()
             of_batch = scales[index] if scales else replay.calibrate(batch)
-            replay.set_scales(of_batch)
+            replay.set_scales(of_batch, of_all)
             reference = Reference(replay.begin(batch), batch.get("mm_token_type_ids"))
             require_executions(plan, index, replay.executions)
             totals = require_finite(reference.totals(), index, "reference", "")
             work.references[index] = totals
-            planned = list(states(replay.order, [op.op_name for op in ops], share))
-            costs = [replay.cost(name) for _, name, _ in planned]
+            planned = [
+                (scheme, *state)
+                for scheme in plan.schemes
+                for state in states(
+                    [name for name in replay.order if scheme in ops[name].schemes],
+                    list(ops),
+                    maps_of(scheme, share),
+                    scheme,
+                )
+            ]
+            costs = [replay.cost(name) for _, _, name, _ in planned]
             of = base | {"batch": digest_of_batch(batch), "scales": digest_of_scales(of_batch)}
             with work.shelf(of) as shelf:
-                for cost, (label, name, assignment) in zip(costs, planned, strict=True):
-                    key = state_key(assignment)
+                for cost, (scheme, label, name, assignment) in zip(costs, planned, strict=True):
+                    key = state_key(assignment, plan.schemes, of_all or of_batch)
                     if (record := shelf.get(key)) is None:
                         record = require_finite(reference.compare(replay.run(assignment)), index, label, name)
                         shelf.add(key, record)
-                    work.scores[index, label, name] = record
+                    work.scores[index, scheme, label, name] = record
                     done += cost
                     on_progress(done, sum(costs) * len(work.batches))
             seconds.append(round(time.monotonic() - started, 3))
@@ -235,13 +260,12 @@ def assembled(work: Work, device: torch.device) -> Capture:
 
 def rows(work: Work) -> Iterator[Score]:
     """The scores in order; an op has no score on a batch where it did not run."""
-    for index in range(len(work.batches)):
-        for label in (*work.plan.maps, ALL):
-            for op in work.plan.ops if label != ALL else [None]:
-                name = op.op_name if op else ""
-                if op is None or op.executions[index]:
-                    record = work.scores[index, label, name]
-                    yield Score(index, label, INC_INT8, name, **{key: record.get(key) for key in METRICS})  # type: ignore[arg-type]
+    for index, scheme in product(range(len(work.batches)), work.plan.schemes):
+        ran = [op.op_name for op in work.plan.ops if op.executions[index] and scheme in op.schemes]
+        for label in maps_of(scheme, (*work.plan.maps, ALL)):
+            for name in ran if label != ALL else [""]:
+                record = work.scores[index, scheme, label, name]
+                yield Score(index, label, scheme, name, **{key: record.get(key) for key in METRICS})  # type: ignore[arg-type]
 
 
 def arithmetic(device: torch.device) -> Arithmetic:
@@ -270,9 +294,27 @@ def context(model: torch.nn.Module, plan: Plan, ops: Sequence[Any], engine: str 
     }
 
 
-def state_key(assignment: Assignment) -> str:
-    """A state's key on a shelf."""
-    return digest_of(dict(assignment))
+def state_key(
+    assignment: Assignment,
+    schemes: Mapping[str, Any] = MappingProxyType({}),
+    seen: Scales = MappingProxyType({}),
+) -> str:
+    """A state's key on a shelf.
+
+    Args:
+        assignment: the state.
+        schemes: the plan's; the fields of those that the state uses count.
+        seen: whose input ranges schemes of compressed-tensors take; those of the ops in such schemes count.
+    """
+    used = {name: schemes[name] for name in sorted(set(assignment.values()) - {INC_INT8})}
+    if not used:
+        return digest_of(dict(assignment))
+    ranges = {
+        name: [found.minimum, found.maximum]
+        for name, scheme in assignment.items()
+        if scheme in used and name in seen and (found := seen[name].input)
+    }
+    return digest_of([dict(assignment), used, ranges])
 
 
 def digest_of_batch(batch: Batch) -> str:

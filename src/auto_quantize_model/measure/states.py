@@ -10,7 +10,7 @@ ALL = "all"  # the state with every op quantized, among the maps
 def states(
     order: Sequence[str], plan_order: Sequence[str], maps: Collection[str], scheme: str = INC_INT8
 ) -> Iterator[tuple[str, str, Assignment]]:
-    """Each state to measure as (map, op, assignment).
+    """Each state of one scheme to measure as (map, op, assignment).
 
     `isolated` and `fallback` go from the last op that runs to the first, so each run shares all blocks before its op
     with the previous run. `requantize` must go in the plan's order. It ends with every op quantized, so the map `all`

@@ -1,0 +1,203 @@
+"""The audit of the schemes of compressed-tensors: the library's own modules, in a copy of the model, measure again.
+
+In: the model, one batch, the plan, the capture, and the input ranges of the calibration. Out: how many values were
+compared in each scheme. Any difference is an error, whatever its size.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from compressed_tensors.compressors import compress_module, decompress_module
+from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
+from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
+
+from auto_quantize_model.files import InputError
+from auto_quantize_model.measure.metrics import Reference
+from auto_quantize_model.records import Capture, Plan, Scales, Score
+from auto_quantize_model.replay.model import Batch, Replay
+from auto_quantize_model.schemes.by_name import schemes_of
+from auto_quantize_model.schemes.compressed import (
+    QuantizationParameters,
+    global_scale,
+    input_parameters,
+    quantized_weight,
+    weight_parameters,
+)
+from auto_quantize_model.schemes.scheme import Assignment, assigned
+
+MIXED = "a mixed assignment"
+
+
+def audit_served(
+    model: torch.nn.Module,
+    batches: Sequence[Batch],
+    index: int,
+    plan: Plan,
+    capture: Capture,
+    count: int,
+    scales: Scales,
+    on_state: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, int]:
+    """Compare single ops, all ops, and a mixed assignment with the model as compressed-tensors quantizes it.
+
+    Args:
+        model: FP32, eval mode, on the device of the capture; left as it was.
+        index: of the batch to compare.
+        count: ops to compare in each scheme, the most and the least sensitive among them.
+        scales: whose input ranges the capture took.
+        on_state: called with the number done and the total.
+
+    Returns:
+        {scheme: number of compared values}, with the mixed assignment under `MIXED`; empty for a plan without such
+        schemes. The weights of the sampled ops were compressed and decompressed in BF16 as well.
+
+    Raises:
+        InputError: a value differs. The message names scheme, op, batch and both values.
+    """
+    schemes = schemes_of(plan.schemes)
+    if not schemes:
+        return {}
+    generator = np.random.default_rng(int(capture.plan_digest[:16], 16))
+    states = list(states_to_audit(plan, capture, index, count, schemes, generator))
+    library = Library(model, plan, schemes, scales)
+    batch = batches[index]
+    reference = Reference(library.logits(batch, {}), batch.get("mm_token_type_ids"))
+    compared = dict.fromkeys((*schemes, MIXED), 0)
+    with Replay(copied(model), plan.ops, plan.measured_op, schemes=schemes) as replay:
+        replay.set_scales(scales)
+        replay.begin(batch)
+        for done, (scheme, what, assignment, score) in enumerate(states):
+            on_state(done, len(states))
+            expected = reference.compare(library.logits(batch, assignment))
+            found = vars(score) if score else reference.compare(replay.run(assignment))
+            for metric, value in expected.items():
+                if found[metric] != value:
+                    raise InputError(
+                        f"audit: batch {index}, scheme {scheme}, {what}: the {metric} is {found[metric]!r}, and"
+                        f" compressed-tensors gives {value!r}. Do not use this capture, and report the difference with"
+                        " the plan"
+                    )
+                compared[scheme] += 1
+            if len(assignment) == 1:
+                library.require_same_in_bf16(*next(iter(assignment.items())))
+    on_state(len(states), len(states))
+    return compared
+
+
+def states_to_audit(
+    plan: Plan,
+    capture: Capture,
+    index: int,
+    count: int,
+    schemes: Mapping[str, QuantizationScheme],
+    generator: np.random.Generator,
+) -> Iterator[tuple[str, str, Assignment, Score | None]]:
+    """Each state to compare: (scheme, the state in words, assignment, the captured score or None)."""
+    ran = [op for op in plan.ops if op.executions[index]]
+    for scheme in schemes:
+        scores = {name: of_op[index] for name, of_op in capture.of_map("isolated", scheme).items()}
+        ranked = sorted((score.mse_value, name) for name, score in scores.items() if score)
+        names = [name for _, name in ranked]
+        others = [str(name) for name in generator.permutation(names[1:-1])]
+        for name in dict.fromkeys([*names[:1], *names[-1:], *others][:count]):
+            yield scheme, name, {name: scheme}, scores[name]
+        able = [op.op_name for op in ran if scheme in op.schemes]
+        yield scheme, "all ops", assigned(able, scheme), capture.all_in(scheme)[index]
+    drawn = {op.op_name: str(generator.choice(["", *(name for name in op.schemes if name in schemes)])) for op in ran}
+    yield MIXED, "an op in a scheme each", {name: scheme for name, scheme in drawn.items() if scheme}, None
+
+
+class Library:
+    """A copy of a model, whose modules compressed-tensors quantizes; weights are shared with the model."""
+
+    def __init__(
+        self, model: torch.nn.Module, plan: Plan, schemes: Mapping[str, QuantizationScheme], scales: Scales
+    ) -> None:
+        self.model, self.schemes, self.scales = model, schemes, scales
+        modules = dict(model.named_modules())
+        self.weights = {op.op_name: modules[op.op_name].weight.detach() for op in plan.ops if op.shape}
+        self.units = {op.op_name: [other.op_name for other in plan.ops if other.unit == op.unit] for op in plan.ops}
+        self.measured_op = plan.measured_op
+
+    def logits(self, batch: Batch, assignment: Assignment) -> torch.Tensor:
+        """The output at the measured op in a state, float32."""
+        model = copied(self.model)
+        modules = dict(model.named_modules())
+        for name, scheme in assignment.items():
+            self.quantize(modules[name], name, self.schemes[scheme])
+            with_samples(modules[name])
+        outputs: list[torch.Tensor] = []
+        modules[self.measured_op].register_forward_hook(lambda module, args, output: outputs.append(output))
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            model(**{key: tensor.to(device) for key, tensor in batch.items()})
+        return outputs[-1]
+
+    def quantize(self, module: torch.nn.Module, name: str, scheme: QuantizationScheme) -> None:
+        """Have the library quantize a module, by the minima and maxima of weight and inputs."""
+        found = {"weight": self.of_weight(name, scheme)}
+        inputs, seen = scheme.input_activations, self.scales.get(name)
+        if inputs and inputs.dynamic is not True and seen and seen.input:
+            found["input"] = input_parameters(seen.input.minimum, seen.input.maximum, inputs, self.weights[name].dtype)
+        initialize_module_for_quantization(module, scheme)
+        for side, parameters in found.items():
+            for key, value in vars(parameters).items():
+                if value is not None and value.numel():
+                    getattr(module, f"{side}_{key}").data = value
+        module.quantization_status = QuantizationStatus.FROZEN
+
+    def of_weight(self, name: str, scheme: QuantizationScheme) -> QuantizationParameters:
+        shared = None
+        if scheme.weights.strategy == "tensor_group":
+            shared = global_scale(self.weights[other] for other in self.units[name])
+        return weight_parameters(self.weights[name], scheme.weights, shared)
+
+    def require_same_in_bf16(self, name: str, scheme_name: str) -> None:
+        """Compress an op's weight in BF16, as a checkpoint does, and decompress the weight.
+
+        Raises:
+            InputError: the decompressed weight is not the quantized weight, bit for bit.
+        """
+        scheme = self.schemes[scheme_name].model_copy(deep=True)
+        weight = self.weights[name].to(torch.bfloat16)
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.bfloat16)
+        linear.weight.data = weight.clone()
+        parameters = weight_parameters(weight, scheme.weights)
+        expected = quantized_weight(weight, scheme.weights, parameters)
+        initialize_module_for_quantization(linear, scheme)
+        for key, value in vars(parameters).items():
+            if value is not None:
+                getattr(linear, f"weight_{key}").data = value
+        linear.quantization_status = QuantizationStatus.FROZEN
+        compress_module(linear)
+        decompress_module(linear)
+        if not torch.equal(linear.weight, expected):
+            raise InputError(
+                f"audit: scheme {scheme_name}, {name}: the weight that compressed-tensors decompresses in BF16 differs"
+                " from the weight that was measured. Do not use this capture, and report the difference with the plan"
+            )
+
+
+def with_samples(module: torch.nn.Module) -> None:
+    """Give the inputs of a module a dimension for samples where they have none, and take it from the outputs again.
+
+    The library takes one scale per token only in inputs with that dimension; see `schemes.compressed.quantized_input`.
+    """
+    dimensions: list[int] = []
+
+    def add(module: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        dimensions.append(args[0].ndim)
+        return (args[0].unsqueeze(0),) if args[0].ndim == 2 else args
+
+    def remove(module: torch.nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return output.squeeze(0) if dimensions.pop() == 2 else output
+
+    module.register_forward_pre_hook(add)
+    module.register_forward_hook(remove)
+
+
+def copied(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a model that shares all parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})

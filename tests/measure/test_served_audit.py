@@ -1,0 +1,122 @@
+"""Ops are scored in each scheme of the plan, and the modules of compressed-tensors find the same bits."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from build import IDENTITY
+from quick_inc import plans_unchecked
+
+from auto_quantize_model.config import PlanSpec
+from auto_quantize_model.files import InputError
+from auto_quantize_model.inc.plan import build_plan, identify
+from auto_quantize_model.measure.capture import capture_sensitivity
+from auto_quantize_model.measure.served_audit import MIXED, audit_served
+from auto_quantize_model.measure.store import ScoreStore
+from auto_quantize_model.models.snapshot import load_model
+from auto_quantize_model.records import Capture, Plan, Scales
+from auto_quantize_model.replay import served
+from auto_quantize_model.replay.calibrate import calibrate
+from auto_quantize_model.replay.scales import ALL_BATCHES, read_scales, write_scales
+
+SCHEMES = ("inc_int8", "W8A8", "FP8", "W4A16", "NVFP4")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model(tiny_snapshot):
+    return load_model(tiny_snapshot)
+
+
+@pytest.fixture(scope="module")
+def plan(model, batches) -> Plan:
+    spec = PlanSpec(schemes=SCHEMES, maps=("isolated", "fallback"), confidence_batches=2)
+    with plans_unchecked():
+        return identify(build_plan(model, batches, spec), *IDENTITY)
+
+
+@pytest.fixture(scope="module")
+def scales(model, plan, batches, tmp_path_factory) -> dict[str, Scales]:
+    path = tmp_path_factory.mktemp("scales") / "scales.safetensors"
+    write_scales(path, calibrate(model, plan, batches, whole_set=True))
+    return read_scales(path)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> ScoreStore:
+    return ScoreStore(tmp_path_factory.mktemp("scores"))
+
+
+@pytest.fixture(scope="module")
+def capture(model, plan, batches, scales, store) -> Capture:
+    of_batches = [scales["batch_0"], scales["batch_1"]]
+    return capture_sensitivity(model, batches, plan, store, of_batches, of_all=scales[ALL_BATCHES])[0]
+
+
+def test_each_op_has_the_schemes_that_fit_and_a_reason_against_each_other(plan: Plan) -> None:
+    ops = {op.op_name: op for op in plan.ops}
+    assert ops["lm_head"].schemes == ("inc_int8", "W8A8", "FP8", "NVFP4")
+    assert ops["lm_head"].refused == {
+        "W4A16": "its 32 columns do not divide into the weight's groups of 128; NVFP4A16 can hold the op"
+    }
+    assert ops["model.visual.merger.mlp.0"].schemes == SCHEMES
+    embedding = next(op for op in plan.ops if op.op_type == "Embedding")
+    assert embedding.schemes == ("inc_int8",)
+    assert set(embedding.refused.values()) == {
+        "compressed-tensors quantizes a Linear, and this op is of the type Embedding"
+    }
+    assert list(plan.schemes) == list(SCHEMES) and plan.schemes["inc_int8"] == {}
+    assert plan.schemes["W4A16"]["weights"]["group_size"] == 128
+
+
+def test_every_op_is_scored_in_every_scheme_that_it_can_have(plan: Plan, capture: Capture) -> None:
+    for scheme in SCHEMES:
+        able = [op.op_name for op in plan.ops if scheme in op.schemes]
+        scores = capture.of_map("isolated", scheme)
+        assert list(scores) == able and all(
+            score and score.mse_value > 0 for of_op in scores.values() for score in of_op
+        )
+        assert len(capture.all_in(scheme)) == 2
+    # INC defines `fallback` for its own scheme.
+    assert {score.scheme for score in capture.scores if score.map == "fallback"} == {"inc_int8"}
+
+
+def test_one_more_scheme_costs_only_its_own_scores(model, plan, batches, scales, store, capture: Capture) -> None:
+    less = replace(plan, schemes={name: fields for name, fields in plan.schemes.items() if name != "W8A8"})
+    of_batches, of_all = [scales["batch_0"], scales["batch_1"]], scales[ALL_BATCHES]
+    before = {path: path.read_bytes() for path in store.folder.iterdir()}
+    again, _ = capture_sensitivity(model, batches, less, store, of_batches, of_all=of_all)
+    assert {path: path.read_bytes() for path in store.folder.iterdir()} == before
+    assert set(again.scores) == {score for score in capture.scores if score.scheme != "W8A8"}
+
+
+def test_the_modules_of_the_library_find_the_same_bits(model, plan, batches, scales, capture: Capture) -> None:
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    compared = audit_served(model, batches, 1, plan, capture, 3, scales[ALL_BATCHES])
+    # Three ops, or the two that W4A16 fits, and all of them together: five metrics each.
+    assert compared == {"W8A8": 20, "FP8": 20, "W4A16": 15, "NVFP4": 20, MIXED: 5}
+    assert all(vars(module).keys() == before[name].keys() for name, module in model.named_modules())
+
+
+@pytest.mark.parametrize("scheme", ["FP8", "NVFP4"])
+def test_one_wrong_bit_fails_the_audit_and_is_named(
+    model, plan, batches, scales, capture: Capture, scheme: str
+) -> None:
+    worst = max(
+        (score for score in capture.scores if (score.map, score.scheme, score.batch) == ("isolated", scheme, 0)),
+        key=lambda score: score.mse_value,
+    )
+    assert worst.kl_divergence is not None
+    wrong = replace(worst, kl_divergence=math.nextafter(worst.kl_divergence, 1))
+    scores = tuple(wrong if score is worst else score for score in capture.scores)
+    with pytest.raises(InputError, match=rf"^audit: batch 0, scheme {scheme}, {worst.op_name}: the kl_divergence is"):
+        audit_served(model, batches, 0, plan, replace(capture, scores=scores), 2, scales[ALL_BATCHES])
+
+
+def test_a_replay_that_differs_in_a_mixed_assignment_is_found(
+    model, plan, batches, scales, capture: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = served.quantized_weight
+    monkeypatch.setattr(served, "quantized_weight", lambda *args: exact(*args) * (1 + 2**-20))
+    with pytest.raises(InputError, match=f"^audit: batch 0, scheme {MIXED}, an op in a scheme each: the mse_value is"):
+        audit_served(model, batches, 0, plan, capture, 2, scales[ALL_BATCHES])
