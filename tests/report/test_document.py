@@ -6,7 +6,17 @@ import re
 from html import unescape
 
 import pytest
-from build import COVERAGE, a_calibration_manifest, a_capture, a_model_manifest, a_plan, a_score, an_audit, an_op
+from build import (
+    COVERAGE,
+    a_calibration_manifest,
+    a_capture,
+    a_model_manifest,
+    a_plan,
+    a_score,
+    an_audit,
+    an_op,
+    three_schemes,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -315,3 +325,20 @@ def test_a_cell_never_breaks_its_row(text):
     cell = markdown_cell(text).replace("\\\\", "").replace("\\|", "")
     assert "|" not in cell
     assert "\n" not in cell
+
+
+def of_three_schemes():
+    """A report of three ops in three schemes."""
+    plan, capture = three_schemes()
+    audit = an_audit(served={"W8A8": 5, "NVFP4": 1})
+    return build_report(a_model_manifest(), a_calibration_manifest(), plan, capture, audit, UNMEASURED, PROFILES)
+
+
+def test_schemes_stand_in_tables_with_the_reason_of_each_refusal():
+    markdown, _ = render(of_three_schemes())
+    assert "| NVFP4 | 2 | " in markdown and "| 6 | 0.5 | `a` | 5 |" in markdown
+    assert "| inc_int8 | W8A8 | 3 | -1 | 3 of 3 |" in markdown
+    assert "- 1 op cannot have NVFP4, first b: its 8 columns do not divide." in markdown
+    assert "5 values of W8A8 were the same in the modules of compressed-tensors, bit for bit." in markdown
+    assert "1 value of NVFP4 was the same" in markdown
+    assert "## Schemes" not in render(build_report(*parts()))[0]

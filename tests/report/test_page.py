@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import jsonschema
 import pytest
 from build import with_point
+from test_document import of_three_schemes
 from test_figures import HOSTILE, from_inc, no_error_at_all, point, renamed, report_of, tradeoff, without_images
 
 from auto_quantize_model.commands import draw_figures
@@ -339,6 +340,12 @@ def test_in_print_controls_are_hidden_and_pictures_fit_the_paper(opened):
 
 @pytest.mark.slow
 def test_a_page_of_every_kind_of_report_opens_without_complaint(opened):
-    reports = (report_of(plan={"maps": ("fallback",)}), from_inc(), without_images(), no_error_at_all())
+    reports = (
+        report_of(plan={"maps": ("fallback",)}),
+        from_inc(),
+        without_images(),
+        no_error_at_all(),
+        of_three_schemes(),
+    )
     for report in reports:
         opened(report).close()

@@ -55,10 +55,11 @@ def ranked(
     ops: Sequence[Op],
     scores: Mapping[str, Sequence[Score | None]],
     references: Sequence[Mapping[str, float]],
+    by: str = "mse_value",
 ) -> list[dict[str, Any]]:
     """The ops of a map as rows, each with its rank, whether it is tied, its name, type and aggregated scores.
 
-    Rank 1 is the most sensitive op and comes first: the highest `mse_value` of the isolated map, the lowest of the
+    Rank 1 is the most sensitive op and comes first: the highest value of `by` in the isolated map, the lowest in the
     fallback map. Ops with the same value are marked as tied. Among these the isolated map ranks the later one in the
     plan first, the fallback map the earlier one. The requantize map is a running total: its rows stay in the plan's
     order, and their rank is None.
@@ -68,11 +69,11 @@ def ranked(
     ]
     if label not in HIGH_IS_SENSITIVE:
         return [{"rank": None, "tied": False, **row} for row in rows]
-    rows.sort(key=lambda row: row["mse_value"])
+    rows.sort(key=lambda row: row[by])
     if HIGH_IS_SENSITIVE[label]:
         rows.reverse()
-    count = Counter(row["mse_value"] for row in rows)
-    return [{"rank": rank, "tied": count[row["mse_value"]] > 1, **row} for rank, row in enumerate(rows, start=1)]
+    count = Counter(row[by] for row in rows)
+    return [{"rank": rank, "tied": count[row[by]] > 1, **row} for rank, row in enumerate(rows, start=1)]
 
 
 def most_sensitive_first(plan: Plan, capture: Capture) -> list[str]:

@@ -18,6 +18,7 @@ from jsonschema.validators import validator_for
 
 from auto_quantize_model import escape
 from auto_quantize_model.decide.ranking import aggregated, ranked
+from auto_quantize_model.decide.schemes import agreements, of_schemes
 from auto_quantize_model.decide.stability import Scores, assess, by_batch, rank_taus
 from auto_quantize_model.files import InputError, canonical_json, read_json
 from auto_quantize_model.records import (
@@ -39,7 +40,7 @@ from auto_quantize_model.report import coverage, sentences
 
 SCHEMA = Path(__file__).with_name("schema.json")
 TEMPLATES = Path(__file__).with_name("templates")
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 # Below this SQNR the all-INT8 output is mostly error, and the error that one op in FP32 removes is noise.
 FALLBACK_FLOOR_DB = 10.0
 # Kendall's tau between batches, where 0 is chance.
@@ -73,6 +74,7 @@ def build_report(
     scores = {label: capture.of_map(label) for label in plan.maps}
     maps = {label: ranked(label, exercised, scores[label], references) for label in plan.maps}
     all_int8 = aggregated(capture.all_int8, references)
+    schemes = of_schemes(plan, capture)
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {key: getattr(manifest, key) for key in ("model", "source", "architecture", "stand_in", "digest")},
@@ -98,6 +100,8 @@ def build_report(
         ],
         "most_sensitive": maps["isolated"][:10] if "isolated" in maps else [],
         "stability": assess(scores["isolated"], capture.all_int8) if "isolated" in maps else None,
+        "schemes": schemes,
+        "scheme_agreements": agreements(schemes),
         "tradeoff": body_of(tradeoff),
         "profiles": by_kept_ops(profiles),
         "maps": {label: {"direction": sentences.DIRECTIONS[label], "ops": rows} for label, rows in maps.items()},

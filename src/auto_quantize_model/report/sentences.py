@@ -468,10 +468,46 @@ AUDITORS = {
 }
 
 
+def of_schemes(report: Report) -> str:
+    """What the table of schemes shows."""
+    return (
+        "SQNR, KL divergence and top-1 are those of the model with all ops in the scheme that can have it. Ops are"
+        " ranked by the KL divergence that each adds alone. Profiles and exports are decided by inc_int8."
+    )
+
+
+def of_agreement(report: Report) -> str:
+    """What the table of agreements shows."""
+    return (
+        "How far two schemes agree on which ops are sensitive. Kendall's tau of the KL divergences is 1 for the same"
+        " order and 0 for chance. The last column counts the most sensitive ops that both share."
+    )
+
+
+def refusals(report: Report) -> list[str]:
+    """A sentence for each scheme that some ops cannot have, with the first reasons."""
+    found = []
+    for name, scheme in report["schemes"].items():
+        if refused := scheme["refused"]:
+            op_name, reason = next(iter(refused.items()))
+            found.append(f"{counted(len(refused), 'op')} cannot have {name}, first {op_name}: {reason}.")
+    return found
+
+
 def audited(audit: dict[str, Any]) -> str:
     """Which values were measured again, and by whom, in sentences."""
     ops, batch, auditor = counted(len(audit["ops"]), "op"), audit["batch"], AUDITORS[audit["by"]]
     why = " Intel Neural Compressor cannot measure this model." if audit["by"] == "torch" else ""
+    served = "".join(
+        f" {counted(count, 'value')} of {scheme} {'was' if count == 1 else 'were'} the same in the modules of"
+        " compressed-tensors, bit for bit."
+        for scheme, count in audit["served"].items()
+    )
+    return of_inc(audit, ops, batch, auditor, why) + served
+
+
+def of_inc(audit: dict[str, Any], ops: str, batch: int | None, auditor: str, why: str) -> str:
+    """The part of `audited` about `inc_int8`."""
     if audit["status"] != "not_needed" and not audit["ops"]:
         return f"Nothing was measured again: no op ran on batch {batch}."
     if audit["status"] == "bit_identical":
