@@ -104,6 +104,7 @@ def make_qwen2_vl() -> None:
         reduce_range=False,
         reduce_range_by="config",
         measured_op="lm_head",
+        schemes={"inc_int8": {}},
         ops=(replace(idle, executions=(0,)),),
         excluded=(),
         coverage=cover(model, [idle.op_name], []),
