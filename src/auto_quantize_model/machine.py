@@ -127,6 +127,17 @@ def explained_out_of_memory(device: torch.device) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def with_threads(count: int) -> Iterator[None]:
+    """Give torch so many CPU threads for a while: sums of float32 depend on their number."""
+    saved = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(saved)
+
+
 def has_vnni() -> bool:
     """Whether this CPU has AVX-512 VNNI. With VNNI, INT8 products are exact and torch takes oneDNN's convolution."""
     return bool(torch.cpu.get_capabilities().get("avx512_vnni", False))

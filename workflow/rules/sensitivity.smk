@@ -119,10 +119,10 @@ rule capture_sensitivity:
 
 
 rule audit_capture:
-    """Have INC's unmodified helpers measure a sample of ops again: on the CPU every bit has to be the same.
+    """Have INC and compressed-tensors measure a sample of ops again: on the CPU every bit has to be the same.
 
-    INC measures in every run, with every engine, so no report depends on the replay alone. If INC cannot measure the
-    model, torch's own quantized modules do.
+    INC's unmodified helpers measure in every run, with every engine, so no report depends on the replay alone. If INC
+    cannot measure the model, torch's own quantized modules do. The modules of compressed-tensors measure its schemes.
     """
     input:
         **MEASURED,

@@ -18,7 +18,7 @@ from auto_quantize_model.inc.engine import inc_scores, spec_of
 from auto_quantize_model.inc.plan import ops_to_keep, quant_config
 from auto_quantize_model.inc.torch_modules import torch_scores
 from auto_quantize_model.inc_pytorch_mse_patching import activations_reduced
-from auto_quantize_model.machine import any_algorithm
+from auto_quantize_model.machine import any_algorithm, with_threads
 from auto_quantize_model.measure.states import ALL
 from auto_quantize_model.records import Audit, Capture, Plan, Scales, Score, digest_of_record
 from auto_quantize_model.replay.devices import check_sites
@@ -165,15 +165,10 @@ def rank_agreement(found: dict[str, float], expected: dict[str, float]) -> float
 def incs_surroundings(threads: int, reduce_range: bool) -> Iterator[None]:
     """Set the capture's number of threads and the plan's `reduce_range`, and allow all of INC's kernels.
 
-    Sums of float32 depend on the threads. A run on a GPU may have restricted torch to deterministic kernels.
+    A run on a GPU may have restricted torch to deterministic kernels.
     """
-    saved = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with any_algorithm(), activations_reduced(reduce_range):
-            yield
-    finally:
-        torch.set_num_threads(saved)
+    with with_threads(threads), any_algorithm(), activations_reduced(reduce_range):
+        yield
 
 
 def _by_inc(

@@ -1,7 +1,7 @@
 """The audit of the schemes of compressed-tensors: the library's own modules, in a copy of the model, measure again.
 
 In: the model, one batch, the plan, the capture, and the input ranges of the calibration. Out: how many values were
-compared in each scheme. Any difference is an error, whatever its size.
+compared in each scheme. Any difference is an error, whatever its size. All is computed on the CPU.
 """
 
 import copy
@@ -14,6 +14,7 @@ from compressed_tensors.quantization import QuantizationScheme, QuantizationStat
 from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
 
 from auto_quantize_model.files import InputError
+from auto_quantize_model.machine import with_threads
 from auto_quantize_model.measure.metrics import Reference
 from auto_quantize_model.records import Capture, Plan, Scales, Score
 from auto_quantize_model.replay.model import Batch, Replay
@@ -42,8 +43,11 @@ def audit_served(
 ) -> dict[str, int]:
     """Compare single ops, all ops, and a mixed assignment with the model as compressed-tensors quantizes it.
 
+    Scores of a capture on the CPU are compared themselves. Those of a GPU have other sums, so the replay measures the
+    same states again on the CPU.
+
     Args:
-        model: FP32, eval mode, on the device of the capture; left as it was.
+        model: FP32, eval mode, on the CPU; left as it was.
         index: of the batch to compare.
         count: ops to compare in each scheme, the most and the least sensitive among them.
         scales: whose input ranges the capture took.
@@ -63,15 +67,17 @@ def audit_served(
     states = list(states_to_audit(plan, capture, index, count, schemes, generator))
     library = Library(model, plan, schemes, scales)
     batch = batches[index]
-    reference = Reference(library.logits(batch, {}), batch.get("mm_token_type_ids"))
     compared = dict.fromkeys((*schemes, MIXED), 0)
-    with Replay(copied(model), plan.ops, plan.measured_op, schemes=schemes) as replay:
+    own = Replay(copied(model), plan.ops, plan.measured_op, schemes=schemes)
+    with with_threads(capture.arithmetic.threads), own as replay:
+        reference = Reference(library.logits(batch, {}), batch.get("mm_token_type_ids"))
         replay.set_scales(scales)
         replay.begin(batch)
         for done, (scheme, what, assignment, score) in enumerate(states):
             on_state(done, len(states))
             expected = reference.compare(library.logits(batch, assignment))
-            found = vars(score) if score else reference.compare(replay.run(assignment))
+            captured = score and capture.arithmetic.device == "cpu"
+            found = vars(score) if captured else reference.compare(replay.run(assignment))
             for metric, value in expected.items():
                 if found[metric] != value:
                     raise InputError(
@@ -130,9 +136,8 @@ class Library:
             with_samples(modules[name])
         outputs: list[torch.Tensor] = []
         modules[self.measured_op].register_forward_hook(lambda module, args, output: outputs.append(output))
-        device = next(model.parameters()).device
         with torch.no_grad():
-            model(**{key: tensor.to(device) for key, tensor in batch.items()})
+            model(**batch)
         return outputs[-1]
 
     def quantize(self, module: torch.nn.Module, name: str, scheme: QuantizationScheme) -> None:
@@ -176,7 +181,7 @@ class Library:
         if not torch.equal(linear.weight, expected):
             raise InputError(
                 f"audit: scheme {scheme_name}, {name}: the weight that compressed-tensors decompresses in BF16 differs"
-                " from the weight that was measured. Do not use this capture, and report the difference with the plan"
+                " from the quantized weight. Do not use this capture, and report the difference with the plan"
             )
 
 

@@ -50,7 +50,7 @@ class Kept:
 
 
 class Served:
-    """One op in one scheme. `name` identifies op and scheme among the weights of `kept`.
+    """One op in one scheme.
 
     Args:
         module: the op's Linear, which stays as it is.

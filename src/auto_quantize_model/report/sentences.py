@@ -498,11 +498,8 @@ def audited(audit: dict[str, Any]) -> str:
     """Which values were measured again, and by whom, in sentences."""
     ops, batch, auditor = counted(len(audit["ops"]), "op"), audit["batch"], AUDITORS[audit["by"]]
     why = " Intel Neural Compressor cannot measure this model." if audit["by"] == "torch" else ""
-    served = "".join(
-        f" {counted(count, 'value')} of {scheme} {'was' if count == 1 else 'were'} the same in the modules of"
-        " compressed-tensors, bit for bit."
-        for scheme, count in audit["served"].items()
-    )
+    counts = joined([f"{counted(count, 'value')} of {scheme}" for scheme, count in audit["served"].items()])
+    served = f" The modules of compressed-tensors gave the same bits on the CPU: {counts}." if counts else ""
     return of_inc(audit, ops, batch, auditor, why) + served
 
 
