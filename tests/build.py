@@ -166,11 +166,9 @@ KL_OF_SCHEMES = {
 
 def three_schemes() -> tuple[Plan, Capture]:
     """Three ops in three schemes; `b` cannot have NVFP4."""
-    ops = [
-        an_op(name, schemes=tuple(scheme for scheme in KL_OF_SCHEMES if name in KL_OF_SCHEMES[scheme]))
-        for name in "abc"
-    ]
-    ops[1].refused["NVFP4"] = "its 8 columns do not divide"
+    able = {name: tuple(scheme for scheme, ops in KL_OF_SCHEMES.items() if name in ops) for name in "abc"}
+    refused = {"b": {"NVFP4": "its 8 columns do not divide"}}
+    ops = [an_op(name, schemes=schemes, refused=refused.get(name, {})) for name, schemes in able.items()]
     plan = a_plan(ops, schemes=dict.fromkeys(KL_OF_SCHEMES, {}), config_digest="3" * 64)
     scores: list[Score] = []
     for scheme, values in KL_OF_SCHEMES.items():

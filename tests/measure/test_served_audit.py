@@ -4,12 +4,15 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from build import IDENTITY
 from quick_inc import plans_unchecked
 
 from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.plan import build_plan, identify
+from auto_quantize_model.machine import with_threads
+from auto_quantize_model.measure import served_audit
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.served_audit import MIXED, audit_served
 from auto_quantize_model.measure.store import ScoreStore
@@ -120,3 +123,23 @@ def test_a_replay_that_differs_in_a_mixed_assignment_is_found(
     monkeypatch.setattr(served, "quantized_weight", lambda *args: exact(*args) * (1 + 2**-20))
     with pytest.raises(InputError, match=f"^audit: batch 0, scheme {MIXED}, an op in a scheme each: the mse_value is"):
         audit_served(model, batches, 0, plan, capture, 2, scales[ALL_BATCHES])
+
+
+def test_the_audit_has_the_threads_of_the_capture(model, plan, batches, scales, capture: Capture, monkeypatch) -> None:
+    seen, measure = set(), served_audit.Library.logits
+
+    def logits(*args):
+        seen.add(torch.get_num_threads())
+        return measure(*args)
+
+    monkeypatch.setattr(served_audit.Library, "logits", logits)
+    with with_threads(capture.arithmetic.threads + 1):
+        audit_served(model, batches, 0, plan, capture, 2, scales[ALL_BATCHES])
+        assert torch.get_num_threads() == capture.arithmetic.threads + 1
+    assert seen == {capture.arithmetic.threads}
+
+
+def test_the_scores_of_a_gpu_are_not_compared_with_the_cpus(model, plan, batches, scales, capture: Capture) -> None:
+    scores = tuple(replace(score, mse_value=score.mse_value * 1.001) for score in capture.scores)
+    there = replace(capture, scores=scores, arithmetic=replace(capture.arithmetic, device="cuda"))
+    assert audit_served(model, batches, 0, plan, there, 2, scales[ALL_BATCHES])["W8A8"] == 15

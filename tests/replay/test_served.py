@@ -1,22 +1,18 @@
 """A replayed model in any assignment of schemes has the bits of the model that compressed-tensors quantizes."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
-from build import an_op
-from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
-from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
+from build import a_plan, an_op
 
 from auto_quantize_model.files import InputError
-from auto_quantize_model.measure.served_audit import with_samples
+from auto_quantize_model.measure.served_audit import Library
 from auto_quantize_model.models.snapshot import load_model
 from auto_quantize_model.models.units import unit_of
-from auto_quantize_model.records import Op, Scales
+from auto_quantize_model.records import Op
 from auto_quantize_model.replay.model import Replay
 from auto_quantize_model.replay.served import Kept
-from auto_quantize_model.schemes.compressed import global_scale, input_parameters, refusal, scheme_of, weight_parameters
+from auto_quantize_model.schemes.compressed import refusal, scheme_of
 from auto_quantize_model.schemes.scheme import assigned
 
 GROUPS = {"weights": {"num_bits": 4, "group_size": 16, "strategy": "group", "symmetric": False}}
@@ -34,36 +30,6 @@ def planned(model: torch.nn.Module) -> list[Op]:
             able = tuple(key for key, scheme in SCHEMES.items() if not refusal(scheme, "Linear", shape))
             ops.append(an_op(name, shape=shape, schemes=("inc_int8", *able), unit=unit_of(name, modules)))
     return ops
-
-
-def by_compressed_tensors(
-    model: torch.nn.Module, batch: dict[str, torch.Tensor], ops: list[Op], assignment: dict[str, str], seen: Scales
-) -> torch.Tensor:
-    """The logits of a copy of the model whose modules compressed-tensors quantizes."""
-    model = copy.deepcopy(model)
-    modules = dict(model.named_modules())
-    units = {
-        op.op_name: [modules[other.op_name].weight.clone() for other in ops if other.unit == op.unit] for op in ops
-    }
-    for name, scheme_name in assignment.items():
-        scheme: QuantizationScheme = SCHEMES[scheme_name]
-        module, weights = modules[name], scheme.weights
-        shared = global_scale(units[name]) if weights.strategy == "tensor_group" else None
-        parameters = {"weight": weight_parameters(module.weight, weights, shared)}
-        if scheme.input_activations and scheme.input_activations.dynamic is not True:
-            given = seen[name].input
-            parameters["input"] = input_parameters(
-                given.minimum, given.maximum, scheme.input_activations, torch.float32
-            )
-        initialize_module_for_quantization(module, scheme)
-        for side, found in parameters.items():
-            for key, value in vars(found).items():
-                if value is not None and value.numel():
-                    getattr(module, f"{side}_{key}").data = value
-        module.quantization_status = QuantizationStatus.FROZEN
-        with_samples(module)
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +50,8 @@ def test_every_scheme_and_mixed_assignments_have_the_bits_of_compressed_tensors(
     states += [{able[-1]: scheme} for scheme, able in names.items()]
     with Replay(model, ops, "lm_head") as replay:
         seen = replay.calibrate(*batches)
-    expected = [[by_compressed_tensors(model, batch, ops, state, seen) for state in states] for batch in batches]
+    library = Library(model, a_plan(ops), SCHEMES, seen)
+    expected = [[library.logits(batch, state) for state in states] for batch in batches]
     with Replay(model, ops, "lm_head", schemes=SCHEMES) as replay:
         replay.set_scales(seen)
         for batch, of_batch in zip(batches, expected, strict=True):
