@@ -287,7 +287,15 @@ class OpScales:
     output: ObservedRange | None = None
 
 
-METRICS = ("mse_value", "image_error", "text_error", "kl_divergence", "top1_agreement")
+METRICS = (
+    "mse_value",
+    "image_error",
+    "text_error",
+    "kl_divergence",
+    "image_divergence",
+    "text_divergence",
+    "top1_agreement",
+)
 # Of one calibration: {op_name: its scales}. An op that did not run has no entry.
 Scales = Mapping[str, OpScales]
 
@@ -304,6 +312,8 @@ class Score:
         mse_value: INC's **sum** of squared errors at the measured op.
         image_error, text_error: the same sum at the positions of image and of other tokens; None where INC measured.
         kl_divergence: nats, mean over positions; None where INC measured.
+        image_divergence, text_divergence: its sum at the positions of image and of other tokens; None where INC
+            measured.
         top1_agreement: share of positions; None where INC measured.
     """
 
@@ -315,12 +325,45 @@ class Score:
     image_error: float | None = None
     text_error: float | None = None
     kl_divergence: float | None = None
+    image_divergence: float | None = None
+    text_divergence: float | None = None
     top1_agreement: float | None = None
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """The KL divergence of one op in one scheme, in nats per position, estimated by `measure.probes`.
+
+    Attributes:
+        standard_error: of the mean over the probes.
+        split_half: how far the means of two halves of the probes are apart.
+    """
+
+    scheme: str
+    op_name: str
+    kl_divergence: float
+    standard_error: float
+    split_half: float
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Which scores of the isolated map are measured, and which are estimated.
+
+    Attributes:
+        exact: `all`, `none`, or `top:N`, the N ops of each scheme with the largest estimates and those near them.
+        probes: how many probes estimate the others; 0 where all are measured.
+        reason: what decided, in words.
+    """
+
+    exact: str = "all"
+    probes: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class ScoredBatch:
-    """A batch of a capture. `reference` holds sums of squares of the FP32 output: {all, image, text}."""
+    """A batch of a capture. `reference` holds what sums are divided by; see `measure.metrics.Reference.totals`."""
 
     batch: int
     reference: dict[str, float]
@@ -346,6 +389,7 @@ class Capture:
 
     Attributes:
         second_pass: of each batch, what INC's second pass of the fallback map gave: {op_name: mse_value}.
+        effort: which scores of the isolated map are exact; without all of them, `estimates` has every op and scheme.
     """
 
     engine: str
@@ -358,6 +402,8 @@ class Capture:
     batches: tuple[ScoredBatch, ...]
     second_pass: tuple[dict[str, float], ...]
     scores: tuple[Score, ...]
+    effort: Effort = Effort()
+    estimates: tuple[Estimate, ...] = ()
 
     def of_map(self, label: str, scheme: str = "inc_int8") -> dict[str, list[Score | None]]:
         """{op_name: its score on each batch, None where it did not run}, in the order of the rows."""
@@ -370,6 +416,10 @@ class Capture:
     def all_in(self, scheme: str) -> list[Score]:
         """The score of each batch with every op in a scheme that can have the scheme."""
         return [score for score in self.scores if (score.map, score.scheme) == ("all", scheme)]
+
+    def estimates_of(self, scheme: str) -> dict[str, Estimate]:
+        """{op_name: its estimate in a scheme}."""
+        return {found.op_name: found for found in self.estimates if found.scheme == scheme}
 
     @property
     def all_int8(self) -> list[Score]:

@@ -22,8 +22,9 @@ def aggregated(scores: Sequence[Score | None], references: Sequence[Mapping[str,
         `mse_value` is the mean of INC's sums of squared errors, `mse_value_std` their standard deviation between
         batches (null for one batch). `relative_error` is the sum of errors over the sum of squares of the FP32 output.
         `image_relative_error` and `text_relative_error` are the same at those positions. `sqnr_db` is -10 log10 of
-        `relative_error`, in dB. `kl_divergence` (nats) and `top1_agreement` are means. A value is null if it was not
-        measured, if there are no positions, or (the SQNR) if the error is 0.
+        `relative_error`, in dB. `kl_divergence` (nats) and `top1_agreement` are means. `image_kl_divergence` and
+        `text_kl_divergence` are means over those positions. A value is null if it was not measured, if there are no
+        positions, or (the SQNR) if the error is 0.
     """
     pairs = [(score, reference) for score, reference in zip(scores, references, strict=True) if score is not None]
     relative = {
@@ -32,6 +33,8 @@ def aggregated(scores: Sequence[Score | None], references: Sequence[Mapping[str,
             ("relative_error", "mse_value", "all"),
             ("image_relative_error", "image_error", "image"),
             ("text_relative_error", "text_error", "text"),
+            ("image_kl_divergence", "image_divergence", "image_positions"),
+            ("text_kl_divergence", "text_divergence", "text_positions"),
         )
     }
     overall = relative["relative_error"]

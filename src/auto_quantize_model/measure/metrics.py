@@ -34,25 +34,36 @@ class Reference:
         self.image = image_tokens.to(output.device).bool()
 
     def totals(self) -> dict[str, float]:
-        """Sums of squares of the FP32 output: over all positions, and over image and text positions."""
+        """What sums of errors and divergences are divided by.
+
+        Returns:
+            `all`, `image` and `text`: the sum of squares of the FP32 output at all, image and text positions.
+            `image_positions` and `text_positions`: how many there are.
+        """
         squares = self.output.double().pow(2).sum(-1)
-        return {"all": float(squares.sum()), **self._split(squares)}
+        positions = {"image_positions": float(self.image.sum()), "text_positions": float((~self.image).sum())}
+        return {"all": float(squares.sum()), **self._split(squares), **positions}
 
     def compare(self, output: torch.Tensor) -> dict[str, float]:
         """The record of another output.
 
         Returns:
             `mse_value` (INC's sum of squared errors), `image_error` and `text_error` (the same sum at image and text
-            positions). `kl_divergence` (nats, of the next-token distribution from the FP32 one, mean over positions)
-            and `top1_agreement` (share of positions whose most likely token is that of FP32).
+            positions). `kl_divergence` (nats, of the next-token distribution from the FP32 one, mean over positions),
+            `image_divergence` and `text_divergence` (its **sum** at image and text positions). `top1_agreement` (share
+            of positions whose most likely token is that of FP32).
         """
         errors = (self.output - output).pow(2)
         at = self._split(errors.sum(-1).double())
+        divergences = kl_divergences(self.output, output)
+        nats = self._split(divergences)
         return {
             "mse_value": float(errors.sum()),
             "image_error": at["image"],
             "text_error": at["text"],
-            "kl_divergence": kl_divergence(self.output, output),
+            "kl_divergence": float(divergences.mean()),
+            "image_divergence": nats["image"],
+            "text_divergence": nats["text"],
             "top1_agreement": float((output.argmax(-1) == self.top1).double().mean()),
         }
 
@@ -81,17 +92,35 @@ def require_finite(record: dict[str, float], place: str, state: str, advice: str
     return record
 
 
-def kl_divergence(reference: torch.Tensor, output: torch.Tensor) -> float:
-    """KL(reference || output) of the distributions that logits over the last dimension give: nats, mean over the rest.
+def kl_divergences(reference: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """KL(reference || output) at each position, of the distributions that logits over the last dimension give.
 
-    The sums are in float64, because one op's divergence can be below the resolution of float32.
+    With p the reference's distribution and d the difference of the logits, the divergence is
+    log(1 + sum p (exp(d - m) - 1)), with m the mean of d under p. No two large terms cancel in this form, so a tiny
+    divergence keeps its digits. A difference of logarithms would lose them.
+
+    Args:
+        reference: logits of shape (..., vocabulary).
+        output: logits of the same shape.
+
+    Returns:
+        Nats, float64, of the shape (...).
     """
-    total = torch.zeros((), dtype=torch.float64, device=output.device)
     rows = reference.flatten(0, -2), output.flatten(0, -2)
-    for p, q in zip(*(side.split(ROWS_AT_ONCE) for side in rows), strict=True):
-        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-        total += (log_p.exp() * (log_p - log_q)).sum()
-    return max(0.0, float(total) / rows[0].shape[0])  # rounding can leave -1e-17 where the divergence is 0
+    found = [_divergences(p, q) for p, q in zip(*(side.split(ROWS_AT_ONCE) for side in rows), strict=True)]
+    return torch.cat(found).reshape(reference.shape[:-1])
+
+
+def _divergences(reference: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """As `kl_divergences`, for logits of shape (rows, vocabulary) that fit in float64."""
+    p = reference.double().softmax(-1)
+    d = output.double() - reference.double()
+    d -= (p * d).sum(-1, keepdim=True)
+    found = torch.log1p((p * d.expm1()).sum(-1)).clamp(min=0)  # rounding can leave -1e-17 where the divergence is 0
+    if not found.isfinite().all():  # exp overflows where a logit grew by more than 700; nothing cancels there
+        large = (reference.double().log_softmax(-1) + d).logsumexp(-1)
+        found = torch.where(found.isfinite(), found, large)
+    return found
 
 
 def right_answers(output: torch.Tensor, batch: Mapping[str, torch.Tensor], spans: Sequence[range | None]) -> int:

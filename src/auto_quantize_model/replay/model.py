@@ -5,7 +5,8 @@ the bits that INC 2.6 would give on the CPU. Nothing is prepared, converted or c
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType, TracebackType
 from typing import Any
 
@@ -104,6 +105,7 @@ class Replay:
             InputError: no site reproduces an op, or INC's arithmetic cannot be repeated on the device.
         """
         require_replayable(model, ops)
+        self.model, self.measured_op = model, measured_op
         self.device = next(model.parameters()).device
         require_formula(self.device)
         self.call = call or (lambda: model(**self.batch))
@@ -159,6 +161,7 @@ class Replay:
         self._forget()
 
     def _forget(self) -> None:
+        self.visitor: Callable[..., Any] | None = None
         self.batch: Batch = {}
         self.sequence: list[str] = []  # the blocks in the order in which they ran
         self.outputs: list[Any] = []  # the output of each block in the previous run, as far as it is kept
@@ -277,8 +280,28 @@ class Replay:
         for name, site in self.sites.items():
             site.scheme = schemes.get(name)
 
+    @contextmanager
+    def watched(self, visit: Callable[..., Any], watch: Callable[..., Any]) -> Iterator[None]:
+        """For as long as the context lasts, a forward in FP32 calls these functions.
+
+        Args:
+            visit: called in place of each block with its name, its own forward, and its inputs.
+            watch: as `Site.watch`.
+        """
+        self.visitor = visit
+        for site in self.sites.values():
+            site.watch = watch
+        try:
+            yield
+        finally:
+            self.visitor = None
+            for site in self.sites.values():
+                site.watch = None
+
     def _visit(self, block: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a block, or return its kept output."""
+        if self.visitor:
+            return self.visitor(block, forward, *args, **kwargs)
         if not self.running:
             return forward(*args, **kwargs)
         index = self.visits

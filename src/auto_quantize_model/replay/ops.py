@@ -8,6 +8,7 @@ INC's model calls, so the bits are INC's on every instruction set. On CUDA a sit
 
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,8 +39,9 @@ class Site:
     """One op of the plan; called in place of its module's forward.
 
     `scheme` is the op's current scheme, None for FP32. `served` are the op's schemes of compressed-tensors. Between
-    `observe` and `observed`, in FP32, observers see the op's input and output. `executions` counts calls. Scales and
-    zero_points of input and output belong to the calibration, the weight's codes to the model.
+    `observe` and `observed`, in FP32, observers see the op's input and output. `watch`, where set, gets the site, its
+    input and its FP32 output, and returns the output that the model goes on with. `executions` counts calls. Scales
+    and zero_points of input and output belong to the calibration, the weight's codes to the model.
     """
 
     def __init__(self, module: Any, op: Op) -> None:
@@ -51,16 +53,17 @@ class Site:
         self.scheme: str | None = None
         self.served: dict[str, Served] = {}
         self.observers: list[Any] = []
+        self.watch: Callable[[Site, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         self.executions = 0
         self.has_scales = False
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:  # named as in torch's modules
         self.executions += 1
-        if self.scheme == INC_INT8:
-            return self.quantized(input)
         if self.scheme:
-            return self.served[self.scheme](input)
+            return self.in_scheme(self.scheme, input)
         output: torch.Tensor = self.forward(input)
+        if self.watch:
+            return self.watch(self, input, output)
         for observer, tensor in zip(self.observers, (input, output), strict=False):
             if not tensor.isfinite().all():
                 raise InputError(
@@ -70,6 +73,10 @@ class Site:
             # On the CPU for every device: so the histograms of all machines are the same.
             observer(tensor.detach().float().cpu())
         return output
+
+    def in_scheme(self, scheme: str, x: torch.Tensor) -> torch.Tensor:
+        """The op's output for `x` in one of its schemes, whatever its current scheme is."""
+        return self.quantized(x) if scheme == INC_INT8 else self.served[scheme](x)
 
     def observe(self) -> None:
         """Start a calibration, with new observers for input and output."""

@@ -1,0 +1,62 @@
+"""Estimates by Fisher probes: the directions have the Fisher covariance, and the estimates find the exact divergence."""
+
+import math
+
+import torch
+from build import an_op
+from quick_inc import few_ops_model, token_batches
+
+from auto_quantize_model.decide.stability import tau
+from auto_quantize_model.measure.metrics import Reference
+from auto_quantize_model.measure.probes import estimates, fisher_direction, probe
+from auto_quantize_model.replay.model import Replay
+from auto_quantize_model.schemes.by_name import schemes_of
+
+SCHEMES = ("inc_int8", "W8A8", "FP8_DYNAMIC")
+
+
+def test_directions_have_the_covariance_of_the_softmaxs_fisher_matrix():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
+    drawn = torch.stack([fisher_direction(logits, seed)[0] for seed in range(20_000)])
+    p = logits.softmax(-1)[0]
+    torch.testing.assert_close(drawn.T @ drawn / len(drawn), p.diag() - torch.outer(p, p), atol=6e-3, rtol=0)
+    assert torch.allclose(drawn.sum(-1), torch.zeros(()), atol=1e-5)  # a shift of all logits changes nothing
+
+
+def test_estimates_come_near_the_exact_divergence_of_every_op_and_scheme():
+    model, batches = few_ops_model(), token_batches(2)
+    modules = dict(model.named_modules())
+    names = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
+    ops = [an_op(name, schemes=SCHEMES, shape=tuple(modules[name].weight.shape)) for name in names]
+    exact, values = {}, []
+    with Replay(model, ops, "lm_head", schemes=schemes_of(SCHEMES)) as replay:
+        for batch in batches:
+            replay.set_scales(replay.calibrate(batch))
+            reference = Reference(replay.begin(batch).clone(), None)
+            for name in names:
+                for scheme in SCHEMES:
+                    record = reference.compare(replay.run({name: scheme}))
+                    exact[scheme, name] = exact.get((scheme, name), 0) + record["kl_divergence"] / len(batches)
+            values.append(probe(replay, dict.fromkeys(names, SCHEMES), range(64)))
+    found = {(made.scheme, made.op_name): made for made in estimates(values)}
+    assert found.keys() == exact.keys()
+    for key, made in found.items():
+        assert abs(made.kl_divergence - exact[key]) < 4 * made.standard_error, key
+    total = math.fsum(made.kl_divergence for made in found.values())
+    assert math.isclose(total, math.fsum(exact.values()), rel_tol=0.1)
+    agreement = tau([exact[key] for key in exact], [found[key].kl_divergence for key in exact])
+    assert agreement is not None and agreement > 0.8
+
+
+def test_a_standard_error_and_a_split_half_are_those_of_the_probes():
+    of_batch = [[{"W8A8": {"op": value}} for value in (1.0, 2.0, 3.0, 6.0)]]
+    (made,) = estimates(of_batch)
+    assert (made.kl_divergence, made.split_half) == (3.0, 2.0)
+    assert math.isclose(made.standard_error, math.sqrt(14 / 3) / 2)
+
+
+def test_an_op_counts_on_the_batches_on_which_it_ran():
+    first = [{"W8A8": {"a": 1.0, "b": 2.0}}, {"W8A8": {"a": 1.0, "b": 4.0}}]
+    second = [{"W8A8": {"a": 3.0}}, {"W8A8": {"a": 3.0}}]
+    found = {made.op_name: made.kl_divergence for made in estimates([first, second])}
+    assert found == {"a": 2.0, "b": 3.0}
