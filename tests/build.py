@@ -10,6 +10,8 @@ from auto_quantize_model.records import (
     Audit,
     CalibrationManifest,
     Capture,
+    Effort,
+    Estimate,
     Excluded,
     IncInt8,
     ModelManifest,
@@ -149,7 +151,7 @@ def a_capture(
         "plan_digest": digest_of_record(plan),
         "versions": plan.versions,
         "batches": tuple(
-            ScoredBatch(index, {"all": 1000.0, "image": 200.0, "text": 800.0}, ("a|b",), 24, 4)
+            ScoredBatch(index, POSITIONS | {"all": 1000.0, "image": 200.0, "text": 800.0}, ("a|b",), 24, 4)
             for index in range(len(all_int8))
         ),
         "second_pass": tuple({} for _ in all_int8),
@@ -157,6 +159,7 @@ def a_capture(
     return Capture(scores=tuple(rows), **fields | changes)
 
 
+POSITIONS = {"image_positions": 4.0, "text_positions": 20.0}
 KL_OF_SCHEMES = {
     "inc_int8": {"a": 3.0, "b": 2.0, "c": 1.0},
     "W8A8": {"a": 1.0, "b": 2.0, "c": 3.0},
@@ -178,6 +181,16 @@ def three_schemes() -> tuple[Plan, Capture]:
         ]
         scores.append(Score(0, "all", scheme, "", 9.0, kl_divergence=sum(values.values()), **record))
     return plan, replace(a_capture(plan, {}, [{"mse_value": 1.0}]), scores=tuple(scores))
+
+
+def with_estimates() -> tuple[Plan, Capture]:
+    """The three schemes with one measured op in each, the first, and estimates of all ops."""
+    plan, capture = three_schemes()
+    scores = tuple(score for score in capture.scores if score.map != "isolated" or score.op_name == "a")
+    estimates = tuple(
+        Estimate(scheme, name, kl / 2, 0.25, 0.5) for scheme, ops in KL_OF_SCHEMES.items() for name, kl in ops.items()
+    )
+    return plan, replace(capture, scores=scores, effort=Effort("top:1", 16, "a test"), estimates=estimates)
 
 
 def an_audit(**changes: Any) -> Audit:

@@ -18,10 +18,10 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from auto_quantize_model.config import PlanSpec, Target, TradeoffSpec
+from auto_quantize_model.config import PlanSpec, SensitivitySpec, Target, TradeoffSpec
 from auto_quantize_model.config_text import read_block
 from auto_quantize_model.decide.profiles import build_profiles
-from auto_quantize_model.decide.ranking import most_sensitive_first, ranked
+from auto_quantize_model.decide.ranking import isolated, most_sensitive_first
 from auto_quantize_model.documents import read_document, write_document
 from auto_quantize_model.files import InputError, digest_of
 from auto_quantize_model.machine import choose_device, explained_out_of_memory
@@ -38,7 +38,10 @@ from auto_quantize_model.records import (
     body_of,
     digest_of_record,
 )
+from auto_quantize_model.replay.calibrate import calibrate
 from auto_quantize_model.replay.model import Batch, Replay
+from auto_quantize_model.replay.scales import ALL_BATCHES, name_of_batch
+from auto_quantize_model.schemes.scheme import INC_INT8
 
 INC_NEEDS = ("neural_compressor", "six", "pkg_resources", "transformers")
 Batches = Sequence[Mapping[str, torch.Tensor]]
@@ -51,7 +54,9 @@ def plan(
     batches: Batches,
     *,
     confidence_batches: int = 2,
+    schemes: Sequence[Any] = ("inc_int8",),
     maps: Sequence[str] = ("isolated",),
+    fallback_schemes: Sequence[str] = (),
     op_type_dict: Mapping[str, str] | None = None,
     op_name_dict: Mapping[str, str] | None = None,
     reduce_range: bool | None = None,
@@ -67,7 +72,10 @@ def plan(
         batches: the calibration batches. Each has `input_ids`, int64 of shape (samples, tokens), and all else that the
             model takes.
         confidence_batches: how many of the batches will be scored, each alone.
+        schemes: the schemes to measure: `inc_int8`, and as many of compressed-tensors as wanted, such as `W8A8`,
+            `FP8_DYNAMIC`, `W4A16` and `NVFP4`.
         maps: which maps will be measured. The ranking needs `isolated`; each other map takes as long again.
+        fallback_schemes: schemes in which the map `fallback` is measured besides `inc_int8`.
         op_type_dict: op types that stay in FP32, such as `{"Embedding": "fp32"}`.
         op_name_dict: ops that stay in FP32, by regular expressions that match whole names.
         reduce_range: whether activations take 7 bits of 8; None is INC's choice for this CPU.
@@ -84,7 +92,9 @@ def plan(
     asked = {
         "engine": engine,
         "confidence_batches": confidence_batches,
+        "schemes": list(schemes),
         "maps": list(maps),
+        "fallback_schemes": list(fallback_schemes),
         "reduce_range": reduce_range,
         "op_type_dict": dict(op_type_dict or {}),
         "op_name_dict": dict(op_name_dict or {}),
@@ -102,7 +112,13 @@ def plan(
 
 
 def capture(
-    model: torch.nn.Module, batches: Batches, plan: Plan, *, store: str | PathLike[str] | None = None
+    model: torch.nn.Module,
+    batches: Batches,
+    plan: Plan,
+    *,
+    store: str | PathLike[str] | None = None,
+    exact: str = "all",
+    time_budget: str | None = None,
 ) -> Capture:
     """Measure the error of every op of the plan on each scored batch. Progress is shown on standard error.
 
@@ -114,9 +130,14 @@ def capture(
         plan: of `plan`, or read by `load`.
         store: a folder that keeps each score. A later call with the same model and batches measures only what is new.
             None keeps nothing.
+        exact: which scores of the map `isolated` are measured: `all`, `none`, `top:N` for the N ops of each scheme with
+            the largest estimates, or `auto`. The others are estimated by Fisher probes.
+        time_budget: a time such as `20m`, which chooses the number of probes, and with `auto` the scores.
 
     Returns:
-        The scores: a row for each batch, map and op. `mse_value` is INC's sum of squared errors at `plan.measured_op`.
+        The scores: a row for each batch, scheme, map and op. `mse_value` is INC's sum of squared errors at
+        `plan.measured_op`. `estimates` has the KL divergence of every op where not all scores are measured. Schemes of
+        compressed-tensors with static inputs take the ranges of all batches together.
 
     Raises:
         InputError: an argument is wrong, the plan is of another model, an op cannot be measured, or a number is not
@@ -124,6 +145,7 @@ def capture(
     """
     device = _device_of(model)
     scored = _batches(batches, "batches", device)
+    asked = read_block(SensitivitySpec, {"exact": exact, "time_budget": time_budget}, "sensitivity")
     _require_ops(model, plan)
     with _measuring(device, "capture") as on_progress, _store(store) as scores, ExitStack() as stack:
         by_inc: Engine | None = None
@@ -135,24 +157,46 @@ def capture(
             by_inc = measure_by_inc
             stack.enter_context(fx_safe(model))
         of_model = _of_model(model, plan, scored)
-        captured, _ = capture_sensitivity(model, scored, of_model, scores, on_progress=on_progress, by_inc=by_inc)
+        found = calibrate(model, plan, scored, len(plan.schemes) > 1) if plan.engine != "inc" else {}
+        captured, _ = capture_sensitivity(
+            model,
+            scored,
+            of_model,
+            scores,
+            [found[name_of_batch(index)] for index in range(plan.confidence_batches)] if found else None,
+            on_progress,
+            by_inc,
+            found.get(ALL_BATCHES),
+            asked.exact,
+            asked.time_budget,
+            tqdm.write,
+        )
     return replace(captured, plan_digest=digest_of_record(plan))
 
 
-def ranking(plan: Plan, capture: Capture) -> pd.DataFrame:
-    """The measured ops, the most sensitive first, by the map `isolated`.
+def ranking(plan: Plan, capture: Capture, scheme: str = "inc_int8") -> pd.DataFrame:
+    """The ops of a scheme, the most sensitive first, by the map `isolated`.
+
+    `mse_value` ranks in `inc_int8` if all scores were measured. Otherwise the KL divergence ranks.
+
+    Args:
+        plan: of `plan`.
+        capture: of `capture`.
+        scheme: one of the plan's.
 
     Returns:
         A table with the index `rank`, from 1. Columns are `op_name`, `op_type`, `tied`, `mse_value` (mean over the
         batches) and its standard deviation, `relative_error` and `sqnr_db` (dB) with the same error at positions of
-        images and of text, `kl_divergence` (nats) and `top1_agreement` (a share).
+        images and of text, `kl_divergence` (nats, also of images and of text) and `top1_agreement` (a share).
+        `measured` is false where `kl_divergence` is an estimate, with its `standard_error` and `split_half`.
 
     Raises:
-        InputError: the capture is of another plan, or the map `isolated` was not measured.
+        InputError: the capture is of another plan, the map `isolated` was not measured, or the plan lacks the scheme.
     """
     _require_capture(plan, capture)
-    references = [batch.reference for batch in capture.batches]
-    rows = ranked("isolated", [op for op in plan.ops if op.ran], capture.of_map("isolated"), references)
+    if scheme not in plan.schemes:
+        raise InputError(f"scheme: {scheme} is not in the plan; its schemes are {', '.join(plan.schemes)}")
+    rows = isolated(plan, capture, scheme, "mse_value" if scheme == INC_INT8 else "kl_divergence")
     return pd.DataFrame(rows).set_index("rank")
 
 

@@ -307,6 +307,12 @@ class PlanSpec(Block):
     """Schemes to measure: inc_int8 and presets of compressed-tensors, such as W8A8, FP8_DYNAMIC, W4A16, NVFP4."""
     maps: Maps = ("isolated", "fallback", "requantize")
     """Maps to measure. isolated gives the ranking, so it must be one of them."""
+    fallback_schemes: Annotated[
+        tuple[str, ...],
+        Field(strict=False, json_schema_extra={"uniqueItems": True}),
+        AfterValidator(each_once),
+    ] = ()
+    """Schemes in which the map fallback is measured as well, of those in schemes; it is always in inc_int8."""
     reduce_range: bool | None = None
     """true: activations take 7 bits of 8. false: 8. null: INC's choice, 7 on a CPU without VNNI."""
     op_type_dict: dict[str, Literal["fp32"]] = {}
@@ -326,6 +332,15 @@ class SensitivitySpec(PlanSpec):
     """true: a GPU may round float32 products to TF32, which changes scores."""
     deterministic: bool = True
     """false: torch may choose faster algorithms, whose last bits can differ from run to run."""
+    exact: Annotated[
+        str,
+        Matching(r"auto|all|none|top:[1-9]\d{0,5}", "not a choice; write auto, all, none, or top:N, such as top:40"),
+    ] = "auto"
+    """Scores of the isolated map to measure; the others are estimated. auto: all if cheap, else top:40 of a scheme."""
+    time_budget: (
+        Annotated[str, Matching(r"[1-9]\d{0,5}[smh]", "not a time; write a number and s, m or h, such as 20m")] | None
+    ) = None
+    """Time for the capture, such as 20m. It chooses the estimates, and with exact auto the scores. null: no limit."""
     audit_ops: Annotated[int, Field(ge=2)] = 6
     """Ops that INC's own helpers measure again, the most and the least sensitive among them."""
 
@@ -334,6 +349,13 @@ class SensitivitySpec(PlanSpec):
             yield "sensitivity.schemes: inc_int8 is not in the list, and trade-off and profiles need it; add inc_int8"
         if self.engine == "inc" and len(self.schemes) > 1:
             yield "sensitivity.engine inc measures inc_int8 alone; set sensitivity.schemes to [inc_int8]"
+        if self.engine != "replay" and self.exact not in ("auto", "all"):
+            yield f"sensitivity.exact {self.exact} needs sensitivity.engine replay; set one of the two to its default"
+        for name in self.fallback_schemes:
+            if name not in self.schemes:
+                yield f"sensitivity.fallback_schemes: {quoted(name)} is not in sensitivity.schemes; add it there"
+        if self.fallback_schemes and "fallback" not in self.maps:
+            yield "sensitivity.fallback_schemes needs the map fallback; add fallback to sensitivity.maps"
         if "isolated" not in self.maps:
             yield "sensitivity.maps: isolated is not in the list; add isolated"
         if self.engine != "replay" and self.device == "cuda":

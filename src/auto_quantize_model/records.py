@@ -227,6 +227,7 @@ class Plan:
         keep: what the config keeps in FP32.
         reduce_range: whether activations take 7 bits of 8; `reduce_range_by` says who chose, `inc` or `config`.
         measured_op: the op at whose output the errors are measured.
+        fallback_schemes: those in which the map fallback is measured besides `inc_int8`.
         schemes: the schemes that are measured, by name. Those of compressed-tensors have their fields; see
             `schemes.compressed.scheme_of`.
         ops: in INC's order.
@@ -246,6 +247,7 @@ class Plan:
     reduce_range_by: str
     measured_op: str
     schemes: dict[str, dict[str, Any]]
+    fallback_schemes: tuple[str, ...] = ()
     ops: tuple[Op, ...]
     excluded: tuple[Excluded, ...]
     coverage: Coverage

@@ -1,7 +1,10 @@
 """Schemes are compared by the KL divergence of each op alone."""
 
-from build import a_capture, a_plan, three_schemes
+import math
 
+from build import a_capture, a_plan, three_schemes, with_estimates
+
+from auto_quantize_model.decide.ranking import most_sensitive_first
 from auto_quantize_model.decide.schemes import agreements, of_schemes
 
 
@@ -30,3 +33,21 @@ def test_two_schemes_agree_by_kendalls_tau_on_the_ops_that_both_have() -> None:
 def test_one_scheme_is_compared_with_nothing() -> None:
     plan = a_plan(["a"])
     assert of_schemes(plan, a_capture(plan, {}, [{"mse_value": 1.0}])) == {} and agreements({}) == []
+
+
+def test_an_op_without_a_score_is_ranked_by_its_estimate() -> None:
+    plan, capture = with_estimates()
+    found = of_schemes(plan, capture)
+    rows = {row["op_name"]: row for row in found["W8A8"]["ops"]}
+    assert list(rows) == ["c", "b", "a"]  # 1.5 and 1 are estimates, 1 is a score
+    assert [row["measured"] for row in rows.values()] == [False, False, True]
+    assert (rows["c"]["kl_divergence"], rows["c"]["standard_error"], rows["c"]["split_half"]) == (1.5, 0.25, 0.5)
+    assert rows["c"]["mse_value"] is rows["a"]["standard_error"] is None
+    check = found["W8A8"]["estimates"]
+    assert check["compared"] == 1 and math.isclose(check["ratio"], 0.5) and check["tau"] is None
+    assert most_sensitive_first(plan, capture) == ["a", "b", "c"]
+    assert [pair["ops"] for pair in agreements(found)] == [3, 2, 2]
+
+
+def test_scores_without_estimates_are_checked_against_nothing() -> None:
+    assert {scheme["estimates"] for scheme in of_schemes(*three_schemes()).values()} == {None}

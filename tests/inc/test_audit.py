@@ -97,12 +97,13 @@ def test_the_sample_has_both_extremes_and_is_drawn_by_the_seed():
     capture, other = (
         a_capture(a_plan(values), {"isolated": values}, [{"mse_value": 1.0}], plan_digest=digit * 64) for digit in "12"
     )
-    first = sample_ops(capture, 0, 6)
+    plan = a_plan(values)
+    first = sample_ops(plan, capture, 0, 6)
     assert len(first) == 6
     assert {"op0", "op17"} <= set(first)  # 0 and 19
-    assert first == sample_ops(capture, 0, 6)
-    assert first != sample_ops(other, 0, 6)
-    assert len(sample_ops(capture, 0, 100)) == 20
+    assert first == sample_ops(plan, capture, 0, 6)
+    assert first != sample_ops(plan, other, 0, 6)
+    assert len(sample_ops(plan, capture, 0, 100)) == 20
 
 
 def test_rank_agreement_goes_by_name_and_is_none_without_ranks():

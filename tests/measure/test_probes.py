@@ -1,14 +1,16 @@
-"""Estimates by Fisher probes: the directions have the Fisher covariance, and the estimates find the exact divergence."""
+"""Estimates by Fisher probes: the directions have the Fisher covariance, and estimates find the divergence."""
 
 import math
 
 import torch
-from build import an_op
+from build import a_plan, an_op
 from quick_inc import few_ops_model, token_batches
 
 from auto_quantize_model.decide.stability import tau
+from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.metrics import Reference
 from auto_quantize_model.measure.probes import estimates, fisher_direction, probe
+from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.replay.model import Replay
 from auto_quantize_model.schemes.by_name import schemes_of
 
@@ -60,3 +62,43 @@ def test_an_op_counts_on_the_batches_on_which_it_ran():
     second = [{"W8A8": {"a": 3.0}}, {"W8A8": {"a": 3.0}}]
     found = {made.op_name: made.kl_divergence for made in estimates([first, second])}
     assert found == {"a": 2.0, "b": 3.0}
+
+
+def planned():
+    model = few_ops_model()
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    ops = [an_op(name, schemes=SCHEMES, shape=(16, 16), executions=(1, 1)) for name in names]
+    return model, token_batches(2), a_plan(ops, schemes=dict.fromkeys(SCHEMES, {}), measured_op="lm_head")
+
+
+def test_a_capture_measures_the_ops_with_the_largest_estimates_and_estimates_all(tmp_path):
+    model, batches, plan = planned()
+    said = []
+    capture, record = capture_sensitivity(model, batches, plan, ScoreStore(tmp_path), exact="top:1", say=said.append)
+    assert (capture.effort.exact, capture.effort.probes) == ("top:1", 16) and len(said) == 1
+    assert record["resumed_scores"] == 0
+    exact, _ = capture_sensitivity(model, batches, plan, ScoreStore(tmp_path))
+    assert exact.effort.exact == "all" and exact.estimates == ()
+    for scheme in SCHEMES:
+        made = capture.estimates_of(scheme)
+        assert made.keys() == set(plan.op_names)
+        measured, whole = (of.of_map("isolated", scheme) for of in (capture, exact))
+        assert max(made, key=lambda name: made[name].kl_divergence) in measured
+        assert 1 <= len(measured) <= 2 and measured.items() <= whole.items()
+        assert capture.all_in(scheme) == exact.all_in(scheme)
+
+
+def test_probes_are_resumed_and_do_not_depend_on_their_number(tmp_path):
+    model, batches, plan = planned()
+    store = ScoreStore(tmp_path)
+    first, _ = capture_sensitivity(model, batches, plan, store, exact="none")
+    assert not first.of_map("isolated") and first.all_int8
+    again, record = capture_sensitivity(model, batches, plan, store, exact="none")
+    assert again == first and record["resumed_scores"] == 2 * (16 + len(SCHEMES))
+    with Replay(model, plan.ops, "lm_head", schemes=schemes_of(SCHEMES)) as replay:
+        replay.calibrate(batches[0])
+        replay.begin(batches[0])
+        one, (_, two) = (probe(replay, dict.fromkeys(plan.op_names, SCHEMES), seeds) for seeds in ([7], [3, 7]))
+    for scheme, values in one[0].items():
+        for name, value in values.items():
+            assert math.isclose(value, two[scheme][name], rel_tol=1e-4)

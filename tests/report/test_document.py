@@ -16,6 +16,7 @@ from build import (
     an_audit,
     an_op,
     three_schemes,
+    with_estimates,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -154,7 +155,8 @@ def test_an_op_that_never_ran_has_a_status_and_no_score():
 
 
 def test_an_op_that_ran_in_one_batch_is_scored_on_that_batch():
-    references = [{"all": 1.0, "image": 0.0, "text": 1.0}, {"all": 50.0, "image": 0.0, "text": 50.0}]
+    positions = {"image_positions": 0.0, "text_positions": 24.0}
+    references = [positions | {"all": size, "image": 0.0, "text": size} for size in (1.0, 50.0)]
     row = aggregated([None, a_score(**record(5.0))], references)
     assert (row["mse_value"], row["relative_error"], row["sqnr_db"]) == (5.0, 0.1, 10.0)
     assert row["image_relative_error"] is None  # no image tokens
@@ -327,17 +329,36 @@ def test_a_cell_never_breaks_its_row(text):
     assert "\n" not in cell
 
 
-def of_three_schemes():
+def of_three_schemes(made=three_schemes):
     """A report of three ops in three schemes."""
-    plan, capture = three_schemes()
+    plan, capture = made()
     audit = an_audit(served={"W8A8": 5, "NVFP4": 1})
     return build_report(a_model_manifest(), a_calibration_manifest(), plan, capture, audit, UNMEASURED, PROFILES)
 
 
 def test_schemes_stand_in_tables_with_the_reason_of_each_refusal():
     markdown, _ = render(of_three_schemes())
-    assert "| NVFP4 | 2 | " in markdown and "| 6 | 0.5 | `a` | 5 |" in markdown
+    assert "| NVFP4 | 2 | 6 | – | – |" in markdown and "| 0.5 | `a` | 5 |" in markdown
     assert "| inc_int8 | W8A8 | 3 | -1 | 3 of 3 |" in markdown
     assert "- 1 op cannot have NVFP4, first b: its 8 columns do not divide." in markdown
     assert "compressed-tensors gave the same bits on the CPU: 5 values of W8A8 and 1 value of NVFP4." in markdown
     assert "## Schemes" not in render(build_report(*parts()))[0]
+
+
+def test_an_estimate_is_marked_with_its_error_wherever_it_stands():
+    report = of_three_schemes(with_estimates)
+    markdown, _ = render(report)
+    assert "Of 8 scores of the isolated map 3 were measured. The others are estimates by 16 Fisher probes" in markdown
+    assert "| W8A8 | 3 |" in markdown and "| `c` | ≈ 1.5 ± 0.2 |" in markdown
+    assert "≈ marks an estimate" in markdown and "`b` | Linear | – | – | – | ≈ 1 ± 0.2 | – |" in markdown
+    table = tables(report)["ranking"]
+    assert list(table["measured"]) == [True, False, False] and "estimate" not in table["op_name"][0]
+    assert "standard_error" in top_table(report) and "False" in top_table(report)
+    assert report["stability"]["additivity"] is None
+
+
+def test_without_estimates_nothing_speaks_of_errors_of_estimates():
+    report = of_three_schemes()
+    markdown, _ = render(report)
+    assert "Every score of the isolated map was measured; none is an estimate." in markdown and "≈" not in markdown
+    assert not {"measured", "standard_error", "split_half"} & set(tables(report)["ranking"])

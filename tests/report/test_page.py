@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import jsonschema
 import pytest
-from build import with_point
+from build import with_estimates, with_point
 from test_document import of_three_schemes
 from test_figures import HOSTILE, from_inc, no_error_at_all, point, renamed, report_of, tradeoff, without_images
 
@@ -346,6 +346,7 @@ def test_a_page_of_every_kind_of_report_opens_without_complaint(opened):
         without_images(),
         no_error_at_all(),
         of_three_schemes(),
+        of_three_schemes(with_estimates),
     )
     for report in reports:
         opened(report).close()

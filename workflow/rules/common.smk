@@ -137,6 +137,12 @@ def replay_flags():
     return " ".join(flag for flag, on in flags.items() if on)
 
 
+def effort_flags():
+    """Which scores the capture measures, as its script takes them."""
+    exact, budget = (config["sensitivity"][key] for key in ("exact", "time_budget"))
+    return f"--exact {exact}" + (f" --time-budget {budget}" if budget else "")
+
+
 # The trade-off needs the scales of the whole set, and schemes of compressed-tensors need its input ranges.
 NEEDS_WHOLE_SET = bool(config["tradeoff"]["heldout_batches"]) or len(config["sensitivity"]["schemes"]) > 1
 # The keys of the model block that matter, by source.
@@ -149,7 +155,7 @@ ASKED = {
     "extract_calibration": config["calibration"],
     "plan_quantization": {key: config["sensitivity"][key] for key in PLAN_KEYS},
     "calibrate_scales": [DEVICE, replay_flags(), NEEDS_WHOLE_SET],
-    "capture_sensitivity": [DEVICE, replay_flags()],
+    "capture_sensitivity": [DEVICE, replay_flags(), effort_flags()],
     "audit_capture": config["sensitivity"]["audit_ops"],
     "measure_tradeoff": [config["tradeoff"], DEVICE, replay_flags()],
     "build_profiles": config["profiles"],

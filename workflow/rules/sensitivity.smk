@@ -109,9 +109,11 @@ rule capture_sensitivity:
         **REPLAYED,
         code=code_digest("scripts/capture_sensitivity.py"),
         files=file_options,
+        effort=effort_flags(),
         config_digest=config_digest("capture_sensitivity"),
     shell:
         "exec python scripts/capture_sensitivity.py {params.files}"
+        " {params.effort}"
         " --device {params.device}"
         " {params.flags}"
         " --config-digest {params.config_digest}"

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 def parser() -> argparse.ArgumentParser:
     reads = ("manifest", "calibration_manifest", "calibration_set", "plan", "scales")
     settings = ("score_store", "device", "threads", "tf32", "nondeterministic", "config_digest", "log")
-    return options.parser(__doc__, *reads, *settings, writes=["capture", "run_record"])
+    made = options.parser(__doc__, *reads, *settings, writes=["capture", "run_record"])
+    made.add_argument("--exact", default="auto", help="scores to measure: auto, all, none or top:N (%(default)s)")
+    made.add_argument("--time-budget", metavar="TIME", help="time for the capture, such as 20m (no limit)")
+    return made
 
 
 def capture_sensitivity(args: argparse.Namespace) -> None:
@@ -40,6 +43,9 @@ def capture_sensitivity(args: argparse.Namespace) -> None:
             on_progress,
             by_inc,
             loaded.scales.get(ALL_BATCHES),
+            args.exact,
+            args.time_budget,
+            lambda text: cli.say(f"capture: {text}"),
         )
     cli.say(f"capture: {capture.news(record)}")
     write_json(args.run_record, record)

@@ -6,10 +6,12 @@ In: scores of a map, and the sums of squares of the FP32 output. Out: rows as th
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from auto_quantize_model.measure.aggregate import decibels, mean, ratio
-from auto_quantize_model.records import Capture, Op, Plan, Score
+from auto_quantize_model.records import Capture, Estimate, Op, Plan, Score
+from auto_quantize_model.schemes.scheme import INC_INT8
 
 # Whether a high mse_value means a sensitive op. A map that is not here ranks nothing.
 HIGH_IS_SENSITIVE = {"isolated": True, "fallback": False}
@@ -59,6 +61,7 @@ def ranked(
     scores: Mapping[str, Sequence[Score | None]],
     references: Sequence[Mapping[str, float]],
     by: str = "mse_value",
+    estimates: Mapping[str, Estimate] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """The ops of a map as rows, each with its rank, whether it is tied, its name, type and aggregated scores.
 
@@ -66,10 +69,14 @@ def ranked(
     fallback map. Ops with the same value are marked as tied. Among these the isolated map ranks the later one in the
     plan first, the fallback map the earlier one. The requantize map is a running total: its rows stay in the plan's
     order, and their rank is None.
+
+    An op whose scores were not measured has an estimate in `estimates`. Its row has `measured` false, the estimated KL
+    divergence with its `standard_error` and `split_half`, and no other metric. With such an op, the KL divergence
+    ranks in place of `by`.
     """
-    rows: list[dict[str, Any]] = [
-        {"op_name": op.op_name, "op_type": op.op_type, **aggregated(scores[op.op_name], references)} for op in ops
-    ]
+    rows = [row_of(op, scores.get(op.op_name), references, estimates.get(op.op_name)) for op in ops]
+    if not all(row["measured"] for row in rows):
+        by = "kl_divergence"
     if label not in HIGH_IS_SENSITIVE:
         return [{"rank": None, "tied": False, **row} for row in rows]
     rows.sort(key=lambda row: row[by])
@@ -79,8 +86,24 @@ def ranked(
     return [{"rank": rank, "tied": count[row[by]] > 1, **row} for rank, row in enumerate(rows, start=1)]
 
 
+def row_of(
+    op: Op, scores: Sequence[Score | None] | None, references: Sequence[Mapping[str, float]], estimate: Estimate | None
+) -> dict[str, Any]:
+    """The row of one op without its rank, from its scores or, where it has none, from its estimate."""
+    row = {"op_name": op.op_name, "op_type": op.op_type, "measured": scores is not None}
+    row |= aggregated(scores or [None] * len(references), references)
+    if scores is not None or estimate is None:
+        return row | {"standard_error": None, "split_half": None}
+    return row | {key: getattr(estimate, key) for key in ("kl_divergence", "standard_error", "split_half")}
+
+
 def most_sensitive_first(plan: Plan, capture: Capture) -> list[str]:
-    """The names of the measured ops by the isolated map, the most sensitive first."""
+    """The names of the ops that ran by the isolated map, the most sensitive first."""
+    return [row["op_name"] for row in isolated(plan, capture)]
+
+
+def isolated(plan: Plan, capture: Capture, scheme: str = INC_INT8, by: str = "mse_value") -> list[dict[str, Any]]:
+    """The isolated map of a scheme as `ranked` returns it, for the ops that ran and can have the scheme."""
     references = [batch.reference for batch in capture.batches]
-    rows = ranked("isolated", [op for op in plan.ops if op.ran], capture.of_map("isolated"), references)
-    return [row["op_name"] for row in rows]
+    ops = [op for op in plan.ops if op.ran and scheme in op.schemes]
+    return ranked("isolated", ops, capture.of_map("isolated", scheme), references, by, capture.estimates_of(scheme))

@@ -5,18 +5,22 @@ that a user of the model sees, and compares across schemes.
 """
 
 import itertools
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from auto_quantize_model.decide.ranking import aggregated, ranked
+from auto_quantize_model.decide.ranking import aggregated, isolated, ranked
 from auto_quantize_model.decide.stability import TOP, tau
-from auto_quantize_model.records import Capture, Plan
+from auto_quantize_model.records import Capture, Estimate, Plan
 
 
 def of_schemes(plan: Plan, capture: Capture) -> dict[str, dict[str, Any]]:
-    """Each scheme of a plan with more than one: {scheme: {all, ops, refused}}.
+    """Each scheme of a plan with more than one: {scheme: {all, ops, fallback, refused, estimates}}.
 
     `all` is the state with every op in the scheme that can have it. `ops` are the scores of the isolated map, by KL
-    divergence, the most sensitive first. `refused` is {op_name: reason}.
+    divergence, the most sensitive first; those that were estimated say so. `fallback` are the scores of that map where
+    it was measured, the most sensitive first. `refused` is {op_name: reason}. `estimates` are checked against the
+    scores, as `checked` returns them.
     """
     if len(plan.schemes) == 1:
         return {}
@@ -24,13 +28,35 @@ def of_schemes(plan: Plan, capture: Capture) -> dict[str, dict[str, Any]]:
     found = {}
     for name in plan.schemes:
         ops = [op for op in plan.ops if op.ran and name in op.schemes]
-        scores = capture.of_map("isolated", name)
+        rows = isolated(plan, capture, name, by="kl_divergence")
+        fallback = capture.of_map("fallback", name)
         found[name] = {
             "all": aggregated(capture.all_in(name), references),
-            "ops": ranked("isolated", ops, scores, references, by="kl_divergence"),
+            "ops": rows,
+            "fallback": ranked("fallback", ops, fallback, references, by="kl_divergence") if fallback else [],
+            "estimates": checked(rows, capture.estimates_of(name)),
             "refused": {op.op_name: op.refused[name] for op in plan.ops if name in op.refused},
         }
     return found
+
+
+def checked(rows: Sequence[Mapping[str, Any]], estimates: Mapping[str, Estimate]) -> dict[str, Any] | None:
+    """How estimates agree with the scores of the ops that were measured too; None without estimates.
+
+    Returns:
+        {compared, tau, ratio}: the number of these ops, Kendall's tau-b, and the sum of the estimates over the sum of
+        the scores. tau and ratio are None where they are undefined.
+    """
+    if not estimates:
+        return None
+    measured = {row["op_name"]: row["kl_divergence"] for row in rows if row["measured"]}
+    made = [estimates[name].kl_divergence for name in measured]
+    together = math.fsum(measured.values())
+    return {
+        "compared": len(measured),
+        "tau": tau(list(measured.values()), made),
+        "ratio": math.fsum(made) / together if together else None,
+    }
 
 
 def agreements(schemes: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -19,11 +19,12 @@ TOP = 10
 Scores = Mapping[str, Sequence[Score | None]]  # of a map: each op's score on each batch, None where it did not run
 
 
-def assess(isolated: Scores, all_int8: Sequence[Score]) -> dict[str, Any]:
-    """Statistics of the isolated map.
+def assess(isolated: Scores, all_int8: Sequence[Score], complete: bool = True) -> dict[str, Any]:
+    """Statistics of the isolated map, over the ops whose scores were measured.
 
     Args:
         isolated: the scores of the map.
+        complete: whether these are all ops, with no op that was only estimated.
         all_int8: the score with every op in INT8, for each batch.
 
     Returns:
@@ -32,7 +33,8 @@ def assess(isolated: Scores, all_int8: Sequence[Score]) -> dict[str, Any]:
         ten, or a quarter of fewer than forty ops. `top_shared`: how many of each batch's `top` most sensitive ops are
         among those of every other batch. `ties`: how many ops share with another the value by which they are ranked,
         the mean over batches. `metric_tau`: tau-b between `mse_value` and KL divergence (means over batches).
-        `additivity`: the sum of the isolated errors over the all-INT8 error, 1 where errors add up.
+        `additivity`: the sum of the isolated errors over the all-INT8 error, 1 where errors add up; None where some
+        are estimated.
     """
     names, values = by_batch(isolated)
     ranked_by = [mean([score.mse_value for score in scores if score]) for scores in isolated.values()]
@@ -49,7 +51,7 @@ def assess(isolated: Scores, all_int8: Sequence[Score]) -> dict[str, Any]:
         "top_shared": len(set.intersection(*tops)) if len(tops) > 1 else None,
         "ties": sum(count for count in Counter(ranked_by).values() if count > 1),
         "metric_tau": _between_metrics(isolated),
-        "additivity": summed / together if together else None,
+        "additivity": summed / together if together and complete else None,
     }
 
 

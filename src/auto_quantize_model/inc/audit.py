@@ -19,10 +19,11 @@ from auto_quantize_model.inc.plan import ops_to_keep, quant_config
 from auto_quantize_model.inc.torch_modules import torch_scores
 from auto_quantize_model.inc_pytorch_mse_patching import activations_reduced
 from auto_quantize_model.machine import any_algorithm, with_threads
+from auto_quantize_model.measure.metrics import squared_error
 from auto_quantize_model.measure.states import ALL
 from auto_quantize_model.records import Audit, Capture, Plan, Scales, Score, digest_of_record
 from auto_quantize_model.replay.devices import check_sites
-from auto_quantize_model.replay.model import Batch
+from auto_quantize_model.replay.model import Batch, Replay
 from auto_quantize_model.schemes.scheme import INC_INT8
 
 # `requantize` is a running total: INC starts from the state before the op, and does not measure all ops before it.
@@ -30,14 +31,12 @@ HELPER_OF = {"isolated": "isolated", "fallback": "fallback", "requantize": "requ
 AUDITORS = {"inc": "INC", "torch": "torch's own quantized modules"}
 
 
-def sample_ops(capture: Capture, batch: int, count: int) -> list[str]:
-    """The least and the most sensitive op of a batch, and others drawn by the plan's digest, in the plan's order."""
-    of_batch = [
-        score for score in capture.scores if score.batch == batch and score.scheme == INC_INT8 and score.map != ALL
-    ]
-    maps = [score.map for score in of_batch]
-    label = "isolated" if "isolated" in maps else next(iter(maps), "")
-    values = {score.op_name: score.mse_value for score in of_batch if score.map == label}
+def sample_ops(plan: Plan, capture: Capture, batch: int, count: int) -> list[str]:
+    """The least and the most sensitive op of a batch, and others drawn by the plan's digest, in the plan's order.
+
+    The ops are those with a score on the batch, or with an estimate where no score of an op alone was measured.
+    """
+    values = sensitivities(plan, capture, batch)
     ranked = sorted(values, key=values.__getitem__)
     extremes = [ranked[-1], ranked[0]][:count] if len(ranked) > 1 else ranked[:count]
     others = [name for name in ranked if name not in extremes]
@@ -45,6 +44,20 @@ def sample_ops(capture: Capture, batch: int, count: int) -> list[str]:
     drawn = generator.permutation(len(others))[: max(0, count - len(extremes))]
     chosen = {*extremes, *(others[index] for index in drawn)}
     return [name for name in values if name in chosen]
+
+
+def sensitivities(plan: Plan, capture: Capture, batch: int) -> dict[str, float]:
+    """A number for each op on a batch that orders the ops by their sensitivity."""
+    of_batch = [
+        score for score in capture.scores if score.batch == batch and score.scheme == INC_INT8 and score.map != ALL
+    ]
+    maps = {score.map for score in of_batch}
+    label = "isolated" if "isolated" in maps else next((name for name in plan.maps if name in maps), "")
+    if label != "isolated" and capture.estimates:
+        estimates = capture.estimates_of(INC_INT8)
+        ran = [op.op_name for op in plan.ops if op.executions[batch]]
+        return {name: estimates[name].kl_divergence for name in ran if name in estimates}
+    return {score.op_name: score.mse_value for score in of_batch if score.map == label}
 
 
 def audited_batch(capture: Capture) -> int:
@@ -61,7 +74,7 @@ def announce(plan: Plan, capture: Capture, count: int) -> str:
     """What an audit of `count` ops will do, in one line. The progress bar shows the time that it takes."""
     if capture.engine == "inc":
         return "audit: not needed, INC itself measured every op"
-    names = sample_ops(capture, audited_batch(capture), count)
+    names = sample_ops(plan, capture, audited_batch(capture), count)
     count_of_values = len(names) * len(plan.maps)
     more = f" (sensitivity.audit_ops asks for {count}; no more ran)" if count > len(names) else ""
     return (
@@ -104,11 +117,14 @@ def audit_capture(
     if capture.engine == "inc":
         return Audit("not_needed", by, None, (), (), 0, {})
     batch = audited_batch(capture)
-    names = sample_ops(capture, batch, count)
+    names = sample_ops(plan, capture, batch, count)
     found = {label: values_of(capture.of_map(label), names, batch) for label in plan.maps}
+    missing = [name for name in names if name not in found.get("isolated", names)]
     measure = _by_inc if by == "inc" else _by_torch
     total = len(names) * len(plan.maps)
     with incs_surroundings(capture.arithmetic.threads, plan.reduce_range):
+        if missing:
+            found["isolated"] |= replayed(model, batches[batch], plan, missing)
         expected = measure(model, batches, batch, plan, names, _counted(on_op, total))
     on_op(total, total)
     compared = by, batch, tuple(names), plan.maps, total
@@ -123,7 +139,15 @@ def audit_capture(
 
 def values_of(scores: Mapping[str, Sequence[Score | None]], names: Sequence[str], batch: int) -> dict[str, float]:
     """The captured values of the named ops, which ran on that batch."""
-    return {name: score.mse_value for name in names if (score := scores[name][batch])}
+    return {name: score.mse_value for name in names if name in scores and (score := scores[name][batch])}
+
+
+def replayed(model: torch.nn.Module, batch: Batch, plan: Plan, names: Sequence[str]) -> dict[str, float]:
+    """The scores of ops alone by the replay, for ops that the capture only estimates."""
+    with Replay(model, plan.ops, plan.measured_op) as replay:
+        replay.calibrate(batch)
+        reference = replay.begin(batch)
+        return {name: squared_error(reference, replay.run({name: INC_INT8})) for name in names}
 
 
 def require_equal(

@@ -117,6 +117,7 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
         reduce_range_by="inc" if spec.reduce_range is None else "config",
         measured_op=planned.measured_op,
         schemes={name: fields_of(schemes[name]) if name in schemes else {} for name in spec.schemes},
+        fallback_schemes=spec.fallback_schemes,
         ops=tuple(
             replace(with_schemes(op, schemes), executions=tuple(count[op.op_name] for count in counts))
             for op in planned.ops

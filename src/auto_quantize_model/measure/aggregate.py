@@ -10,9 +10,9 @@ def ratio(pairs: list[tuple[float | None, float]]) -> float | None:
 
 
 def mean(values: list[float | None]) -> float | None:
-    """The mean, or None where a value was not measured."""
+    """The mean, or None where a value was not measured, or where there are no values."""
     known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if len(known) == len(values) else None
+    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def decibels(relative: float | None) -> float | None:

@@ -4,11 +4,13 @@ In: the model, the plan, the scales and the calibration batches. Out: the captur
 run (times and host, which vary). The replay needs torch alone. Callers pass in any other engine.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import product
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +20,9 @@ from auto_quantize_model.code import code_digest_of_modules
 from auto_quantize_model.files import InputError, digest_of, sha256_bytes
 from auto_quantize_model.machine import instruction_set, usage
 from auto_quantize_model.measure import metrics
+from auto_quantize_model.measure.effort import Costs, chosen, described_effort, selected
 from auto_quantize_model.measure.metrics import Reference
+from auto_quantize_model.measure.probes import Values, estimates, probe
 from auto_quantize_model.measure.states import ALL, states
 from auto_quantize_model.measure.store import ScoreStore, Shelf
 from auto_quantize_model.records import (
@@ -26,6 +30,9 @@ from auto_quantize_model.records import (
     Arithmetic,
     CalibrationManifest,
     Capture,
+    Effort,
+    Estimate,
+    Op,
     Plan,
     Scales,
     Score,
@@ -55,6 +62,10 @@ class Work:
         scores: {(batch, scheme, map, op_name): record}, for all scores that are known already.
         references: for each batch, the sums of squares of the FP32 output.
         second_pass: for each batch, the scores of INC's second pass: {op_name: mse_value}.
+        effort: which scores of the isolated map are measured.
+        estimates: of every op and scheme, where not all scores are measured.
+        selected: {scheme: ops whose isolated scores are measured}; None for all.
+        opened: the shelves that were opened.
         found: how many records the store already had.
         dropped: how many of the store's records were damaged.
     """
@@ -66,15 +77,25 @@ class Work:
     scores: dict[tuple[int, str, str, str], Mapping[str, float]]
     references: dict[int, dict[str, float]]
     second_pass: dict[int, dict[str, float]]
+    effort: Effort = Effort()
+    estimates: Sequence[Estimate] = ()
+    selected: Mapping[str, set[str]] | None = None
+    opened: set[Path] = field(default_factory=set)
     found: int = 0
     dropped: int = 0
 
     def shelf(self, of: dict[str, Any]) -> Shelf:
         """The scores that the store keeps for one context."""
         shelf = self.store.shelf(of)
-        self.found += shelf.found
-        self.dropped += shelf.dropped
+        if shelf.path not in self.opened:
+            self.opened.add(shelf.path)
+            self.found += shelf.found
+            self.dropped += shelf.dropped
         return shelf
+
+    def is_measured(self, scheme: str, label: str, name: str) -> bool:
+        """Whether the score of a state is measured, and not only estimated."""
+        return label != "isolated" or self.selected is None or name in self.selected.get(scheme, ())
 
 
 # Measures a share of the maps: `inc.engine.measure_by_inc`.
@@ -90,6 +111,9 @@ def capture_sensitivity(
     on_progress: Progress = lambda done, total: None,
     by_inc: Engine | None = None,
     of_all: Scales | None = None,
+    exact: str = "all",
+    time_budget: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Capture, dict[str, Any]]:
     """Score every op of `plan` on each confidence batch.
 
@@ -103,6 +127,9 @@ def capture_sensitivity(
         by_inc: the engine for scores that the replay cannot measure; None if INC is not available.
         of_all: the scales of all calibration batches together, whose input ranges the schemes of compressed-tensors
             take; None takes those of each batch.
+        exact: which scores of the isolated map the replay measures, as `sensitivity.exact`; the others are estimated.
+        time_budget: as `sensitivity.time_budget`.
+        say: called once before the long work, with a line that says what will be measured and how long that takes.
 
     Returns:
         (capture, run_record).
@@ -121,7 +148,7 @@ def capture_sensitivity(
     record: dict[str, Any] = {}
     if of_replay:
         try:
-            record |= measure_by_replay(work, of_replay, on_progress, scales, of_all)
+            record |= measure_by_replay(work, of_replay, on_progress, scales, of_all, exact, time_budget, say)
         except OtherOrder as error:
             raise InputError(f"{error}; {without_replay(plan)}") from None
     if of_inc and by_inc:
@@ -161,52 +188,176 @@ def share_of_engines(model: torch.nn.Module, plan: Plan) -> tuple[Share, Share]:
     return covered, everything | ({"isolated": list(uncovered)} if covered else {})
 
 
-def maps_of(scheme: str, maps: Iterable[str]) -> list[str]:
-    """The maps that are measured in a scheme: INC defines `fallback` and `requantize` for its own scheme alone."""
-    return [label for label in maps if scheme == INC_INT8 or label in ("isolated", ALL)]
+def maps_of(plan: Plan, scheme: str, maps: Iterable[str]) -> list[str]:
+    """Which of `maps` are measured in a scheme: `requantize` is INC's alone, and `fallback` is measured where asked."""
+    served = ("isolated", ALL, *(["fallback"] if scheme in plan.fallback_schemes else []))
+    return [label for label in maps if scheme == INC_INT8 or label in served]
 
 
 def measure_by_replay(
-    work: Work, share: Share, on_progress: Progress, scales: Sequence[Scales] | None, of_all: Scales | None
+    work: Work,
+    share: Share,
+    on_progress: Progress,
+    scales: Sequence[Scales] | None,
+    of_all: Scales | None,
+    exact: str,
+    time_budget: str | None,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measure a share of the maps by replay, and return the entries for the run record."""
-    plan = work.plan
-    ops = {op.op_name: op for op in plan.ops if op.op_name in next(iter(share.values()))}
-    base = context(work.model, plan, list(ops.values()))
-    done, seconds, cached = 0, [], 0
-    with Replay(work.model, list(ops.values()), plan.measured_op, schemes=schemes_of(plan.schemes)) as replay:
-        for index, batch in enumerate(work.batches):
+    plan, seconds, cached = work.plan, [], 0
+    ops = [op for op in plan.ops if op.op_name in next(iter(share.values()))]
+    indices = range(len(work.batches))
+    with Replay(work.model, ops, plan.measured_op, schemes=schemes_of(plan.schemes)) as replay:
+        by_replay = ByReplay(work, list(share), ops, replay, scales, of_all, on_progress)
+        costs, multiply_adds = by_replay.costs()
+        # Estimates are for models that the replay measures alone.
+        asked = exact if plan.engine == "replay" else "all"
+        work.effort = chosen(asked, time_budget, costs, multiply_adds, replay.device.type)
+        say(described_effort(work.effort, costs, len(ops)))
+        if probes := work.effort.probes:
+            runs = len(replay.sequence) * costs.forwards_of_probes(probes)
+            by_replay.expect(len(indices) * runs)
+            work.estimates = estimates([by_replay.probed(index, probes, runs) for index in indices])
+            work.selected = selected(work.effort, work.estimates)
+        by_replay.expect(sum(cost for cost, _ in by_replay.states()) * len(indices))
+        for index in indices:
             started = time.monotonic()
-            of_batch = scales[index] if scales else replay.calibrate(batch)
-            replay.set_scales(of_batch, of_all)
-            reference = Reference(replay.begin(batch), batch.get("mm_token_type_ids"))
-            require_executions(plan, index, replay.executions)
-            totals = require_finite(reference.totals(), index, "reference", "")
-            work.references[index] = totals
-            planned = [
-                (scheme, *state)
-                for scheme in plan.schemes
-                for state in states(
-                    [name for name in replay.order if scheme in ops[name].schemes],
-                    list(ops),
-                    maps_of(scheme, share),
-                    scheme,
-                )
-            ]
-            costs = [replay.cost(name) for _, _, name, _ in planned]
-            of = base | {"batch": digest_of_batch(batch), "scales": digest_of_scales(of_batch)}
-            with work.shelf(of) as shelf:
-                for cost, (scheme, label, name, assignment) in zip(costs, planned, strict=True):
-                    key = state_key(assignment, plan.schemes, of_all or of_batch)
-                    if (record := shelf.get(key)) is None:
-                        record = require_finite(reference.compare(replay.run(assignment)), index, label, name)
-                        shelf.add(key, record)
-                    work.scores[index, scheme, label, name] = record
-                    done += cost
-                    on_progress(done, sum(costs) * len(work.batches))
+            by_replay.measure(index)
             seconds.append(round(time.monotonic() - started, 3))
             cached = max(cached, replay.cached_bytes)
     return {"seconds_per_batch": seconds, "cached_bytes": cached}
+
+
+class ByReplay:
+    """The measurement of one model by replay, batch by batch.
+
+    Args:
+        maps: of the plan, with `all`.
+        ops: those that the replay measures.
+        scales: of each batch; None calibrates.
+        of_all: whose input ranges schemes of compressed-tensors take; None takes those of each batch.
+        on_progress: called with the number of block runs done and the total.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        maps: Sequence[str],
+        ops: Sequence[Op],
+        replay: Replay,
+        scales: Sequence[Scales] | None,
+        of_all: Scales | None,
+        on_progress: Progress,
+    ) -> None:
+        self.work, self.plan, self.maps, self.replay = work, work.plan, maps, replay
+        self.ops = {op.op_name: op for op in ops}
+        self.scales, self.of_all, self.on_progress = scales, of_all, on_progress
+        self.base = context(work.model, work.plan, ops)
+        self.done = self.total = 0.0
+
+    def begin(self, index: int) -> Reference:
+        """Begin a batch with its scales."""
+        batch = self.work.batches[index]
+        of_batch = self.scales[index] if self.scales else self.replay.calibrate(batch)
+        self.replay.set_scales(of_batch, self.of_all)
+        self.seen = self.of_all or of_batch
+        self.of = self.base | {"batch": digest_of_batch(batch), "scales": digest_of_scales(of_batch)}
+        reference = Reference(self.replay.begin(batch), batch.get("mm_token_type_ids"))
+        require_executions(self.plan, index, self.replay.executions)
+        self.work.references[index] = require_finite(reference.totals(), index, "reference", "")
+        return reference
+
+    def states(self) -> list[tuple[int, tuple[str, str, str, Assignment]]]:
+        """The states to measure on the batch that was begun: how many blocks each runs, scheme, map, op, assignment."""
+        return [
+            (self.replay.cost(name), (scheme, label, name, assignment))
+            for scheme in self.plan.schemes
+            for label, name, assignment in states(
+                [name for name in self.replay.order if scheme in self.ops[name].schemes],
+                list(self.ops),
+                maps_of(self.plan, scheme, self.maps),
+                scheme,
+            )
+            if self.work.is_measured(scheme, label, name)
+        ]
+
+    def costs(self) -> tuple[Costs, float]:
+        """What the plan costs, by a timed forward of the first batch, and the multiply-adds of the isolated map."""
+        reference = self.begin(0)  # a first forward takes longer, so the second is timed
+        forward = timed(lambda: self.begin(0))
+        comparison = timed(lambda: reference.compare(reference.output))
+        blocks = len(self.replay.sequence)
+        isolated = [cost for cost, (_, label, _, _) in self.states() if label == "isolated"]
+        others = [cost for cost, (_, label, _, _) in self.states() if label != "isolated"]
+        batches = len(self.work.batches)
+        found = Costs(
+            batches=batches,
+            forward=forward,
+            comparison=comparison,
+            isolated=len(isolated),
+            isolated_forwards=sum(isolated) / blocks,
+            others=len(others),
+            other_forwards=sum(others) / blocks,
+            schemes=len(self.plan.schemes),
+        )
+        weights = sum(math.prod(op.shape) for op in self.ops.values())
+        positions = reference.output.shape[:-1].numel()
+        return found, batches * found.isolated_forwards * weights * positions
+
+    def probed(self, index: int, probes: int, runs: float) -> list[Values]:
+        """The values of each probe on a batch, from the store as far as it has them.
+
+        Args:
+            runs: how many block runs they cost.
+        """
+        self.begin(index)
+        able = {name: self.ops[name].schemes for name in self.replay.order}
+        alone = [self.key({name: scheme}) for name, schemes in able.items() for scheme in schemes]
+        keys = [digest_of(["probe", number, alone]) for number in range(probes)]
+        seeds = {key: int(digest_of([self.of["batch"], number])[:15], 16) for number, key in enumerate(keys)}
+        before = self.done
+        with self.work.shelf(self.of) as shelf:
+            missing = [key for key in keys if shelf.get(key) is None]
+            if missing:
+                on_block = lambda done, total: self.step(before + runs * done / total - self.done)  # noqa: E731
+                found = probe(self.replay, able, [seeds[key] for key in missing], on_block)
+                for key, values in zip(missing, found, strict=True):
+                    shelf.add(key, values)
+            self.step(before + runs - self.done)
+            return [shelf.records[key] for key in keys]
+
+    def measure(self, index: int) -> None:
+        """Measure the states of a batch that the store does not have."""
+        reference = self.begin(index)
+        with self.work.shelf(self.of) as shelf:
+            for cost, (scheme, label, name, assignment) in self.states():
+                key = self.key(assignment)
+                if (record := shelf.get(key)) is None:
+                    record = require_finite(reference.compare(self.replay.run(assignment)), index, label, name)
+                    shelf.add(key, record)
+                self.work.scores[index, scheme, label, name] = record
+                self.step(cost)
+
+    def key(self, assignment: Assignment) -> str:
+        """A state's key on the batch's shelf."""
+        return state_key(assignment, self.plan.schemes, self.seen)
+
+    def expect(self, runs: float) -> None:
+        """More block runs will follow."""
+        self.total += runs
+
+    def step(self, runs: float) -> None:
+        """Count block runs that are done."""
+        self.done += runs
+        self.on_progress(round(self.done), round(self.total))
+
+
+def timed(run: Callable[[], object]) -> float:
+    """The seconds that a function takes."""
+    started = time.monotonic()
+    run()
+    return time.monotonic() - started
 
 
 def require_executions(plan: Plan, index: int, executions: Mapping[str, int]) -> None:
@@ -255,6 +406,8 @@ def assembled(work: Work, device: torch.device) -> Capture:
         batches=tuple(ScoredBatch(index, work.references[index]) for index in range(len(work.batches))),
         second_pass=tuple(work.second_pass.get(index, {}) for index in range(len(work.batches))),
         scores=tuple(rows(work)),
+        effort=work.effort,
+        estimates=tuple(work.estimates),
     )
 
 
@@ -262,8 +415,8 @@ def rows(work: Work) -> Iterator[Score]:
     """The scores in order; an op has no score on a batch where it did not run."""
     for index, scheme in product(range(len(work.batches)), work.plan.schemes):
         ran = [op.op_name for op in work.plan.ops if op.executions[index] and scheme in op.schemes]
-        for label in maps_of(scheme, (*work.plan.maps, ALL)):
-            for name in ran if label != ALL else [""]:
+        for label in maps_of(work.plan, scheme, (*work.plan.maps, ALL)):
+            for name in [name for name in ran if work.is_measured(scheme, label, name)] if label != ALL else [""]:
                 record = work.scores[index, scheme, label, name]
                 yield Score(index, label, scheme, name, **{key: record.get(key) for key in METRICS})  # type: ignore[arg-type]
 

@@ -2,7 +2,7 @@
 
 In: a replay with a batch. Out: for each scheme and op, one value for each probe; their mean estimates the divergence.
 
-For a small error e of the logits, the divergence is e' F e / 2 with F = diag(p) - p p', the Fisher matrix of the softmax
+For a small error e of the logits the divergence is e' F e / 2. F = diag(p) - p p' is the Fisher matrix of the softmax
 p. With r standard normal, v = sqrt(p) r - p <sqrt(p), r> has the covariance F. So <v, e> squared has the mean e' F e.
 The backward pass of v gives the gradient g at each op's output, and <g, q(output) - output> is <v, e> to first order.
 One set of gradients serves every op and scheme. Large errors are underestimated, because the first order misses them.

@@ -103,13 +103,15 @@ def states_to_audit(
     """Each state to compare: (scheme, the state in words, assignment, the captured score or None)."""
     ran = [op for op in plan.ops if op.executions[index]]
     for scheme in schemes:
+        able = [op.op_name for op in ran if scheme in op.schemes]
         scores = {name: of_op[index] for name, of_op in capture.of_map("isolated", scheme).items()}
-        ranked = sorted((score.mse_value, name) for name, score in scores.items() if score)
-        names = [name for _, name in ranked]
+        values = {name: score.mse_value for name, score in scores.items() if score}
+        if not values:  # nothing was measured alone, so the estimates order the ops
+            values = {name: made.kl_divergence for name, made in capture.estimates_of(scheme).items() if name in able}
+        names = sorted(values, key=lambda name: (values[name], name))
         others = [str(name) for name in generator.permutation(names[1:-1])]
         for name in dict.fromkeys([*names[:1], *names[-1:], *others][:count]):
-            yield scheme, name, {name: scheme}, scores[name]
-        able = [op.op_name for op in ran if scheme in op.schemes]
+            yield scheme, name, {name: scheme}, scores.get(name)
         yield scheme, "all ops", assigned(able, scheme), capture.all_in(scheme)[index]
     drawn = {op.op_name: str(generator.choice(["", *(name for name in op.schemes if name in schemes)])) for op in ran}
     yield MIXED, "an op in a scheme each", {name: scheme for name, scheme in drawn.items() if scheme}, None

@@ -118,8 +118,8 @@ def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> di
 def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     if "isolated" not in report["maps"]:
         raise InputError(f"the report of {report['model']['model']} has no isolated map; measure it (sensitivity.maps)")
-    rows: list[dict[str, Any]] = report["maps"]["isolated"]["ops"]
-    return rows
+    # An estimate has no mse_value. Of older reports every row was measured.
+    return [row for row in report["maps"]["isolated"]["ops"] if row["mse_value"] is not None]
 
 
 def standings(rows: list[dict[str, Any]]) -> dict[str, Standing]:
@@ -158,12 +158,16 @@ def _move(name: str, first: Standing, second: Standing) -> dict[str, Any]:
 
 def _of_measurement(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     """A warning where the runs measured in different arithmetic, which the spread between batches does not cover."""
+    found = []
+    if any(report["measurement"].get("effort", {}).get("probes") for report in (first, second)):
+        found.append("A report has estimates of some ops. Only ops whose scores were measured are compared.")
     bits = [7 if report["measurement"]["reduce_range"] else 8 for report in (first, second)]
     if bits[0] == bits[1]:
-        return []
+        return found
     return [
+        *found,
         f"The first run quantizes activations to {bits[0]} bits and the second to {bits[1]}, so their scores differ by"
-        " arithmetic too. Set the same sensitivity.reduce_range in both configs to compare the models."
+        " arithmetic too. Set the same sensitivity.reduce_range in both configs to compare the models.",
     ]
 
 

@@ -17,7 +17,7 @@ from jsonschema.protocols import Validator
 from jsonschema.validators import validator_for
 
 from auto_quantize_model import escape
-from auto_quantize_model.decide.ranking import aggregated, ranked
+from auto_quantize_model.decide.ranking import aggregated, isolated, ranked
 from auto_quantize_model.decide.schemes import agreements, of_schemes
 from auto_quantize_model.decide.stability import Scores, assess, by_batch, rank_taus
 from auto_quantize_model.files import InputError, canonical_json, read_json
@@ -40,7 +40,7 @@ from auto_quantize_model.report import coverage, sentences
 
 SCHEMA = Path(__file__).with_name("schema.json")
 TEMPLATES = Path(__file__).with_name("templates")
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 # Below this SQNR the all-INT8 output is mostly error, and the error that one op in FP32 removes is noise.
 FALLBACK_FLOOR_DB = 10.0
 # Kendall's tau between batches, where 0 is chance.
@@ -72,7 +72,11 @@ def build_report(
     references = [batch.reference for batch in capture.batches]
     exercised = [op for op in plan.ops if op.ran]
     scores = {label: capture.of_map(label) for label in plan.maps}
-    maps = {label: ranked(label, exercised, scores[label], references) for label in plan.maps}
+    maps = {
+        label: isolated(plan, capture) if label == "isolated" else ranked(label, exercised, scores[label], references)
+        for label in plan.maps
+    }
+    complete = capture.effort.exact == "all"
     all_int8 = aggregated(capture.all_int8, references)
     schemes = of_schemes(plan, capture)
     return {
@@ -99,7 +103,7 @@ def build_report(
             describe_batch(batch, score) for batch, score in zip(capture.batches, capture.all_int8, strict=True)
         ],
         "most_sensitive": maps["isolated"][:10] if "isolated" in maps else [],
-        "stability": assess(scores["isolated"], capture.all_int8) if "isolated" in maps else None,
+        "stability": assess(scores["isolated"], capture.all_int8, complete) if "isolated" in maps else None,
         "schemes": schemes,
         "scheme_agreements": agreements(schemes),
         "tradeoff": body_of(tradeoff),
@@ -133,6 +137,7 @@ def measurement(plan: Plan, capture: Capture) -> dict[str, Any]:
         "engine": capture.engine,
         **body_of(capture.arithmetic),
         "tf32": capture.tf32,
+        "effort": body_of(capture.effort),
         "plan_digest": capture.plan_digest,
         "measured_op": plan.measured_op,
         "config_digest": plan.config_digest,
@@ -288,7 +293,7 @@ def tables(report: dict[str, Any]) -> dict[str, pd.DataFrame]:
     """The report's `ranking`, `tradeoff` and `profiles` as flat tables. A table has no rows if nothing was measured.
 
     The ranking has the most sensitive op first. Texts are as `escape.spreadsheet_cell` returns them. Without an image
-    there are no columns of image and text error.
+    there are no columns of image and text error, and without estimates no columns of these.
     """
     measured = report["tradeoff"]["status"] == "measured"
     curves = report["tradeoff"]["curves"] if measured else {}
@@ -305,8 +310,10 @@ def tables(report: dict[str, Any]) -> dict[str, pd.DataFrame]:
             for name, profile in profiles.items()
         ),
     }
-    if not sentences.has_images(report):
-        found["ranking"] = found["ranking"].drop(columns=list(sentences.BY_MODALITY), errors="ignore")
+    absent = () if sentences.has_images(report) else sentences.BY_MODALITY
+    if not report["measurement"]["effort"]["probes"]:
+        absent += sentences.OF_ESTIMATES
+    found["ranking"] = found["ranking"].drop(columns=list(absent), errors="ignore")
     return {
         name: table.map(lambda value: escape.spreadsheet_cell(value) if isinstance(value, str) else value)
         for name, table in found.items()
@@ -318,7 +325,8 @@ def top_table(report: dict[str, Any]) -> str:
     if not report["most_sensitive"]:
         ran = "no op ran on the scored batches" if "isolated" in report["maps"] else "the isolated map was not measured"
         return f"{ran}: no ranking"
+    rows = pd.DataFrame(report["most_sensitive"])
     columns = ["rank", "op_name", "op_type", "mse_value", "sqnr_db"]
-    return pd.DataFrame(report["most_sensitive"])[columns].to_string(
-        index=False, float_format=lambda value: f"{value:.4g}"
-    )
+    if not rows["measured"].all():  # the KL divergence ranks, and an estimate has no other metric
+        columns = ["rank", "op_name", "op_type", "kl_divergence", "standard_error", "measured"]
+    return rows[columns].to_string(index=False, float_format=lambda value: f"{value:.4g}", na_rep="–")

@@ -18,7 +18,7 @@ import vl_convert
 from auto_quantize_model.escape import printable_document
 from auto_quantize_model.files import atomic_path
 from auto_quantize_model.models.units import tower_of
-from auto_quantize_model.report.sentences import counted, number, percent
+from auto_quantize_model.report.sentences import counted, kl_of, number, percent
 
 Row = dict[str, Any]
 # What `alt.layer` returns, as it is typed.
@@ -112,7 +112,7 @@ def heat_map(report: dict[str, Any]) -> Figure:
         panels.append(heat_panel("", others, domain, 48, extent))
     caption = (
         "Each cell is one op: the SQNR in dB at the model's output with only that op in INT8. Dark cells are sensitive."
-        " Grey cells have no value: the op never ran or adds no error."
+        " Grey cells have no value: the op never ran, adds no error, or was only estimated."
     )
     return finish(report, title, caption, alt.vconcat(*panels, spacing=18))
 
@@ -173,9 +173,11 @@ def ranked_ops(report: dict[str, Any]) -> Figure:
     if "isolated" not in report["maps"]:
         return finish(report, title, NO_RANKING, None)
     rows = report["maps"]["isolated"]["ops"]
-    drawn = [row for row in rows if row["mse_value"] > 0]
+    measured = [row for row in rows if row["measured"]]
+    drawn = [row for row in measured if row["mse_value"] > 0]
     if not drawn:
-        return finish(report, title, "No op adds any error: every mse_value is 0.", None)
+        why = "No op adds any error: every mse_value is 0." if measured else "Every op was estimated: no mse_value."
+        return finish(report, title, why, None)
     high = max(row["mse_value"] + (row["mse_value_std"] or 0) for row in drawn)
     domain = decades(min(row["mse_value"] for row in drawn), high)
     points = [
@@ -207,8 +209,10 @@ def ranked_ops(report: dict[str, Any]) -> Figure:
         caption += (
             " Bars are ± one standard deviation between batches. A bar that ends at the left edge is cut off there."
         )
-    if missing := len(rows) - len(drawn):
+    if missing := len(measured) - len(drawn):
         caption += f" {counted(missing, 'op')} without any error cannot be drawn on this axis."
+    if estimated := len(rows) - len(measured):
+        caption += f" {counted(estimated, 'op')} with an estimate alone {'is' if estimated == 1 else 'are'} not drawn."
     return finish(report, title, caption, alt.vconcat(named, whole, spacing=14))
 
 
@@ -440,13 +444,20 @@ def hover(row: Row, ops: int) -> Row:
         "type": row["op_type"],
         "part": tower_of(row["op_name"]),
         "rank_text": f"{row['rank']} of {ops}",
-        "mse_value": f"{row['mse_value']:.4g}{spread}",
-        "sqnr_text": f"{row['sqnr_db']:.2f} dB" if row["sqnr_db"] is not None else "no error",
-        "kl": number(row["kl_divergence"], "nats"),
+        "mse_value": f"{row['mse_value']:.4g}{spread}" if row["measured"] else "estimated",
+        "sqnr_text": of_sqnr(row),
+        "kl": kl_of(row, "nats"),
         "top1": percent(row["top1_agreement"]),
         "at_image": number(row["image_relative_error"]),
         "at_text": number(row["text_relative_error"]),
     }
+
+
+def of_sqnr(row: Row) -> str:
+    """The SQNR of an op alone, as text."""
+    if row["sqnr_db"] is not None:
+        return f"{row['sqnr_db']:.2f} dB"
+    return "no error" if row["measured"] else "–"
 
 
 def tooltip(points: Sequence[Row]) -> list[alt.Tooltip]:

@@ -75,7 +75,8 @@
     for (const [key] of columns) {
       let text = texts.has(key) ? row[key] : shown(row[key]);
       if (key === "rank" && row.tied) text += " =";
-      if (key === "sqnr_db") text = row[key] === null ? "no error" : row[key].toFixed(2);
+      if (key === "sqnr_db" && row.measured) text = row[key] === null ? "no error" : row[key].toFixed(2);
+      if (key === "kl_divergence" && !row.measured) text = "≈ " + shown(row[key], 2) + " ± " + shown(row.standard_error, 1);
       if (key === "mse_value" && row.mse_value_std !== null) text += " ± " + shown(row.mse_value_std, 2);
       const cell = make("td", key === "op_name" ? undefined : text, { class: texts.has(key) ? key : "n" });
       if (key === "op_name") cell.append(make("code", text));

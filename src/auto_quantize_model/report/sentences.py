@@ -30,12 +30,21 @@ BROKEN_SQNR_DB = 10.0  # a tenth of the output's power is error
 BROKEN_TOP1 = 0.75  # share of positions at which the most likely token is that of FP32
 BROKEN_ANSWERS = 0.75  # share of the correct answers of FP32 that are left
 # Columns that compare image tokens with text tokens. Without an image they are empty or repeat the whole.
-BY_MODALITY = ("image_relative_error", "text_relative_error")
+BY_MODALITY = ("image_relative_error", "text_relative_error", "image_kl_divergence", "text_kl_divergence")
+# Columns that only estimates fill.
+OF_ESTIMATES = ("measured", "standard_error", "split_half")
 
 
 def number(value: float | None, unit: str = "") -> str:
     """Four significant digits and a unit, a dash for null."""
     return "–" if value is None else f"{value:.4g} {unit}".strip()
+
+
+def kl_of(row: Mapping[str, Any], unit: str = "") -> str:
+    """The KL divergence of an op. An estimate has a sign before it and its standard error after it."""
+    if row["measured"]:
+        return number(row["kl_divergence"], unit)
+    return f"≈ {row['kl_divergence']:.2g} ± {row['standard_error']:.1g} {unit}".strip()
 
 
 def percent(value: float | None) -> str:
@@ -474,6 +483,29 @@ def of_schemes(report: Report) -> str:
         "SQNR, KL divergence and top-1 are those of the model with all ops in the scheme that can have it. Ops are"
         " ranked by the KL divergence that each adds alone. Profiles and exports are decided by inc_int8."
     )
+
+
+def of_effort(report: Report) -> str:
+    """Which scores of the isolated map were measured, and how far the estimates of the others can be trusted."""
+    effort, found = report["measurement"]["effort"], []
+    if not effort["probes"]:
+        return "Every score of the isolated map was measured; none is an estimate."
+    rows = [row for scheme in report["schemes"].values() for row in scheme["ops"]] or report["maps"]["isolated"]["ops"]
+    measured = sum(row["measured"] for row in rows)
+    found.append(
+        f"Of {counted(len(rows), 'score')} of the isolated map {measured} were measured. The others are estimates by"
+        f" {effort['probes']} Fisher probes, marked with ≈ and shown with their standard error."
+    )
+    checks = {name: scheme["estimates"] for name, scheme in report["schemes"].items() if scheme["estimates"]}
+    known = {name: check for name, check in checks.items() if check["tau"] is not None and check["ratio"] is not None}
+    if known:
+        taus = joined([f"{check['tau']:.2f} in {name}" for name, check in known.items()])
+        ratios = joined([f"{check['ratio']:.2f} times in {name}" for name, check in known.items()])
+        found.append(
+            f"Where an op has both, estimate and score order the ops with a Kendall's tau of {taus}. The estimates sum"
+            f" up to {ratios} the scores. Large errors are underestimated."
+        )
+    return " ".join(found)
 
 
 def of_agreement(report: Report) -> str:

@@ -1,0 +1,143 @@
+"""Which scores of the isolated map are measured, and which are estimated; and how long that takes.
+
+In: what the config asks for, the plan, and the time of a first forward. Out: the effort, the time in words, and after
+the estimates the ops whose scores are measured.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from auto_quantize_model.records import Effort, Estimate
+
+PROBES = 16
+TOP = 40
+# Up to this many multiply-adds, exact scores are cheap: about ten minutes of two CPU cores, or of a GPU. The limit is
+# no time, so that the same config measures the same scores on every machine.
+CHEAP = {"cpu": 3e13, "cuda": 1e16}
+MOST_PROBES = (64, 32, 16, 8)  # what a time budget may buy, and 4 where it buys none of them
+SHARE_OF_PROBES = 1 / 3  # of a time budget
+SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+def seconds_of(time_budget: str) -> int:
+    """A time such as `20m`, in seconds."""
+    return int(time_budget[:-1]) * SECONDS[time_budget[-1]]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the measurement of a plan costs, by a timed first forward.
+
+    Attributes:
+        batches: how many are scored.
+        forward: seconds of one FP32 forward.
+        comparison: seconds to compare an output with the reference.
+        isolated: how many states the isolated map has in all schemes, on each batch.
+        isolated_forwards: the same as a number of whole forwards, because each runs the blocks from its op on.
+        others: states of the other maps, and `other_forwards` as forwards.
+        schemes: how many.
+    """
+
+    batches: int
+    forward: float
+    comparison: float
+    isolated: int
+    isolated_forwards: float
+    others: int
+    other_forwards: float
+    schemes: int
+
+    def exact(self, share: float = 1.0) -> float:
+        """Seconds for a share of the isolated map."""
+        return self.batches * share * (self.isolated_forwards * self.forward + self.isolated * self.comparison)
+
+    @property
+    def other_maps(self) -> float:
+        """Seconds for all other states. With every op quantized a forward takes about twice the time."""
+        return self.batches * (2 * self.other_forwards * self.forward + self.others * self.comparison)
+
+    def probes(self, count: int) -> float:
+        """Seconds for estimates."""
+        return self.batches * self.forward * self.forwards_of_probes(count)
+
+    def forwards_of_probes(self, count: int) -> float:
+        """What probes cost on a batch, in forwards: two forwards, one in each scheme, and a backward for each probe."""
+        return 2 + 2 * self.schemes + 1.5 * count
+
+
+def chosen(exact: str, time_budget: str | None, costs: Costs, multiply_adds: float, device: str) -> Effort:
+    """The effort that a config asks for.
+
+    Args:
+        exact: `sensitivity.exact`.
+        time_budget: `sensitivity.time_budget`; with a budget, `auto` depends on the machine's speed.
+        multiply_adds: of the whole isolated map on all batches.
+        device: `cpu` or `cuda`.
+    """
+    budget = seconds_of(time_budget) if time_budget else None
+    if exact != "auto":
+        return Effort(exact, 0 if exact == "all" else probes_within(budget, costs), "sensitivity.exact")
+    if budget is None:
+        if multiply_adds <= CHEAP[device]:
+            return Effort("all", 0, "all scores are cheap for this model")
+        return Effort(f"top:{TOP}", PROBES, "all exact scores would be expensive for this model")
+    if costs.exact() + costs.other_maps <= budget:
+        return Effort("all", 0, f"all scores fit in {time_budget}")
+    probes = probes_within(budget, costs)
+    left = budget - costs.probes(probes) - costs.other_maps
+    fits = math.floor(max(0.0, left) / costs.exact() * costs.isolated / costs.schemes)
+    return Effort(f"top:{fits}" if fits else "none", probes, f"that is what fits in {time_budget}")
+
+
+def probes_within(budget: float | None, costs: Costs) -> int:
+    """How many probes take their share of a time budget; the default without a budget."""
+    if budget is None:
+        return PROBES
+    return next((count for count in MOST_PROBES if costs.probes(count) <= budget * SHARE_OF_PROBES), 4)
+
+
+def top_of(effort: Effort, ops: int) -> int:
+    """How many ops of each scheme an effort measures at first, of this many."""
+    return ops if effort.exact == "all" else min(ops, int(effort.exact.partition(":")[2] or 0))
+
+
+def selected(effort: Effort, estimates: Sequence[Estimate]) -> dict[str, set[str]]:
+    """The ops whose isolated scores are measured, for each scheme, where not all are.
+
+    These are the N ops with the largest estimates, and those that may belong to them: their estimate is less than two
+    standard errors below the last of the N. At most N are added.
+    """
+    by_scheme: dict[str, list[Estimate]] = {}
+    for made in estimates:
+        by_scheme.setdefault(made.scheme, []).append(made)
+    found = {}
+    for scheme, ops in by_scheme.items():
+        ops = sorted(ops, key=lambda made: -made.kl_divergence)
+        top = top_of(effort, len(ops))
+        border = ops[top - 1].kl_divergence if top else math.inf
+        near = [made for made in ops[top:] if made.kl_divergence + 2 * made.standard_error >= border]
+        found[scheme] = {made.op_name for made in (*ops[:top], *near[:top])}
+    return found
+
+
+def described_effort(effort: Effort, costs: Costs, ops: int) -> str:
+    """What will be measured and how long that takes, in a line."""
+    counted_batches = f"{costs.batches} batch{'es' * (costs.batches != 1)}"
+    what = f"{ops} ops in {costs.schemes} scheme{'s' * (costs.schemes != 1)} on {counted_batches}"
+    share, time = 1.0, costs.other_maps
+    if effort.exact == "all":
+        how = "all scores exactly"
+    else:
+        share = top_of(effort, ops) / ops
+        time += costs.probes(effort.probes)
+        then = f", then exact scores of the top {top_of(effort, ops)} in each scheme" if share else ""
+        how = f"estimates by {effort.probes} probes{then}"
+    return f"{what}: {how}, in {in_words(time + costs.exact(share))} ({effort.reason})"
+
+
+def in_words(seconds: float) -> str:
+    """A time that is an estimate, such as `about 4 min`."""
+    if seconds < 90:
+        return f"about {max(1, round(seconds))} s"
+    return f"about {round(seconds / 60)} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
