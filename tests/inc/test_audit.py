@@ -15,7 +15,7 @@ from auto_quantize_model.inc.plan import build_plan, identify
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.snapshot import load_model
-from auto_quantize_model.records import digest_of_record
+from auto_quantize_model.records import Effort, Estimate, digest_of_record
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +113,19 @@ def test_rank_agreement_goes_by_name_and_is_none_without_ranks():
 
 def test_an_op_that_did_not_run_is_not_audited():
     values = {"a": [{"mse_value": 1.0}], "b": [None], "c": [{"mse_value": 2.0}]}
-    capture = a_capture(a_plan(values), {"isolated": values}, [{"mse_value": 1.0}])
-    assert sample_ops(capture, 0, 3) == ["a", "c"]
+    plan = a_plan(values)
+    capture = a_capture(plan, {"isolated": values}, [{"mse_value": 1.0}])
+    assert sample_ops(plan, capture, 0, 3) == ["a", "c"]
+
+
+@pytest.mark.slow
+def test_ops_that_were_only_estimated_are_audited_by_a_replay(model, batches, plan, capture, audited):
+    batch = audited[0].batch
+    of_batch = [score for score in capture.scores if (score.map, score.batch) == ("isolated", batch)]
+    estimates = tuple(Estimate("inc_int8", score.op_name, score.mse_value, 0.0, 0.0) for score in of_batch)
+    scores = tuple(score for score in capture.scores if score.map != "isolated")
+    estimated = replace(capture, scores=scores, estimates=estimates, effort=Effort("none", 16))
+    assert audit_capture(model, batches, plan, estimated, 2) == audited[0]
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.served_audit import MIXED, audit_served
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.snapshot import load_model
-from auto_quantize_model.records import Capture, Plan, Scales
+from auto_quantize_model.records import Capture, Effort, Estimate, Plan, Scales
 from auto_quantize_model.replay import served
 from auto_quantize_model.replay.calibrate import calibrate
 from auto_quantize_model.replay.scales import ALL_BATCHES, read_scales, write_scales
@@ -96,8 +96,8 @@ def test_one_more_scheme_costs_only_its_own_scores(model, plan, batches, scales,
 def test_the_modules_of_the_library_find_the_same_bits(model, plan, batches, scales, capture: Capture) -> None:
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     compared = audit_served(model, batches, 1, plan, capture, 3, scales[ALL_BATCHES])
-    # Three ops, or the two that W4A16 fits, and all of them together: five metrics each.
-    assert compared == {"W8A8": 20, "FP8": 20, "W4A16": 15, "NVFP4": 20, MIXED: 5}
+    # Three ops, or the two that W4A16 fits, and all of them together: seven metrics each.
+    assert compared == {"W8A8": 28, "FP8": 28, "W4A16": 21, "NVFP4": 28, MIXED: 7}
     assert all(vars(module).keys() == before[name].keys() for name, module in model.named_modules())
 
 
@@ -142,4 +142,26 @@ def test_the_audit_has_the_threads_of_the_capture(model, plan, batches, scales, 
 def test_the_scores_of_a_gpu_are_not_compared_with_the_cpus(model, plan, batches, scales, capture: Capture) -> None:
     scores = tuple(replace(score, mse_value=score.mse_value * 1.001) for score in capture.scores)
     there = replace(capture, scores=scores, arithmetic=replace(capture.arithmetic, device="cuda"))
-    assert audit_served(model, batches, 0, plan, there, 2, scales[ALL_BATCHES])["W8A8"] == 15
+    assert audit_served(model, batches, 0, plan, there, 2, scales[ALL_BATCHES])["W8A8"] == 21
+
+
+def test_ops_that_were_only_estimated_are_audited_by_a_replay(model, plan, batches, scales, capture: Capture) -> None:
+    made = tuple(
+        Estimate(score.scheme, score.op_name, score.mse_value, 0.0, 0.0)
+        for score in capture.scores
+        if (score.map, score.batch) == ("isolated", 0)
+    )
+    scores = tuple(score for score in capture.scores if score.map != "isolated")
+    estimated = replace(capture, scores=scores, estimates=made, effort=Effort("none", 16))
+    assert audit_served(model, batches, 0, plan, estimated, 2, scales[ALL_BATCHES])["NVFP4"] == 21
+
+
+def test_the_fallback_map_is_measured_in_the_schemes_that_ask_for_it(model, plan, batches, scales, store) -> None:
+    asked = replace(plan, fallback_schemes=("W8A8",))
+    of_batches = [scales["batch_0"], scales["batch_1"]]
+    capture, _ = capture_sensitivity(model, batches, asked, store, of_batches, of_all=scales[ALL_BATCHES])
+    able = {op.op_name for op in plan.ops if "W8A8" in op.schemes}
+    assert capture.of_map("fallback", "W8A8").keys() == able and not capture.of_map("fallback", "FP8")
+    with_all = [score.mse_value for score in capture.all_in("W8A8")]
+    errors = capture.of_map("fallback", "W8A8")["lm_head"]
+    assert all(score and 0 < score.mse_value < whole for score, whole in zip(errors, with_all, strict=True))
