@@ -44,8 +44,15 @@ def is_quiet() -> bool:
 
 def say(text: str) -> None:
     """Print a result on the terminal, also while library output goes to a log; in quiet mode, print into the log."""
-    stream = sys.stdout if is_quiet() else _terminal.get("out", sys.stdout)
-    print(printable(redacted(text)), file=stream, flush=True)
+    if is_quiet():
+        print(printable(redacted(text)), flush=True)
+    else:
+        announce(text)
+
+
+def announce(text: str) -> None:
+    """Print on the terminal, in quiet mode as well: for a line that a person waits for, such as how long work takes."""
+    print(printable(redacted(text)), file=_terminal.get("out", sys.stdout), flush=True)
 
 
 def _bar_settings() -> dict[str, Any]:

@@ -45,7 +45,7 @@ def capture_sensitivity(args: argparse.Namespace) -> None:
             loaded.scales.get(ALL_BATCHES),
             args.exact,
             args.time_budget,
-            lambda text: cli.say(f"capture: {text}"),
+            lambda text: cli.announce(f"capture: {text}"),
         )
     cli.say(f"capture: {capture.news(record)}")
     write_json(args.run_record, record)

@@ -19,7 +19,7 @@ def of_schemes(plan: Plan, capture: Capture) -> dict[str, dict[str, Any]]:
 
     `all` is the state with every op in the scheme that can have it. `ops` are the scores of the isolated map, by KL
     divergence, the most sensitive first; those that were estimated say so. `fallback` are the scores of that map where
-    it was measured, the most sensitive first. `refused` is {op_name: reason}. `estimates` are checked against the
+    the plan asks for it in the scheme, the most sensitive first. `refused` is {op_name: reason}. `estimates` are checked against the
     scores, as `checked` returns them.
     """
     if len(plan.schemes) == 1:
@@ -29,7 +29,7 @@ def of_schemes(plan: Plan, capture: Capture) -> dict[str, dict[str, Any]]:
     for name in plan.schemes:
         ops = [op for op in plan.ops if op.ran and name in op.schemes]
         rows = isolated(plan, capture, name, by="kl_divergence")
-        fallback = capture.of_map("fallback", name)
+        fallback = capture.of_map("fallback", name) if name in plan.fallback_schemes else {}
         found[name] = {
             "all": aggregated(capture.all_in(name), references),
             "ops": rows,
