@@ -19,8 +19,8 @@ def of_schemes(plan: Plan, capture: Capture) -> dict[str, dict[str, Any]]:
 
     `all` is the state with every op in the scheme that can have it. `ops` are the scores of the isolated map, by KL
     divergence, the most sensitive first; those that were estimated say so. `fallback` are the scores of that map where
-    the plan asks for it in the scheme, the most sensitive first. `refused` is {op_name: reason}. `estimates` are checked against the
-    scores, as `checked` returns them.
+    the plan asks for it in the scheme, the most sensitive first. `refused` is {op_name: reason}. `estimates` are
+    checked against the scores, as `checked` returns them.
     """
     if len(plan.schemes) == 1:
         return {}
