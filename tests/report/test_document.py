@@ -53,6 +53,7 @@ def record(mse_value):
 def parts(
     *,
     stand_in=None,
+    rounded=None,
     calibration=None,
     plan=None,
     executions=None,
@@ -84,7 +85,7 @@ def parts(
     }
     together = [record(value) if isinstance(value, float) else value for value in all_int8]
     return (
-        a_model_manifest(stand_in=stand_in),
+        a_model_manifest(stand_in=stand_in, rounded=rounded),
         a_calibration_manifest(**calibration or {}),
         planned,
         a_capture(planned, ran, together, **capture),
@@ -275,7 +276,7 @@ STRANGERS = [
 
 @pytest.mark.parametrize("text", STRANGERS)
 def test_no_text_of_a_stranger_is_markup_in_the_markdown_and_the_json_holds_it_raw(text):
-    plain = build_report(*parts(stand_in="STRANGER"))
+    plain = build_report(*parts(stand_in="STRANGER", rounded="STRANGER"))
     plain["tradeoff"]["reason"] = "STRANGER"
     for block, key in (
         ("model", "model"),

@@ -152,6 +152,7 @@ def test_that_int8_costs_nothing_measurable_is_said_in_words():
         (from_inc, "were not measured"),
         (no_error_at_all, "every mse_value is 0"),
         (lambda: report_of(stand_in="made up"), "Warning: This is a stand-in for a published model: made up."),
+        (lambda: report_of(rounded="by GGUF"), "Warning: The weights were rounded once before this run: by GGUF."),
     ],
 )
 def test_what_was_not_measured_or_not_reached_is_said(report, sentence):

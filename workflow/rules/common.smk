@@ -146,7 +146,7 @@ def effort_flags():
 # The trade-off needs the scales of the whole set, and schemes of compressed-tensors need its input ranges.
 NEEDS_WHOLE_SET = bool(config["tradeoff"]["heldout_batches"]) or len(config["sensitivity"]["schemes"]) > 1
 # The keys of the model block that matter, by source.
-MODEL_KEYS = {"digits": (), "local": (), "hub": ("repo_id", "revision")}
+MODEL_KEYS = {"digits": (), "smollm2": (), "local": (), "hub": ("repo_id", "revision")}
 # The part of the config that each rule's document depends on, apart from the parts that other documents depend on.
 ASKED = {
     "get_model": {

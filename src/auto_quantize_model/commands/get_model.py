@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from auto_quantize_model import cli, options
@@ -16,8 +17,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--source",
         required=True,
-        choices=["digits", "local", "hub"],
-        help="take the shipped snapshot at --path, take another snapshot at --path, or download one",
+        choices=["digits", "smollm2", "local", "hub"],
+        help="take the shipped snapshot at --path, make SmolLM2's there, take another one at --path, or download one",
     )
     made.add_argument("--path", type=cli.user_path, required=True, help="snapshot directory, or the link to it (hub)")
     made.add_argument("--repo-id", help="hub: the repository, as owner/name")
@@ -33,6 +34,11 @@ def get_model(args: argparse.Namespace) -> None:
         from auto_quantize_model.data.digits import shipped_training
 
         details = {"training": shipped_training(args.path)}
+    elif args.source == "smollm2":
+        from auto_quantize_model.made import smollm2
+
+        smollm2.make_snapshot(args.path)
+        details = {"package": asdict(smollm2.SMOLLM2)}
     elif args.source == "hub":
         if args.repo_id is None or args.revision is None:
             raise InputError("--source hub: the repository and the commit are missing; add --repo-id and --revision")

@@ -97,6 +97,7 @@ REFUSALS = (
     ValueError,
 )
 STAND_IN = "stand_in.json"  # a snapshot that holds this file has the shape of a published model and made-up weights
+ROUNDED = "rounded.json"  # a snapshot that holds this file has weights that were rounded before
 
 
 @dataclass(frozen=True)
@@ -296,17 +297,17 @@ def check_contents(directory: Path) -> None:
                 raise ValueError("pixels that are not finite")
 
 
-def stand_in(directory: Path) -> str | None:
-    """The text of a stand-in's `stand_in.json`, which says that its weights are made up; None for any other snapshot.
+def note(path: Path) -> str | None:
+    """The text of `stand_in.json` or `rounded.json`, which says how the weights were made; None without that file.
 
     Raises:
         InputError: the file holds no such text.
     """
-    if not (directory / STAND_IN).exists():
+    if not path.exists():
         return None
-    text = read_object(directory / STAND_IN).get("stand_in")
+    text = read_object(path).get(path.stem)
     if not isinstance(text, str):
-        raise InputError(f"{directory / STAND_IN}: no text under 'stand_in'; write it again (make standin-3b)")
+        raise InputError(f"{path}: no text under '{path.stem}'; make the snapshot again")
     return text
 
 
@@ -329,7 +330,7 @@ def build_manifest(directory: Path, name: str, source: str, details: dict[str, A
     Args:
         directory: the snapshot.
         name: the model's name in result paths.
-        source: where it came from (`digits`, `local`).
+        source: where it came from, as in the config's `model.source`.
         details: facts that the source adds (such as its training split), JSON-able.
     """
     check_contents(directory)
@@ -343,7 +344,8 @@ def build_manifest(directory: Path, name: str, source: str, details: dict[str, A
         source=source,
         path=os.fspath(directory),
         architecture=config["architectures"][0],
-        stand_in=stand_in(directory),
+        stand_in=note(directory / STAND_IN),
+        rounded=note(directory / ROUNDED),
         files=files,
         digest=digest_of([body_of(file) for file in files]),
         details=details,

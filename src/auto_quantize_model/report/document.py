@@ -81,7 +81,7 @@ def build_report(
     schemes = of_schemes(plan, capture)
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": {key: getattr(manifest, key) for key in ("model", "source", "architecture", "stand_in", "digest")},
+        "model": {key: getattr(manifest, key) for key in ("model", "source", "architecture", "stand_in", "rounded", "digest")},
         "calibration": {
             "name": calibration.calibration,
             **{key: getattr(calibration, key) for key in CALIBRATION_KEYS},
@@ -93,7 +93,7 @@ def build_report(
         "coverage": plan.coverage,
         "warnings": [
             *coverage.warnings(plan.coverage),
-            *of_the_run(manifest.stand_in, calibration, len(plan.ops) - len(exercised)),
+            *of_the_run(manifest, calibration, len(plan.ops) - len(exercised)),
             *([sentences.without_inc(plan.inc_check)] if plan.inc_check["status"] == "cannot" else []),
             *(of_fallback(all_int8, scores["fallback"]) if "fallback" in maps else []),
             *of_heldout(all_int8, tradeoff),
@@ -175,11 +175,16 @@ def require_finite(capture: Capture) -> None:
                 )
 
 
-def of_the_run(stand_in: str | None, calibration: CalibrationManifest, not_exercised: int) -> list[str]:
+def of_the_run(model: ModelManifest, calibration: CalibrationManifest, not_exercised: int) -> list[str]:
     """Warnings about the model and the samples."""
     found = []
-    if stand_in:
-        found.append(f"This is a stand-in for a published model: {stand_in}.")
+    if model.stand_in:
+        found.append(f"This is a stand-in for a published model: {model.stand_in}.")
+    if model.rounded:
+        found.append(
+            f"The weights were rounded once before this run: {model.rounded}. Every error here is measured against"
+            " these rounded weights, and not against the published ones."
+        )
     if calibration.text_only and calibration.image_backend:
         found.append("The vision tower was not exercised: no calibration sample has an image.")
     answers = calibration.answers["heldout"]
