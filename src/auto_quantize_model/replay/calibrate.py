@@ -4,6 +4,7 @@ In: a model, its plan and the calibration batches. Out: the scales of each calib
 """
 
 from collections.abc import Callable, Sequence
+from itertools import count
 
 import torch
 
@@ -37,11 +38,9 @@ def calibrate(
     if whole_set:
         calibrations[ALL_BATCHES] = batches
     total = sum(len(together) for together in calibrations.values())
-    found: dict[str, Scales] = {}
-    done = 0
+    done = count(1)
     with Replay(model, ops, plan.measured_op) as replay:
-        for name, together in calibrations.items():
-            found[name] = replay.calibrate(*together)
-            done += len(together)
-            on_progress(done, total)
-    return found
+        return {
+            name: replay.calibrate(*together, on_batch=lambda: on_progress(next(done), total))
+            for name, together in calibrations.items()
+        }

@@ -173,8 +173,10 @@ class Replay:
         self.inside = dict.fromkeys(self.sites, 0)  # how often each op ran in its own block
         self.cached_bytes = 0
 
-    def calibrate(self, *batches: Batch) -> Scales:
+    def calibrate(self, *batches: Batch, on_batch: Callable[[], None] = lambda: None) -> Scales:
         """Run `batches` in FP32, and set the scales that the plan's observers find on all of them.
+
+        `on_batch` is called after each batch.
 
         Returns:
             The scales of every op that ran.
@@ -187,6 +189,7 @@ class Replay:
             site.observe()
         for batch in batches:
             self.begin(batch)
+            on_batch()
         found = {name: site.observed() for name, site in self.sites.items()}
         scales = {name: seen for name, seen in found.items() if seen}
         self.set_scales(scales)
