@@ -241,7 +241,14 @@ def test_values_of_the_command_line_are_what_their_keys_take(checkout: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "names", [["qwen2_5_vl_3b"], ["qwen2_5_vl_3b", "standin"], ["qwen2_5_vl_3b", "qwen2_5_vl_7b"], ["qwen2_5_0_5b"]]
+    "names",
+    [
+        ["qwen2_5_vl_3b"],
+        ["qwen2_5_vl_3b", "standin"],
+        ["qwen2_5_vl_3b", "qwen2_5_vl_7b"],
+        ["qwen2_5_0_5b"],
+        ["smollm2_135m"],
+    ],
 )
 def test_every_shipped_config_plans_every_rule(checkout: Path, names: list[str]) -> None:
     photos = checkout / "resources" / "photos" / "photos.jsonl"
