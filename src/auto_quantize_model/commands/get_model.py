@@ -37,7 +37,7 @@ def get_model(args: argparse.Namespace) -> None:
     elif args.source == "smollm2":
         from auto_quantize_model.made import smollm2
 
-        smollm2.make_snapshot(args.path)
+        smollm2.make_snapshot(args.path, smollm2.SMOLLM2)
         details = {"package": asdict(smollm2.SMOLLM2)}
     elif args.source == "hub":
         if args.repo_id is None or args.revision is None:

