@@ -170,6 +170,27 @@ def wrong_maps(draw: random.Random) -> Mutant:
     return Mutant("maps", changed(("sensitivity", "maps"), maps), named="sensitivity.maps")
 
 
+def own_scheme(draw: random.Random) -> Mutant:
+    """A scheme of one's own, as it should be or with one fault in it."""
+    own: dict[str, Any] = {"name": "W4A8_G64", "weights": {"num_bits": 4, "strategy": "group", "group_size": 64}}
+    own["input_activations"] = {"num_bits": 8, "strategy": "token", "dynamic": True}
+    place = ("sensitivity", "schemes")
+    if draw.random() < 0.3:
+        read = {"num_bits": 4, "type": "int", "symmetric": True, "group_size": 64, "scale_dtype": None}
+        inputs = read | {"num_bits": 8, "group_size": None, "strategy": "token", "dynamic": True}
+        weights = read | {"strategy": "group", "block_structure": None}
+        expected = ["inc_int8", {"name": "W4A8_G64", "weights": weights, "input_activations": inputs}]
+        return Mutant("own scheme", changed(place, ["inc_int8", own]), {place: expected})
+    key, value = draw.choice(
+        [("name", "NVFP4"), ("name", "a/b"), ("name", None), ("weights", None), ("weights", []), ("output", {})]
+        + [("weights", {"num_bits": 4, "strategy": "group"}), ("weights", {"num_bits": "4", "strategy": "channel"})]
+        + [("weights", {"num_bits": 4, "strategy": "token"}), ("weights", {"num_bits": 8, "strategy": "block"})]
+        + [("weights", {"num_bits": 5, "type": "float", "strategy": "channel"}), ("input_activations", "W8A8")]
+        + [("input_activations", {"num_bits": 8, "strategy": "token"}), ("input_activations", {"dynamic": "locl"})]
+    )
+    return Mutant("own scheme", changed(place, ["inc_int8", own | {key: value}]), named="sensitivity.schemes")
+
+
 def regular_expression(draw: random.Random) -> Mutant:
     pattern = draw.choice(["(", "[", "*", "a{99999999999}", "(?P<a>x)(?P<a>y)", "(" * 500, "\\", "(?i"])
     return Mutant(
@@ -253,7 +274,7 @@ def command_line(draw: random.Random) -> Mutant:
 
 KINDS: tuple[Callable[[random.Random], Mutant], ...] = (
     *(misspelled, missing, wrong_type, not_finite, whole, bad_name, text_as_it_is, paths, wrong_choice, wrong_maps),
-    *(regular_expression, contradiction, set_twice, broken_file, odd_key, command_line),
+    *(regular_expression, contradiction, set_twice, broken_file, odd_key, command_line, own_scheme),
 )
 
 

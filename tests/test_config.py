@@ -17,7 +17,7 @@ from jsonschema import Draft202012Validator
 from snakemake.cli import parse_config
 
 from auto_quantize_model.commands.write_config import generated
-from auto_quantize_model.config import Block, CalibrationSpec, Config, Target
+from auto_quantize_model.config import Block, CalibrationSpec, Config, SensitivitySpec, Target
 from auto_quantize_model.config_text import read_block, read_config, require_sources
 from auto_quantize_model.files import InputError, require_endpoint
 
@@ -114,6 +114,31 @@ def test_reading_a_config_imports_no_torch() -> None:
             "sensitivity: {schemes: [inc_int8, W4A15]}",
             "sensitivity.schemes[1]: no such value 'W4A15'; did you mean W4A16? Write inc_int8, W8A8, INT8, FP8,",
         ),
+        (
+            "sensitivity: {schemes: [inc_int8, {name: W4A16_G64, weights: {num_bits: 4, strategy: grup}}]}",
+            "sensitivity.schemes[1].weights.strategy: no such value 'grup'; did you mean group? Write tensor, channel,",
+        ),
+        (
+            "sensitivity: {schemes: [inc_int8, {name: a, weights: {num_bits: 8, strategy: channel, observer: mse}}]}",
+            "sensitivity.schemes[1].weights.observer: no such key; the keys are num_bits, type, symmetric, group_size,",
+        ),
+        (
+            "sensitivity: {schemes: [inc_int8, {name: a, weights: {num_bits: 9, strategy: channel}}]}",
+            "sensitivity.schemes[1].weights.num_bits: 9 is out of range; write a whole number from 2 to 8",
+        ),
+        (
+            "sensitivity: {schemes: [inc_int8, {name: a, weights: {num_bits: 4, strategy: group}}]}",
+            "sensitivity.schemes[1].weights: strategy group needs a group_size; correct one of the two",
+        ),
+        (
+            "sensitivity: {schemes: [inc_int8, {name: a, weights: {num_bits: 4, type: float, strategy: channel}}]}",
+            "sensitivity.schemes[1].weights: a float of 4 bits needs strategy group, group_size 32 and scale_dtype",
+        ),
+        (
+            "sensitivity: {schemes: [inc_int8, {name: w4a16, weights: {num_bits: 4, strategy: channel}}]}",
+            "sensitivity.schemes: 'w4a16' is the name of a scheme already (W4A16); choose another name",
+        ),
+        ("sensitivity: {schemes: [inc_int8, {name: a}]}", "sensitivity.schemes[1].weights: not set; add the key"),
         ("calibration:", "calibration: null; write a block of keys"),
         ("calibration: text", "calibration: 'text' is text; write a block of keys"),
         ("calibration: [a]", "calibration: ['a'] is a list; write a block of keys"),
@@ -265,6 +290,31 @@ def test_values_of_the_command_line_override_files_with_the_types_of_their_keys(
             read(tmp_path, "model: {}", argument)
 
 
+def test_a_scheme_of_ones_own_has_the_types_of_its_fields_in_a_file_and_on_the_command_line(tmp_path: Path) -> None:
+    own = (
+        "{schemes: [inc_int8, W8A8, {name: W4A8_G64, weights: {num_bits: 4.0, strategy: group, group_size: 64},"
+        " input_activations: {num_bits: 8, strategy: token, dynamic: true, scale_dtype: null}}]}"
+    )
+    found = read_typed(tmp_path, f"sensitivity: {own}").sensitivity
+    assert found.fields_of_schemes == {
+        "inc_int8": {},
+        "W8A8": {},
+        "W4A8_G64": {
+            "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64},
+            "input_activations": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "token",
+                "dynamic": True,
+            },
+        },
+    }
+    assert read_typed(tmp_path, "model: {}", f"sensitivity={own}").sensitivity == found
+    # The rules hand the block on as JSON.
+    assert read_block(SensitivitySpec, found.model_dump(mode="json"), "sensitivity") == found
+
+
 def test_json_is_read_as_json(tmp_path: Path) -> None:
     text = '{\n\t"calibration": {"prompt": "\\ud83d\\ude00 a\\/b", "seed": 3}}'
     block = read(tmp_path, text, suffix="json")["calibration"]
@@ -399,6 +449,7 @@ def test_the_schema_for_editors_accepts_each_config_of_the_project_and_knows_eac
         {"calibration": {"source": "local", "path": None}},
         {"model": {"name": "a/b"}},
         {"sensitivity": {"maps": ["isolated", "isolated"]}},
+        {"sensitivity": {"schemes": ["inc_int8", {"name": "a", "weights": {"num_bits": 9}}]}},
     ):
         assert not validator.is_valid(fault), fault
 

@@ -6,11 +6,20 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    TypeAdapter,
+    WrapValidator,
+    model_validator,
+)
 from pydantic.annotated_handlers import GetCoreSchemaHandler
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
@@ -111,6 +120,7 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 CountOrNone = Annotated[int, Field(ge=0, le=1_000_000)]
 Pixels = Annotated[int, Field(ge=28 * 28, le=8192 * 8192)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Width = Annotated[int, Field(ge=1, le=2**20, strict=True)]
 # INC 2.6's static INT8, and the presets of compressed-tensors 0.20.
 Scheme = Literal[
     "inc_int8",
@@ -146,11 +156,6 @@ Scheme = Literal[
     "W7A8",
     "W7A16",
     "W8A16",
-]
-Schemes = Annotated[  # not strict: files hold lists
-    tuple[Scheme, ...],
-    Field(strict=False, json_schema_extra={"uniqueItems": True}),
-    AfterValidator(each_once),
 ]
 Map = Literal["isolated", "fallback", "requantize"]
 Maps = Annotated[  # not strict: files hold lists
@@ -296,6 +301,141 @@ class CalibrationSpec(FromSource):
             yield "calibration.min_pixels is above calibration.max_pixels; raise max_pixels"
 
 
+def two(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """`sizes`, after a check that there are two of them."""
+    if len(sizes) != 2:
+        raise ValueError(f"{len(sizes)} numbers; write two, the rows and the columns of a block")
+    return sizes
+
+
+# The forms in which compressed-tensors stores floats of fewer than 8 bits: (strategy, group_size, scale_dtype).
+MX = ("group", 32, "torch.uint8")
+LAYOUTS = {4: (MX, ("tensor_group", 16, "torch.float8_e4m3fn")), 6: (MX,)}
+
+
+class Side(Block):
+    """How weights or inputs are quantized: fields of `QuantizationArgs` of compressed-tensors.
+
+    Ranges are minima and maxima, so there is no field for an observer.
+    """
+
+    num_bits: Annotated[int, Field(ge=2, le=8)]
+    """Bits of a value. float: 4, 6 or 8."""
+    type: Literal["int", "float"] = "int"
+    """Type of a value."""
+    symmetric: bool = True
+    """false: integers with a zero_point."""
+    group_size: Width | None = None
+    """Columns that share a scale, with the strategies group and tensor_group."""
+    scale_dtype: Literal["torch.float8_e4m3fn", "torch.uint8"] | None = None
+    """Type that scales are rounded to. torch.uint8: powers of two, as in MXFP4. null: the model's type."""
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> "Side":
+        if found := next(self.faults(getattr(self, "strategy")), ""):  # noqa: B009  a field of each subclass
+            raise ValueError(found)
+        return self
+
+    def faults(self, strategy: str) -> Iterator[str]:
+        """Each rule that fields of this side break together, as a clause."""
+        if self.type == "float" and self.num_bits not in (4, 6, 8):
+            yield f"no float has {self.num_bits} bits; set num_bits to 4, 6 or 8"
+            return
+        if self.type == "float" and not self.symmetric:
+            yield "a float has no zero_point; set symmetric to true"
+        grouped = strategy in ("group", "tensor_group")
+        if grouped != (self.group_size is not None):
+            yield f"strategy {strategy} {'needs a' if grouped else 'takes no'} group_size; correct one of the two"
+        layout = (strategy, self.group_size, self.scale_dtype)
+        if self.type == "float" and self.num_bits < 8 and layout not in LAYOUTS[self.num_bits]:
+            nvfp4 = "; or tensor_group, 16 and torch.float8_e4m3fn, as in NVFP4" if self.num_bits == 4 else ""
+            yield (
+                f"a float of {self.num_bits} bits needs strategy group, group_size 32 and scale_dtype torch.uint8, as"
+                f" in MXFP{self.num_bits}{nvfp4}"
+            )
+        elif strategy == "tensor_group" and (self.type, self.num_bits) != ("float", 4):
+            yield "strategy tensor_group is that of 4-bit floats; take group"
+        elif self.scale_dtype == "torch.uint8" and (self.type, strategy, self.group_size) != ("float", "group", 32):
+            yield "scale_dtype torch.uint8 needs type float, strategy group and group_size 32; correct one of them"
+
+
+class Weights(Side):
+    """How weights are quantized."""
+
+    strategy: Literal["tensor", "channel", "group", "block", "tensor_group"]
+    """Values that share a scale: all, a row, group_size columns of a row, a block, or as in NVFP4."""
+    block_structure: Annotated[tuple[Width, ...], Field(strict=False), AfterValidator(two)] | None = None
+    """block: rows and columns of a block, such as [128, 128]."""
+
+    def faults(self, strategy: str) -> Iterator[str]:
+        yield from super().faults(strategy)
+        if (strategy == "block") != (self.block_structure is not None):
+            needs = "needs a" if strategy == "block" else "takes no"
+            yield f"strategy {strategy} {needs} block_structure; correct one of the two"
+
+
+class Inputs(Side):
+    """How inputs are quantized."""
+
+    strategy: Literal["tensor", "token", "group", "tensor_group"]
+    """Values that share a scale: all, a token, group_size columns of a token, or as in NVFP4."""
+    dynamic: Literal[True, False, "local"] = False
+    """true: scales of each input. false: those of the calibration. local: its global scale alone, as in NVFP4."""
+
+    def faults(self, strategy: str) -> Iterator[str]:
+        yield from super().faults(strategy)
+        if self.dynamic is False and strategy != "tensor":
+            yield f"strategy {strategy} is dynamic; set dynamic to {'local' if strategy == 'tensor_group' else 'true'}"
+        if (strategy == "tensor_group") != (self.dynamic == "local") and self.dynamic is not False:
+            yield "dynamic local and strategy tensor_group go together; correct one of the two"
+
+
+class OwnScheme(Block):
+    """A scheme of one's own, by its fields."""
+
+    name: Name
+    """Name of the scheme, which no other scheme has."""
+    weights: Weights
+    """How weights are quantized."""
+    input_activations: Inputs | None = None
+    """How inputs are quantized. null: they stay as they are."""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields that `schemes.compressed.scheme_of` takes."""
+        return self.model_dump(exclude={"name"}, exclude_none=True)
+
+
+NAMED = TypeAdapter(Scheme)
+
+
+def by_name_or_own(value: Any, either: Any) -> str | OwnScheme:
+    """An entry of `sensitivity.schemes`, read as a mapping or as a name, so that an error is of that form alone."""
+    if isinstance(value, Mapping | OwnScheme):
+        return OwnScheme.model_validate(value)
+    return NAMED.validate_python(value)
+
+
+def named_once(entries: tuple[str | OwnScheme, ...]) -> tuple[str | OwnScheme, ...]:
+    """`entries`, after a check that no two schemes have one name."""
+    own = [entry.name for entry in entries if isinstance(entry, OwnScheme)]
+    taken = {name.lower(): name for name in get_args(Scheme)}
+    for name in own:
+        if name.lower() in taken:
+            raise ValueError(
+                f"{quoted(name)} is the name of a scheme already ({taken[name.lower()]}); choose another name"
+            )
+    each_once((*own, *(entry for entry in entries if isinstance(entry, str))))
+    return entries
+
+
+Schemes = Annotated[  # not strict: files hold lists
+    tuple[Annotated[Scheme | OwnScheme, WrapValidator(by_name_or_own)], ...],
+    Field(strict=False, json_schema_extra={"uniqueItems": True}),
+    AfterValidator(named_once),
+]
+
+
 class PlanSpec(Block):
     """The keys of the block sensitivity that the plan depends on."""
 
@@ -304,7 +444,7 @@ class PlanSpec(Block):
     confidence_batches: Count = 2
     """Calibration batches that are scored, each on its own."""
     schemes: Schemes = ("inc_int8",)
-    """Schemes to measure: inc_int8 and presets of compressed-tensors, such as W8A8, FP8_DYNAMIC, W4A16, NVFP4."""
+    """Schemes to measure: inc_int8, presets of compressed-tensors such as W8A8, and schemes of your own."""
     maps: Maps = ("isolated", "fallback", "requantize")
     """Maps to measure. isolated gives the ranking, so it must be one of them."""
     fallback_schemes: Annotated[
@@ -319,6 +459,11 @@ class PlanSpec(Block):
     """Op types that stay in FP32, such as {Embedding: fp32}."""
     op_name_dict: dict[Pattern, Literal["fp32"]] = {}
     """Ops that stay in FP32: regular expressions for whole names, such as {"model.visual.*": fp32}."""
+
+    @property
+    def fields_of_schemes(self) -> dict[str, dict[str, Any]]:
+        """{name of each scheme: its fields}; a scheme by name has none."""
+        return dict((each.name, each.fields) if isinstance(each, OwnScheme) else (each, {}) for each in self.schemes)
 
 
 class SensitivitySpec(PlanSpec):
@@ -352,7 +497,7 @@ class SensitivitySpec(PlanSpec):
         if self.engine != "replay" and self.exact not in ("auto", "all"):
             yield f"sensitivity.exact {self.exact} needs sensitivity.engine replay; set one of the two to its default"
         for name in self.fallback_schemes:
-            if name not in self.schemes:
+            if name not in self.fields_of_schemes:
                 yield f"sensitivity.fallback_schemes: {quoted(name)} is not in sensitivity.schemes; add it there"
         if self.fallback_schemes and "fallback" not in self.maps:
             yield "sensitivity.fallback_schemes needs the map fallback; add fallback to sensitivity.maps"

@@ -252,18 +252,25 @@ def schema_of(block: type[Block]) -> Schema:
 
 
 def resolved(part: Schema, schema: Schema) -> Schema:
-    """A part of the schema with the definition that it refers to."""
-    return schema["$defs"][part["$ref"].rpartition("/")[2]] | part if "$ref" in part else part
+    """A part of the schema with the definition that it refers to; so are its choices and its items."""
+    found = schema["$defs"][part["$ref"].rpartition("/")[2]] | part if "$ref" in part else dict(part)
+    if "anyOf" in found:
+        found["anyOf"] = [resolved(choice, schema) for choice in found["anyOf"]]
+    if "items" in found:
+        found["items"] = resolved(found["items"], schema)
+    return found
 
 
 def below(part: Schema, key: str | int) -> Schema:
     """The schema of the value at a key or an index; empty for a key that must not be there."""
-    found: Schema
-    if isinstance(key, int):
-        found = part.get("items", {})
-    else:
-        found = part.get("properties", {}).get(key) or part.get("additionalProperties") or {}
-    return found
+    for choice in [part, *part.get("anyOf", [])]:
+        if isinstance(key, int):
+            found: Schema = choice.get("items", {})
+        else:
+            found = choice.get("properties", {}).get(key) or choice.get("additionalProperties") or {}
+        if found:
+            return found
+    return {}
 
 
 def kinds_of(part: Schema) -> list[str]:
@@ -301,7 +308,7 @@ def sentences(error: ErrorDetails, schema: Schema, above: tuple[str, ...]) -> It
     elif kind == "missing":
         yield f"{where}: not set; add the key"
     elif kind == "extra_forbidden":
-        yield f"{where}: {no_such_key(keys, part_at(keys[:-1], schema)['properties'], schema)}"
+        yield f"{where}: {no_such_key(keys, properties(part_at(keys[:-1], schema)), schema)}"
     elif isinstance(value, float) and not math.isfinite(value):
         yield f"{where}: {value} is not finite; write a finite number"
     elif kind == "string_unicode":
@@ -309,7 +316,7 @@ def sentences(error: ErrorDetails, schema: Schema, above: tuple[str, ...]) -> It
     elif kind in ("greater_than_equal", "less_than_equal"):
         yield f"{where}: {quoted(value)} is out of range; write {asked(part)}"
     elif kind == "literal_error":
-        near = difflib.get_close_matches(str(value), part.get("enum", []), 1)
+        near = difflib.get_close_matches(str(value), [word for word in listed_values(part) if isinstance(word, str)], 1)
         hint = f"did you mean {near[0]}? Write" if near else "write"
         yield f"{where}: no such value {quoted(value)}; {hint} {asked(part)}"
     elif kind == "string_too_short":
@@ -326,6 +333,17 @@ def part_at(keys: Iterable[str | int], schema: Schema) -> Schema:
     for key in keys:
         part = resolved(below(part, key), schema)
     return part
+
+
+def properties(part: Schema) -> dict[str, Schema]:
+    """The keys of a block, also where the block is one of several choices."""
+    blocks = [part, *part.get("anyOf", [])]
+    return next((block["properties"] for block in blocks if "properties" in block), {})
+
+
+def listed_values(part: Schema) -> list[Any]:
+    """The values that a key takes by value, also where they are one of several choices."""
+    return [value for choice in [part, *part.get("anyOf", [])] for value in choice.get("enum", [])]
 
 
 def no_such_key(keys: tuple[Any, ...], known: Iterable[str], schema: Schema) -> str:
@@ -349,7 +367,8 @@ def choices(part: Schema) -> list[str]:
     if "anyOf" in part:
         return [words for inner in part["anyOf"] for words in choices(inner)]
     if "const" in part or "enum" in part:
-        values: list[str] = [part["const"]] if "const" in part else part["enum"]
+        found = [part["const"]] if "const" in part else part["enum"]
+        values = [str(value).lower() if isinstance(value, bool) else value for value in found]
         more = len(values) - SHOWN
         return values if more <= 1 else [*values[:SHOWN], f"{more} more (config/config.schema.json)"]
     if part["type"] == "array":

@@ -8,7 +8,7 @@ import torch
 from build import IDENTITY
 from quick_inc import plans_unchecked
 
-from auto_quantize_model.config import PlanSpec
+from auto_quantize_model.config import Inputs, OwnScheme, PlanSpec, Weights
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.plan import build_plan, identify
 from auto_quantize_model.machine import with_threads
@@ -22,7 +22,12 @@ from auto_quantize_model.replay import served
 from auto_quantize_model.replay.calibrate import calibrate
 from auto_quantize_model.replay.scales import ALL_BATCHES, read_scales, write_scales
 
-SCHEMES = ("inc_int8", "W8A8", "FP8", "W4A16", "NVFP4")
+OWN = OwnScheme(
+    name="W4A8_G32",
+    weights=Weights(num_bits=4, symmetric=False, strategy="group", group_size=32),
+    input_activations=Inputs(num_bits=8, strategy="tensor"),
+)
+SCHEMES = ("inc_int8", "W8A8", "FP8", "W4A16", "NVFP4", OWN.name)
 pytestmark = pytest.mark.slow
 
 
@@ -33,7 +38,7 @@ def model(tiny_snapshot):
 
 @pytest.fixture(scope="module")
 def plan(model, batches) -> Plan:
-    spec = PlanSpec(schemes=SCHEMES, maps=("isolated", "fallback"), confidence_batches=2)
+    spec = PlanSpec(schemes=(*SCHEMES[:-1], OWN), maps=("isolated", "fallback"), confidence_batches=2)
     with plans_unchecked():
         return identify(build_plan(model, batches, spec), *IDENTITY)
 
@@ -58,7 +63,7 @@ def capture(model, plan, batches, scales, store) -> Capture:
 
 def test_each_op_has_the_schemes_that_fit_and_a_reason_against_each_other(plan: Plan) -> None:
     ops = {op.op_name: op for op in plan.ops}
-    assert ops["lm_head"].schemes == ("inc_int8", "W8A8", "FP8", "NVFP4")
+    assert ops["lm_head"].schemes == ("inc_int8", "W8A8", "FP8", "NVFP4", OWN.name)
     assert ops["lm_head"].refused == {
         "W4A16": "its 32 columns do not divide into the weight's groups of 128; NVFP4A16 can hold the op"
     }
@@ -70,6 +75,7 @@ def test_each_op_has_the_schemes_that_fit_and_a_reason_against_each_other(plan: 
     }
     assert list(plan.schemes) == list(SCHEMES) and plan.schemes["inc_int8"] == {}
     assert plan.schemes["W4A16"]["weights"]["group_size"] == 128
+    assert plan.schemes[OWN.name]["weights"]["group_size"] == 32
 
 
 def test_every_op_is_scored_in_every_scheme_that_it_can_have(plan: Plan, capture: Capture) -> None:
@@ -97,7 +103,7 @@ def test_the_modules_of_the_library_find_the_same_bits(model, plan, batches, sca
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     compared = audit_served(model, batches, 1, plan, capture, 3, scales[ALL_BATCHES])
     # Three ops, or the two that W4A16 fits, and all of them together: seven metrics each.
-    assert compared == {"W8A8": 28, "FP8": 28, "W4A16": 21, "NVFP4": 28, MIXED: 7}
+    assert compared == {"W8A8": 28, "FP8": 28, "W4A16": 21, "NVFP4": 28, OWN.name: 28, MIXED: 7}
     assert all(vars(module).keys() == before[name].keys() for name, module in model.named_modules())
 
 

@@ -1,21 +1,21 @@
 """The arithmetic of a scheme is that of compressed-tensors' own quantized module, bit for bit."""
 
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from auto_quantize_model.config import Inputs, OwnScheme, Weights
 from auto_quantize_model.files import InputError
 from auto_quantize_model.schemes import compressed
 from auto_quantize_model.schemes.compressed import PRESETS, QuantizationParameters, refusal, scheme_of
-
-MINE = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False}}
 
 
 def by_module(
@@ -49,20 +49,63 @@ def values(shape: tuple[int, ...], kind: str, seed: int) -> torch.Tensor:
     return drawn
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "mine"])
-@given(
-    kinds=st.tuples(*[st.sampled_from(["plain", "outliers", "zeros", "borders", "far apart"])] * 2),
-    rows=st.integers(1, 300),
-    groups=st.integers(1, 3),
-    tokens=st.integers(1, 9),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    bias=st.booleans(),
-    seed=st.integers(0, 9),
-)
-def test_an_op_has_the_bits_of_the_librarys_module(
-    name: str, kinds: tuple[str, str], rows: int, groups: int, tokens: int, dtype: torch.dtype, bias: bool, seed: int
+def sides(draw: st.DrawFn, kind: type[Weights] | type[Inputs]) -> Weights | Inputs:
+    """One side of a scheme of one's own: fields in any combination that the config takes."""
+    fields: dict[str, Any] = {"num_bits": draw(st.integers(2, 8)), "symmetric": draw(st.booleans())}
+    fields["type"] = draw(st.sampled_from(["int", "float"]))
+    fields["scale_dtype"] = draw(st.sampled_from([None, None, "torch.float8_e4m3fn", "torch.uint8"]))
+    fields["strategy"] = draw(st.sampled_from(get_args(kind.model_fields["strategy"].annotation)))
+    if "group" in fields["strategy"]:
+        fields["group_size"] = draw(st.sampled_from([16, 32, 64, 128]))
+    if fields["strategy"] == "block":
+        fields["block_structure"] = draw(st.sampled_from([(128, 128), (16, 64), (1, 32)]))
+    if kind is Inputs:
+        fields["dynamic"] = draw(st.sampled_from([True, False, "local"]))
+    try:
+        return kind(**fields)
+    except ValidationError:
+        reject()
+
+
+@st.composite
+def own_schemes(draw: st.DrawFn) -> OwnScheme:
+    """A scheme of one's own, with or without inputs."""
+    inputs = sides(draw, Inputs) if draw(st.booleans()) else None
+    return OwnScheme(name="mine", weights=sides(draw, Weights), input_activations=inputs)
+
+
+ANY_OP = {
+    "kinds": st.tuples(*[st.sampled_from(["plain", "outliers", "zeros", "borders", "far apart"])] * 2),
+    "rows": st.integers(1, 300),
+    "groups": st.integers(1, 3),
+    "tokens": st.integers(1, 9),
+    "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
+    "bias": st.booleans(),
+    "seed": st.integers(0, 9),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@given(**ANY_OP)
+def test_an_op_has_the_bits_of_the_librarys_module(name: str, **op: Any) -> None:
+    require_the_librarys_bits(scheme_of(name), **op)
+
+
+@given(own=own_schemes(), **ANY_OP)
+def test_a_scheme_of_ones_own_has_the_bits_of_the_librarys_module(own: OwnScheme, **op: Any) -> None:
+    require_the_librarys_bits(scheme_of(own.name, own.fields), **op)
+
+
+def require_the_librarys_bits(
+    scheme: Any,
+    kinds: tuple[str, str],
+    rows: int,
+    groups: int,
+    tokens: int,
+    dtype: torch.dtype,
+    bias: bool,
+    seed: int,
 ) -> None:
-    scheme = scheme_of(name, MINE if name == "mine" else None)
     linear = torch.nn.Linear(128 * groups, rows, bias=bias)
     linear.weight.data = values((rows, 128 * groups), kinds[0], seed)
     linear.to(dtype)

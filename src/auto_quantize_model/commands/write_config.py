@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from auto_quantize_model import cli, options
-from auto_quantize_model.config import Block, Config, json_schema
+from auto_quantize_model.config import Block, Config, Inputs, OwnScheme, Weights, json_schema
 from auto_quantize_model.config_text import asked, below, resolved
 from auto_quantize_model.files import write_text
 
@@ -36,6 +36,30 @@ snakemake --cores all --resources gpu=1 --configfile config/local.yaml --config 
 Each problem of a config is one line with the key, the fault and the next step. A key that takes text keeps the text as
 written, so `prompt: 5` is the text `5`. A whole number may be written as `2.0`. An editor with a YAML language server
 checks a config whose first line is `# yaml-language-server: $schema=config.schema.json`.
+"""
+
+EXAMPLE = OwnScheme(
+    name="W4A8_G64",
+    weights=Weights(num_bits=4, strategy="group", group_size=64),
+    input_activations=Inputs(num_bits=8, strategy="token", dynamic=True),
+)
+OWN_HEAD = f"""
+## A scheme of your own
+
+An entry of `sensitivity.schemes` is a name, or a block of these keys. `weights` and `input_activations` hold fields of
+`QuantizationArgs` of compressed-tensors:
+
+```yaml
+sensitivity:
+  schemes:
+    - inc_int8
+    - name: {EXAMPLE.name}
+      weights: {{num_bits: 4, strategy: group, group_size: 64}}
+      input_activations: {{num_bits: 8, strategy: token, dynamic: true}}
+```
+
+| key | takes | in the example | meaning |
+|---|---|---|---|
 """
 
 
@@ -98,12 +122,15 @@ def tables(config: Config) -> Iterator[str]:
     for name, description, block in blocks_of(config):
         yield f"\n## {name}\n\n{description}\n\n| key | takes | default | meaning |\n|---|---|---|---|\n"
         yield from rows(block, below(schema, name), schema)
+    own = json_schema(OwnScheme)
+    yield OWN_HEAD
+    yield from rows(EXAMPLE, own, own)
 
 
 def rows(block: Block, part: Any, schema: Any, above: str = "") -> Iterator[str]:
     part = resolved(part, schema)
     for name, description, value in blocks_of(block):
-        inner = below(part, name)
+        inner = resolved(below(part, name), schema)
         if isinstance(value, Block):
             yield from rows(value, inner, schema, f"{above}{name}.")
         else:

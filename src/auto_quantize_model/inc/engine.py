@@ -145,7 +145,6 @@ def require_inc(plan: Plan) -> None:
 
 
 def spec_of(plan: Plan) -> PlanSpec:
-    """The sensitivity block that a plan was made from."""
-    names = ("engine", "confidence_batches", "maps", "fallback_schemes", "reduce_range")
-    keys = {name: getattr(plan, name) for name in names}
-    return PlanSpec.model_validate(keys | {"schemes": tuple(plan.schemes)} | plan.keep)
+    """The sensitivity block that a plan was made from, for INC, which measures its own scheme."""
+    keys = {key: getattr(plan, key) for key in ("engine", "confidence_batches", "maps", "reduce_range")}
+    return PlanSpec.model_validate(keys | plan.keep)

@@ -105,7 +105,7 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
     if spec.engine != "inc" and not refusals(model, planned.ops):
         for index, error in incs_errors.items():
             require_same_int8(model, planned, scored, index, error)
-    schemes = schemes_of(spec.schemes)
+    schemes = schemes_of(spec.fields_of_schemes)
     names = [op.op_name for op in planned.ops]
     counts = [run_in_fp32(model, batch, names, planned.measured_op)[0] for batch in scored]
     return Plan(
@@ -116,7 +116,7 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
         reduce_range=reduced,
         reduce_range_by="inc" if spec.reduce_range is None else "config",
         measured_op=planned.measured_op,
-        schemes={name: fields_of(schemes[name]) if name in schemes else {} for name in spec.schemes},
+        schemes={name: fields_of(schemes[name]) if name in schemes else {} for name in spec.fields_of_schemes},
         fallback_schemes=spec.fallback_schemes,
         ops=tuple(
             replace(with_schemes(op, schemes), executions=tuple(count[op.op_name] for count in counts))

@@ -1,19 +1,22 @@
-"""The schemes of compressed-tensors by name, without an import of the library where no such scheme is asked for."""
+"""The schemes of compressed-tensors, without an import of the library where no such scheme is asked for."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from auto_quantize_model.schemes.scheme import INC_INT8
 
 
-def schemes_of(names: Iterable[str]) -> dict[str, Any]:
-    """The schemes of compressed-tensors among `names`, as `schemes.compressed.scheme_of` returns them.
+def schemes_of(schemes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The schemes of compressed-tensors among `schemes`, as `schemes.compressed.scheme_of` returns them.
 
     Where there is none, compressed-tensors is not imported, because its import takes seconds.
+
+    Args:
+        schemes: {name: fields}, as a plan holds them. A preset needs no fields.
     """
-    served = [name for name in names if name != INC_INT8]
+    served = {name: fields for name, fields in schemes.items() if name != INC_INT8}
     if not served:
         return {}
-    from auto_quantize_model.schemes.compressed import scheme_of
+    from auto_quantize_model.schemes.compressed import PRESETS, scheme_of
 
-    return {name: scheme_of(name) for name in served}
+    return {name: scheme_of(name, None if name in PRESETS else fields) for name, fields in served.items()}
