@@ -179,7 +179,8 @@ def own_scheme(draw: random.Random) -> Mutant:
         read = {"num_bits": 4, "type": "int", "symmetric": True, "group_size": 64, "scale_dtype": None}
         inputs = read | {"num_bits": 8, "group_size": None, "strategy": "token", "dynamic": True}
         weights = read | {"strategy": "group", "block_structure": None}
-        expected = ["inc_int8", {"name": "W4A8_G64", "weights": weights, "input_activations": inputs}]
+        both = {"weights": weights, "input_activations": inputs, "checkpoint": None}
+        expected = ["inc_int8", {"name": "W4A8_G64", **both}]
         return Mutant("own scheme", changed(place, ["inc_int8", own]), {place: expected})
     key, value = draw.choice(
         [("name", "NVFP4"), ("name", "a/b"), ("name", None), ("weights", None), ("weights", []), ("output", {})]
@@ -187,6 +188,7 @@ def own_scheme(draw: random.Random) -> Mutant:
         + [("weights", {"num_bits": 4, "strategy": "token"}), ("weights", {"num_bits": 8, "strategy": "block"})]
         + [("weights", {"num_bits": 5, "type": "float", "strategy": "channel"}), ("input_activations", "W8A8")]
         + [("input_activations", {"num_bits": 8, "strategy": "token"}), ("input_activations", {"dynamic": "locl"})]
+        + [("checkpoint", "checkpoints/gptq"), ("checkpoint", ["a"]), ("checkpoint", "a\nb")]
     )
     return Mutant("own scheme", changed(place, ["inc_int8", own | {key: value}]), named="sensitivity.schemes")
 

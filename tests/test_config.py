@@ -138,7 +138,15 @@ def test_reading_a_config_imports_no_torch() -> None:
             "sensitivity: {schemes: [inc_int8, {name: w4a16, weights: {num_bits: 4, strategy: channel}}]}",
             "sensitivity.schemes: 'w4a16' is the name of a scheme already (W4A16); choose another name",
         ),
-        ("sensitivity: {schemes: [inc_int8, {name: a}]}", "sensitivity.schemes[1].weights: not set; add the key"),
+        (
+            "sensitivity: {schemes: [inc_int8, {name: a}]}",
+            "sensitivity.schemes[1]: a scheme has weights or a checkpoint; write one of the two",
+        ),
+        (
+            "sensitivity: {schemes: [inc_int8, {name: a, checkpoint: a, input_activations: {num_bits: 8,"
+            " strategy: token, dynamic: true}}]}",
+            "sensitivity.schemes[1]: the checkpoint says how inputs are quantized; remove input_activations",
+        ),
         ("calibration:", "calibration: null; write a block of keys"),
         ("calibration: text", "calibration: 'text' is text; write a block of keys"),
         ("calibration: [a]", "calibration: ['a'] is a list; write a block of keys"),
@@ -337,6 +345,13 @@ def test_a_local_source_that_is_not_there_is_named_before_any_job(tmp_path: Path
         f"config: model.path: {tmp_path}/m does not exist; give a Hugging Face snapshot directory",
         f"config: calibration.path: {tmp_path}/c does not exist; give a JSONL, a Parquet file or an image folder",
     ]
+    with_checkpoint = read_typed(tmp_path, "sensitivity: {schemes: [inc_int8, {name: a, checkpoint: gone/a}]}")
+    said = r"\Aconfig: sensitivity.schemes\[1\].checkpoint: gone/a does not exist; give the folder of a checkpoint, or"
+    with pytest.raises(InputError, match=said):
+        require_sources(with_checkpoint, tmp_path / "manifest.json")
+    require_sources(with_checkpoint, tmp_path / "manifest.json", plan_made=True)
+    on_hub = f"{{name: a, checkpoint: org/name@{'0' * 40}}}"
+    require_sources(read_typed(tmp_path, f"sensitivity: {{schemes: [inc_int8, {on_hub}]}}"), tmp_path / "manifest.json")
     (tmp_path / "m").touch()
     (tmp_path / "c").mkdir()
     with pytest.raises(InputError, match=r"\Aconfig: model.path: .*/m is not a directory; .*\Z"):

@@ -391,19 +391,37 @@ class Inputs(Side):
 
 
 class OwnScheme(Block):
-    """A scheme of one's own, by its fields."""
+    """A scheme of one's own, by its fields or from a checkpoint."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["weights"]}, {"required": ["checkpoint"]}]})
 
     name: Name
     """Name of the scheme, which no other scheme has."""
-    weights: Weights
-    """How weights are quantized."""
+    weights: Weights | None = None
+    """How weights are quantized. null: as in the checkpoint."""
     input_activations: Inputs | None = None
     """How inputs are quantized. null: they stay as they are."""
+    checkpoint: Location | None = None
+    """Take each op from this checkpoint of compressed-tensors: a folder, or owner/name@commit of the hub."""
+
+    @model_validator(mode="after")
+    def _by_fields_or_checkpoint(self) -> "OwnScheme":
+        if (self.weights is None) == (self.checkpoint is None):
+            raise ValueError("a scheme has weights or a checkpoint; write one of the two")
+        if self.checkpoint and self.input_activations:
+            raise ValueError("the checkpoint says how inputs are quantized; remove input_activations")
+        return self
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The fields that `schemes.compressed.scheme_of` takes."""
+        """The fields that `schemes.compressed.scheme_of` takes, or the checkpoint."""
         return self.model_dump(exclude={"name"}, exclude_none=True)
+
+
+def repository_at(checkpoint: str) -> tuple[str, str] | None:
+    """Repository and commit of a checkpoint on the hub; None for a folder."""
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})", checkpoint)
+    return (found[1], found[2]) if found else None
 
 
 NAMED = TypeAdapter(Scheme)

@@ -19,7 +19,15 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from auto_quantize_model.config import SHIPPED_MODEL, Block, Config, Contradiction, json_schema
+from auto_quantize_model.config import (
+    SHIPPED_MODEL,
+    Block,
+    Config,
+    Contradiction,
+    OwnScheme,
+    json_schema,
+    repository_at,
+)
 from auto_quantize_model.escape import quoted
 from auto_quantize_model.files import InputError
 
@@ -419,13 +427,16 @@ def place(keys: Iterable[Any]) -> str:
     return path or "the config"
 
 
-def require_sources(config: Config, model_manifest: Path, calibration_made: bool = False) -> None:
-    """Refuse a config whose shipped or local model, or local calibration set, is missing.
+def require_sources(
+    config: Config, model_manifest: Path, calibration_made: bool = False, plan_made: bool = False
+) -> None:
+    """Refuse a config whose shipped or local model, local calibration set, or local checkpoint is missing.
 
     Args:
         config: the config of the run.
         model_manifest: the path of the model's manifest. Where the manifest exists, only later steps read the model.
         calibration_made: whether the calibration set of this config exists. Then its source may be absent.
+        plan_made: whether the plan of this config exists. Then its checkpoints may be absent.
 
     Raises:
         InputError: one line for each missing source.
@@ -442,6 +453,11 @@ def require_sources(config: Config, model_manifest: Path, calibration_made: bool
     samples = calibration.path if calibration.source == "local" else None
     if samples and not (calibration_made and not os.path.exists(samples)) and (why := unreadable(samples)):
         found.append(f"config: calibration.path: {why}; give a JSONL, a Parquet file or an image folder")
+    for number, scheme in enumerate(config.sensitivity.schemes):
+        folder = scheme.checkpoint if isinstance(scheme, OwnScheme) else None
+        if folder and not repository_at(folder) and not plan_made and (why := unreadable(folder, folder=True)):
+            where = place(("sensitivity", "schemes", number, "checkpoint"))
+            found.append(f"config: {where}: {why}; give the folder of a checkpoint, or owner/name@commit")
     if found:
         raise InputError("\n".join(found))
 

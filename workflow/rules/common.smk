@@ -17,7 +17,7 @@ from auto_quantize_model.config_text import require_sources
 from auto_quantize_model.documents import why_stale
 from auto_quantize_model.escape import redacted
 from auto_quantize_model.files import InputError, digest_of, require_endpoint
-from auto_quantize_model.data.local_sources import why_other_samples, why_other_snapshot
+from auto_quantize_model.data.local_sources import why_other_checkpoint, why_other_samples, why_other_snapshot
 from auto_quantize_model.commands.run import DOCUMENTS
 
 PLAN_KEYS = tuple(PlanSpec.model_fields)  # the other keys of the block sensitivity are read where they are used
@@ -179,6 +179,7 @@ try:
         checked,
         Path(f"results/{MODEL}/model_manifest.json"),
         is_made("extract_calibration", f"{RUN}/calibration_manifest.json"),
+        is_made("plan_quantization", f"{RUN}/plan.json"),
     )
 except InputError as error:
     sys.exit(redacted(str(error)))
@@ -226,6 +227,11 @@ def why_samples_stale(rule, made):
     return why_other_samples(Path(made.output.calibration_manifest), Path(config["calibration"]["path"]))
 
 
+def why_plan_stale(rule, made):
+    """As `why_document_stale`, or which file of a local checkpoint differs from the plan."""
+    return why_document_stale(rule, made) or why_other_checkpoint(Path(made.output.plan))
+
+
 def why_copy_stale(rule, made):
     """Which published copy differs from the report, as text; empty if none does."""
     pairs = [(made.input.json, made.output.into_json), (made.input.markdown, made.output.into_markdown)]
@@ -243,6 +249,7 @@ def why_archive_stale(rule, made):
 WHY_STALE = {
     "get_model": why_model_stale,
     "extract_calibration": why_samples_stale,
+    "plan_quantization": why_plan_stale,
     "publish_summary": why_copy_stale,
     "archive_results": why_archive_stale,
 }

@@ -22,10 +22,13 @@ def plan_quantization(args: argparse.Namespace) -> None:
     from auto_quantize_model.config_text import read_block
     from auto_quantize_model.inc.plan import build_plan, identify
     from auto_quantize_model.machine import require_memory
+    from auto_quantize_model.models.checkpoint import folder_of
     from auto_quantize_model.report import coverage, sentences
 
     loaded = Loaded(run)
     spec = read_block(PlanSpec, args.spec, "sensitivity")
+    for place in filter(None, (fields.get("checkpoint") for fields in spec.fields_of_schemes.values())):
+        folder_of(place, cli.TerminalBar)
     # INC's conversion with every op in INT8 needs as much memory as a replay on the CPU.
     require_memory(loaded.parameters, torch.device("cpu"))
     batches = loaded.batches()
@@ -42,6 +45,9 @@ def plan_quantization(args: argparse.Namespace) -> None:
     cli.say(f"plan: {coverage.headline(len(plan.ops), plan.coverage)}")
     for warning in coverage.warnings(plan.coverage):
         cli.say(f"warning: {warning}")
+    for name, fields in plan.schemes.items():
+        for warning in fields.get("warnings", ()):
+            cli.say(f"warning: scheme {name}: {warning}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

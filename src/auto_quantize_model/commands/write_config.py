@@ -47,7 +47,7 @@ OWN_HEAD = f"""
 ## A scheme of your own
 
 An entry of `sensitivity.schemes` is a name, or a block of these keys. `weights` and `input_activations` hold fields of
-`QuantizationArgs` of compressed-tensors:
+`QuantizationArgs` of compressed-tensors. A checkpoint has both already ([guide](guide.md#schemes-of-your-own)):
 
 ```yaml
 sensitivity:

@@ -7,13 +7,14 @@ error, because the script that reads a file reports the file's faults.
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from auto_quantize_model.config import repository_at
 from auto_quantize_model.documents import read_document
 from auto_quantize_model.files import InputError, digest_of, named_path, sha256_file, visible
-from auto_quantize_model.records import CalibrationManifest, ModelManifest, as_record
+from auto_quantize_model.records import CalibrationManifest, ModelManifest, Plan, SnapshotFile, as_record
 
 # Of a snapshot, larger files are compared by name and size: reading all weights at every start would take minutes.
 HASHED_BYTES = 64 * 2**20
@@ -54,14 +55,40 @@ def why_other_snapshot(manifest: Path, snapshot: Path) -> str:
         return ""
     recorded = {snapshot / file.name: file for file in files}
     found = [path for path in visible(snapshot) if not os.path.isdir(path)]
-    for path in sorted(recorded.keys() | set(found)) if found else ():
-        if path not in recorded:
-            return f"{path} is new, and {manifest} does not list it"
+    for path in sorted(set(found) - recorded.keys()):
+        return f"{path} is new, and {manifest} does not list it"
+    return why_other_files(manifest, recorded) if found else ""
+
+
+def why_other_checkpoint(plan: Path) -> str:
+    """Why a plan was not made from the local checkpoints that it names, in words; empty if there is no reason.
+
+    Files are compared as by `why_other_snapshot`. Where a checkpoint's folder is gone, there is no reason.
+
+    Args:
+        plan: the plan, which may be missing.
+    """
+    try:
+        schemes = as_record(Plan, read_document(plan, "plan")).schemes
+    except InputError:
+        return ""
+    for fields in schemes.values():
+        folder = fields.get("folder", "")
+        if os.path.isdir(folder) and not repository_at(fields["checkpoint"]):
+            files = {Path(folder, file["name"]): SnapshotFile(**file) for file in fields["files"]}
+            if why := why_other_files(plan, files):
+                return why
+    return ""
+
+
+def why_other_files(document: Path, recorded: Mapping[Path, SnapshotFile]) -> str:
+    """Which file is not the one that a document lists, in words; empty if all are."""
+    for path, entry in sorted(recorded.items()):
         if not os.path.isfile(path):
-            return f"{path} is gone, and {manifest} lists it"
-        entry, size = recorded[path], os.path.getsize(path)
+            return f"{path} is gone, and {document} lists it"
+        size = os.path.getsize(path)
         if size != entry.bytes or (size <= HASHED_BYTES and _content(path) != entry.sha256):
-            return f"{path} is not the file that {manifest} lists"
+            return f"{path} is not the file that {document} lists"
     return ""
 
 

@@ -33,14 +33,15 @@ from auto_quantize_model.inc_pytorch_mse_patching import (
     with_measured_op_last,
 )
 from auto_quantize_model.measure.metrics import squared_error
+from auto_quantize_model.models import checkpoint
+from auto_quantize_model.models.checkpoint import Checkpoint
 from auto_quantize_model.models.coverage import cover
 from auto_quantize_model.models.snapshot import explained
 from auto_quantize_model.models.units import tower_of, unit_of
 from auto_quantize_model.models.weights import require_meaningful
 from auto_quantize_model.records import CalibrationManifest, Excluded, IncCheck, IncInt8, ModelManifest, Op, Plan, Side
-from auto_quantize_model.replay.model import Batch, Replay, refusals, require_replayable
-from auto_quantize_model.schemes.by_name import schemes_of
-from auto_quantize_model.schemes.compressed import fields_of, nearest, refusal
+from auto_quantize_model.replay.model import Batch, Replay, goes_along, refusals, require_replayable
+from auto_quantize_model.schemes.compressed import fields_of, nearest, refusal, scheme_of
 from auto_quantize_model.schemes.scheme import INC_INT8, assigned
 
 PACKAGES = ("neural-compressor", "compressed-tensors", "torch", "transformers")
@@ -98,14 +99,18 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
         InputError: as `plan_ops` says, or the engine cannot measure this model, or not as INC does.
     """
     scored = batches[: spec.confidence_batches]
+    schemes = schemes_to_plan(spec, model)
     with activations_reduced(spec.reduce_range) as reduced:
         planned = plan_ops(model, batches, spec)
+        fields = {
+            name: fields_to_plan(schemes[name], planned.ops, model, scored) if name in schemes else {}
+            for name in spec.fields_of_schemes
+        }
         inc_check, incs_errors = check_inc(planned, scored)
     require_measurable(model, planned.ops, spec.engine, inc_check)
     if spec.engine != "inc" and not refusals(model, planned.ops):
         for index, error in incs_errors.items():
             require_same_int8(model, planned, scored, index, error)
-    schemes = schemes_of(spec.fields_of_schemes)
     names = [op.op_name for op in planned.ops]
     counts = [run_in_fp32(model, batch, names, planned.measured_op)[0] for batch in scored]
     return Plan(
@@ -116,7 +121,7 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
         reduce_range=reduced,
         reduce_range_by="inc" if spec.reduce_range is None else "config",
         measured_op=planned.measured_op,
-        schemes={name: fields_of(schemes[name]) if name in schemes else {} for name in spec.fields_of_schemes},
+        schemes=fields,
         fallback_schemes=spec.fallback_schemes,
         ops=tuple(
             replace(with_schemes(op, schemes), executions=tuple(count[op.op_name] for count in counts))
@@ -127,6 +132,42 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
         inc_check=inc_check,
         versions=versions(),
     )
+
+
+def schemes_to_plan(spec: PlanSpec, model: torch.nn.Module) -> dict[str, QuantizationScheme | Checkpoint]:
+    """The schemes of compressed-tensors that the config names. A checkpoint is compared with the model by its headers.
+
+    Raises:
+        InputError: as `scheme_of`, `folder_of` and `read_checkpoint` say.
+    """
+    found: dict[str, QuantizationScheme | Checkpoint] = {}
+    for name, fields in spec.fields_of_schemes.items():
+        if place := fields.get("checkpoint"):
+            found[name] = checkpoint.read_checkpoint(place, checkpoint.folder_of(place), model)
+        elif name != INC_INT8:
+            found[name] = scheme_of(name, fields or None)
+    return found
+
+
+def fields_to_plan(
+    scheme: QuantizationScheme | Checkpoint, ops: Sequence[Op], model: torch.nn.Module, scored: Sequence[Batch]
+) -> dict[str, Any]:
+    """What the plan says of a scheme, from which the later steps make it again.
+
+    Raises:
+        InputError: as `checkpoint.described` says. Or a changed norm may not run when the op after it runs.
+    """
+    if isinstance(scheme, QuantizationScheme):
+        return fields_of(scheme)
+    linears = [op.op_name for op in ops if op.op_type == "Linear"]
+    fields = checkpoint.described(scheme, linears, model, scored)
+    for norm, fed in fields["norms"].items():
+        if apart := [name for name in fed if not goes_along(model, norm, name)]:
+            raise InputError(
+                f"{scheme.place}: the checkpoint changes {norm}, which lies in another block than {apart[0]}, so the"
+                " replay may skip it; name a checkpoint without that change"
+            )
+    return fields
 
 
 class Planned(NamedTuple):
@@ -456,13 +497,16 @@ def inventoried(name: str, op_type: str, modules: Mapping[str, torch.nn.Module],
     )
 
 
-def with_schemes(op: Op, schemes: Mapping[str, QuantizationScheme]) -> Op:
+def with_schemes(op: Op, schemes: Mapping[str, QuantizationScheme | Checkpoint]) -> Op:
     """An op with the schemes of compressed-tensors that it can have, and the reasons against the others."""
     refused = {}
     for name, scheme in schemes.items():
-        if reason := refusal(scheme, op.op_type, op.shape):
+        if isinstance(scheme, Checkpoint):
+            refused[name] = scheme.refusal(op.op_name, op.op_type)
+        elif reason := refusal(scheme, op.op_type, op.shape):
             other = nearest(scheme, op.op_type, op.shape)
             refused[name] = f"{reason}; {other} can hold the op" if other else reason
+    refused = {name: reason for name, reason in refused.items() if reason}
     able = tuple(name for name in schemes if name not in refused)
     return replace(op, schemes=(*op.schemes, *able), refused=refused)
 

@@ -39,9 +39,9 @@ from auto_quantize_model.records import (
     ScoredBatch,
     digest_of_record,
 )
+from auto_quantize_model.replay.by_name import schemes_of
 from auto_quantize_model.replay.model import Batch, OtherOrder, Replay, refusals
 from auto_quantize_model.replay.scales import digest_of_scales
-from auto_quantize_model.schemes.by_name import schemes_of
 from auto_quantize_model.schemes.inc_int8 import cpu_kernel
 from auto_quantize_model.schemes.scheme import INC_INT8, Assignment
 
@@ -208,7 +208,7 @@ def measure_by_replay(
     plan, seconds, cached = work.plan, [], 0
     ops = [op for op in plan.ops if op.op_name in next(iter(share.values()))]
     indices = range(len(work.batches))
-    with Replay(work.model, ops, plan.measured_op, schemes=schemes_of(plan.schemes)) as replay:
+    with Replay(work.model, ops, plan.measured_op, schemes=schemes_of(plan.schemes, work.model)) as replay:
         by_replay = ByReplay(work, list(share), ops, replay, scales, of_all, on_progress)
         costs, multiply_adds = by_replay.costs()
         # Estimates are for models that the replay measures alone.

@@ -16,9 +16,10 @@ from compressed_tensors.quantization.lifecycle.initialize import initialize_modu
 from auto_quantize_model.files import InputError
 from auto_quantize_model.machine import with_threads
 from auto_quantize_model.measure.metrics import Reference
+from auto_quantize_model.models.checkpoint import Checkpoint
 from auto_quantize_model.records import Capture, Plan, Scales, Score
+from auto_quantize_model.replay.by_name import schemes_of
 from auto_quantize_model.replay.model import Batch, Replay
-from auto_quantize_model.schemes.by_name import schemes_of
 from auto_quantize_model.schemes.compressed import (
     QuantizationParameters,
     global_scale,
@@ -60,7 +61,7 @@ def audit_served(
     Raises:
         InputError: a value differs. The message names scheme, op, batch and both values.
     """
-    schemes = schemes_of(plan.schemes)
+    schemes = schemes_of(plan.schemes, model)
     if not schemes:
         return {}
     generator = np.random.default_rng(int(capture.plan_digest[:16], 16))
@@ -97,7 +98,7 @@ def states_to_audit(
     capture: Capture,
     index: int,
     count: int,
-    schemes: Mapping[str, QuantizationScheme],
+    schemes: Mapping[str, QuantizationScheme | Checkpoint],
     generator: np.random.Generator,
 ) -> Iterator[tuple[str, str, Assignment, Score | None]]:
     """Each state to compare: (scheme, the state in words, assignment, the captured score or None)."""
@@ -121,7 +122,7 @@ class Library:
     """A copy of a model, whose modules compressed-tensors quantizes; weights are shared with the model."""
 
     def __init__(
-        self, model: torch.nn.Module, plan: Plan, schemes: Mapping[str, QuantizationScheme], scales: Scales
+        self, model: torch.nn.Module, plan: Plan, schemes: Mapping[str, QuantizationScheme | Checkpoint], scales: Scales
     ) -> None:
         self.model, self.schemes, self.scales = model, schemes, scales
         modules = dict(model.named_modules())
@@ -133,8 +134,12 @@ class Library:
         """The output at the measured op in a state, float32."""
         model = copied(self.model)
         modules = dict(model.named_modules())
-        for name, scheme in assignment.items():
-            self.quantize(modules[name], name, self.schemes[scheme])
+        for name, scheme_name in assignment.items():
+            scheme = self.schemes[scheme_name]
+            if isinstance(scheme, Checkpoint):
+                load(modules, name, scheme)
+            else:
+                self.quantize(modules[name], name, scheme)
             with_samples(modules[name])
         outputs: list[torch.Tensor] = []
         modules[self.measured_op].register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -167,7 +172,10 @@ class Library:
         Raises:
             InputError: the decompressed weight is not the quantized weight, bit for bit.
         """
-        scheme = self.schemes[scheme_name].model_copy(deep=True)
+        scheme = self.schemes[scheme_name]
+        if isinstance(scheme, Checkpoint):  # its weights come compressed
+            return
+        scheme = scheme.model_copy(deep=True)
         weight = self.weights[name].to(torch.bfloat16)
         linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.bfloat16)
         linear.weight.data = weight.clone()
@@ -185,6 +193,22 @@ class Library:
                 f"audit: scheme {scheme_name}, {name}: the weight that compressed-tensors decompresses in BF16 differs"
                 " from the quantized weight. Do not use this capture, and report the difference with the plan"
             )
+
+
+def load(modules: Mapping[str, torch.nn.Module], name: str, checkpoint: Checkpoint) -> None:
+    """Have the library load an op of a checkpoint into a module, decompress the op, and compute in FP32.
+
+    Where the checkpoint changes the norm before the op, a second norm with its parameters gives the module's input.
+    """
+    module = modules[name]
+    initialize_module_for_quantization(module, checkpoint.schemes[name], force_zero_point=False)
+    checkpoint.put_into(module, name)
+    module.float()
+    if norm_name := checkpoint.norms.get(name):
+        norm, inputs = copy.deepcopy(modules[norm_name]), []
+        norm.load_state_dict(checkpoint.norm_parameters(norm_name))
+        modules[norm_name].register_forward_pre_hook(lambda module, args: inputs.append(args))
+        module.register_forward_pre_hook(lambda module, args: (norm(*inputs[-1]),))
 
 
 def with_samples(module: torch.nn.Module) -> None:

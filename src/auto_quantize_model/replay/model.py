@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -18,6 +18,9 @@ from auto_quantize_model.records import Op, Scales
 from auto_quantize_model.replay.ops import SITES, Site, refusal
 from auto_quantize_model.schemes.inc_int8 import require_formula
 from auto_quantize_model.schemes.scheme import Assignment
+
+if TYPE_CHECKING:  # the library that it imports is needed for its own schemes alone
+    from auto_quantize_model.replay.served import Norm
 
 CACHE_BYTES = 2 << 30  # for block outputs; outputs that do not fit are computed again
 Batch = dict[str, torch.Tensor]
@@ -60,6 +63,11 @@ def block_of(model: torch.nn.Module, op_name: str) -> str:
     return op_name
 
 
+def goes_along(model: torch.nn.Module, norm: str, op_name: str) -> bool:
+    """Whether a norm runs whenever the op after it runs: in the op's block, or outside of any block."""
+    return block_of(model, norm) in (norm, block_of(model, op_name))
+
+
 class OtherOrder(InputError):
     """A model ran its blocks in another order than in the calibration, so kept outputs would be wrong."""
 
@@ -99,7 +107,7 @@ class Replay:
             measured_op: the module at whose output the error is measured.
             call: runs the model; by default `model(**batch)` on the batch that was begun.
             cache_bytes: the maximum memory for kept outputs.
-            schemes: the schemes of compressed-tensors that ops may have, as `schemes.by_name.schemes_of` returns them.
+            schemes: the schemes of compressed-tensors that ops may have, as `replay.by_name.schemes_of` returns them.
 
         Raises:
             InputError: no site reproduces an op, or INC's arithmetic cannot be repeated on the device.
@@ -114,6 +122,7 @@ class Replay:
         self.sites: dict[str, Site] = {}
         for op in ops:
             self.sites[op.op_name] = SITES[op.op_type][1](modules[op.op_name], op)
+        self.norms: dict[tuple[str, str], Norm] = {}  # by scheme and name
         self._serve(ops, modules, schemes)
         self.blocks = {name: block_of(model, name) for name in self.sites}
         self._taken: list[tuple[torch.nn.Module, Any]] = []
@@ -128,18 +137,27 @@ class Replay:
         """Give each op its schemes of compressed-tensors."""
         if not schemes:
             return
-        from auto_quantize_model.replay.served import Kept, Served
+        from auto_quantize_model.models.checkpoint import Checkpoint
+        from auto_quantize_model.replay.served import Kept, Norm, Served, Stored
 
         kept = Kept()
         units: dict[str, list[torch.Tensor]] = {}
         for op in ops:
             units.setdefault(op.unit, []).append(modules[op.op_name].weight)
+        checkpoints = {name: scheme for name, scheme in schemes.items() if isinstance(scheme, Checkpoint)}
+        for scheme, checkpoint in checkpoints.items():
+            for norm in checkpoint.changed:
+                self.norms[scheme, norm] = Norm(modules[norm], checkpoint.norm_parameters(norm))
         for op in ops:
-            self.sites[op.op_name].served = {
-                name: Served(modules[op.op_name], schemes[name], units[op.unit], kept)
-                for name in op.schemes
-                if name in schemes
-            }
+            name, module = op.op_name, modules[op.op_name]
+            for scheme in (scheme for scheme in op.schemes if scheme in schemes):
+                served: Served | Stored
+                if scheme in checkpoints:
+                    before = self.norms.get((scheme, checkpoints[scheme].norms.get(name, "")))
+                    served = Stored(module, checkpoints[scheme], name, kept, before)
+                else:
+                    served = Served(module, schemes[scheme], units[op.unit], kept)
+                self.sites[name].served[scheme] = served
 
     def _take_over(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
         self._taken.append((module, vars(module).get("forward")))
@@ -153,6 +171,8 @@ class Replay:
     ) -> None:
         """Give every module its own forward back."""
         self._hook.remove()
+        for norm in self.norms.values():
+            norm.hook.remove()
         for module, before in reversed(self._taken):
             if before is None:
                 del module.forward
@@ -280,6 +300,8 @@ class Replay:
     def _switch(self, schemes: Assignment, running: bool) -> None:
         """Set every op's scheme; outside of a run, all ops of the model are in FP32."""
         self.running = running
+        for norm in self.norms.values():
+            norm.inputs = ()
         for name, site in self.sites.items():
             site.scheme = schemes.get(name)
 

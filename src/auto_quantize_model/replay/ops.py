@@ -32,7 +32,7 @@ from auto_quantize_model.schemes.inc_int8 import (
 from auto_quantize_model.schemes.scheme import INC_INT8
 
 if TYPE_CHECKING:  # the library that it imports is needed for its own schemes alone
-    from auto_quantize_model.replay.served import Served
+    from auto_quantize_model.replay.served import Served, Stored
 
 
 class Site:
@@ -51,7 +51,7 @@ class Site:
         self.activation = op.inc_int8.activation.observer
         self.weight = op.inc_int8.weight.observer
         self.scheme: str | None = None
-        self.served: dict[str, Served] = {}
+        self.served: dict[str, Served | Stored] = {}
         self.observers: list[Any] = []
         self.watch: Callable[[Site, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         self.executions = 0

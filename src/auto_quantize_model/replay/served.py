@@ -1,16 +1,18 @@
 """An op in a scheme of compressed-tensors, computed as the served model computes it.
 
-In: a Linear, a scheme, and the range of the op's inputs where the scheme needs one. Out: the Linear's output with
-weight and inputs fake-quantized. Quantized weights are made once and kept while their bytes fit.
+In: a Linear, and a scheme with the range of the op's inputs where the scheme needs one, or a checkpoint. Out: the
+Linear's output with weight and inputs fake-quantized. Quantized weights are made once and kept while their bytes fit.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationScheme
+from torch.utils._pytree import tree_map_only
 
+from auto_quantize_model.models.checkpoint import Checkpoint
 from auto_quantize_model.records import OpScales
 from auto_quantize_model.schemes.compressed import (
     QuantizationParameters,
@@ -95,3 +97,68 @@ class Served:
         if self.scheme.input_activations:
             x = quantized_input(x, self.scheme.input_activations, self.given)
         return torch.nn.functional.linear(x, self.kept.get(self, self.weight), self.module.bias)
+
+
+class Norm:
+    """A norm of the model with the parameters of a checkpoint, on the input that the model's norm had last.
+
+    Args:
+        module: the norm, which stays as it is.
+        parameters: of the checkpoint, by their names in the module.
+    """
+
+    def __init__(self, module: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) -> None:
+        device = next(module.parameters()).device
+        self.module, self.parameters = module, {name: value.to(device) for name, value in parameters.items()}
+        self.inputs: tuple[Any, ...] = ()
+        self.hook = module.register_forward_pre_hook(self._remember)
+
+    def _remember(self, module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        # Without history, which would hold the graph of a whole block in a backward pass.
+        self.inputs = tree_map_only(torch.Tensor, torch.Tensor.detach, inputs)
+
+    def output(self) -> torch.Tensor:
+        """The output that the checkpoint's norm would have, of the input's shape."""
+        found: torch.Tensor = torch.func.functional_call(self.module, dict(self.parameters), self.inputs)
+        return found
+
+
+class Stored:
+    """One op as a checkpoint stores the op.
+
+    Args:
+        module: the op's Linear, which stays as it is.
+        checkpoint: holds the op.
+        name: of the op.
+        kept: keeps the decompressed weight.
+        norm: gives the op's input where the checkpoint changes the norm before the op.
+    """
+
+    ready = True  # the checkpoint holds all that the scheme needs
+
+    def __init__(
+        self, module: torch.nn.Linear, checkpoint: Checkpoint, name: str, kept: Kept, norm: Norm | None
+    ) -> None:
+        self.checkpoint, self.name, self.kept, self.norm = checkpoint, name, kept, norm
+        self.device = module.weight.device
+        self.args = checkpoint.schemes[name].input_activations
+        bias, inputs = checkpoint.bias(name), checkpoint.inputs(name)
+        self.bias = None if bias is None else bias.to(self.device)
+        self.given = inputs and QuantizationParameters(
+            *(None if value is None else value.to(self.device) for value in vars(inputs).values())  # type: ignore[arg-type]
+        )
+
+    def set_range(self, scales: OpScales | None) -> None:
+        """Do nothing: the checkpoint has the range of its own calibration."""
+
+    def weight(self) -> torch.Tensor:
+        """The weight as the served model sees it, (rows, columns), float32."""
+        return self.checkpoint.weight(self.name).to(self.device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The op's output for inputs (..., columns), of their dtype."""
+        if self.norm:
+            x = self.norm.output()
+        if self.args:
+            x = quantized_input(x, self.args, self.given)
+        return torch.nn.functional.linear(x, self.kept.get(self, self.weight), self.bias)

@@ -34,12 +34,12 @@ class QuantizationParameters:
 
     Attributes:
         scale: in the dtype that the library gives it; its shape is that of the strategy, such as (rows, groups).
-        zero_point: of the same shape.
+        zero_point: of the same shape, or None for no shift.
         global_scale: float32 of shape (1,) for `tensor_group`, else None.
     """
 
     scale: torch.Tensor
-    zero_point: torch.Tensor
+    zero_point: torch.Tensor | None
     global_scale: torch.Tensor | None = None
 
 
