@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from compressed_tensors.compressors import compress_module, decompress_module
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
@@ -22,6 +23,13 @@ def by_module(
     linear: torch.nn.Linear, x: torch.Tensor, scheme: Any, weight: QuantizationParameters, given: Any
 ) -> torch.Tensor:
     """The output of the library's own module, with the same scales and zero_points."""
+    with_parameters(linear, scheme, weight, given)
+    with torch.no_grad():
+        return linear(x)
+
+
+def with_parameters(linear: torch.nn.Linear, scheme: Any, weight: QuantizationParameters, given: Any) -> None:
+    """Have the library quantize a module with these scales and zero_points of weight and input."""
     initialize_module_for_quantization(linear, scheme)
     for side, found in (("weight", weight), ("input", given)):
         for key, value in vars(found).items() if found else ():
@@ -30,8 +38,6 @@ def by_module(
                 assert parameter.shape == value.shape
                 parameter.data = value.to(parameter.dtype)
     linear.quantization_status = QuantizationStatus.FROZEN
-    with torch.no_grad():
-        return linear(x)
 
 
 def values(shape: tuple[int, ...], kind: str, seed: int) -> torch.Tensor:
@@ -94,6 +100,26 @@ def test_an_op_has_the_bits_of_the_librarys_module(name: str, **op: Any) -> None
 @given(own=own_schemes(), **ANY_OP)
 def test_a_scheme_of_ones_own_has_the_bits_of_the_librarys_module(own: OwnScheme, **op: Any) -> None:
     require_the_librarys_bits(scheme_of(own.name, own.fields), **op)
+
+
+@given(own=own_schemes(), rows=st.integers(1, 70), seed=st.integers(0, 9))
+def test_a_scheme_that_the_config_takes_can_be_stored_and_read_again(own: OwnScheme, rows: int, seed: int) -> None:
+    scheme = scheme_of(own.name, own.fields)
+    weight = values((rows, 128), "plain", seed).to(torch.bfloat16)
+    linear: Any = torch.nn.Linear(128, rows, bias=False, dtype=torch.bfloat16)
+    linear.weight.data = weight.clone()
+    found = compressed.weight_parameters(weight, scheme.weights)
+    with_parameters(linear, scheme, found, None)
+    compress_module(linear)
+    decompress_module(linear)
+    assert torch.equal(linear.weight, compressed.quantized_weight(weight, scheme.weights, found))
+
+
+def test_the_preset_nearest_to_a_scheme_of_ones_own_is_one_that_the_op_can_have() -> None:
+    scheme = scheme_of("mine", {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 48}})
+    assert refusal(scheme, "Linear", (8, 64)) == "its 64 columns do not divide into the weight's groups of 48"
+    assert compressed.nearest(scheme, "Linear", (8, 64)) == "NVFP4A16"
+    assert compressed.nearest(scheme, "Linear", (8, 128)) == "W4A16"
 
 
 def require_the_librarys_bits(
