@@ -73,7 +73,7 @@ def plan(
             model takes.
         confidence_batches: how many of the batches will be scored, each alone.
         schemes: the schemes to measure: `inc_int8`, and as many of compressed-tensors as wanted, such as `W8A8`,
-            `FP8_DYNAMIC`, `W4A16` and `NVFP4`.
+            `FP8_DYNAMIC`, `W4A16` and `NVFP4`. A mapping is a scheme of your own, as in a config.
         maps: which maps will be measured. The ranking needs `isolated`; each other map takes as long again.
         fallback_schemes: schemes in which the map `fallback` is measured besides `inc_int8`.
         op_type_dict: op types that stay in FP32, such as `{"Embedding": "fp32"}`.

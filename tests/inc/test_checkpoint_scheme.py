@@ -84,9 +84,20 @@ def test_the_op_that_was_spoiled_is_the_most_sensitive_by_far(capture: Capture) 
     assert len(scores) == 14
 
 
+def test_estimates_find_that_op_too_and_give_an_op_the_norm_that_goes_with_it(
+    model, plan: Plan, capture: Capture, tmp_path: Path
+) -> None:
+    estimated, _ = capture_sensitivity(model, token_batches(), plan, ScoreStore(tmp_path), exact="none")
+    found = {name: made.kl_divergence for name, made in estimated.estimates_of("my_gptq").items()}
+    assert max(found, key=found.__getitem__) == SPOILED
+    for name in plan.schemes["my_gptq"]["norms"][SMOOTHED]:
+        (measured,) = capture.of_map("isolated", "my_gptq")[name]
+        assert measured.kl_divergence / 3 < found[name] < 3 * measured.kl_divergence
+
+
 def test_the_library_finds_the_same_bits_in_its_own_modules(model, plan: Plan, capture: Capture) -> None:
     compared = audit_served(model, token_batches(), 0, plan, capture, 4, {})
-    assert compared == {"my_gptq": 25, "W8A8": 25, MIXED: 5}
+    assert compared == {"my_gptq": 35, "W8A8": 35, MIXED: 7}
     wrong = tuple(
         replace(score, mse_value=score.mse_value * 2)
         if (score.scheme, score.op_name) == ("my_gptq", SPOILED)

@@ -11,8 +11,8 @@ from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.metrics import Reference
 from auto_quantize_model.measure.probes import estimates, fisher_direction, probe
 from auto_quantize_model.measure.store import ScoreStore
+from auto_quantize_model.replay.by_name import schemes_of
 from auto_quantize_model.replay.model import Replay
-from auto_quantize_model.schemes.by_name import schemes_of
 
 SCHEMES = ("inc_int8", "W8A8", "FP8_DYNAMIC")
 
@@ -31,7 +31,7 @@ def test_estimates_come_near_the_exact_divergence_of_every_op_and_scheme():
     names = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
     ops = [an_op(name, schemes=SCHEMES, shape=tuple(modules[name].weight.shape)) for name in names]
     exact, values = {}, []
-    with Replay(model, ops, "lm_head", schemes=schemes_of(SCHEMES)) as replay:
+    with Replay(model, ops, "lm_head", schemes=schemes_of(dict.fromkeys(SCHEMES, {}), model)) as replay:
         for batch in batches:
             replay.set_scales(replay.calibrate(batch))
             reference = Reference(replay.begin(batch).clone(), None)
@@ -95,7 +95,7 @@ def test_probes_are_resumed_and_do_not_depend_on_their_number(tmp_path):
     assert not first.of_map("isolated") and first.all_int8
     again, record = capture_sensitivity(model, batches, plan, store, exact="none")
     assert again == first and record["resumed_scores"] == 2 * (16 + len(SCHEMES))
-    with Replay(model, plan.ops, "lm_head", schemes=schemes_of(SCHEMES)) as replay:
+    with Replay(model, plan.ops, "lm_head", schemes=schemes_of(dict.fromkeys(SCHEMES, {}), model)) as replay:
         replay.calibrate(batches[0])
         replay.begin(batches[0])
         one, (_, two) = (probe(replay, dict.fromkeys(plan.op_names, SCHEMES), seeds) for seeds in ([7], [3, 7]))

@@ -463,13 +463,18 @@ def require_fed(
 
 
 def fed_by(model: Any, norms: Sequence[str], batches: Sequence[Any]) -> Feeding:
-    """The modules whose input is the output of each norm, the same tensor, and the norm's last input."""
+    """The modules whose input is the output of each norm, the same tensor, and the norm's last input.
+
+    A norm that runs more than once in a forward is left out, because its last input would not be that of each op.
+    """
     found: Feeding = {}
     outputs: dict[str, torch.Tensor] = {}
+    repeated: set[str] = set()
     other: dict[str, set[str]] = defaultdict(set)  # modules that had another input at least once
 
     def remember(name: str) -> Any:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            repeated.update({name} & outputs.keys())
             outputs[name] = output
             found[name] = (found.get(name, (set(), ()))[0], args)
 
@@ -497,9 +502,7 @@ def fed_by(model: Any, norms: Sequence[str], batches: Sequence[Any]) -> Feeding:
             for batch in batches:
                 model(**batch)
                 outputs.clear()
-    for norm, (fed, _) in found.items():
-        fed -= other[norm]
-    return found
+    return {norm: (fed - other[norm], args) for norm, (fed, args) in found.items() if norm not in repeated}
 
 
 def is_same(value: Any, output: torch.Tensor) -> bool:
