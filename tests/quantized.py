@@ -45,9 +45,8 @@ def token_batches(count: int = 2) -> list[dict[str, torch.Tensor]]:
 def write_checkpoint(
     model: Any,
     folder: Path,
-    scheme: QuantizationScheme,
+    scheme: QuantizationScheme | Mapping[str, QuantizationScheme],
     *,
-    targets: Sequence[str] = ("Linear",),
     ignore: Sequence[str] = ("lm_head",),
     dtype: torch.dtype = torch.float32,
     calibrate: bool = True,
@@ -57,7 +56,8 @@ def write_checkpoint(
     """Quantize a copy of a model by minima and maxima, and write the copy as llm-compressor would.
 
     Args:
-        targets, ignore: of the library's config.
+        scheme: of every Linear, or {target: scheme}.
+        ignore: of the library's config.
         dtype: of the checkpoint.
         calibrate: whether to run the model on token ids, for the ranges of static inputs.
         before: changes the modules of the copy before they are quantized.
@@ -67,10 +67,14 @@ def write_checkpoint(
     modules = dict(made.named_modules())
     before(modules)
     ranges = input_ranges(made) if calibrate else {}
-    group = scheme.model_copy(deep=True, update={"targets": list(targets)})
-    apply_quantization_config(made, QuantizationConfig(config_groups={"group_0": group}, ignore=list(ignore)))
+    schemes = scheme if isinstance(scheme, Mapping) else {"Linear": scheme}
+    groups: Any = {
+        f"group_{index}": of_target.model_copy(deep=True, update={"targets": [target]})
+        for index, (target, of_target) in enumerate(schemes.items())
+    }
+    apply_quantization_config(made, QuantizationConfig(config_groups=groups, ignore=list(ignore)))
     for name, module in modules.items():
-        if getattr(module, "quantization_scheme", None) is None:
+        if (group := getattr(module, "quantization_scheme", None)) is None:
             continue
         weight, args = module.weight.detach(), group.weights
         found = {"weight": weight_parameters(weight, args, global_scale([weight]))}

@@ -128,6 +128,20 @@ def test_all_ops_together_are_the_model_that_transformers_loads(model, tmp_path,
     assert torch.equal(everything, of_transformers(folder))
 
 
+def test_ops_of_one_checkpoint_can_have_different_schemes(model, tmp_path) -> None:
+    groups = {"re:.*self_attn.*": "FP8", r"re:.*layers\.1\.mlp\.(gate|up)_proj": "NVFP4", "Linear": "W8A8"}
+    schemes = {target: scheme_of(name) for target, name in groups.items()}
+    checkpoint, _ = opened(write_checkpoint(model, tmp_path / "c", schemes), model)
+    assert (
+        json.loads((tmp_path / "c" / "config.json").read_text())["quantization_config"]["format"] == "mixed-precision"
+    )
+    for op, found in checkpoint.schemes.items():
+        name = "FP8" if "self_attn" in op else "NVFP4" if "layers.1" in op and "down" not in op else "W8A8"
+        assert fields_of(found) == fields_of(scheme_of(name)), op
+    everything = list(checkpoint.schemes)
+    outputs(model, checkpoint, everything, everything[::2])
+
+
 def smoothed(norm: str, linears: list[str]) -> Callable[[Modules], None]:
     """Divides a norm's weight by a factor for each column, and multiplies the columns of linears by it."""
 
