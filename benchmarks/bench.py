@@ -1,6 +1,6 @@
 """Measure equality with INC, speed next to INC, and the growth of the cost; print Markdown for docs/performance.md.
 
-    python benchmarks/bench.py [equality] [speed] [kernel] [growth]
+    python benchmarks/bench.py [equality] [speed] [kernel] [schemes] [growth]
 
 Every figure is measured in this run. Speed is a ratio of seconds for one op. INC and replay take turns in one process.
 """
@@ -32,6 +32,7 @@ from auto_quantize_model.made.standin import build_once
 from auto_quantize_model.measure.states import states
 from auto_quantize_model.models.snapshot import build_manifest, load_model, load_processor
 from auto_quantize_model.records import Plan
+from auto_quantize_model.replay.by_name import schemes_of
 from auto_quantize_model.replay.model import Replay
 from auto_quantize_model.schemes.inc_int8 import cpu_kernel, pack_linear
 from auto_quantize_model.schemes.scheme import assigned
@@ -45,7 +46,7 @@ DIGITS_VLM = Path("resources/models/digits_vlm")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["equality", "speed", "kernel", "growth"], help="what to measure")
+    parser.add_argument("parts", nargs="*", default=list(PARTS), help="what to measure")
     parser.add_argument("--ops", type=int, default=6, help="ops that INC measures on the medium model, per map")
     args = parser.parse_args()
     return cli.run(lambda: bench(args), None)
@@ -54,7 +55,7 @@ def main() -> int:
 def bench(args: argparse.Namespace) -> None:
     cli.say(f"\n{machine()}\n")
     for part in args.parts:
-        result = {"equality": equality, "speed": speed, "kernel": kernel, "growth": growth}[part](args)
+        result = PARTS[part](args)
         write_json(FOLDER / f"{part}.json", result)
 
 
@@ -216,6 +217,37 @@ def kernel(args: argparse.Namespace) -> dict[str, Any]:
     return {"linears": rows, "forward": forward}
 
 
+def schemes(args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of a forward with every op in a scheme, next to FP32, and of making the quantized weights once."""
+    directory = build_once(SHAPES["medium"], FOLDER / "medium")
+    batch, model = photo_batch(directory, 100), load_model(directory)
+    names = ("inc_int8", "W8A8", "FP8", "FP8_DYNAMIC", "W4A16", "MXFP4", "NVFP4")
+    plan = build_plan(model, [batch], PlanSpec(confidence_batches=1, maps=("isolated",), schemes=names))
+    rows = []
+    for name in names:
+        fields = {name: plan.schemes[name]}
+        with Replay(model, plan.ops, plan.measured_op, cache_bytes=0, schemes=schemes_of(fields, model)) as replay:
+            replay.calibrate(batch)
+            able = [op.op_name for op in plan.ops if name in op.schemes and op.op_name in replay.order]
+            started = time.monotonic()
+            replay.run(assigned(able, name))  # makes the weights
+            first = 1000 * (time.monotonic() - started)
+            fp32, whole = (milliseconds(functools.partial(replay.run, state)) for state in ({}, assigned(able, name)))
+        rows.append({"scheme": name, "ops": len(able), "fp32": fp32, "forward": whole, "weights": first - whole})
+        cli.say(json.dumps(rows[-1]))
+    head = (
+        "| scheme | ops | FP32, ms | in the scheme, ms | ratio | weights once, ms |\n|---|---:|---:|---:|---:|---:|\n"
+    )
+    lines = [
+        f"| {row['scheme']} | {row['ops']} | {row['fp32']:.0f} | {row['forward']:.0f} | {row['forward'] / row['fp32']:.2f}"
+        f" | {row['weights']:.0f} |"
+        for row in rows
+    ]
+    tokens = batch["input_ids"].shape[1]
+    cli.say(f"\nForward of the 150 M model, {tokens} tokens, lowest of five calls:\n\n{head}" + "\n".join(lines))
+    return {"rows": rows, "tokens": tokens}
+
+
 def milliseconds(work: Callable[[], Any]) -> float:
     """The lowest time of five calls after a first one."""
     times = []
@@ -272,6 +304,8 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
     (panels[0] | panels[1]).save(path)
     cli.say(f"the plot: {path}")
 
+
+PARTS = {"equality": equality, "speed": speed, "kernel": kernel, "schemes": schemes, "growth": growth}
 
 if __name__ == "__main__":
     raise SystemExit(main())

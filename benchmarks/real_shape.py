@@ -1,6 +1,6 @@
 """The full shape of Qwen2.5-VL-3B through plan and capture: time of each step and peak memory, in one process.
 
-    python benchmarks/real_shape.py [--device cpu|cuda] [--threads N]
+    python benchmarks/real_shape.py [--device cpu|cuda] [--threads N] [--exact none --schemes inc_int8 W8A8 ...]
 
 The snapshot (7.5 GB, weights from a seed) is written to tmp/bench/ once. The plan is INC's and is written there as
 well, so that a machine without INC can run the capture from it.
@@ -38,6 +38,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads on the CPU")
     parser.add_argument("--visual-tokens", type=int, default=64, help="of the one photograph (64: 224 x 224 pixels)")
     parser.add_argument("--maps", nargs="+", default=["isolated", "fallback"], help="maps to measure")
+    parser.add_argument("--schemes", nargs="+", default=["inc_int8"], help="schemes to measure, inc_int8 among them")
+    parser.add_argument("--exact", default="all", help="scores to measure: all, top:N, or none; others are estimated")
     parser.add_argument("--folder", type=Path, default=Path("tmp/bench"), help="where snapshot, plan and result go")
     parser.add_argument("--plan-only", action="store_true", help="write the snapshot and the plan, and end")
     args = parser.parse_args()
@@ -63,13 +65,15 @@ def bench(args: argparse.Namespace) -> None:
         timed("INC's plan", lambda: make_plan(plan_file, args, model, batch))
     if args.plan_only:
         return
-    plan = replace(as_record(Plan, read_json(plan_file)), maps=tuple(args.maps))
+    plan = in_schemes(replace(as_record(Plan, read_json(plan_file)), maps=tuple(args.maps)), args.schemes)
     device = choose_device(args.device)
     timed("move to the device", lambda: model.to(device))
     before = peak()
     store = ScoreStore(args.folder / "scores")
     with cli.progress_bar("capture") as on_progress:
-        work = functools.partial(capture_sensitivity, model, [batch], plan, store, on_progress=on_progress)
+        work = functools.partial(
+            capture_sensitivity, model, [batch], plan, store, on_progress=on_progress, exact=args.exact, say=cli.say
+        )
         captured, record = timed("capture", work)
     size = 4 * count_parameters(directory) / GIB
     result = {
@@ -78,6 +82,9 @@ def bench(args: argparse.Namespace) -> None:
         "tokens": batch["input_ids"].shape[1],
         "image_tokens": int(batch["mm_token_type_ids"].sum()),
         "maps": args.maps,
+        "schemes": args.schemes,
+        "effort": body_of(captured.effort),
+        "estimates": len(captured.estimates),
         "seconds": seconds,
         "fp32_gib": round(size, 2),
         "peak_gib": round(peak(), 2),
@@ -91,6 +98,21 @@ def bench(args: argparse.Namespace) -> None:
     cli.say(json.dumps(result, indent=2))
 
 
+def in_schemes(plan: Plan, names: list[str]) -> Plan:
+    """The plan with the schemes of compressed-tensors that each op can have."""
+    if names == ["inc_int8"]:
+        return plan
+    from auto_quantize_model.schemes.compressed import fields_of, refusal, scheme_of
+
+    schemes = {name: scheme_of(name) for name in names if name != "inc_int8"}
+    ops = []
+    for op in plan.ops:
+        able = [name for name, scheme in schemes.items() if not refusal(scheme, op.op_type, op.shape)]
+        ops.append(replace(op, schemes=("inc_int8", *able)))
+    fields = {"inc_int8": {}} | {name: fields_of(scheme) for name, scheme in schemes.items()}
+    return replace(plan, ops=tuple(ops), schemes=fields)
+
+
 def compare_devices(args: argparse.Namespace) -> dict[str, Any]:
     """Rank correlation (Spearman) and largest relative difference of CPU and GPU, for each map that both measured."""
     files = [args.folder / f"capture_{args.shape}_{device}.json" for device in ("cpu", "cuda")]
@@ -99,7 +121,10 @@ def compare_devices(args: argparse.Namespace) -> dict[str, Any]:
     sides = [as_record(Capture, read_json(path)) for path in files]
     found = {}
     for label in args.maps:
-        cpu, gpu = ([score.mse_value for score in side.scores if score.map == label] for side in sides)
+        cpu, gpu = (
+            [score.mse_value for score in side.scores if (score.map, score.scheme) == (label, "inc_int8")]
+            for side in sides
+        )
         found[label] = {
             "spearman": float(spearmanr(cpu, gpu).statistic),
             "largest_relative_difference": max(abs(a - b) / a for a, b in zip(cpu, gpu, strict=True)),
