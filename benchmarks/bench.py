@@ -235,12 +235,10 @@ def schemes(args: argparse.Namespace) -> dict[str, Any]:
             fp32, whole = (milliseconds(functools.partial(replay.run, state)) for state in ({}, assigned(able, name)))
         rows.append({"scheme": name, "ops": len(able), "fp32": fp32, "forward": whole, "weights": first - whole})
         cli.say(json.dumps(rows[-1]))
-    head = (
-        "| scheme | ops | FP32, ms | in the scheme, ms | ratio | weights once, ms |\n|---|---:|---:|---:|---:|---:|\n"
-    )
+    head = "| scheme | ops | FP32, ms | scheme, ms | ratio | weights once, ms |\n|---|---:|---:|---:|---:|---:|\n"
     lines = [
-        f"| {row['scheme']} | {row['ops']} | {row['fp32']:.0f} | {row['forward']:.0f} | {row['forward'] / row['fp32']:.2f}"
-        f" | {row['weights']:.0f} |"
+        f"| {row['scheme']} | {row['ops']} | {row['fp32']:.0f} | {row['forward']:.0f}"
+        f" | {row['forward'] / row['fp32']:.2f} | {row['weights']:.0f} |"
         for row in rows
     ]
     tokens = batch["input_ids"].shape[1]
