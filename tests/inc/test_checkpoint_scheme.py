@@ -1,5 +1,6 @@
 """Which layers of a quantized model do the damage: the scheme of a checkpoint, from the plan to the audit."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,7 +115,11 @@ def test_another_checkpoint_at_the_same_place_is_planned_and_measured_again(
     document = tmp_path / "plan.json"
     write_document(document, "plan", body_of(plan))
     assert why_other_checkpoint(document) == ""
-    _, record = capture_sensitivity(model, token_batches(), plan, store)
+    # The same files elsewhere are the same checkpoint.
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    elsewhere = {"checkpoint": "another/place", "folder": str(copied)}
+    moved = replace(plan, schemes=plan.schemes | {"my_gptq": plan.schemes["my_gptq"] | elsewhere})
+    _, record = capture_sensitivity(model, token_batches(), moved, store)
     assert record["resumed_scores"] == len(capture.scores)
     kept = folder.rename(tmp_path / "before")
     assert why_other_checkpoint(document) == ""  # the results may lie on another machine

@@ -23,13 +23,14 @@ from auto_quantize_model.models.checkpoint import (
     Checkpoint,
     described,
     folder_of,
+    is_scaled,
     open_checkpoint,
     read_checkpoint,
 )
 from auto_quantize_model.models.snapshot import load_model
 from auto_quantize_model.records import Op
 from auto_quantize_model.replay.model import Replay, goes_along
-from auto_quantize_model.schemes.compressed import fields_of, quantized_weight, scheme_of, weight_parameters
+from auto_quantize_model.schemes.compressed import PRESETS, fields_of, quantized_weight, scheme_of, weight_parameters
 from auto_quantize_model.schemes.scheme import assigned
 
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
@@ -197,10 +198,21 @@ def test_smoothing_between_two_ops_is_told_by_name(model, tmp_path) -> None:
         modules["model.layers.1.mlp.down_proj"].weight.data /= torch.logspace(-1, 1, 128)
 
     folder = write_checkpoint(model, tmp_path / "c", scheme_of("INT8", None), before=change)
-    (warning,) = opened(folder, model)[1]["warnings"]
+    _, fields = opened(folder, model)
+    (warning,) = fields["warnings"]
+    assert fields["scaled"] == ["model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"]
     assert warning.startswith(
         "the weights of model.layers.1.mlp.down_proj, model.layers.1.mlp.up_proj are scaled against"
     )
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("W2")])
+def test_rounding_alone_is_not_taken_for_smoothing(name) -> None:
+    own = torch.randn(128, 256, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1, 256)
+    scheme = scheme_of(name).weights
+    weight = quantized_weight(own, scheme, weight_parameters(own, scheme))
+    assert not any(is_scaled(weight, own, axis) for axis in (0, 1))
+    assert is_scaled(weight * torch.logspace(-1, 1, 128).unsqueeze(1), own, 1)
 
 
 def test_an_op_that_stays_unquantized_is_refused_by_name(model, tmp_path) -> None:

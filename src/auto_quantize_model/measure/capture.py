@@ -43,7 +43,7 @@ from auto_quantize_model.replay.by_name import schemes_of
 from auto_quantize_model.replay.model import Batch, OtherOrder, Replay, refusals
 from auto_quantize_model.replay.scales import digest_of_scales
 from auto_quantize_model.schemes.inc_int8 import cpu_kernel
-from auto_quantize_model.schemes.scheme import INC_INT8, Assignment
+from auto_quantize_model.schemes.scheme import INC_INT8, Assignment, without_places
 
 # Digest of the code that a score depends on, taken at import: files may change during a long run.
 CODE = code_digest_of_modules(
@@ -459,7 +459,7 @@ def state_key(
         schemes: the plan's; the fields of those that the state uses count.
         seen: whose input ranges schemes of compressed-tensors take; those of the ops in such schemes count.
     """
-    used = {name: schemes[name] for name in sorted(set(assignment.values()) - {INC_INT8})}
+    used = {name: without_places(schemes[name]) for name in sorted(set(assignment.values()) - {INC_INT8})}
     if not used:
         return digest_of(dict(assignment))
     ranges = {

@@ -351,6 +351,7 @@ def described(checkpoint: Checkpoint, ops: Sequence[str], model: Any, batches: S
         "files": [vars(file) for file in files_of(checkpoint)],
         "groups": checkpoint.groups,
         "norms": {norm: sorted(fed) for norm, (fed, _) in feeding.items()},
+        "scaled": scaled,
         "warnings": warnings,
     }
 
