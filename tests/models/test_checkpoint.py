@@ -272,6 +272,10 @@ def edited(folder: Path, to: Path, change: Callable[[dict[str, Any]], None]) -> 
             lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(actorder="group"),
             "quantization_config.config_groups.group_0",
         ),
+        (
+            lambda c: c["quantization_config"]["config_groups"]["group_0"].update(format="marlin-24"),
+            "model.layers.0.mlp.down_proj is stored in the format marlin-24, and compressed-tensors reads mxfp4-pack-",
+        ),
         (lambda c: c.update(architectures=["LlamaForCausalLM"]), "is of the architecture ['LlamaForCausalLM'], and"),
     ],
 )

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors import decompress_module
-from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.compressors.format import COMPRESSION_FORMAT_PRIORITY, infer_module_format
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
 from compressed_tensors.utils import replace_direct_state_dict
@@ -46,6 +46,7 @@ OF_QUANTIZED = {
 }
 OF_MODULE = OF_QUANTIZED | {"weight", "bias"}
 OF_CACHE = {"k_scale", "v_scale", "k_zero_point", "v_zero_point", "k_global_scale", "v_global_scale"}
+FORMATS = [format.value for format in COMPRESSION_FORMAT_PRIORITY if format != CompressionFormat.dense]
 # What the library raises on tensors that do not fit the scheme.
 DAMAGED = (AssertionError, AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 CLEAR = 0.9  # least cosine of a row or column with that of the model, for a factor between the two to mean something
@@ -308,15 +309,20 @@ def scheme_of_module(
         names: of the module, in the files and in the model; the config may hold either.
 
     Raises:
-        InputError: no group of the config matches the module.
+        InputError: no group of the config matches the module, or the library does not read its format.
     """
     targets = {target: group for group in groups_of(quantization).values() for target in group.targets}
     for name in names:
         if is_match(name, module, targets, quantization.ignore or ()):
             scheme: QuantizationScheme = targets[match_targets(name, module, targets)[0]].model_copy(deep=True)
             of_all = quantization.format if quantization.format != CompressionFormat.mixed_precision.value else None
-            format = scheme.format or of_all or infer_module_format(type(module), scheme)
-            scheme.format = CompressionFormat(format)
+            stored = scheme.format or of_all or infer_module_format(type(module), scheme)
+            if stored not in FORMATS:
+                raise InputError(
+                    f"{place}: {names[0]} is stored in the format {stored}, and compressed-tensors reads"
+                    f" {', '.join(FORMATS)}; name a checkpoint in one of these"
+                )
+            scheme.format = CompressionFormat(stored)
             return scheme
     raise InputError(
         f"{place}: {names[0]} has quantized tensors, and no group of the checkpoint's config matches it; correct"
