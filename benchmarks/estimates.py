@@ -3,9 +3,10 @@
     make run CONFIG=config/smollm2_135m.yaml
     python benchmarks/estimates.py [--batches N] [--heldout N]
 
-Every score of the isolated map is measured, and every one is estimated by 4, 16 and 64 probes. The table says how far
-the estimates agree, how much worse an allocation of NVFP4 and FP8_DYNAMIC at 5.0 bits a weight becomes, and the seconds
-of both. Exact scores go to a store in tmp/bench, so a killed run resumes; its seconds are then scaled to all scores.
+Every score of the isolated map is measured, and every one is estimated by 4, 16 and 64 probes. The tables say how far
+estimates and scores agree, and how long both take. They also say what an allocation of NVFP4 and FP8_DYNAMIC at 5.0
+bits a weight loses by estimates. Exact scores go to a store in tmp/bench, so a killed run resumes. Its seconds are then
+scaled to all scores.
 """
 
 import argparse

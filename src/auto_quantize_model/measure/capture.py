@@ -47,7 +47,7 @@ from auto_quantize_model.schemes.scheme import INC_INT8, Assignment, without_pla
 
 # Digest of the code that a score depends on, taken at import: files may change during a long run.
 CODE = code_digest_of_modules(
-    f"auto_quantize_model.{name}" for name in ("replay.model", "measure.metrics", "models.snapshot")
+    f"auto_quantize_model.{name}" for name in ("replay.model", "measure.metrics", "measure.probes", "models.snapshot")
 )
 Progress = Callable[[int, int], None]  # done and total: block runs (replay) or ops (INC)
 Share = dict[str, list[str]]  # {map: ops}
@@ -284,8 +284,10 @@ class ByReplay:
 
     def costs(self) -> tuple[Costs, float]:
         """What the plan costs, by a timed forward of the first batch, and the multiply-adds of the isolated map."""
-        reference = self.begin(0)  # a first forward takes longer, so the second is timed
-        forward = timed(lambda: self.begin(0))
+        reference = self.begin(0)
+        # The first call of each takes longer than the others.
+        forward = timed(lambda: self.replay.begin(self.work.batches[0]))
+        reference.compare(reference.output)
         comparison = timed(lambda: reference.compare(reference.output))
         blocks = len(self.replay.sequence)
         isolated = [cost for cost, (_, label, _, _) in self.states() if label == "isolated"]

@@ -12,10 +12,10 @@ from auto_quantize_model.records import Effort, Estimate
 
 PROBES = 16
 TOP = 40
-# Up to this many multiply-adds, exact scores are cheap: about ten minutes of two CPU cores, or of a GPU. The limit is
-# no time, so that the same config measures the same scores on every machine.
+# Up to this many multiply-adds, exact scores are cheap: about ten minutes of two CPU cores, or of a GPU. Counting them
+# in place of seconds makes the same config measure the same scores on every machine.
 CHEAP = {"cpu": 3e13, "cuda": 1e16}
-MOST_PROBES = (64, 32, 16, 8)  # what a time budget may buy, and 4 where it buys none of them
+MOST_PROBES = (64, 32, 16, 8)  # what a time budget may buy; a smaller one buys 4
 SHARE_OF_PROBES = 1 / 3  # of a time budget
 SECONDS = {"s": 1, "m": 60, "h": 3600}
 
@@ -105,8 +105,8 @@ def top_of(effort: Effort, ops: int) -> int:
 def selected(effort: Effort, estimates: Sequence[Estimate]) -> dict[str, set[str]]:
     """The ops whose isolated scores are measured, for each scheme, where not all are.
 
-    These are the N ops with the largest estimates, and those that may belong to them: their estimate is less than two
-    standard errors below the last of the N. At most N are added.
+    These are the N ops with the largest estimates, and at most N others that may belong to them. The estimate of such
+    an op is less than two standard errors below the last of the N.
     """
     by_scheme: dict[str, list[Estimate]] = {}
     for made in estimates:

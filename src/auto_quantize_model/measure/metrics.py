@@ -95,9 +95,9 @@ def require_finite(record: dict[str, float], place: str, state: str, advice: str
 def kl_divergences(reference: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     """KL(reference || output) at each position, of the distributions that logits over the last dimension give.
 
-    With p the reference's distribution and d the difference of the logits, the divergence is
-    log(1 + sum p (exp(d - m) - 1)), with m the mean of d under p. No two large terms cancel in this form, so a tiny
-    divergence keeps its digits. A difference of logarithms would lose them.
+    The divergence is log(1 + sum p (exp(d - m) - 1)). Here p is the reference's distribution, d the difference of the
+    logits, and m the mean of d under p. No two large terms cancel in this form, so a tiny divergence keeps its digits.
+    A difference of logarithms would lose them.
 
     Args:
         reference: logits of shape (..., vocabulary).

@@ -316,10 +316,10 @@ def tables(report: dict[str, Any]) -> dict[str, pd.DataFrame]:
             for name, profile in profiles.items()
         ),
     }
-    absent = () if sentences.has_images(report) else sentences.BY_MODALITY
+    absent = [] if sentences.has_images(report) else [*sentences.BY_MODALITY]
     if not report["measurement"]["effort"]["probes"]:
         absent += sentences.OF_ESTIMATES
-    found["ranking"] = found["ranking"].drop(columns=list(absent), errors="ignore")
+    found["ranking"] = found["ranking"].drop(columns=absent, errors="ignore")
     return {
         name: table.map(lambda value: escape.spreadsheet_cell(value) if isinstance(value, str) else value)
         for name, table in found.items()
