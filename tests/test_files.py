@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from build import a_plan, profiles_of
+from safetensors.torch import save_file
 
 from auto_quantize_model.clean import clean_results
 from auto_quantize_model.commands import clean_results as clean_command
@@ -186,11 +187,14 @@ def test_modes_follow_the_umask_whatever_a_library_does(tmp_path: Path, umask: i
     before = os.umask(umask)
     try:
         write_text(tmp_path / "inner" / "text", "")
+        with atomic_path(tmp_path / "inner" / "weights") as weights:
+            save_file({}, weights)
         with atomic_folder(tmp_path / "out", ADVICE) as out:
-            (out / "weights").touch(mode=0o600)  # as safetensors does
+            save_file({}, out / "weights")
     finally:
         os.umask(before)
-    for path in (tmp_path / "inner" / "text", tmp_path / "out" / "weights", tmp_path / "out" / MARKER):
+    files = ("inner/text", "inner/weights", "out/weights", f"out/{MARKER}")
+    for path in (tmp_path / name for name in files):
         assert path.stat().st_mode & 0o777 == file
     for path in (tmp_path / "inner", tmp_path / "out"):
         assert path.stat().st_mode & 0o777 == folder

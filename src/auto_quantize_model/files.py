@@ -11,6 +11,7 @@ import pwd
 import re
 import secrets
 import shutil
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -146,6 +147,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         with named_errors(path, temporary):
             yield temporary
+            temporary.chmod(stat.S_IMODE(os.fstat(lock).st_mode))  # safetensors writes files of mode 600
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

