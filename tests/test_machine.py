@@ -1,10 +1,21 @@
 """The device is chosen, and the memory is checked, before long work begins."""
 
+from types import SimpleNamespace
+
+import psutil
 import pytest
 import torch
 
 from auto_quantize_model.files import InputError
-from auto_quantize_model.machine import choose_device, explained_out_of_memory, require_free, require_memory, usage
+from auto_quantize_model.machine import (
+    KEPT_BYTES,
+    WORKING_BYTES,
+    choose_device,
+    explained_out_of_memory,
+    require_free,
+    require_memory,
+    usage,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +66,16 @@ def test_a_model_that_does_not_fit_is_refused_with_both_figures():
     require_memory(10**6, torch.device("cpu"))
     with pytest.raises(InputError, match="need 3725290.3 GiB"):  # loaded only: 4 bytes a weight
         require_memory(10**15)
+
+
+def test_quantized_weights_that_a_replay_keeps_are_counted(monkeypatch):
+    free = SimpleNamespace(available=5 * 10**9 + WORKING_BYTES)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    require_memory(10**9, torch.device("cpu"))
+    with pytest.raises(InputError, match="1.00 billion weights need"):
+        require_memory(10**9, torch.device("cpu"), schemes=2)
+    free.available += KEPT_BYTES
+    require_memory(10**9, torch.device("cpu"), schemes=5)
 
 
 def test_running_out_of_memory_says_what_there_was_and_what_to_lower(monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from html import unescape
 
 import pytest
@@ -27,7 +28,7 @@ from auto_quantize_model.decide.profiles import build_profiles
 from auto_quantize_model.decide.ranking import aggregated
 from auto_quantize_model.escape import CONTROLS, one_line
 from auto_quantize_model.files import InputError, canonical_json
-from auto_quantize_model.records import Answers, Excluded, NotMeasured
+from auto_quantize_model.records import Answers, Excluded, NotMeasured, digest_of_record
 from auto_quantize_model.report.document import build_report, markdown_cell, render, tables, top_table
 
 UNMEASURED = NotMeasured("not_measured", "tradeoff.heldout_batches is 0")
@@ -363,3 +364,12 @@ def test_without_estimates_nothing_speaks_of_errors_of_estimates():
     markdown, _ = render(report)
     assert "Every score of the isolated map was measured; none is an estimate." in markdown and "≈" not in markdown
     assert not {"measured", "standard_error", "split_half"} & set(tables(report)["ranking"])
+
+
+def test_a_warning_of_a_checkpoint_is_one_of_the_report():
+    plan, capture = three_schemes()
+    fields = plan.schemes | {"W8A8": {"warnings": ["the weights of a are scaled"]}}
+    plan = replace(plan, schemes=fields)
+    capture = replace(capture, plan_digest=digest_of_record(plan))
+    report = build_report(a_model_manifest(), a_calibration_manifest(), plan, capture, an_audit(), UNMEASURED, PROFILES)
+    assert "W8A8: the weights of a are scaled." in report["warnings"]

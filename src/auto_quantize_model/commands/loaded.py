@@ -48,7 +48,7 @@ class Loaded:
         device = choose_device(
             options.device, tf32=options.tf32, deterministic=not options.nondeterministic, threads=options.threads
         )
-        require_memory(self.parameters, device)
+        require_memory(self.parameters, device, len(self.run.plan.schemes))
         return device
 
     @cached_property

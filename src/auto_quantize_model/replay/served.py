@@ -12,6 +12,7 @@ import torch
 from compressed_tensors.quantization import QuantizationScheme
 from torch.utils._pytree import tree_map_only
 
+from auto_quantize_model.machine import KEPT_BYTES
 from auto_quantize_model.models.checkpoint import Checkpoint
 from auto_quantize_model.records import OpScales
 from auto_quantize_model.schemes.compressed import (
@@ -23,8 +24,6 @@ from auto_quantize_model.schemes.compressed import (
     weight_parameters,
 )
 
-WEIGHT_BYTES = 2 << 30  # for quantized weights; a weight that does not fit is made again
-
 
 class Kept:
     """Tensors that are made when they are asked for. The ones that were asked for least recently are dropped first.
@@ -33,7 +32,7 @@ class Kept:
         limit: the most bytes that are kept.
     """
 
-    def __init__(self, limit: int = WEIGHT_BYTES) -> None:
+    def __init__(self, limit: int = KEPT_BYTES) -> None:
         self.limit = limit
         self.tensors: OrderedDict[Any, torch.Tensor] = OrderedDict()
         self.bytes = 0

@@ -95,6 +95,7 @@ def build_report(
         "warnings": [
             *coverage.warnings(plan.coverage),
             *of_the_run(manifest, calibration, len(plan.ops) - len(exercised)),
+            *of_checkpoints(plan),
             *([sentences.without_inc(plan.inc_check)] if plan.inc_check["status"] == "cannot" else []),
             *(of_fallback(all_int8, scores["fallback"]) if "fallback" in maps else []),
             *of_heldout(all_int8, tradeoff),
@@ -200,6 +201,11 @@ def of_the_run(model: ModelManifest, calibration: CalibrationManifest, not_exerc
             f"{ops} never ran on the scored batches, so nothing is known of {'it' if not_exercised == 1 else 'them'}."
         )
     return found
+
+
+def of_checkpoints(plan: Plan) -> list[str]:
+    """The warnings of schemes that come from a checkpoint."""
+    return [f"{name}: {warning}." for name, fields in plan.schemes.items() for warning in fields.get("warnings", ())]
 
 
 def of_fallback(all_int8: Mapping[str, Any], scores: Scores) -> list[str]:
