@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from build import an_op
+import transformers
+from build import ACTIVATION, an_op
 from quick_inc import few_ops_model, token_batches
 
 from auto_quantize_model.files import InputError
@@ -16,13 +17,19 @@ DIRECTIONS = 2
 
 
 def direction(logits, index):
-    return torch.randn(logits.shape, generator=torch.Generator().manual_seed(index))
+    return torch.randn(logits.shape, generator=torch.Generator().manual_seed(index)).to(logits.device)
 
 
 def ops_of(model):
     kinds = {torch.nn.Linear: SCHEMES, torch.nn.Embedding: SCHEMES[:1], torch.nn.Conv3d: SCHEMES[:1]}
     return [
-        an_op(name, type(module).__name__, shape=tuple(module.weight.shape), schemes=kinds[type(module)])
+        an_op(
+            name,
+            type(module).__name__,
+            shape=tuple(module.weight.shape),
+            schemes=kinds[type(module)],
+            activation=ACTIVATION | {"name": "MinMaxObserver"},
+        )
         for name, module in model.named_modules()
         if type(module) in kinds
     ]
@@ -55,9 +62,9 @@ def whole(model, replay, ops, batch):
     return {name: torch.tensor(rows).T for name, rows in found.items()}
 
 
-def products_of(model, batch):
+def products_of(model, batch, head="lm_head"):
     ops = ops_of(model)
-    with Replay(model, ops, "lm_head", schemes=schemes_of(dict.fromkeys(SCHEMES, {}), model)) as replay:
+    with Replay(model, ops, head, schemes=schemes_of(dict.fromkeys(SCHEMES, {}), model)) as replay:
         replay.calibrate(batch)
         replay.begin(batch)
         expected = whole(model, replay, ops, batch)
@@ -110,3 +117,40 @@ def test_weights_that_train_still_do_afterwards():
     with frozen(model):
         assert not any(parameter.requires_grad for parameter in model.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+FAMILIES = {
+    "Gemma3Text": {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8},
+    "GPTNeoX": {**SMALL, "intermediate_size": 64, "eos_token_id": 0},
+    "Mamba": {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 100},
+    "OPT": {**SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "Phi3": {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2, "pad_token_id": 0},
+    "Qwen3Moe": {
+        **SMALL,
+        **{"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8},
+        **{"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_the_gradients_of_its_whole_model(family):
+    config = getattr(transformers, f"{family}Config")(**FAMILIES[family])
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    (head,) = (name for name, _ in model.named_modules() if name in ("lm_head", "embed_out"))
+    batch = {"input_ids": torch.randint(0, 100, (2, 12), generator=torch.Generator().manual_seed(1))}
+    expected, found = products_of(model, batch, head)
+    require_close(expected, found)
+    assert head in found and len(found) > 7
+
+
+@pytest.mark.gpu
+def test_the_gradients_of_a_gpu_are_those_of_the_cpu():
+    batch = token_batches(1)[0]
+    expected, _ = products_of(few_ops_model(), batch)
+    there = {name: tensor.cuda() for name, tensor in batch.items()}
+    on_gpu, found = products_of(few_ops_model().cuda(), there)
+    require_close(on_gpu, {name: values.cpu() for name, values in found.items()})
+    require_close(expected, {name: values.cpu() for name, values in found.items()})
