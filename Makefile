@@ -28,11 +28,11 @@ $(if $(VERBOSE),,PIPELINE_QUIET=1) $(BIN)/snakemake $(1) --cores 1 --resources g
 	$(if $(CONFIG),--configfile $(CONFIG)) $(2)
 endef
 
-.PHONY: help setup run test lint quantize bench bench-3b bench-gpu bench-faults bench-tests check-exports standin-3b train-digits dag config archive lock clean
+.PHONY: help setup run test lint quantize bench bench-3b bench-estimates bench-gpu bench-faults bench-tests check-exports standin-3b train-digits dag config archive lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
-		printf '  make %-13s %s\n' "$$name" "$$text"; done
+		printf '  make %-15s %s\n' "$$name" "$$text"; done
 
 setup: $(READY) ## install everything into .venv from envs/requirements.lock
 
@@ -63,11 +63,16 @@ lint: $(READY) ## check style, types and the workflow
 quantize: $(READY) ## have INC quantize the model by PROFILE (recommended), and compare its error with the profile's
 	$(call pipeline,quantize_model,--config quantize='{profile: $(PROFILE)}')
 
-bench: $(READY) ## measure equality with INC, speed next to INC, and growth (20 minutes)
+bench: $(READY) ## measure equality with INC, speed next to INC, forwards in each scheme, and growth (20 minutes)
 	$(BIN)/python benchmarks/bench.py
 
 bench-3b: $(READY) ## measure the full Qwen2.5-VL-3B shape on the CPU (an hour, 24 GiB, 8 GB of disk)
 	$(BIN)/python benchmarks/real_shape.py --device cpu
+
+bench-estimates: $(READY) ## compare estimates with exact scores of SmolLM2-135M, and estimate the 3B shape (90 minutes, 24 GiB)
+	$(MAKE) run CONFIG=config/smollm2_135m.yaml
+	$(BIN)/python benchmarks/estimates.py
+	$(BIN)/python benchmarks/real_shape.py --exact none --maps isolated --schemes inc_int8 W8A8 FP8_DYNAMIC W4A16 NVFP4
 
 bench-gpu: run ## compare a GPU with the CPU, op for op, and measure the full Qwen2.5-VL-3B shape on it (8 GB of disk)
 	$(BIN)/python benchmarks/gpu_check.py prepare results/digits_vlm/digits
