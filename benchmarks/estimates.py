@@ -13,6 +13,7 @@ import argparse
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ KL = dict[str, dict[str, float]]  # {scheme: {op_name: nats}}
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("results/smollm2_135m/moby_dick"), help="of the run")
-    parser.add_argument("--batches", type=int, default=2, help="calibration batches of 256 tokens to score")
+    parser.add_argument("--batches", type=int, default=1, help="calibration batches of 256 tokens to score")
     parser.add_argument("--heldout", type=int, default=16, help="held-out batches for the allocations")
     args = parser.parse_args()
     return cli.run(lambda: bench(args), None)
@@ -67,11 +68,12 @@ def bench(args: argparse.Namespace) -> None:
     cli.say(f"\n{machine()}\n")
     loaded = loaded_run(args.results)
     plan = loaded.run.plan
-    if args.batches != plan.confidence_batches:
-        raise SystemExit(f"the plan scores {plan.confidence_batches} batches; pass --batches {plan.confidence_batches}")
+    if args.batches > plan.confidence_batches:
+        raise SystemExit(f"the plan scores {plan.confidence_batches} batches; lower --batches")
+    plan = first_batches(plan, args.batches)
     model, batches = loaded.model(), loaded.batches(args.batches)
-    exact, seconds = exactly(loaded, model, batches)
-    made, spent = by_probes(loaded, model, batches)
+    exact, seconds = exactly(loaded, plan, model, batches)
+    made, spent = by_probes(loaded, plan, model, batches)
     ops = {op.op_name: op for op in plan.ops if all(name in op.schemes for name in plan.schemes)}
     result: dict[str, Any] = {"exact_seconds": seconds, "probe_seconds": spent, "ops": len(ops)}
     result["agreement"] = {
@@ -80,22 +82,28 @@ def bench(args: argparse.Namespace) -> None:
     }
     result["between"] = between(exact, list(ops))
     rankings = {f"{count} probes": found for count, found in made.items()} | {"exact scores": exact}
-    result["allocation"] = allocations(loaded, model, args.heldout, ops, exact, rankings)
+    result["allocation"] = allocations(loaded, plan, model, args.heldout, ops, exact, rankings)
     write_json(FOLDER / "estimates.json", result | {"exact": exact, "estimates": made})
     cli.say(tables(result))
     draw(exact, made, list(ops), FOLDER / "estimates.svg")
 
 
-def exactly(loaded: Loaded, model: torch.nn.Module, batches: Sequence[Any]) -> tuple[KL, float]:
+def first_batches(plan: Plan, count: int) -> Plan:
+    """The plan of fewer scored batches."""
+    ops = tuple(replace(op, executions=op.executions[:count]) for op in plan.ops)
+    return replace(plan, confidence_batches=count, ops=ops)
+
+
+def exactly(loaded: Loaded, plan: Plan, model: torch.nn.Module, batches: Sequence[Any]) -> tuple[KL, float]:
     """Every exact score, and the seconds that all of them take."""
-    plan, started = loaded.run.plan, time.monotonic()
+    started = time.monotonic()
     with cli.progress_bar("exact scores") as on_progress:
         capture, record = capture_sensitivity(
             model,
             batches,
             plan,
             ScoreStore(FOLDER / "scores"),
-            loaded.scales_of_batches(),
+            loaded.scales_of_batches()[: len(batches)],
             on_progress,
             of_all=loaded.scales[ALL_BATCHES],
         )
@@ -112,9 +120,10 @@ def exactly(loaded: Loaded, model: torch.nn.Module, batches: Sequence[Any]) -> t
     return found, seconds
 
 
-def by_probes(loaded: Loaded, model: torch.nn.Module, batches: Sequence[Any]) -> tuple[dict[int, KL], dict[int, float]]:
+def by_probes(
+    loaded: Loaded, plan: Plan, model: torch.nn.Module, batches: Sequence[Any]
+) -> tuple[dict[int, KL], dict[int, float]]:
     """The estimates by each number of probes, and their seconds."""
-    plan = loaded.run.plan
     found: dict[int, KL] = {}
     seconds: dict[int, float] = {}
     for count in PROBES:
@@ -123,7 +132,7 @@ def by_probes(loaded: Loaded, model: torch.nn.Module, batches: Sequence[Any]) ->
         # A new replay each time, so that each count pays for its quantized weights.
         with Replay(model, plan.ops, plan.measured_op, schemes=schemes_of(plan.schemes, model)) as replay:
             able = {op.op_name: op.schemes for op in plan.ops}
-            for index, (batch, scales) in enumerate(zip(batches, loaded.scales_of_batches(), strict=True)):
+            for index, (batch, scales) in enumerate(zip(batches, loaded.scales_of_batches(), strict=False)):
                 replay.set_scales(scales, loaded.scales[ALL_BATCHES])
                 replay.begin(batch)
                 values.append(probe(replay, able, [10_000 * index + number for number in range(count)]))
@@ -188,7 +197,13 @@ def allocated(ops: Mapping[str, Op], scores: KL) -> dict[str, str]:
 
 
 def allocations(
-    loaded: Loaded, model: torch.nn.Module, heldout: int, ops: Mapping[str, Op], exact: KL, rankings: Mapping[str, KL]
+    loaded: Loaded,
+    plan: Plan,
+    model: torch.nn.Module,
+    heldout: int,
+    ops: Mapping[str, Op],
+    exact: KL,
+    rankings: Mapping[str, KL],
 ) -> dict[str, dict[str, float]]:
     """Each ranking's allocation: the sum of its exact scores, and the measured KL on held-out samples."""
     by_inc = {CHOICE[0]: exact[INC_INT8], CHOICE[1]: dict.fromkeys(ops, 0.0)}
@@ -196,7 +211,7 @@ def allocations(
     chosen["INC's INT8 scores"] = allocated(ops, by_inc)
     chosen |= {f"all in {scheme}": dict.fromkeys(ops, scheme) for scheme in CHOICE}
     batches, _ = loaded.heldout(heldout)
-    measured = held_out(loaded.run.plan, loaded, model, batches, chosen)
+    measured = held_out(plan, loaded, model, batches, chosen)
     weights = {name: math.prod(op.shape) for name, op in ops.items()}
     return {
         name: {

@@ -342,7 +342,7 @@ def test_schemes_stand_in_tables_with_the_reason_of_each_refusal():
     markdown, _ = render(of_three_schemes())
     assert "| NVFP4 | 2 | 6 | – | – |" in markdown and "| 0.5 | `a` | 5 |" in markdown
     assert "| inc_int8 | W8A8 | 3 | -1 | 3 of 3 |" in markdown
-    assert "- 1 op cannot have NVFP4, first b: its 8 columns do not divide." in markdown
+    assert "- 1 op cannot have NVFP4, such as b: its 8 columns do not divide." in markdown
     assert "compressed-tensors gave the same bits on the CPU: 5 values of W8A8 and 1 value of NVFP4." in markdown
     assert "## Schemes" not in render(build_report(*parts()))[0]
 

@@ -329,3 +329,11 @@ def test_where_inc_cannot_quantize_the_model_the_next_step_is_an_export() -> Non
     found = report_of(tradeoff(), Target(min_sqnr_db=26))
     found["measurement"]["inc_check"] = {"status": "cannot", "reason": "no reason"}
     assert sentences.closing(found, "page.html", "exports", "")[-1] == "Next: use an export in exports"
+
+
+def test_the_most_common_reason_against_a_scheme_is_named_with_an_op():
+    refused = {"embed": "no Linear", "a": "its 576 columns", "b": "its 576 columns"}
+    assert sentences.cannot("W4A16", refused) == (
+        "3 ops cannot have W4A16, such as a: its 576 columns (1 op for other reasons)"
+    )
+    assert sentences.cannot("W4A16", {"a": "its 576 columns"}) == "1 op cannot have W4A16, such as a: its 576 columns"

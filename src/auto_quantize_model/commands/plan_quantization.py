@@ -38,8 +38,7 @@ def plan_quantization(args: argparse.Namespace) -> None:
     cli.say(f"plan: {sentences.activations(vars(plan))}")
     for scheme in plan.schemes:
         if refused := {op.op_name: op.refused[scheme] for op in plan.ops if scheme in op.refused}:
-            name, reason = next(iter(refused.items()))
-            cli.say(f"plan: {len(refused)} of {len(plan.ops)} ops cannot have {scheme}, first {name}: {reason}")
+            cli.say(f"plan: {sentences.cannot(scheme, refused)}")
     if plan.inc_check["status"] == "cannot":
         cli.say(f"plan: {sentences.without_inc(plan.inc_check)}")
     cli.say(f"plan: {coverage.headline(len(plan.ops), plan.coverage)}")

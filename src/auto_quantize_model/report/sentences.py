@@ -1,5 +1,6 @@
 """The sentences of a report, for its Markdown and its page. In: the report. Out: text without markup."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -517,13 +518,16 @@ def of_agreement(report: Report) -> str:
 
 
 def refusals(report: Report) -> list[str]:
-    """A sentence for each scheme that some ops cannot have, with the first reasons."""
-    found = []
-    for name, scheme in report["schemes"].items():
-        if refused := scheme["refused"]:
-            op_name, reason = next(iter(refused.items()))
-            found.append(f"{counted(len(refused), 'op')} cannot have {name}, first {op_name}: {reason}.")
-    return found
+    """A sentence for each scheme that some ops cannot have."""
+    return [f"{cannot(name, found)}." for name, scheme in report["schemes"].items() if (found := scheme["refused"])]
+
+
+def cannot(scheme: str, refused: Mapping[str, str]) -> str:
+    """How many ops cannot have a scheme, with the most common reason and an op that has this reason."""
+    reason, count = Counter(refused.values()).most_common(1)[0]
+    op_name = next(name for name, found in refused.items() if found == reason)
+    others = f" ({counted(len(refused) - count, 'op')} for other reasons)" if count < len(refused) else ""
+    return f"{counted(len(refused), 'op')} cannot have {scheme}, such as {op_name}: {reason}{others}"
 
 
 def audited(audit: dict[str, Any]) -> str:
