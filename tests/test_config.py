@@ -108,6 +108,28 @@ def test_reading_a_config_imports_no_torch() -> None:
             "sensitivity.engine inc and auto run INC, on the CPU only;",
         ),
         ("sensitivity: {engine: inc}", "sensitivity.engine inc measures inc_int8 alone; set sensitivity.schemes to"),
+        (
+            "sensitivity: {engine: inc, schemes: [inc_int8], exact: none}",
+            "sensitivity.exact none needs sensitivity.engine replay; set one of the two to its default",
+        ),
+        (
+            "sensitivity: {engine: auto, schemes: [inc_int8], time_budget: 20m}",
+            "sensitivity.time_budget needs sensitivity.engine replay; remove time_budget",
+        ),
+        (
+            "sensitivity: {exact: all, time_budget: 20m}",
+            "sensitivity.time_budget has nothing to choose with sensitivity.exact all; set exact to auto",
+        ),
+        ("sensitivity: {time_budget: 20 min}", "sensitivity.time_budget: '20 min' is not a time; write a number and"),
+        ("sensitivity: {exact: top:0}", "sensitivity.exact: 'top:0' is not a choice; write auto, all, none, or top:N"),
+        (
+            "sensitivity: {fallback_schemes: [FP8]}",
+            "sensitivity.fallback_schemes: 'FP8' is not in sensitivity.schemes; add it there",
+        ),
+        (
+            "sensitivity: {fallback_schemes: [W8A8], maps: [isolated]}",
+            "sensitivity.fallback_schemes needs the map fallback; add fallback to sensitivity.maps",
+        ),
         ("sensitivity: {schemes: [W8A8]}", "sensitivity.schemes: inc_int8 is not in the list, and trade-off and"),
         ("sensitivity: {schemes: [W8A8, W8A8]}", "sensitivity.schemes: an entry is there twice; remove one of the two"),
         (

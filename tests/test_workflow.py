@@ -570,7 +570,7 @@ def test_a_killed_capture_resumes_and_ends_in_the_same_bytes(finished: tuple[Pat
     assert not (tmp_path / "capture.json").exists()
     ended = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    found = re.search(r"capture: (\d+) scores came from the store", ended.stdout)
+    found = re.search(r"capture: (\d+) results came from the store", ended.stdout)
     assert found and int(found[1]) >= 9
     assert (tmp_path / "capture.json").read_bytes() == (results / "capture_cpu.json").read_bytes()
 

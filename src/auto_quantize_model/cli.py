@@ -52,7 +52,9 @@ def say(text: str) -> None:
 
 def announce(text: str) -> None:
     """Print on the terminal, in quiet mode as well: for a line that a person waits for, such as how long work takes."""
-    print(printable(redacted(text)), file=_terminal.get("out", sys.stdout), flush=True)
+    stream = _terminal.get("out", sys.stdout)
+    tqdm.write(printable(redacted(text)), file=stream)  # on a line of its own, also while a bar is drawn
+    stream.flush()
 
 
 def _bar_settings() -> dict[str, Any]:

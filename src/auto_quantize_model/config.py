@@ -514,6 +514,10 @@ class SensitivitySpec(PlanSpec):
             yield "sensitivity.engine inc measures inc_int8 alone; set sensitivity.schemes to [inc_int8]"
         if self.engine != "replay" and self.exact not in ("auto", "all"):
             yield f"sensitivity.exact {self.exact} needs sensitivity.engine replay; set one of the two to its default"
+        if self.time_budget and self.engine != "replay":
+            yield "sensitivity.time_budget needs sensitivity.engine replay; remove time_budget"
+        if self.time_budget and self.exact == "all":
+            yield "sensitivity.time_budget has nothing to choose with sensitivity.exact all; set exact to auto"
         for name in self.fallback_schemes:
             if name not in self.fields_of_schemes:
                 yield f"sensitivity.fallback_schemes: {quoted(name)} is not in sensitivity.schemes; add it there"

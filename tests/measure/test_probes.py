@@ -1,16 +1,20 @@
 """Estimates by Fisher probes: the directions have the Fisher covariance, and estimates find the divergence."""
 
 import math
+from dataclasses import replace
 
+import pytest
 import torch
 from build import a_plan, an_op
 from quick_inc import few_ops_model, token_batches
 
 from auto_quantize_model.decide.stability import tau
+from auto_quantize_model.files import InputError
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.metrics import Reference
 from auto_quantize_model.measure.probes import estimates, fisher_direction, probe
 from auto_quantize_model.measure.store import ScoreStore
+from auto_quantize_model.replay import served
 from auto_quantize_model.replay.by_name import schemes_of
 from auto_quantize_model.replay.model import Replay
 
@@ -102,3 +106,37 @@ def test_probes_are_resumed_and_do_not_depend_on_their_number(tmp_path):
     for scheme, values in one[0].items():
         for name, value in values.items():
             assert math.isclose(value, two[scheme][name], rel_tol=1e-4)
+
+
+def test_a_measured_op_that_stays_in_fp32_is_no_obstacle(tmp_path):
+    model, batches, plan = planned()
+    plan = replace(plan, ops=tuple(op for op in plan.ops if op.op_name != "lm_head"))
+    forward = vars(model.lm_head).get("forward")
+    capture, _ = capture_sensitivity(model, batches, plan, ScoreStore(tmp_path), exact="none")
+    assert capture.estimates_of("W8A8").keys() == set(plan.op_names)
+    assert all(made.kl_divergence > 0 for made in capture.estimates)
+    assert vars(model.lm_head).get("forward") is forward
+
+
+def test_a_plan_of_which_nothing_runs_on_a_batch_is_measured(tmp_path):
+    model, batches, plan = planned()
+    model.spare = torch.nn.Linear(16, 16)
+    plan = replace(plan, ops=(an_op("spare", shape=(16, 16), schemes=SCHEMES, executions=(0, 0)),))
+    for exact in ("all", "none"):
+        capture, _ = capture_sensitivity(model, batches, plan, ScoreStore(tmp_path), exact=exact)
+        assert not capture.of_map("isolated") and not capture.estimates
+
+
+def test_an_estimate_that_is_not_finite_is_named(tmp_path, monkeypatch):
+    model, batches, plan = planned()
+    exact = served.quantized_weight
+    monkeypatch.setattr(served, "quantized_weight", lambda *args: exact(*args) * math.nan)
+    with pytest.raises(InputError, match=r"^batch 0, map isolated, scheme W8A8: estimated KL divergence of \S+ is nan"):
+        capture_sensitivity(model, batches, plan, ScoreStore(tmp_path), exact="none")
+
+
+@pytest.mark.parametrize("asked", [{"exact": "none"}, {"exact": "auto", "time_budget": "5m"}])
+def test_estimates_are_refused_where_inc_measures_too(tmp_path, asked):
+    model, batches, plan = planned()
+    with pytest.raises(InputError, match="^the plan's engine is auto, and estimates need the replay alone; set"):
+        capture_sensitivity(model, batches, replace(plan, engine="auto"), ScoreStore(tmp_path), **asked)

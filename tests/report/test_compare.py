@@ -222,6 +222,29 @@ def test_the_markdown_of_equal_reports_of_one_batch_is_short() -> None:
         assert sentence in markdown
 
 
+def estimated(names: str, measured: str) -> dict[str, Any]:
+    """A report in which only some ops were measured; each has the KL divergence that its error would give."""
+    found = report(names)
+    for each in found["maps"]["isolated"]["ops"]:
+        each["kl_divergence"] = each["mse_value"]
+        if each["op_name"] not in measured:
+            each |= {"measured": False, "mse_value": None, "mse_value_std": None, "standard_error": 0.4}
+    found["measurement"] = found["measurement"] | {"effort": {"exact": "top:2", "probes": 16, "reason": "a test"}}
+    return found
+
+
+def test_estimates_are_compared_by_the_kl_divergence() -> None:
+    whole = estimated("abcdefghij", "abcdefghij")
+    found = compared(whole, estimated("abcdefghij", "ab"))
+    assert not found["differs"] and not found["only_first"] and not found["moved"]
+    assert found["warnings"] == ["A report has estimates of some ops, so the KL divergence ranks the ops of both."]
+    assert compared(whole, estimated("jbcdefghia", "ab"))["moved"]
+    for each in whole["maps"]["isolated"]["ops"]:
+        each["kl_divergence"] = None
+    with pytest.raises(InputError, match="one report has estimates, and the other has no KL divergence"):
+        compared(whole, estimated("abcdefghij", "ab"))
+
+
 def test_reports_that_cannot_be_compared() -> None:
     with pytest.raises(InputError, match="fewer than two measured ops in common"):
         compared(report("ab"), report("xy"))

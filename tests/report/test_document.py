@@ -359,10 +359,28 @@ def test_an_estimate_is_marked_with_its_error_wherever_it_stands():
     assert report["stability"]["additivity"] is None
 
 
+def test_one_scheme_with_estimates_says_so_too():
+    plan, capture = with_estimates()
+    plan = replace(plan, schemes={"inc_int8": {}})
+    capture = replace(capture, plan_digest=digest_of_record(plan))
+    report = build_report(a_model_manifest(), a_calibration_manifest(), plan, capture, an_audit(), UNMEASURED, PROFILES)
+    markdown, _ = render(report)
+    assert "Of 3 scores of the isolated map 1 were measured." in markdown and "in INC's order" not in markdown
+
+
+def test_a_scheme_that_no_op_can_have_has_no_numbers():
+    plan, capture = three_schemes()
+    ops = tuple(replace(op, schemes=tuple(name for name in op.schemes if name != "NVFP4")) for op in plan.ops)
+    plan = replace(plan, ops=ops)
+    capture = replace(capture, plan_digest=digest_of_record(plan))
+    report = build_report(a_model_manifest(), a_calibration_manifest(), plan, capture, an_audit(), UNMEASURED, PROFILES)
+    assert "| NVFP4 | 0 | – | – | – | – | – | – | – |" in render(report)[0]
+
+
 def test_without_estimates_nothing_speaks_of_errors_of_estimates():
     report = of_three_schemes()
     markdown, _ = render(report)
-    assert "Every score of the isolated map was measured; none is an estimate." in markdown and "≈" not in markdown
+    assert "Fisher" not in markdown and "≈" not in markdown
     assert not {"measured", "standard_error", "split_half"} & set(tables(report)["ranking"])
 
 

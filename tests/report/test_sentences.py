@@ -270,7 +270,7 @@ STABILITY |= {"metric_tau": None, "additivity": None}
     ],
 )
 def test_what_is_said_of_the_ranking_fits_what_is_known_of_it(changes, ops, name, sentence):
-    found = dict(sentences.between(STABILITY | changes, ops))
+    found = dict(sentences.between(STABILITY | changes, ops, ops))
     assert sentence in found[name] if sentence else name not in found
 
 

@@ -6,6 +6,7 @@ error, because the script that reads a file reports the file's faults.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -76,18 +77,24 @@ def why_other_checkpoint(plan: Path) -> str:
         folder = fields.get("folder", "")
         if os.path.isdir(folder) and not repository_at(fields["checkpoint"]):
             files = {Path(folder, file["name"]): SnapshotFile(**file) for file in fields["files"]}
-            if why := why_other_files(plan, files):
+            if why := why_other_files(plan, files, since=os.path.getmtime(plan)):
                 return why
     return ""
 
 
-def why_other_files(document: Path, recorded: Mapping[Path, SnapshotFile]) -> str:
-    """Which file is not the one that a document lists, in words; empty if all are."""
+def why_other_files(document: Path, recorded: Mapping[Path, SnapshotFile], since: float = math.inf) -> str:
+    """Which file is not the one that a document lists, in words; empty if all are.
+
+    Args:
+        since: a time of modification. A large file counts by its size alone, unless it was written after that time:
+            an algorithm that runs again writes a checkpoint of the same size.
+    """
     for path, entry in sorted(recorded.items()):
         if not os.path.isfile(path):
             return f"{path} is gone, and {document} lists it"
         size = os.path.getsize(path)
-        if size != entry.bytes or (size <= HASHED_BYTES and _content(path) != entry.sha256):
+        hashed = size <= HASHED_BYTES or os.path.getmtime(path) > since
+        if size != entry.bytes or (hashed and _content(path) != entry.sha256):
             return f"{path} is not the file that {document} lists"
     return ""
 

@@ -141,6 +141,13 @@ def capture_sensitivity(
     if len(batches) < plan.confidence_batches:
         raise InputError(f"the plan asks for {plan.confidence_batches} batches, the calibration set has {len(batches)}")
     started = time.monotonic()
+    if plan.engine != "replay":
+        if exact not in ("auto", "all") or time_budget:
+            raise InputError(
+                f"the plan's engine is {plan.engine}, and estimates need the replay alone; set sensitivity.exact to all"
+                " and no sensitivity.time_budget, or set sensitivity.engine to replay"
+            )
+        exact = "all"
     work = Work(model, batches[: plan.confidence_batches], plan, store, {}, {}, {})
     of_replay, of_inc = share_of_engines(model, plan)
     if of_inc and by_inc is None:
@@ -160,10 +167,10 @@ def capture_sensitivity(
 
 
 def news(record: Mapping[str, Any]) -> str:
-    """The run record's counts of stored scores, in words."""
+    """The run record's counts of stored scores and probes, in words."""
     found, dropped = record["resumed_scores"], record["dropped_scores"]
     damaged = f"; {dropped} damaged scores were measured again" if dropped else ""
-    return f"{found} scores came from the store, all others were measured now{damaged}"
+    return f"{found} results came from the store, all others were measured now{damaged}"
 
 
 def share_of_engines(model: torch.nn.Module, plan: Plan) -> tuple[Share, Share]:
@@ -211,9 +218,7 @@ def measure_by_replay(
     with Replay(work.model, ops, plan.measured_op, schemes=schemes_of(plan.schemes, work.model)) as replay:
         by_replay = ByReplay(work, list(share), ops, replay, scales, of_all, on_progress)
         costs, multiply_adds = by_replay.costs()
-        # Estimates are for models that the replay measures alone.
-        asked = exact if plan.engine == "replay" else "all"
-        work.effort = chosen(asked, time_budget, costs, multiply_adds, replay.device.type)
+        work.effort = chosen(exact, time_budget, costs, len(ops), multiply_adds, replay.device.type)
         say(described_effort(work.effort, costs, len(ops)))
         if probes := work.effort.probes:
             runs = len(replay.sequence) * costs.forwards_of_probes(probes)
@@ -289,23 +294,26 @@ class ByReplay:
         forward = timed(lambda: self.replay.begin(self.work.batches[0]))
         reference.compare(reference.output)
         comparison = timed(lambda: reference.compare(reference.output))
-        blocks = len(self.replay.sequence)
-        isolated = [cost for cost, (_, label, _, _) in self.states() if label == "isolated"]
-        others = [cost for cost, (_, label, _, _) in self.states() if label != "isolated"]
-        batches = len(self.work.batches)
+        blocks = max(1, len(self.replay.sequence))
+        isolated = [cost / blocks for cost, (_, label, _, _) in self.states() if label == "isolated"]
+        others = [cost / blocks for cost, (_, label, _, _) in self.states() if label != "isolated"]
+        batches = range(len(self.work.batches))
+        # Other batches may run other ops, whose states take as long as those of this batch in the mean.
+        states = sum(len(op.schemes) for op in self.ops.values() for index in batches if op.executions[index])
+        mean = math.fsum(isolated) / len(isolated) if isolated else 1.0
         found = Costs(
-            batches=batches,
+            batches=len(batches),
             forward=forward,
             comparison=comparison,
-            isolated=len(isolated),
-            isolated_forwards=sum(isolated) / blocks,
-            others=len(others),
-            other_forwards=sum(others) / blocks,
+            isolated=states,
+            isolated_forwards=states * mean,
+            others=len(batches) * len(others),
+            other_forwards=len(batches) * math.fsum(others),
             schemes=len(self.plan.schemes),
         )
         weights = sum(math.prod(op.shape) for op in self.ops.values())
         positions = reference.output.shape[:-1].numel()
-        return found, batches * found.isolated_forwards * weights * positions
+        return found, found.isolated_forwards * weights * positions
 
     def probed(self, index: int, probes: int, runs: float) -> list[Values]:
         """The values of each probe on a batch, from the store as far as it has them.
@@ -325,6 +333,9 @@ class ByReplay:
                 on_block = lambda done, total: self.step(before + runs * done / total - self.done)  # noqa: E731
                 found = probe(self.replay, able, [seeds[key] for key in missing], on_block)
                 for key, values in zip(missing, found, strict=True):
+                    for scheme, estimated in values.items():
+                        for name, value in estimated.items():
+                            require_finite({"estimated KL divergence": value}, index, "isolated", name, scheme)
                     shelf.add(key, values)
             self.step(before + runs - self.done)
             return [shelf.records[key] for key in keys]
@@ -336,7 +347,7 @@ class ByReplay:
             for cost, (scheme, label, name, assignment) in self.states():
                 key = self.key(assignment)
                 if (record := shelf.get(key)) is None:
-                    record = require_finite(reference.compare(self.replay.run(assignment)), index, label, name)
+                    record = require_finite(reference.compare(self.replay.run(assignment)), index, label, name, scheme)
                     shelf.add(key, record)
                 self.work.scores[index, scheme, label, name] = record
                 self.step(cost)
@@ -384,14 +395,17 @@ def without_replay(plan: Plan) -> str:
     return "INC cannot measure this model either, so choose another model.path"
 
 
-def require_finite(record: dict[str, float], index: int, label: str, name: str) -> dict[str, float]:
+def require_finite(
+    record: dict[str, float], index: int, label: str, name: str, scheme: str = INC_INT8
+) -> dict[str, float]:
     """The record of an op, after a check that all its numbers are finite.
 
     Raises:
-        InputError: the message names op, map and batch.
+        InputError: the message names op, map and batch, and the scheme unless it is INC's.
     """
+    place = f"batch {index}, map {label}" + (f", scheme {scheme}" if scheme != INC_INT8 else "")
     advice = "keep that op in FP32 with sensitivity.op_name_dict, or check the weights"
-    return metrics.require_finite(record, f"batch {index}, map {label}", name or "all ops", advice)
+    return metrics.require_finite(record, place, name or "all ops", advice)
 
 
 def assembled(work: Work, device: torch.device) -> Capture:
@@ -435,7 +449,7 @@ def context(model: torch.nn.Module, plan: Plan, ops: Sequence[Any], engine: str 
     return {
         "engine": engine,
         "model": plan.model_digest,
-        "ops": digest_of([[op.op_name, op.op_type, asdict(op.inc_int8)] for op in ops]),
+        "ops": digest_of([[op.op_name, op.op_type, op.unit, asdict(op.inc_int8)] for op in ops]),
         "measured_op": plan.measured_op,
         "reduce_range": plan.reduce_range,
         "versions": plan.versions,

@@ -33,7 +33,7 @@ class Costs:
         batches: how many are scored.
         forward: seconds of one FP32 forward.
         comparison: seconds to compare an output with the reference.
-        isolated: how many states the isolated map has in all schemes, on each batch.
+        isolated: how many states the isolated map has in all schemes on all batches.
         isolated_forwards: the same as a number of whole forwards, because each runs the blocks from its op on.
         others: states of the other maps, and `other_forwards` as forwards.
         schemes: how many.
@@ -50,12 +50,12 @@ class Costs:
 
     def exact(self, share: float = 1.0) -> float:
         """Seconds for a share of the isolated map."""
-        return self.batches * share * (self.isolated_forwards * self.forward + self.isolated * self.comparison)
+        return share * (self.isolated_forwards * self.forward + self.isolated * self.comparison)
 
     @property
     def other_maps(self) -> float:
         """Seconds for all other states. With every op quantized a forward takes about twice the time."""
-        return self.batches * (2 * self.other_forwards * self.forward + self.others * self.comparison)
+        return 2 * self.other_forwards * self.forward + self.others * self.comparison
 
     def probes(self, count: int) -> float:
         """Seconds for estimates."""
@@ -66,12 +66,13 @@ class Costs:
         return 2 + 2 * self.schemes + 1.5 * count
 
 
-def chosen(exact: str, time_budget: str | None, costs: Costs, multiply_adds: float, device: str) -> Effort:
+def chosen(exact: str, time_budget: str | None, costs: Costs, ops: int, multiply_adds: float, device: str) -> Effort:
     """The effort that a config asks for.
 
     Args:
         exact: `sensitivity.exact`.
         time_budget: `sensitivity.time_budget`; with a budget, `auto` depends on the machine's speed.
+        ops: how many the plan has.
         multiply_adds: of the whole isolated map on all batches.
         device: `cpu` or `cuda`.
     """
@@ -85,8 +86,8 @@ def chosen(exact: str, time_budget: str | None, costs: Costs, multiply_adds: flo
     if costs.exact() + costs.other_maps <= budget:
         return Effort("all", 0, f"all scores fit in {time_budget}")
     probes = probes_within(budget, costs)
-    left = budget - costs.probes(probes) - costs.other_maps
-    fits = math.floor(max(0.0, left) / costs.exact() * costs.isolated / costs.schemes)
+    share = max(0.0, budget - costs.probes(probes) - costs.other_maps) / costs.exact() if costs.exact() else 0.0
+    fits = math.floor(min(1.0, share) * ops / 2)  # as many again may be near the border
     return Effort(f"top:{fits}" if fits else "none", probes, f"that is what fits in {time_budget}")
 
 
@@ -125,19 +126,17 @@ def described_effort(effort: Effort, costs: Costs, ops: int) -> str:
     """What will be measured and how long that takes, in a line."""
     counted_batches = f"{costs.batches} batch{'es' * (costs.batches != 1)}"
     what = f"{ops} ops in {costs.schemes} scheme{'s' * (costs.schemes != 1)} on {counted_batches}"
-    share, time = 1.0, costs.other_maps
     if effort.exact == "all":
-        how = "all scores exactly"
-    else:
-        share = top_of(effort, ops) / ops
-        time += costs.probes(effort.probes)
-        then = f", then exact scores of the top {top_of(effort, ops)} in each scheme" if share else ""
-        how = f"estimates by {effort.probes} probes{then}"
-    return f"{what}: {how}, in {in_words(time + costs.exact(share))} ({effort.reason})"
+        return f"{what}: all scores exactly, in about {in_words(costs.other_maps + costs.exact())} ({effort.reason})"
+    top, time = top_of(effort, ops), costs.other_maps + costs.probes(effort.probes)
+    low, high = (in_words(time + costs.exact(min(1.0, count / ops))) for count in (top, 2 * top))
+    then = f", then exact scores of the top {top} in each scheme and of at most as many near them" if top else ""
+    span = low if low == high else f"{low} to {high}"
+    return f"{what}: estimates by {effort.probes} probes{then}, in about {span} ({effort.reason})"
 
 
 def in_words(seconds: float) -> str:
-    """A time that is an estimate, such as `about 4 min`."""
+    """A time in seconds, minutes or hours."""
     if seconds < 90:
-        return f"about {max(1, round(seconds))} s"
-    return f"about {round(seconds / 60)} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

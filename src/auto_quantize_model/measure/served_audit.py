@@ -113,7 +113,8 @@ def states_to_audit(
         others = [str(name) for name in generator.permutation(names[1:-1])]
         for name in dict.fromkeys([*names[:1], *names[-1:], *others][:count]):
             yield scheme, name, {name: scheme}, scores.get(name)
-        yield scheme, "all ops", assigned(able, scheme), capture.all_in(scheme)[index]
+        if able:
+            yield scheme, "all ops", assigned(able, scheme), capture.all_in(scheme)[index]
     drawn = {op.op_name: str(generator.choice(["", *(name for name in op.schemes if name in schemes)])) for op in ran}
     yield MIXED, "an op in a scheme each", {name: scheme for name, scheme in drawn.items() if scheme}, None
 

@@ -120,7 +120,10 @@ class Backward:
         if not self.recording or not self.schemes.get(site.name):
             return output
         with torch.no_grad():
-            errors = torch.stack([site.in_scheme(scheme, x) - output for scheme in self.schemes[site.name]])
+            schemes = self.schemes[site.name]
+            errors = output.new_empty(len(schemes), *output.shape)
+            for error, scheme in zip(errors, schemes, strict=True):
+                torch.sub(site.in_scheme(scheme, x), output, out=error)
         kept = output if output.requires_grad else output.detach().requires_grad_()
         self.seen.append((site.name, kept, errors))
         return kept.clone()  # code behind the op may write into its output

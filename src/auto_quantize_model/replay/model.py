@@ -174,10 +174,7 @@ class Replay:
         for norm in self.norms.values():
             norm.hook.remove()
         for module, before in reversed(self._taken):
-            if before is None:
-                del module.forward
-            else:
-                module.forward = before
+            _given_back(module, before)
         self._forget()
 
     def _forget(self) -> None:
@@ -316,12 +313,19 @@ class Replay:
         self.visitor = visit
         for site in self.sites.values():
             site.watch = watch
+        head = self.model.get_submodule(self.measured_op)
+        # An op that the plan leaves in FP32 has no site, so nothing calls `visit` for it.
+        alone = self.measured_op not in self.sites and block_of(self.model, self.measured_op) == self.measured_op
+        if alone:
+            self._take_over(head, functools.partial(visit, self.measured_op, head.forward))
         try:
             yield
         finally:
             self.visitor = None
             for site in self.sites.values():
                 site.watch = None
+            if alone:
+                _given_back(*self._taken.pop())
 
     def _visit(self, block: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a block, or return its kept output."""
@@ -361,6 +365,14 @@ class Replay:
     def _measure(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
         if self.running:
             self.measured = output
+
+
+def _given_back(module: torch.nn.Module, before: Any) -> None:
+    """Undo a take-over of a module's forward."""
+    if before is None:
+        del module.forward
+    else:
+        module.forward = before
 
 
 def _copied(output: Any) -> Any:

@@ -83,15 +83,17 @@ def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> di
         set. `gone_from_top` are the ops of the first report alone that are in its top set.
 
     Raises:
-        InputError: the reports have fewer than two ops in common, or one has no isolated map.
+        InputError: the reports have fewer than two ops in common, or one has no isolated map. Or one has estimates, and
+            the other has no KL divergence to compare them with.
     """
     top = limits.top
     rows = [_rows(report) for report in (first, second)]
-    everywhere = [standings(of_one) for of_one in rows]
+    by = _ranks_by(rows)
+    everywhere = [standings(of_one, by) for of_one in rows]
     common = everywhere[0].keys() & everywhere[1].keys()
     if len(common) < 2:
         raise InputError("the reports have fewer than two measured ops in common; compare reports of one model family")
-    one, other = (standings([row for row in of_one if row["op_name"] in common]) for of_one in rows)
+    one, other = (standings([row for row in of_one if row["op_name"] in common], by) for of_one in rows)
     moved = [_move(name, one[name], other[name]) for name in one if one[name].rank != other[name].rank]
     taus = [report["stability"]["rank_tau"] for report in (first, second)]
     found = {
@@ -118,21 +120,37 @@ def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> di
 def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     if "isolated" not in report["maps"]:
         raise InputError(f"the report of {report['model']['model']} has no isolated map; measure it (sensitivity.maps)")
-    # An estimate has no mse_value. Of older reports every row was measured.
-    return [row for row in report["maps"]["isolated"]["ops"] if row["mse_value"] is not None]
+    rows: list[dict[str, Any]] = report["maps"]["isolated"]["ops"]
+    return rows
 
 
-def standings(rows: list[dict[str, Any]]) -> dict[str, Standing]:
+def _ranks_by(rows: list[list[dict[str, Any]]]) -> str:
+    """The metric that ranks in both reports: INC's error, or the KL divergence where one report has estimates."""
+    if all(row["mse_value"] is not None for of_one in rows for row in of_one):
+        return "mse_value"
+    if any(row["kl_divergence"] is None for of_one in rows for row in of_one):
+        raise InputError("one report has estimates, and the other has no KL divergence; measure it with the replay")
+    return "kl_divergence"
+
+
+# The spread of each metric that ranks. A measured KL divergence has none.
+SPREADS = {"mse_value": "mse_value_std", "kl_divergence": "standard_error"}
+
+
+def standings(rows: list[dict[str, Any]], by: str = "mse_value") -> dict[str, Standing]:
     """The rank of each op among the `rows` of an isolated map, the most sensitive first.
 
-    The range of an op holds the ranks that it would get with its `mse_value` one `mse_value_std` higher or lower, all
-    others at their means. Ops with the same value are equally sensitive, so the range holds the ranks of all of them.
+    The range of an op holds the ranks that it would get with its value one spread higher or lower, all others at their
+    means. Ops with the same value are equally sensitive, so the range holds the ranks of all of them.
+
+    Args:
+        by: the metric that ranks, one of `SPREADS`.
     """
-    values = sorted(row["mse_value"] for row in rows)
-    ordered = sorted(rows, key=lambda row: row["mse_value"], reverse=True)
+    values = sorted(row[by] for row in rows)
+    ordered = sorted(rows, key=lambda row: row[by], reverse=True)
     found = {}
     for rank, row in enumerate(ordered, start=1):
-        value, spread = row["mse_value"], row["mse_value_std"]
+        value, spread = row[by], row.get(SPREADS[by])
         reach = None
         if spread is not None:
             above = len(values) - bisect_right(values, value + spread)
@@ -160,7 +178,7 @@ def _of_measurement(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     """A warning where the runs measured in different arithmetic, which the spread between batches does not cover."""
     found = []
     if any(report["measurement"].get("effort", {}).get("probes") for report in (first, second)):
-        found.append("A report has estimates of some ops. Only ops whose scores were measured are compared.")
+        found.append("A report has estimates of some ops, so the KL divergence ranks the ops of both.")
     bits = [7 if report["measurement"]["reduce_range"] else 8 for report in (first, second)]
     if bits[0] == bits[1]:
         return found

@@ -392,6 +392,8 @@ def no_modalities(report: dict[str, Any], pairs: Sequence[Row]) -> str:
     """Why errors at image and text tokens cannot be compared."""
     if not any(batch["image_tokens"] for batch in report["batches"]):
         return "No batch has image tokens, so this picture is empty."
+    if not pairs and report["measurement"]["effort"]["probes"]:
+        return "Every op was estimated, and estimates do not tell image and text tokens apart."
     if not pairs:
         return (
             "Errors at image and text tokens were not measured: Intel Neural Compressor's engine gives only their sum."

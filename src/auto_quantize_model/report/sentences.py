@@ -359,10 +359,16 @@ def certainty(report: Report) -> list[tuple[str, str]]:
     found = [*held_out(report), *against_chance(report["tradeoff"]), *refined(report["tradeoff"])]
     if report["stability"] is None:
         return [*found, ("Ranking", "The isolated map was not measured, so there is no ranking.")]
-    ops = len(report["maps"]["isolated"]["ops"])
+    rows = report["maps"]["isolated"]["ops"]
+    ops = len(rows)
+    measured = sum(row["measured"] for row in rows)
+    if measured < ops:
+        found.append(("Estimates", of_effort(report)))
+    if ops and measured < 2:
+        return [*found, ("Ranking", "No two ops were measured alone, so nothing shows how steady the scores are.")]
     if not ops:
         return [*found, ("Ranking", "No op ran on the scored batches, so there is no ranking.")]
-    return found + between(report["stability"], ops)
+    return found + between(report["stability"], ops, measured)
 
 
 def held_out(report: Report) -> list[tuple[str, str]]:
@@ -422,9 +428,10 @@ def refinement_helps(report: Report) -> bool:
     return any(greedy["relative_error"] < ranking["relative_error"] for ranking, greedy in pairs)
 
 
-def between(stability: dict[str, Any], ops: int) -> list[tuple[str, str]]:
+def between(stability: dict[str, Any], ops: int, measured: int) -> list[tuple[str, str]]:
     """How far batches and metrics agree on the ranking, whether errors add up, and how many ops are tied."""
-    found = []
+    found: list[tuple[str, str]] = []
+    over = f" over the {measured} measured ops" if measured < ops else ""
     if stability["rank_tau"] is None and stability["batches"] > 1:
         unknown = "Unknown: fewer than two ops ran in every batch, or a batch gives all of them the same value."
         found.append(("Between batches", unknown))
@@ -434,7 +441,7 @@ def between(stability: dict[str, Any], ops: int) -> list[tuple[str, str]]:
         )
     else:
         mean = fixed(stability["rank_tau"], ".2f")
-        text = f"{stability['batches']} batches agree on the order with a Kendall's tau of {mean}"
+        text = f"{stability['batches']} batches agree on the order with a Kendall's tau of {mean}{over}"
         lowest = f"lowest {fixed(stability['rank_tau_lowest'], '.2f')}; " if stability["batches"] > 2 else ""
         text += f" ({lowest}1 is the same order, 0 is chance)."
         if stability["top"] == 1 and stability["top_shared"] is not None:
@@ -445,14 +452,15 @@ def between(stability: dict[str, Any], ops: int) -> list[tuple[str, str]]:
             )
         found.append(("Between batches", text))
     if stability["metric_tau"] is not None:
-        text = f"Squared error and KL divergence order the ops with a tau of {fixed(stability['metric_tau'], '.2f')}."
+        metric_tau = fixed(stability["metric_tau"], ".2f")
+        text = f"Squared error and KL divergence order the ops with a tau of {metric_tau}{over}."
         found.append(("Between metrics", text))
     if stability["additivity"] is not None and ops > 1:
         text = f"The errors of single ops add up to {stability['additivity']:.3g} times the error with every op in INT8"
         far = abs(stability["additivity"] - 1) > 0.2
         text += ". Errors cancel or add to each other, so keep-lists must be measured." if far else ": nearly a sum."
         found.append(("As a sum", text))
-    ties = f"{stability['ties']} of {ops} ops share their value with another op, so their order means nothing."
+    ties = f"{stability['ties']} of {measured} ops share their value with another op, so their order means nothing."
     return [*found, ("Ties", ties if stability["ties"] else "None: every op has its own value.")]
 
 
@@ -487,10 +495,8 @@ def of_schemes(report: Report) -> str:
 
 
 def of_effort(report: Report) -> str:
-    """Which scores of the isolated map were measured, and how far the estimates of the others can be trusted."""
+    """How many scores of the isolated map were measured, and how far the estimates of the others can be trusted."""
     effort, found = report["measurement"]["effort"], []
-    if not effort["probes"]:
-        return "Every score of the isolated map was measured; none is an estimate."
     rows = [row for scheme in report["schemes"].values() for row in scheme["ops"]] or report["maps"]["isolated"]["ops"]
     measured = sum(row["measured"] for row in rows)
     found.append(
