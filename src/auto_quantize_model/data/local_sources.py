@@ -86,8 +86,8 @@ def why_other_files(document: Path, recorded: Mapping[Path, SnapshotFile], since
     """Which file is not the one that a document lists, in words; empty if all are.
 
     Args:
-        since: a time of modification. A large file counts by its size alone, unless it was written after that time:
-            an algorithm that runs again writes a checkpoint of the same size.
+        since: a time of modification. A large file counts by its size alone, unless it was written after that time. An
+            algorithm that runs again writes a checkpoint of the same size.
     """
     for path, entry in sorted(recorded.items()):
         if not os.path.isfile(path):
