@@ -85,7 +85,7 @@ def bench(args: argparse.Namespace) -> None:
     result["allocation"] = allocations(loaded, plan, model, args.heldout, ops, exact, rankings)
     write_json(FOLDER / "estimates.json", result | {"exact": exact, "estimates": made})
     cli.say(tables(result))
-    draw(exact, made, list(ops), FOLDER / "estimates.svg")
+    draw(exact, made, list(ops), FOLDER / "estimates.png")
 
 
 def first_batches(plan: Plan, count: int) -> Plan:
@@ -279,7 +279,7 @@ def draw(exact: KL, made: Mapping[int, KL], ops: Sequence[str], path: Path) -> N
         color = altair.Color("scheme:N", scale=altair.Scale(scheme="dark2"))
         dots = chart.mark_point(filled=True, size=14, opacity=0.6, clip=True).encode(x=x, y=y, color=color)
         panels.append(diagonal.mark_line(color="#555555", strokeDash=[5, 4], strokeWidth=1).encode(x=x, y=y) + dots)
-    altair.hconcat(*panels).configure(background="white").save(path)
+    altair.hconcat(*panels).configure(background="white").save(path, scale_factor=1.5)
     cli.say(f"the plot: {path}")
 
 
