@@ -1,5 +1,6 @@
 """INC is checked before it measures; a model that it converts wrongly is replayed, and audited by torch's modules."""
 
+import gc
 import math
 from dataclasses import replace
 
@@ -186,3 +187,19 @@ def test_a_batch_of_each_set_of_inputs_is_checked(monkeypatch):
     found, errors = planning.check_inc(None, [text, text, image, image])
     assert [len(batch) for batch in checked] == [1, 2]
     assert (found, errors) == ({"status": "cannot", "reason": "fails on batch 2"}, {})
+
+
+def quantized_modules():
+    return sum(isinstance(found, torch.ao.nn.quantized.Linear) for found in gc.get_objects())
+
+
+def test_incs_int8_model_has_left_the_memory_when_the_replay_is_checked(monkeypatch):
+    seen = []
+    monkeypatch.setattr(planning, "require_same_int8", lambda *_: seen.append(quantized_modules()))
+    before = quantized_modules()
+    gc.disable()
+    try:
+        build_plan(few_ops_model(), token_batches(1), PlanSpec(confidence_batches=1, maps=("isolated",)))
+    finally:
+        gc.enable()
+    assert seen == [before]

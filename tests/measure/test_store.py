@@ -297,7 +297,7 @@ def test_an_emptied_store_leaves_no_folder(store: ScoreStore) -> None:
 
 
 def test_a_score_is_kept_under_the_code_that_makes_it():
-    names = ("replay.model", "measure.metrics", "models.snapshot")
+    names = ("replay.model", "measure.metrics", "measure.probes", "models.snapshot")
     assert capture.CODE == code_digest_of_modules([f"auto_quantize_model.{name}" for name in names])
     assert engine.CODE == code_digest_of_modules(["auto_quantize_model.inc.engine"])
     assert len({capture.CODE, engine.CODE, code_digest_of_modules([])}) == 3

@@ -4,6 +4,7 @@ In: the model, one calibration batch, the plan and the capture. Out: what was co
 difference is an error, whatever its size. Where INC cannot measure the model, torch's own quantized modules measure.
 """
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -126,6 +127,7 @@ def audit_capture(
         if missing:
             found["isolated"] |= replayed(model, batches[batch], plan, missing)
         expected = measure(model, batches, batch, plan, names, _counted(on_op, total))
+        gc.collect()  # INC's models hold themselves in circles, and the audit of other schemes needs the memory
     on_op(total, total)
     compared = by, batch, tuple(names), plan.maps, total
     device = capture.arithmetic.device

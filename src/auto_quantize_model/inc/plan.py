@@ -3,6 +3,7 @@
 In: a model, its calibration batches, and the plan's keys of the config. Out: the plan that capture and report use.
 """
 
+import gc
 import json
 import math
 import re
@@ -259,6 +260,8 @@ def check_inc(planned: Planned, batches: Sequence[Batch]) -> tuple[IncCheck, dic
     errors = {}
     for index in first_of_kind.values():
         problem, errors[index] = tried_by_inc(planned, batches[index])
+        # INC's models hold themselves in circles. Until Python looks for circles, the weights stay in memory twice.
+        gc.collect()
         if problem:
             return {"status": "cannot", "reason": f"{problem} on batch {index}"}, {}
     return {"status": "reproduces_fp32"}, errors
