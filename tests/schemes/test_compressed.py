@@ -16,7 +16,14 @@ from pydantic import ValidationError
 from auto_quantize_model.config import Inputs, OwnScheme, Weights
 from auto_quantize_model.files import InputError
 from auto_quantize_model.schemes import compressed
-from auto_quantize_model.schemes.compressed import PRESETS, QuantizationParameters, refusal, scheme_of
+from auto_quantize_model.schemes.compressed import (
+    PRESETS,
+    QuantizationParameters,
+    quantized_weight,
+    refusal,
+    scheme_of,
+    weight_parameters,
+)
 
 
 def by_module(
@@ -207,3 +214,13 @@ def test_an_unknown_or_wrong_scheme_is_refused(name: str, fields: Any, message: 
 
 def test_every_preset_of_the_library_is_a_scheme() -> None:
     assert set(PRESETS) == set(PRESET_SCHEMES) - {"UNQUANTIZED"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_weight_that_is_quantized_in_parts_has_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = scheme_of(name).weights
+    weight = torch.randn(300, 256, generator=torch.Generator().manual_seed(0))
+    parameters = weight_parameters(weight, args)
+    whole = quantized_weight(weight, args, parameters)
+    monkeypatch.setattr(compressed, "VALUES_AT_ONCE", 7 * 256)
+    assert torch.equal(quantized_weight(weight, args, parameters), whole)

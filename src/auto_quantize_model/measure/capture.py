@@ -258,13 +258,16 @@ class ByReplay:
         self.work, self.plan, self.maps, self.replay = work, work.plan, maps, replay
         self.ops = {op.op_name: op for op in ops}
         self.scales, self.of_all, self.on_progress = scales, of_all, on_progress
+        self.known: dict[int, Scales] = {}
         self.base = context(work.model, work.plan, ops)
         self.done = self.total = 0.0
 
     def begin(self, index: int) -> Reference:
         """Begin a batch with its scales."""
         batch = self.work.batches[index]
-        of_batch = self.scales[index] if self.scales else self.replay.calibrate(batch)
+        if index not in self.known:  # a batch is begun for its cost, for probes and for scores
+            self.known[index] = self.scales[index] if self.scales else self.replay.calibrate(batch)
+        of_batch = self.known[index]
         self.replay.set_scales(of_batch, self.of_all)
         self.seen = self.of_all or of_batch
         self.of = self.base | {"batch": digest_of_batch(batch), "scales": digest_of_scales(of_batch)}

@@ -26,6 +26,7 @@ from auto_quantize_model.schemes.scheme import INC_INT8
 
 PRESETS = tuple(name for name in get_args(Scheme) if name != INC_INT8)
 IN_GROUPS = ("group", "tensor_group")
+VALUES_AT_ONCE = 1 << 25  # of a weight that is quantized: 128 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,22 @@ def weight_parameters(
 
 
 def quantized_weight(weight: torch.Tensor, args: QuantizationArgs, found: QuantizationParameters) -> torch.Tensor:
-    """The weight as the served model sees it, of the same shape and dtype."""
+    """The weight as the served model sees it, of the same shape and dtype.
+
+    A large weight is quantized some rows at a time, because the library makes several copies of what it quantizes. Each
+    value depends on its own scale alone, so the bits are the same.
+    """
     weight = weight.detach()
-    served: torch.Tensor = fake_quantize(weight, found.scale, found.zero_point, args, global_scale=found.global_scale)
+    height = args.block_structure[0] if args.block_structure else 1
+    rows = max(1, VALUES_AT_ONCE // (weight.shape[1] * height)) * height
+    served = torch.empty_like(weight)
+    for start in range(0, weight.shape[0], rows):
+        part = slice(start, start + rows)
+        of_part = slice(start // height, -(-(start + rows) // height))
+        scale, zero_point = (
+            side if side.ndim < 2 or side.shape[0] == 1 else side[of_part] for side in (found.scale, found.zero_point)
+        )
+        served[part] = fake_quantize(weight[part], scale, zero_point, args, global_scale=found.global_scale)
     return served
 
 
