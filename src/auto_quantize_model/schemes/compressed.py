@@ -156,11 +156,14 @@ def quantized_weight(weight: torch.Tensor, args: QuantizationArgs, found: Quanti
     for start in range(0, weight.shape[0], rows):
         part = slice(start, start + rows)
         of_part = slice(start // height, -(-(start + rows) // height))
-        scale, zero_point = (
-            side if side.ndim < 2 or side.shape[0] == 1 else side[of_part] for side in (found.scale, found.zero_point)
-        )
+        scale, zero_point = _of_rows(found.scale, of_part), _of_rows(found.zero_point, of_part)
         served[part] = fake_quantize(weight[part], scale, zero_point, args, global_scale=found.global_scale)
     return served
+
+
+def _of_rows(side: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    """The scales or zero_points of some rows, or the one that all rows share."""
+    return side if side is None or side.ndim < 2 or side.shape[0] == 1 else side[rows]
 
 
 def input_parameters(low: float, high: float, args: QuantizationArgs, dtype: torch.dtype) -> QuantizationParameters:
