@@ -109,8 +109,8 @@ def test_a_scheme_of_ones_own_has_the_bits_of_the_librarys_module(own: OwnScheme
     require_the_librarys_bits(scheme_of(own.name, own.fields), **op)
 
 
-# From two rows on, because compressed-tensors 0.20 cannot unpack the zero_points of a single row.
-@given(own=own_schemes(), rows=st.integers(2, 70), seed=st.integers(0, 9))
+# From 17 rows on: compressed-tensors 0.20 cannot unpack zero_points that fit one int32, 16 of them in 2 bits.
+@given(own=own_schemes(), rows=st.integers(17, 70), seed=st.integers(0, 9))
 def test_a_scheme_that_the_config_takes_can_be_stored_and_read_again(own: OwnScheme, rows: int, seed: int) -> None:
     scheme = scheme_of(own.name, own.fields)
     weight = values((rows, 128), "plain", seed).to(torch.bfloat16)
