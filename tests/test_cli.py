@@ -1,6 +1,7 @@
 """What scripts show: library output in the log, results on the terminal, errors in one line with their exit code."""
 
 import argparse
+import io
 import os
 import signal
 import subprocess
@@ -399,3 +400,13 @@ def test_another_error_while_a_script_imports_keeps_its_traceback(monkeypatch: p
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     ended = run_script("raise ValueError('a bug')")
     assert ended.returncode == 1 and ended.stderr.startswith("Traceback") and "ValueError: a bug" in ended.stderr
+
+
+def test_an_announcement_has_a_line_of_its_own_while_a_bar_is_drawn(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setenv("PIPELINE_QUIET", "1")
+    monkeypatch.setitem(cli._terminal, "err", stream)
+    with cli.progress_bar("capture") as on_progress:
+        on_progress(1, 2)
+        cli.announce("about 4 min")
+    assert "about 4 min" in stream.getvalue().replace("\r", "\n").splitlines()

@@ -44,17 +44,14 @@ def is_quiet() -> bool:
 
 def say(text: str) -> None:
     """Print a result on the terminal, also while library output goes to a log; in quiet mode, print into the log."""
-    if is_quiet():
-        print(printable(redacted(text)), flush=True)
-    else:
-        announce(text)
+    stream = sys.stdout if is_quiet() else _terminal.get("out", sys.stdout)
+    print(printable(redacted(text)), file=stream, flush=True)
 
 
 def announce(text: str) -> None:
     """Print on the terminal, in quiet mode as well: for a line that a person waits for, such as how long work takes."""
-    stream = _terminal.get("out", sys.stdout)
-    tqdm.write(printable(redacted(text)), file=stream)  # on a line of its own, also while a bar is drawn
-    stream.flush()
+    # To the stream of the bars: only there does tqdm move a bar out of the way.
+    tqdm.write(printable(redacted(text)), file=_terminal.get("err", sys.stderr))
 
 
 def _bar_settings() -> dict[str, Any]:

@@ -359,6 +359,16 @@ def test_an_estimate_is_marked_with_its_error_wherever_it_stands():
     assert report["stability"]["additivity"] is None
 
 
+def test_an_audit_of_estimates_says_that_the_replay_measured_for_it():
+    plan, capture = with_estimates()
+    none = replace(capture, effort=replace(capture.effort, exact="none"))
+    documents = a_model_manifest(), a_calibration_manifest(), plan
+    sentence = "The scores of these ops alone are estimates, so the replay measured them for the audit."
+    for made, said in ((none, True), (capture, False)):
+        report = build_report(*documents, made, an_audit(), UNMEASURED, PROFILES)
+        assert (sentence in render(report)[0]) == said
+
+
 def test_one_scheme_with_estimates_says_so_too():
     plan, capture = with_estimates()
     plan = replace(plan, schemes={"inc_int8": {}})

@@ -278,7 +278,7 @@ def test_where_no_op_ran_that_is_said_and_no_map_is_called_unmeasured():
     never = dict.fromkeys(NAMES, (0, 0))
     report = build_report(*parts(executions=never, audit={"ops": (), "compared": 0}))
     assert sentences.certainty(report) == [("Ranking", "No op ran on the scored batches, so there is no ranking.")]
-    assert sentences.audited(report["audit"]) == "Nothing was measured again: no op ran on batch 0."
+    assert sentences.audited(report) == "Nothing was measured again: no op ran on batch 0."
     assert top_table(report) == "no op ran on the scored batches: no ranking"
     assert "4 ops never ran on the scored batches, so nothing is known of them." in rendered(report)
 

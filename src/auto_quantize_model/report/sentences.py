@@ -536,13 +536,18 @@ def cannot(scheme: str, refused: Mapping[str, str]) -> str:
     return f"{counted(len(refused), 'op')} cannot have {scheme}, such as {op_name}: {reason}{others}"
 
 
-def audited(audit: dict[str, Any]) -> str:
+def audited(report: Report) -> str:
     """Which values were measured again, and by whom, in sentences."""
+    audit = report["audit"]
     ops, batch, auditor = counted(len(audit["ops"]), "op"), audit["batch"], AUDITORS[audit["by"]]
     why = " Intel Neural Compressor cannot measure this model." if audit["by"] == "torch" else ""
     counts = joined([f"{counted(count, 'value')} of {scheme}" for scheme, count in audit["served"].items()])
     served = f" The modules of compressed-tensors gave the same bits on the CPU: {counts}." if counts else ""
-    return of_inc(audit, ops, batch, auditor, why) + served
+    estimated = report["measurement"]["effort"]["exact"] == "none" and audit["ops"]
+    alone = (
+        " The scores of these ops alone are estimates, so the replay measured them for the audit." if estimated else ""
+    )
+    return of_inc(audit, ops, batch, auditor, why) + alone + served
 
 
 def of_inc(audit: dict[str, Any], ops: str, batch: int | None, auditor: str, why: str) -> str:
