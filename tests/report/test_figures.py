@@ -17,7 +17,7 @@ from auto_quantize_model.documents import write_document
 from auto_quantize_model.files import InputError
 from auto_quantize_model.measure.heldout import keep_sizes
 from auto_quantize_model.report.document import build_report
-from auto_quantize_model.report.figures import figures, save
+from auto_quantize_model.report.figures import figures, of_all, save
 
 HOSTILE = 'layers.0.<script>alert(1)</script>\'"\\datum["x"].{{7*7}}&amp;'
 VISION = ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -262,3 +262,11 @@ def test_a_picture_is_not_drawn_where_a_folder_lies(tmp_path):
     with pytest.raises(InputError, match=r"tradeoff\.png: a folder, where a file is to be written; name a file"):
         draw_figures.draw_figures(draw_figures.parser().parse_args(arguments))
     assert not list(tmp_path.glob("*.svg"))
+
+
+def test_a_panel_of_all_ops_says_how_many_were_measured():
+    assert [of_all(*counts) for counts in ((1, 1), (53, 53), (211, 29))] == [
+        "The only op",
+        "All 53 ops",
+        "The 29 measured of 211 ops",
+    ]

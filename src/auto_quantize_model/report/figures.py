@@ -198,7 +198,7 @@ def ranked_ops(report: dict[str, Any]) -> Figure:
         height=22 * len(points[:TOP]),
     )
     whole = ranked_panel(points, domain, spread, False).properties(
-        title=alt.TitleParams("The only op" if len(rows) == 1 else f"All {len(rows)} ops", frame="group"),
+        title=alt.TitleParams(of_all(len(rows), len(measured)), frame="group"),
         height=min(380, max(120, 7 * len(points))),
     )
     caption = (
@@ -214,6 +214,13 @@ def ranked_ops(report: dict[str, Any]) -> Figure:
     if estimated := len(rows) - len(measured):
         caption += f" {counted(estimated, 'op')} with an estimate alone {'is' if estimated == 1 else 'are'} not drawn."
     return finish(report, title, caption, alt.vconcat(named, whole, spacing=14))
+
+
+def of_all(ops: int, measured: int) -> str:
+    """The title of a panel with all ops that were measured."""
+    if measured < ops:
+        return f"The {measured} measured of {ops} ops"
+    return "The only op" if ops == 1 else f"All {ops} ops"
 
 
 def ranked_panel(points: list[Row], domain: list[float], spread: bool, named: bool) -> Panel:
