@@ -1,5 +1,7 @@
 """A replayed model in any assignment of schemes has the bits of the model that compressed-tensors quantizes."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from auto_quantize_model.models.snapshot import load_model
 from auto_quantize_model.models.units import unit_of
 from auto_quantize_model.records import Op
 from auto_quantize_model.replay.model import Replay
-from auto_quantize_model.replay.served import Kept
+from auto_quantize_model.replay.served import Kept, LastInput
 from auto_quantize_model.schemes.compressed import refusal, scheme_of
 from auto_quantize_model.schemes.scheme import assigned
 
@@ -83,3 +85,28 @@ def test_weights_are_made_once_while_they_fit():
     for key in (1, 2, 1, 3, 1, 2):
         assert kept.get(key, lambda key=key: make(key)).tolist() == [key] * 4
     assert made == [1, 2, 3, 2] and kept.bytes == 32
+
+
+def test_an_input_is_quantized_once_for_the_ops_that_share_it_and_again_when_it_changed():
+    last, made = LastInput(), []
+    x, other = torch.zeros(2), torch.zeros(2)
+
+    def get(x: torch.Tensor, ends: tuple[float, float] | None = None) -> torch.Tensor:
+        return last.get(x, ends, lambda: made.append(x) or x + len(made))
+
+    assert get(x).tolist() == get(x).tolist() == [1, 1] and len(made) == 1
+    assert get(other).tolist() == [2, 2] and get(x).tolist() == [3, 3]  # equal values, but other tensors
+    x += 1
+    assert get(x).tolist() == [5, 5]
+    assert get(x, (0, 1)).tolist() == [6, 6] and get(x, (0, 1)).tolist() == [6, 6] and get(x, (0, 2)).tolist() == [7, 7]
+    with torch.inference_mode():
+        untracked = torch.zeros(2)
+        assert [get(untracked).tolist(), get(untracked).tolist()] == [[7, 7], [8, 8]]
+
+
+def test_the_last_input_does_not_stay_in_memory():
+    last, x = LastInput(), torch.zeros(2)
+    last.get(x, None, lambda: x + 1)
+    seen = weakref.ref(x)
+    del x
+    assert seen() is None

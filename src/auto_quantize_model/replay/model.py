@@ -138,9 +138,9 @@ class Replay:
         if not schemes:
             return
         from auto_quantize_model.models.checkpoint import Checkpoint
-        from auto_quantize_model.replay.served import Kept, Norm, Served, Stored
+        from auto_quantize_model.replay.served import Kept, LastInput, Norm, Served, Stored
 
-        kept = Kept()
+        kept, last = Kept(), {name: LastInput() for name in schemes}
         units: dict[str, list[torch.Tensor]] = {}
         for op in ops:
             units.setdefault(op.unit, []).append(modules[op.op_name].weight)
@@ -156,7 +156,7 @@ class Replay:
                     before = self.norms.get((scheme, checkpoints[scheme].norms.get(name, "")))
                     served = Stored(module, checkpoints[scheme], name, kept, before)
                 else:
-                    served = Served(module, schemes[scheme], units[op.unit], kept)
+                    served = Served(module, schemes[scheme], units[op.unit], kept, last[scheme])
                 self.sites[name].served[scheme] = served
 
     def _take_over(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:

@@ -4,6 +4,7 @@ In: a Linear, and a scheme with the range of the op's inputs where the scheme ne
 Linear's output with weight and inputs fake-quantized. Quantized weights are made once and kept while their bytes fit.
 """
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -50,6 +51,29 @@ class Kept:
         return made
 
 
+class LastInput:
+    """The last input that a scheme quantized. Ops such as q, k and v have the same input one after another."""
+
+    def __init__(self) -> None:
+        self.x: Callable[[], torch.Tensor | None] = lambda: None
+        self.of: Any = None
+        self.served = torch.empty(0)
+
+    def get(self, x: torch.Tensor, ends: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The quantized input, made only if `x`, its values or `ends` are others than the last time.
+
+        Args:
+            ends: of the input's range in the calibration; None for a dynamic scheme.
+        """
+        if x.is_inference():  # such a tensor does not count the changes of its values
+            return make()
+        of = (x._version, ends)
+        if self.x() is not x or self.of != of:
+            # No reference to the tensor itself, which would hold the graph of a whole block in a backward pass.
+            self.x, self.of, self.served = weakref.ref(x), of, make()
+        return self.served
+
+
 class Served:
     """One op in one scheme.
 
@@ -58,13 +82,20 @@ class Served:
         scheme: as `schemes.compressed.scheme_of` returns it.
         unit: the weights that a serving engine holds as one matrix with this op's; they share a global scale.
         kept: keeps the quantized weight.
+        last: keeps the quantized input, for all ops in the scheme.
     """
 
     def __init__(
-        self, module: torch.nn.Linear, scheme: QuantizationScheme, unit: Sequence[torch.Tensor], kept: Kept
+        self,
+        module: torch.nn.Linear,
+        scheme: QuantizationScheme,
+        unit: Sequence[torch.Tensor],
+        kept: Kept,
+        last: LastInput,
     ) -> None:
-        self.module, self.scheme, self.unit, self.kept = module, scheme, unit, kept
+        self.module, self.scheme, self.unit, self.kept, self.last = module, scheme, unit, kept, last
         self.given: QuantizationParameters | None = None
+        self.ends: tuple[float, float] | None = None
 
     @property
     def needs_range(self) -> bool:
@@ -75,10 +106,10 @@ class Served:
     def set_range(self, scales: OpScales | None) -> None:
         """Use the range of the op's inputs that a calibration saw; None where the op did not run."""
         if self.needs_range:
-            self.given = None
+            self.given = self.ends = None
             if scales and scales.input:
-                ends, dtype = (scales.input.minimum, scales.input.maximum), self.module.weight.dtype
-                self.given = input_parameters(*ends, self.scheme.input_activations, dtype)
+                self.ends = scales.input.minimum, scales.input.maximum
+                self.given = input_parameters(*self.ends, self.scheme.input_activations, self.module.weight.dtype)
 
     @property
     def ready(self) -> bool:
@@ -93,9 +124,9 @@ class Served:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The op's output for inputs (..., columns), of their dtype."""
-        if self.scheme.input_activations:
-            x = quantized_input(x, self.scheme.input_activations, self.given)
-        return torch.nn.functional.linear(x, self.kept.get(self, self.weight), self.module.bias)
+        args = self.scheme.input_activations
+        served = self.last.get(x, self.ends, lambda: quantized_input(x, args, self.given)) if args else x
+        return torch.nn.functional.linear(served, self.kept.get(self, self.weight), self.module.bias)
 
 
 class Norm:
