@@ -6,14 +6,15 @@ The public names are those of `__all__`. Each is imported when it is first used,
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from auto_quantize_model.api import capture, load, plan, profiles, ranking, save, tradeoff
+    from auto_quantize_model.api import capture, frontier, load, plan, profiles, ranking, save
     from auto_quantize_model.files import InputError
-    from auto_quantize_model.records import Capture, Op, Plan, Point, Profile, Profiles, Score, Tradeoff
+    from auto_quantize_model.records import Capture, Frontier, Op, Plan, Point, Profile, Profiles, Score
 
-_FUNCTIONS = ("plan", "capture", "ranking", "tradeoff", "profiles", "save", "load")
-_RECORDS = ("Op", "Plan", "Score", "Capture", "Point", "Tradeoff", "Profile", "Profiles")
+_FUNCTIONS = ("plan", "capture", "ranking", "frontier", "profiles", "save", "load")
+_RECORDS = ("Op", "Plan", "Score", "Capture", "Point", "Frontier", "Profile", "Profiles")
 __all__ = [
     "Capture",
+    "Frontier",
     "InputError",
     "Op",
     "Plan",
@@ -21,14 +22,13 @@ __all__ = [
     "Profile",
     "Profiles",
     "Score",
-    "Tradeoff",
     "capture",
+    "frontier",
     "load",
     "plan",
     "profiles",
     "ranking",
     "save",
-    "tradeoff",
 ]
 
 

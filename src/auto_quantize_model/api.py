@@ -18,22 +18,22 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from auto_quantize_model.config import PlanSpec, SensitivitySpec, Target, TradeoffSpec
+from auto_quantize_model.config import DecideSpec, PlanSpec, SensitivitySpec, Target
 from auto_quantize_model.config_text import read_block
+from auto_quantize_model.decide.frontier import measure_frontier
 from auto_quantize_model.decide.profiles import build_profiles
-from auto_quantize_model.decide.ranking import isolated, most_sensitive_first
+from auto_quantize_model.decide.ranking import isolated
 from auto_quantize_model.documents import read_document, write_document
 from auto_quantize_model.files import InputError, digest_of
 from auto_quantize_model.machine import choose_device, explained_out_of_memory
 from auto_quantize_model.measure.capture import Engine, Progress, capture_sensitivity, digest_of_batch
-from auto_quantize_model.measure.heldout import measure_tradeoff
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.records import (
     Capture,
+    Frontier,
     NotMeasured,
     Plan,
     Profiles,
-    Tradeoff,
     as_record,
     body_of,
     digest_of_record,
@@ -45,8 +45,8 @@ from auto_quantize_model.schemes.scheme import INC_INT8
 
 INC_NEEDS = ("neural_compressor", "six", "pkg_resources", "transformers")
 Batches = Sequence[Mapping[str, torch.Tensor]]
-Saved = Plan | Capture | Tradeoff | Profiles
-KINDS: dict[str, type[Saved]] = {"plan": Plan, "capture": Capture, "tradeoff": Tradeoff, "profiles": Profiles}
+Saved = Plan | Capture | Frontier | Profiles
+KINDS: dict[str, type[Saved]] = {"plan": Plan, "capture": Capture, "frontier": Frontier, "profiles": Profiles}
 
 
 def plan(
@@ -119,6 +119,7 @@ def capture(
     store: str | PathLike[str] | None = None,
     exact: str = "all",
     time_budget: str | None = None,
+    candidates: Sequence[str] = (),
 ) -> Capture:
     """Measure the error of every op of the plan on each scored batch. Progress is shown on standard error.
 
@@ -133,6 +134,8 @@ def capture(
         exact: which scores of the map `isolated` are measured: `all`, `none`, `top:N` for the N ops of each scheme with
             the largest estimates, or `auto`. The others are estimated by Fisher probes.
         time_budget: a time such as `20m`, which chooses the number of probes, and with `auto` the scores.
+        candidates: schemes of compressed-tensors that `frontier` will choose from. In these, units of several ops are
+            measured as well.
 
     Returns:
         The scores: a row for each batch, scheme, map and op. `mse_value` is INC's sum of squared errors at
@@ -170,6 +173,7 @@ def capture(
             asked.exact,
             asked.time_budget,
             tqdm.write,
+            candidates,
         )
     return replace(captured, plan_digest=digest_of_record(plan))
 
@@ -200,7 +204,7 @@ def ranking(plan: Plan, capture: Capture, scheme: str = "inc_int8") -> pd.DataFr
     return pd.DataFrame(rows).set_index("rank")
 
 
-def tradeoff(
+def frontier(
     model: torch.nn.Module,
     batches: Batches,
     heldout: Batches,
@@ -208,19 +212,34 @@ def tradeoff(
     capture: Capture,
     *,
     answers: Sequence[Sequence[range | None]] | None = None,
-    greedy_candidates: int = 8,
-    greedy_ops: int = 8,
+    candidates: Sequence[str] | None = None,
+    points: int = 12,
+    fixed: Mapping[str, str] | None = None,
+    never: Mapping[str, Sequence[str]] | None = None,
+    at_least: Mapping[str, str] | None = None,
+    max_kl_divergence: float | None = None,
+    max_bits: float | None = None,
     store: str | PathLike[str] | None = None,
-) -> Tradeoff:
-    """Measure keep-lists of growing length on held-out batches. All calibration batches together set the scales.
+) -> Frontier:
+    """Choose a scheme for each unit of ops for growing budgets, and measure each choice on held-out batches.
+
+    All calibration batches together set the scales. The keywords are keys of the config's blocks `decide` and
+    `profiles`.
 
     Args:
         model, batches, plan, store: as `capture` takes them.
         heldout: batches like `batches` that no scale comes from.
-        capture: of `capture`, with the same plan.
+        capture: of `capture`, with the same plan and candidates.
         answers: for each held-out batch, of each sample, the positions of its answer's tokens in `input_ids`, or None.
-        greedy_candidates: how many next ops of the ranking each greedy step tries on the last calibration batch.
-        greedy_ops: how many ops are chosen greedily; 0 takes no such steps.
+        candidates: the schemes to choose from; None takes those of the capture, or `inc_int8` where it has none.
+        points: how many budgets, from the smallest model to the unquantized one.
+        fixed, never, at_least: what units get, by regular expressions for whole names of ops.
+        max_kl_divergence: also search the smallest choice that reaches this divergence, in nats per token.
+        max_bits: also measure the best choice for so many bits a weight.
+
+    Returns:
+        `points` are the best choices, from the smallest to the unquantized model; `controls` are other choices.
+        `frontier.assignment(point)` is {op_name: scheme}.
 
     Raises:
         InputError: an argument is wrong, a held-out batch sets scales too, the replay does not cover an op, or a number
@@ -231,55 +250,72 @@ def tradeoff(
     _require_ops(model, plan)
     _require_capture(plan, capture)
     _require_unseen(unseen, calibration)
-    asked = {"heldout_batches": len(unseen), "greedy_candidates": greedy_candidates, "greedy_ops": greedy_ops}
-    spec = read_block(TradeoffSpec, asked, "tradeoff")
+    chosen = list(candidates or capture.candidates or [INC_INT8])
+    if lacking := [name for name in chosen if name not in plan.schemes]:
+        raise InputError(f"candidates: {lacking[0]} is not in the plan; its schemes are {', '.join(plan.schemes)}")
+    asked = {"heldout_batches": len(unseen), "points": points, "fixed": dict(fixed or {})}
+    asked |= {"never": {key: list(names) for key, names in (never or {}).items()}, "at_least": dict(at_least or {})}
+    spec = read_block(DecideSpec, asked, "decide")
+    target = read_block(Target, {"max_kl_divergence": max_kl_divergence, "max_bits": max_bits}, "profiles")
     spans = _answers(answers, unseen)
-    with _measuring(device, "trade-off") as on_progress, _store(store) as scores:
-        return measure_tradeoff(
+    with _measuring(device, "frontier") as on_progress, _store(store) as scores:
+        of_model = _of_model(model, plan, calibration)
+        return measure_frontier(
             model,
-            _of_model(model, plan, calibration),
-            most_sensitive_first(plan, capture),
-            calibration,
+            of_model,
+            capture,
+            chosen,
+            calibrate(model, of_model, calibration, True)[ALL_BATCHES],
             unseen,
             spans,
             scores,
             spec,
-            on_progress=on_progress,
+            target,
+            len(calibration),
+            on_progress,
         )
 
 
 def profiles(
-    tradeoff: Tradeoff,
+    frontier: Frontier,
+    plan: Plan,
     *,
-    min_sqnr_db: float | None = None,
+    max_kl_divergence: float | None = None,
     max_accuracy_drop: float | None = None,
+    min_sqnr_db: float | None = None,
+    max_bits: float | None = None,
     max_weight_bytes: int | None = None,
 ) -> Profiles:
-    """Name the measured keep-lists, and recommend the smallest that reaches the target.
+    """Name measured choices: `smallest` reaches the limits of the loss, `safest` the budget, `balanced` is the knee.
 
     Args:
-        tradeoff: of `tradeoff`.
-        min_sqnr_db: what the output has to reach on the held-out batches, in dB.
-        max_accuracy_drop: the share of answers, 0 to 1, that may go wrong where FP32 is right.
-        max_weight_bytes: what the weights may take.
+        frontier: of `frontier`.
+        plan: of `plan`.
+        max_kl_divergence: what the output may lose on the held-out batches, in nats per token.
+        max_accuracy_drop: the share of answers, 0 to 1, that may go wrong where the unquantized model is right.
+        min_sqnr_db: what the output has to reach, in dB.
+        max_bits: how many bits a weight may take on average.
+        max_weight_bytes: what the weights of the model may take.
 
     Returns:
-        `profiles` holds the profiles by name, `recommended` among them where a list reaches the target. Otherwise
-        `missed` says why none does. `profile.assignment` is {op_name: scheme}.
+        `profiles` holds the profiles by name. `missed` says why another does not exist. `profile.assignment` is
+        {op_name: scheme}.
 
     Raises:
         InputError: a value is out of its range.
     """
     asked = {
-        "min_sqnr_db": min_sqnr_db,
+        "max_kl_divergence": max_kl_divergence,
         "max_accuracy_drop": max_accuracy_drop,
+        "min_sqnr_db": min_sqnr_db,
+        "max_bits": max_bits,
         "max_weight_bytes": max_weight_bytes,
     }
-    return build_profiles(tradeoff, read_block(Target, asked, "profiles"))
+    return build_profiles(frontier, plan, read_block(Target, asked, "profiles"))
 
 
 def save(record: Saved, path: str | PathLike[str]) -> None:
-    """Write a plan, a capture, a trade-off or profiles as JSON, whole or not at all.
+    """Write a plan, a capture, a frontier or profiles as JSON, whole or not at all.
 
     Raises:
         InputError: another kind of object, or a place that cannot be written.
@@ -294,7 +330,7 @@ def load(path: str | PathLike[str]) -> Any:
     """The record that `save` wrote, or that the pipeline wrote, such as `results/MODEL/CALIBRATION/plan.json`.
 
     Returns:
-        A `Plan`, `Capture`, `Tradeoff` or `Profiles`, by what the file says.
+        A `Plan`, `Capture`, `Frontier` or `Profiles`, by what the file says.
 
     Raises:
         InputError: there is no such file, it was changed since it was written, or it holds another kind of document.

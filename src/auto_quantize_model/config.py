@@ -26,6 +26,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from auto_quantize_model.escape import quoted
 
+INC_INT8, UNQUANTIZED = "inc_int8", "unquantized"  # as in schemes.scheme, which no root module imports
 SHIPPED_MODEL = "resources/models/digits_vlm"  # the snapshot that is part of the repository
 RESERVED = re.compile(r"(archives|logs|benchmarks|model_manifest\.json)\Z|(con|prn|aux|nul|com\d|lpt\d)(\.|\Z)", re.I)
 
@@ -454,6 +455,13 @@ Schemes = Annotated[  # not strict: files hold lists
 ]
 
 
+Names = Annotated[
+    tuple[str, ...],
+    Field(strict=False, json_schema_extra={"uniqueItems": True}),
+    AfterValidator(each_once),
+]
+
+
 class PlanSpec(Block):
     """The keys of the block sensitivity that the plan depends on."""
 
@@ -465,11 +473,7 @@ class PlanSpec(Block):
     """Schemes to measure: inc_int8, presets of compressed-tensors such as W8A8, and schemes of your own."""
     maps: Maps = ("isolated", "fallback", "requantize")
     """Maps to measure. isolated gives the ranking, so it must be one of them."""
-    fallback_schemes: Annotated[
-        tuple[str, ...],
-        Field(strict=False, json_schema_extra={"uniqueItems": True}),
-        AfterValidator(each_once),
-    ] = ()
+    fallback_schemes: Names = ()
     """Schemes in which the map fallback is measured as well, of those in schemes; it is always in inc_int8."""
     reduce_range: bool | None = None
     """true: activations take 7 bits of 8. false: 8. null: INC's choice, 7 on a CPU without VNNI."""
@@ -509,7 +513,7 @@ class SensitivitySpec(PlanSpec):
 
     def contradictions(self) -> Iterator[str]:
         if "inc_int8" not in self.schemes:
-            yield "sensitivity.schemes: inc_int8 is not in the list, and trade-off and profiles need it; add inc_int8"
+            yield "sensitivity.schemes: inc_int8 is not in the list, and the report's maps need it; add inc_int8"
         if self.engine == "inc" and len(self.schemes) > 1:
             yield "sensitivity.engine inc measures inc_int8 alone; set sensitivity.schemes to [inc_int8]"
         if self.engine != "replay" and self.exact not in ("auto", "all"):
@@ -529,33 +533,43 @@ class SensitivitySpec(PlanSpec):
             yield "sensitivity.engine inc and auto run INC, on the CPU only; set sensitivity.device to cpu"
 
 
-class TradeoffSpec(Block):
-    """How the trade-off is measured: keep-lists of growing length, on held-out samples."""
+class DecideSpec(Block):
+    """Which scheme each op gets under a budget, and the proof on held-out samples."""
 
+    candidates: Names | None = None
+    """Schemes to choose from. null: those of compressed-tensors in sensitivity.schemes, or inc_int8 without these."""
     heldout_batches: CountOrNone = 0
-    """Held-out batches of each measurement. 0: nothing is measured."""
-    greedy_candidates: CountOrNone = 0
-    """Next ops of the ranking that each greedy step tries on a calibration batch. 0: no greedy steps."""
-    greedy_ops: CountOrNone = 0
-    """Greedy steps. Each keeps the op that helps most in the state reached."""
+    """Held-out batches on which each choice of schemes is measured. 0: nothing is decided."""
+    points: Annotated[int, Field(ge=2, le=100)] = 12
+    """Budgets between the smallest model and the unquantized one. For each the best choice is measured."""
+    fixed: dict[Pattern, str] = {}
+    """Schemes by regular expressions for whole names of ops, such as {lm_head: unquantized}."""
+    never: dict[Pattern, Names] = {}
+    """Schemes that ops do not get, such as {"model.visual.*": [NVFP4]}."""
+    at_least: dict[Pattern, str] = {}
+    """Schemes that set the fewest bytes of ops, such as {".*down_proj": FP8_DYNAMIC}."""
 
 
 class Target(Block):
-    """What the recommended keep-list must reach on the held-out samples. null asks for nothing."""
+    """What a profile must reach on the held-out samples. null asks for nothing."""
 
-    min_sqnr_db: Annotated[float, Field(ge=-1000, le=1000)] | None = None
-    """Minimum SQNR of the output, in dB. 30 is an error of 0.1 %. 45 suits the embedded model, and no other."""
+    max_kl_divergence: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """smallest: the divergence from the unquantized model may be this much, in nats per token."""
     max_accuracy_drop: Share | None = None
-    """Share of the answers, 0 to 1, that may become wrong where FP32 is right."""
+    """smallest: this share of the answers, 0 to 1, may become wrong where the unquantized model is right."""
+    min_sqnr_db: Annotated[float, Field(ge=-1000, le=1000)] | None = None
+    """smallest: the SQNR of the output must be this high, in dB. 30 is an error of 0.1 %."""
+    max_bits: Annotated[float, Field(gt=0, le=64)] | None = None
+    """safest: a weight may take so many bits, on average over all ops and with scales."""
     max_weight_bytes: Annotated[int, Field(ge=1, le=10**15)] | None = None
-    """Maximum bytes of the weights. Set alone, the smallest error within them is recommended."""
+    """safest: the weights of the model may take so many bytes."""
 
 
 class QuantizeSpec(Block):
-    """How INC quantizes the model. Only `snakemake quantize_model` reads this block."""
+    """How the model is quantized. Only `snakemake quantize_model` reads this block."""
 
-    profile: Literal["minimal", "moderate", "aggressive", "max", "recommended"]
-    """Profile whose ops stay in FP32."""
+    profile: Literal["smallest", "balanced", "safest"] = "balanced"
+    """Profile that is applied."""
 
 
 class Config(Block):
@@ -578,21 +592,56 @@ class Config(Block):
         max_tokens=512,
     )
     sensitivity: SensitivitySpec = SensitivitySpec(schemes=("inc_int8", "W8A8", "FP8_DYNAMIC", "W4A16", "NVFP4"))
-    tradeoff: TradeoffSpec = TradeoffSpec(heldout_batches=16, greedy_candidates=8, greedy_ops=8)
-    profiles: Target = Target(min_sqnr_db=45.0)
-    quantize: QuantizeSpec = QuantizeSpec(profile="recommended")
+    decide: DecideSpec = DecideSpec(heldout_batches=16)
+    profiles: Target = Target(max_kl_divergence=0.001, max_bits=6.0)
+    quantize: QuantizeSpec = QuantizeSpec()
 
     def contradictions(self) -> Iterator[str]:
         size = self.calibration.batch_size
         for drawn, measured in (
             ("calibration.num_samples", "sensitivity.confidence_batches"),
-            ("calibration.num_heldout", "tradeoff.heldout_batches"),
+            ("calibration.num_heldout", "decide.heldout_batches"),
         ):
             samples, batches = self.value(drawn), self.value(measured)
             if batches * size > samples:
                 yield (
                     f"{measured} ({batches}) times calibration.batch_size ({size}) is more than {drawn} ({samples});"
                     f" raise {drawn.partition('.')[2]}, or lower {measured.partition('.')[2]}"
+                )
+        yield from self.of_candidates()
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The schemes that a decision chooses from."""
+        if self.decide.candidates is not None:
+            return self.decide.candidates
+        schemes = self.sensitivity.fields_of_schemes
+        found = tuple(name for name, fields in schemes.items() if name != INC_INT8 and "checkpoint" not in fields)
+        return found or (INC_INT8,)
+
+    def of_candidates(self) -> Iterator[str]:
+        """The contradictions of the block decide with the schemes."""
+        schemes = self.sensitivity.fields_of_schemes
+        for name in self.candidates:
+            if name not in schemes:
+                yield f"decide.candidates: {quoted(name)} is not in sensitivity.schemes; add it there"
+            elif "checkpoint" in schemes[name]:
+                yield f"decide.candidates: {quoted(name)} comes from a checkpoint and cannot be written; remove it"
+        if not self.candidates:
+            yield "decide.candidates is empty; name a scheme, or set decide.heldout_batches to 0"
+        if INC_INT8 in self.candidates and len(self.candidates) > 1:
+            yield (
+                "decide.candidates: no engine serves inc_int8 together with schemes of compressed-tensors; name either"
+                " inc_int8 alone or the others"
+            )
+        named = [("fixed", name) for name in self.decide.fixed.values()]
+        named += [("at_least", name) for name in self.decide.at_least.values()]
+        named += [("never", name) for names in self.decide.never.values() for name in names]
+        for key, name in named:
+            if name not in (*self.candidates, UNQUANTIZED):
+                yield (
+                    f"decide.{key}: {quoted(name)} is no candidate; write one of"
+                    f" {', '.join((*self.candidates, UNQUANTIZED))}"
                 )
 
     def value(self, key: str) -> Any:

@@ -20,7 +20,7 @@ from auto_quantize_model.files import InputError, canonical_json, digest_of, rea
 HEAD = "document"
 CONFIG = "config"  # a key of `made_from`: the digest of the config's part that the step reads
 # The version of all bodies, of whatever kind. Raise it when readers need a key that older documents lack.
-VERSION = 2
+VERSION = 3
 HEAD_KEYS = {"kind": str, "version": int, "made_from": dict, "files": dict, "digest": str}
 # Each kind with the rule that makes it, in the order of the workflow.
 RULES = {
@@ -30,7 +30,7 @@ RULES = {
     "scales": "calibrate_scales",
     "capture": "capture_sensitivity",
     "audit": "audit_capture",
-    "tradeoff": "measure_tradeoff",
+    "frontier": "measure_frontier",
     "profiles": "build_profiles",
     "exports": "export_profiles",
     "report": "render_report",

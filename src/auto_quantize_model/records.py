@@ -160,6 +160,8 @@ class Op:
         inc_int8: what INC plans for the op.
         schemes: the names of the schemes that the op can have.
         refused: the other schemes of the plan, each with the reason.
+        stored_bytes: {scheme: bytes of the op's weight with its scales in a checkpoint}, for each scheme that can be
+            written.
     """
 
     op_name: str
@@ -172,11 +174,31 @@ class Op:
     inc_int8: IncInt8
     schemes: tuple[str, ...]
     refused: dict[str, str]
+    stored_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def ran(self) -> bool:
         """Whether the op runs on at least one scored batch."""
         return any(self.executions)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Ops that share a scheme, because a serving engine holds them as one matrix or because they share a weight.
+
+    Attributes:
+        name: of the unit; an op alone has the op's name.
+        ops: the planned ops, in the plan's order.
+        tied: whether they share one weight.
+        schemes: those of compressed-tensors that the whole unit can have.
+        refused: the others, each with the reason.
+    """
+
+    name: str
+    ops: tuple[str, ...]
+    tied: bool
+    schemes: tuple[str, ...]
+    refused: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -233,6 +255,7 @@ class Plan:
         schemes: the schemes that are measured, by name. Those of compressed-tensors have their fields; see
             `schemes.compressed.scheme_of`.
         ops: in INC's order.
+        units: of the ops; serving engines give one scheme to all ops of a unit.
         excluded: the modules that stay in FP32.
     """
 
@@ -251,6 +274,7 @@ class Plan:
     schemes: dict[str, dict[str, Any]]
     fallback_schemes: tuple[str, ...] = ()
     ops: tuple[Op, ...]
+    units: tuple[Unit, ...] = ()
     excluded: tuple[Excluded, ...]
     coverage: Coverage
     inc_check: IncCheck
@@ -310,9 +334,10 @@ class Score:
 
     Attributes:
         batch: its index.
-        map: `isolated`, `fallback` or `requantize`; `all` for the state with every op in the scheme.
+        map: `isolated`, `fallback` or `requantize`; `units` for a unit of several ops, and `all` for the state with
+            every op in the scheme.
         scheme: its name.
-        op_name: the op that the map scores; empty in the map `all`.
+        op_name: the op that the map scores, or the unit; empty in the map `all`.
         mse_value: INC's **sum** of squared errors at the measured op.
         image_error, text_error: the same sum at the positions of image and of other tokens; None where INC measured.
         kl_divergence: nats, mean over positions; None where INC measured.
@@ -336,7 +361,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The KL divergence of one op in one scheme, in nats per position, estimated by `measure.probes`.
+    """The KL divergence of one op or unit in one scheme, in nats per position, estimated by `measure.probes`.
 
     Attributes:
         standard_error: of the mean over the probes.
@@ -394,6 +419,7 @@ class Capture:
     Attributes:
         second_pass: of each batch, what INC's second pass of the fallback map gave: {op_name: mse_value}.
         effort: which scores of the isolated map are exact; without all of them, `estimates` has every op and scheme.
+        candidates: the schemes in which units of several ops were measured or estimated as well.
     """
 
     engine: str
@@ -408,6 +434,7 @@ class Capture:
     scores: tuple[Score, ...]
     effort: Effort = Effort()
     estimates: tuple[Estimate, ...] = ()
+    candidates: tuple[str, ...] = ()
 
     def of_map(self, label: str, scheme: str = "inc_int8") -> dict[str, list[Score | None]]:
         """{op_name: its score on each batch, None where it did not run}, in the order of the rows."""
@@ -422,7 +449,7 @@ class Capture:
         return [score for score in self.scores if (score.map, score.scheme) == ("all", scheme)]
 
     def estimates_of(self, scheme: str) -> dict[str, Estimate]:
-        """{op_name: its estimate in a scheme}."""
+        """{name of each op and unit: its estimate in a scheme}."""
         return {found.op_name: found for found in self.estimates if found.scheme == scheme}
 
     @property
@@ -450,34 +477,71 @@ class Audit:
 
 
 @dataclass(frozen=True)
-class Point:
-    """One keep-list, measured on the held-out samples.
+class Options:
+    """The schemes that one unit can get in a decision, with their costs; `unquantized` is one of them.
 
     Attributes:
-        keep: how many ops stay unquantized; `added` are those that the point before does not keep.
-        relative_error: sum of squared errors over the sum of squares of the FP32 output.
-        sqnr_db: the same in dB, None for no error; `sqnr_db_lowest` of the batch with the most error.
-        kl_divergence: nats, mean over positions and batches.
-        top1_agreement: share of positions.
-        accuracy: share of answers that are right; None without answers.
-        weight_bytes: of the model's weights.
+        name: of the unit, and `ops` its ops.
+        weights: how many values its weights have; a tied weight counts once.
+        bytes: {scheme: bytes in the checkpoint}.
+        loss: {scheme: what the scheme costs the output}, in the unit of `Frontier.loss`.
+        error: {scheme: standard error of the loss}, for the losses that are estimates.
     """
 
-    keep: int
-    added: tuple[str, ...]
+    name: str
+    ops: tuple[str, ...]
+    weights: int
+    bytes: dict[str, int]
+    loss: dict[str, float]
+    error: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice of schemes, measured on the held-out samples.
+
+    Attributes:
+        kind: `frontier` for the best choice within a budget. `uniform`, `random` and `edges` are controls.
+        name: of a control, such as the scheme of a uniform choice; empty on the frontier.
+        schemes: of each unit of the frontier, in the frontier's order.
+        weight_bytes: of all weights of the model in the checkpoint.
+        bits: of a weight with its scales, on average over the units.
+        predicted: the sum of the units' losses, and `predicted_error` its standard error, 0 without estimates.
+        kl_divergence: nats, mean over positions; `kl_low` and `kl_high` are its 95 % interval over the samples.
+        image_kl_divergence, text_kl_divergence: the same at the positions of image and of other tokens; None without.
+        kl_by_sample: the mean of each sample.
+        top1_agreement: share of positions.
+        perplexity: of the text's next tokens; None without such tokens.
+        accuracy: share of answers that are right; None without answers.
+        relative_error: sum of squared errors over the sum of squares of the unquantized output.
+        sqnr_db: the same in dB, None for no error; `sqnr_db_lowest` of the batch with the most error.
+    """
+
+    kind: str
+    name: str
+    schemes: tuple[str, ...]
+    weight_bytes: int
+    bits: float
+    predicted: float
+    predicted_error: float
+    kl_divergence: float
+    kl_low: float
+    kl_high: float
+    image_kl_divergence: float | None
+    text_kl_divergence: float | None
+    kl_by_sample: tuple[float, ...]
+    top1_agreement: float
+    perplexity: float | None
+    accuracy: float | None
     relative_error: float
     sqnr_db: float | None
     sqnr_db_lowest: float | None
-    kl_divergence: float
-    top1_agreement: float
-    accuracy: float | None
-    weight_bytes: int
 
 
 @closed
 @dataclass(frozen=True)
 class NotMeasured:
-    """The trade-off was not measured; `reason` says why."""
+    """Nothing was decided; `reason` says why."""
 
     status: Literal["not_measured"]
     reason: str
@@ -485,63 +549,81 @@ class NotMeasured:
 
 @closed
 @dataclass(frozen=True, kw_only=True)
-class Tradeoff:
-    """Keep-lists of growing length, measured on held-out samples; see `measure.heldout.measure_tradeoff`."""
+class Frontier:
+    """The best choices of schemes for growing budgets, and controls, measured on held-out samples.
+
+    Attributes:
+        candidates: the schemes that were chosen from.
+        loss: what is summed to choose: `kl_divergence` in nats, or `relative_error` where INC measured.
+        units: with their options.
+        other_bytes: of all weights outside of the units.
+        calibration_batches: those that set the scales.
+        batches: held-out ones, with so many `samples`, `tokens` and `answers`.
+        points: of growing size; the last leaves every unit unquantized.
+        controls: uniform schemes, random choices of equal bytes, and the first and last layers first.
+    """
 
     status: Literal["measured"] = "measured"
     device: str
     threads: int
     instruction_set: str
     int8_kernel: str
-    ops: int
+    candidates: tuple[str, ...]
+    loss: str
+    units: tuple[Options, ...]
+    other_bytes: int
     calibration_batches: int
     batches: int
+    samples: int
+    tokens: int
     answers: int
-    curves: dict[str, list[Point]]
-    random: list[dict[str, int | float | None]]
-    gains_db: dict[str, float | None]
-    losses: dict[str, list[int]]
-    greedy_gain_db: float | None
+    points: tuple[Point, ...]
+    controls: tuple[Point, ...]
 
     @property
-    def op_names(self) -> list[str]:
-        """All its ops, the most sensitive first: the ranking's last point keeps them all."""
-        return [name for point in self.curves["ranking"] for name in point.added]
+    def unquantized(self) -> Point:
+        """The point without any quantized unit."""
+        return self.points[-1]
+
+    def assignment(self, point: Point) -> dict[str, str]:
+        """The state of a point, {op_name: scheme}."""
+        return {
+            name: scheme
+            for unit, scheme in zip(self.units, point.schemes, strict=True)
+            if scheme != "unquantized"
+            for name in unit.ops
+        }
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A point with a name, and its state as an assignment, {op_name: scheme}.
+    """A measured point with a name.
 
-    `kept` are all its unquantized ops, in the order `order`. `worse` holds the metrics in which the profile does worse
-    than all ops in INT8, each with the value of all in INT8. The other fields are those of `Point`.
+    Attributes:
+        point: the choice of schemes, with its metrics.
+        assignment: the choice as {op_name: scheme}.
+        kept: the planned ops that stay unquantized.
     """
 
-    keep: int
-    relative_error: float
-    sqnr_db: float | None
-    sqnr_db_lowest: float | None
-    kl_divergence: float
-    top1_agreement: float
-    accuracy: float | None
-    weight_bytes: int
-    order: str
-    kept: tuple[str, ...]
-    worse: dict[str, float]
+    point: Point
     assignment: dict[str, str]
+    kept: tuple[str, ...]
 
 
 @closed
 @dataclass(frozen=True)
 class Profiles:
-    """Named profiles, and why there is no recommended one; see `decide.profiles.build_profiles`."""
+    """Named profiles; see `decide.profiles.build_profiles`.
+
+    Attributes:
+        target: what the config asks for.
+        profiles: `smallest`, `balanced` and `safest`, as far as they exist.
+        missed: {name: why that profile does not exist}.
+    """
 
     target: dict[str, float | int | None]
     profiles: dict[str, Profile]
-    missed: str
-    knee: Profile | None
-    nearest: Profile | None
-    short: dict[str, float | int]
+    missed: dict[str, str]
 
 
 def body_of(record: Any) -> dict[str, Any]:

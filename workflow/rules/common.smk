@@ -54,7 +54,7 @@ CALIBRATION = config["calibration"]["name"]
 RUN = f"results/{MODEL}/{CALIBRATION}"
 FIGURES = f"{RUN}/figures_{DEVICE}"
 TABLES = f"{RUN}/tables_{DEVICE}"
-FIGURE_NAMES = ("heat_map", "ranked_ops", "tradeoff", "modalities")
+FIGURE_NAMES = ("heat_map", "ranked_ops", "frontier", "modalities")
 QUANTIZED = f"{RUN}/quantized_{DEVICE}/{config['quantize']['profile']}"
 REPORT = f"{RUN}/op_sensitivity_mse_v2_{DEVICE}"
 
@@ -143,8 +143,9 @@ def effort_flags():
     return f"--exact {exact}" + (f" --time-budget {budget}" if budget else "")
 
 
-# The trade-off needs the scales of the whole set, and schemes of compressed-tensors need its input ranges.
-NEEDS_WHOLE_SET = bool(config["tradeoff"]["heldout_batches"]) or len(config["sensitivity"]["schemes"]) > 1
+CANDIDATES = list(checked.candidates)
+# The frontier needs the scales of the whole set, and schemes of compressed-tensors need its input ranges.
+NEEDS_WHOLE_SET = bool(config["decide"]["heldout_batches"]) or len(config["sensitivity"]["schemes"]) > 1
 # The keys of the model block that matter, by source.
 MODEL_KEYS = {"digits": (), "smollm2": (), "local": (), "hub": ("repo_id", "revision")}
 # The part of the config that each rule's document depends on, apart from the parts that other documents depend on.
@@ -155,9 +156,9 @@ ASKED = {
     "extract_calibration": config["calibration"],
     "plan_quantization": {key: config["sensitivity"][key] for key in PLAN_KEYS},
     "calibrate_scales": [DEVICE, replay_flags(), NEEDS_WHOLE_SET],
-    "capture_sensitivity": [DEVICE, replay_flags(), effort_flags()],
+    "capture_sensitivity": [DEVICE, replay_flags(), effort_flags(), CANDIDATES],
     "audit_capture": config["sensitivity"]["audit_ops"],
-    "measure_tradeoff": [config["tradeoff"], DEVICE, replay_flags()],
+    "measure_frontier": [config["decide"], config["profiles"], CANDIDATES, DEVICE, replay_flags()],
     "build_profiles": config["profiles"],
     "quantize_model": config["quantize"],
 }

@@ -7,7 +7,7 @@ rule quantize_model:
         **PLANNED,
         stale=made_again_where_stale("quantize_model"),
         heldout_set=rules.extract_calibration.output.heldout_set,
-        tradeoff=rules.measure_tradeoff.output.tradeoff,
+        frontier=rules.measure_frontier.output.frontier,
         profiles=rules.build_profiles.output.profiles,
         exports=rules.export_profiles.output.index,
     output:

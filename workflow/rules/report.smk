@@ -1,12 +1,12 @@
 rule build_profiles:
-    """Name measured keep-lists: `minimal`, `moderate`, `aggressive`, `max`, and the smallest that reaches the target.
+    """Name measured choices: `smallest` reaches the target, `balanced` is the knee, and `safest` is within the budget.
 
-    A profile is a point of a measured curve, with all ops that it keeps in FP32.
+    A profile is a measured point, with the scheme of each op.
     """
     input:
         stale=made_again_where_stale("build_profiles"),
         plan=rules.plan_quantization.output.plan,
-        tradeoff=rules.measure_tradeoff.output.tradeoff,
+        frontier=rules.measure_frontier.output.frontier,
     output:
         profiles=f"{RUN}/profiles_{DEVICE}.json",
     log:
@@ -60,7 +60,7 @@ rule render_report:
         plan=rules.plan_quantization.output.plan,
         capture=rules.capture_sensitivity.output.capture,
         audit=rules.audit_capture.output.audit,
-        tradeoff=rules.measure_tradeoff.output.tradeoff,
+        frontier=rules.measure_frontier.output.frontier,
         profiles=rules.build_profiles.output.profiles,
     output:
         markdown=report(f"{REPORT}.md", caption="../report/report.rst", category="Report"),
@@ -70,9 +70,9 @@ rule render_report:
             caption="../report/table_ranking.rst",
             category="Tables",
         ),
-        tradeoff_table=report(
-            f"{TABLES}/tradeoff.csv",
-            caption="../report/table_tradeoff.rst",
+        frontier_table=report(
+            f"{TABLES}/frontier.csv",
+            caption="../report/table_frontier.rst",
             category="Tables",
         ),
         profiles_table=report(
@@ -98,7 +98,7 @@ rule render_report:
 
 
 rule draw_figures:
-    """Draw the report's pictures: sensitivity by block, all ops ranked, the trade-off, image against text tokens.
+    """Draw the report's pictures: sensitivity by block, all ops ranked, the frontier, image against text tokens.
 
     The same files are always written. If something was not measured, its picture says so.
     """
@@ -115,9 +115,9 @@ rule draw_figures:
             caption="../report/ranked_ops.rst",
             category="Pictures",
         ),
-        tradeoff=report(
-            f"{FIGURES}/tradeoff.svg",
-            caption="../report/tradeoff.rst",
+        frontier=report(
+            f"{FIGURES}/frontier.svg",
+            caption="../report/frontier.rst",
             category="Pictures",
         ),
         modalities=report(
@@ -146,7 +146,7 @@ rule render_page:
         markdown=rules.render_report.output.markdown,
         tables=[
             rules.render_report.output.ranking_table,
-            rules.render_report.output.tradeoff_table,
+            rules.render_report.output.frontier_table,
             rules.render_report.output.profiles_table,
         ],
         files=rules.draw_figures.output,

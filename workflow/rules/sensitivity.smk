@@ -110,10 +110,12 @@ rule capture_sensitivity:
         code=code_digest("scripts/capture_sensitivity.py"),
         files=file_options,
         effort=effort_flags(),
+        candidates=CANDIDATES,
         config_digest=config_digest("capture_sensitivity"),
     shell:
         "exec python scripts/capture_sensitivity.py {params.files}"
         " {params.effort}"
+        " --candidates {params.candidates:q}"
         " --device {params.device}"
         " {params.flags}"
         " --config-digest {params.config_digest}"
@@ -150,39 +152,39 @@ rule audit_capture:
         " --log {log:q}"
 
 
-rule measure_tradeoff:
-    """Measure the mixed-precision model on held-out samples, for keep-lists of growing length.
+rule measure_frontier:
+    """Choose a scheme for each unit of ops for growing budgets, and measure each choice on held-out samples.
 
-    The ranking is compared with random orders, the reversed ranking, and the largest weights first. A point of a curve
-    is one keep-list. The score store keeps the record of each forward, so a killed run resumes.
+    The controls are uniform schemes, random choices of equal bytes, and the first and last layers first. A point is one
+    choice. The score store keeps the record of each forward, so a killed run resumes.
     """
     input:
         **MEASURED,
-        stale=made_again_where_stale("measure_tradeoff"),
+        stale=made_again_where_stale("measure_frontier"),
         heldout_set=rules.extract_calibration.output.heldout_set,
         capture=rules.capture_sensitivity.output.capture,
     output:
-        tradeoff=f"{RUN}/tradeoff_{DEVICE}.json",
+        frontier=f"{RUN}/frontier_{DEVICE}.json",
     log:
-        f"{RUN}/logs/measure_tradeoff.log",
+        f"{RUN}/logs/measure_frontier.log",
     benchmark:
-        f"{RUN}/benchmarks/measure_tradeoff.tsv"
+        f"{RUN}/benchmarks/measure_frontier.tsv"
     threads: 64
     resources:
         gpu=1 if DEVICE == "cuda" else 0,
     params:
         **REPLAYED,
-        code=code_digest("scripts/measure_tradeoff.py"),
+        code=code_digest("scripts/measure_frontier.py"),
         files=file_options,
-        batches=config["tradeoff"]["heldout_batches"],
-        candidates=config["tradeoff"]["greedy_candidates"],
-        ops=config["tradeoff"]["greedy_ops"],
-        config_digest=config_digest("measure_tradeoff"),
+        candidates=CANDIDATES,
+        spec=block("decide"),
+        target=block("profiles"),
+        config_digest=config_digest("measure_frontier"),
     shell:
-        "exec python scripts/measure_tradeoff.py {params.files}"
-        " --batches {params.batches}"
-        " --greedy-candidates {params.candidates}"
-        " --greedy-ops {params.ops}"
+        "exec python scripts/measure_frontier.py {params.files}"
+        " --candidates {params.candidates:q}"
+        " --spec {params.spec:q}"
+        " --target {params.target:q}"
         " --device {params.device}"
         " {params.flags}"
         " --config-digest {params.config_digest}"

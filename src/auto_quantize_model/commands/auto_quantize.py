@@ -19,7 +19,7 @@ COMMANDS = (
     "calibrate_scales",
     "capture_sensitivity",
     "audit_capture",
-    "measure_tradeoff",
+    "measure_frontier",
     "build_profiles",
     "export_profiles",
     "render_report",

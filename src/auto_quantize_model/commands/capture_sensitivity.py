@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from auto_quantize_model import cli, options
 from auto_quantize_model.commands.run import open_run
 from auto_quantize_model.files import write_json
+from auto_quantize_model.schemes.scheme import INC_INT8
 
 if TYPE_CHECKING:
     from auto_quantize_model.measure.capture import Engine
@@ -17,6 +18,7 @@ def parser() -> argparse.ArgumentParser:
     settings = ("score_store", "device", "threads", "tf32", "nondeterministic", "config_digest", "log")
     made = options.parser(__doc__, *reads, *settings, writes=["capture", "run_record"])
     made.add_argument("--exact", default="auto", help="scores to measure: auto, all, none or top:N (%(default)s)")
+    made.add_argument("--candidates", nargs="*", default=[], help="schemes in which units of several ops are measured")
     made.add_argument("--time-budget", metavar="TIME", help="time for the capture, such as 20m (no limit)")
     return made
 
@@ -46,6 +48,7 @@ def capture_sensitivity(args: argparse.Namespace) -> None:
             args.exact,
             args.time_budget,
             lambda text: cli.announce(f"capture: {text}"),
+            [name for name in args.candidates if name != INC_INT8],
         )
     cli.say(f"capture: {capture.news(record)}")
     write_json(args.run_record, record)

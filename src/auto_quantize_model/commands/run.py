@@ -16,11 +16,11 @@ from auto_quantize_model.records import (
     Audit,
     CalibrationManifest,
     Capture,
+    Frontier,
     ModelManifest,
     NotMeasured,
     Plan,
     Profiles,
-    Tradeoff,
     as_record,
     body_of,
 )
@@ -33,7 +33,7 @@ DOCUMENTS = {
     "scales": "scales",
     "capture": "capture",
     "audit": "audit",
-    "tradeoff": "tradeoff",
+    "frontier": "frontier",
     "profiles": "profiles",
     "exports": "exports",
     "report": "report",
@@ -77,11 +77,11 @@ class Run:
         return as_record(Audit, self.document("audit"))
 
     @cached_property
-    def tradeoff(self) -> Tradeoff | NotMeasured:
-        document = self.document("tradeoff")
+    def frontier(self) -> Frontier | NotMeasured:
+        document = self.document("frontier")
         if document.get("status") == "not_measured":
             return as_record(NotMeasured, document)
-        return as_record(Tradeoff, document)
+        return as_record(Frontier, document)
 
     @cached_property
     def profiles(self) -> Profiles:

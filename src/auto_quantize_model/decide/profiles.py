@@ -1,182 +1,160 @@
-"""Choose which ops stay in FP32, from the measured keep-lists.
+"""Profiles: the measured choices with a name, `smallest`, `balanced` and `safest`.
 
-In: the trade-off, and the config's target. Out: named profiles, and the smallest keep-list that reaches the target, or
-the statement that no list reaches it.
+In: the frontier, and the config's target. Out: the profiles that exist, and why another does not exist.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 
 from auto_quantize_model.config import Target
-from auto_quantize_model.records import NotMeasured, Point, Profile, Profiles, Tradeoff
-from auto_quantize_model.schemes.scheme import assigned
+from auto_quantize_model.records import Frontier, NotMeasured, Plan, Point, Profile, Profiles
 
-# The share of ops that a profile may keep, but at least one op.
-SHARES = {"minimal": 0.01, "moderate": 0.05, "aggressive": 0.15, "max": 0.4}
-# The curves whose order has a reason. The reversed ranking and random orders are only controls.
-ORDERS = ("ranking", "greedy", "weight_bytes")
-
+NAMES = ("smallest", "balanced", "safest")
 # If no point of a curve is farther than this from its chord, on axes from 0 to 1, the curve is straight: without knee.
 STRAIGHT = 0.05
 
 
-def build_profiles(tradeoff: Tradeoff | NotMeasured, target: Target) -> Profiles:
-    """Profiles from the points of the curves of `ORDERS`, each as measured.
+def build_profiles(frontier: Frontier | NotMeasured, plan: Plan, target: Target) -> Profiles:
+    """The profiles of a frontier.
 
-    Each name of `SHARES` has the least error among the keep-lists that are no longer than its share of the ops. So a
-    longer profile never has more error. `recommended` and `knee` are as the functions of these names return them. If
-    there is no recommended profile, `missed` says why. If no list reaches the target, `nearest` is the list that comes
-    nearest to the target. `short` is then the gap to the target, by part of the target.
+    `smallest` has the fewest bytes of all measured choices that reach the target. `balanced` is the knee of the curve,
+    as `knee` says. `safest` has the least divergence within the budget. No profile is worse than a smaller choice.
     """
-    if isinstance(tradeoff, NotMeasured):
-        return Profiles(target.model_dump(), {}, f"nothing was measured: {tradeoff.reason}", None, None, {})
-    curves = {order: whole(order, tradeoff.curves.get(order, []), tradeoff.op_names) for order in ORDERS}
-    int8, *_, fp32 = curves["ranking"]
-    profiles = [
-        replace(profile, worse=worse_than(profile, int8))
-        for curve in curves.values()
-        for profile in curve
-        if profile.keep < tradeoff.ops
-    ]
-    found = {}
-    for name, share in SHARES.items():
-        longest = max(1, int(share * tradeoff.ops))
-        found[name] = min((profile for profile in profiles if profile.keep <= longest), key=_by_error)
-    best, missed = recommended(profiles, fp32, target)
-    if best:
-        found["recommended"] = best
-    near, short = nearest(profiles, fp32, target) if not best else (None, {})
-    return Profiles(target.model_dump(), found, missed, knee(profiles, tradeoff.ops), near, short)
+    asked = target.model_dump()
+    if isinstance(frontier, NotMeasured):
+        return Profiles(asked, {}, dict.fromkeys(NAMES, f"nothing was measured: {frontier.reason}"))
+    points = offered(frontier)
+    found: dict[str, Point | None] = {
+        "smallest": smallest(points, frontier.unquantized, target),
+        "balanced": knee(points),
+        "safest": safest(points, target),
+    }
+    missed = {
+        "smallest": without_smallest(points, frontier, target),
+        "balanced": "the measured curve has no knee: each byte buys about the same",
+        "safest": without_safest(points, target),
+    }
+    profiles = {}
+    for name, point in found.items():
+        if point:
+            assignment = frontier.assignment(point)
+            kept = tuple(op.op_name for op in plan.ops if op.ran and op.op_name not in assignment)
+            profiles[name] = Profile(point, assignment, kept)
+    return Profiles(asked, profiles, {name: why for name, why in missed.items() if name not in profiles})
 
 
-def worse_than(profile: Profile, int8: Profile) -> dict[str, float]:
-    """The metrics in which a keep-list does worse than all ops in INT8, each with the value of all ops in INT8."""
-    higher_is_better = {"relative_error": False, "top1_agreement": True, "kl_divergence": False, "accuracy": True}
-    found = {}
-    for name, higher in higher_is_better.items():
-        mine, other = getattr(profile, name), getattr(int8, name)
-        if mine is not None and other is not None and (mine < other if higher else mine > other):
-            found[name] = other
+def offered(frontier: Frontier) -> list[Point]:
+    """The measured choices that quantize something and have less divergence than every smaller one, growing.
+
+    Uniform schemes count as choices. Random choices and the rule of first and last layers are controls alone.
+    """
+    known = [*frontier.points, *(point for point in frontier.controls if point.kind == "uniform")]
+    found: list[Point] = []
+    for point in sorted(known, key=lambda point: (point.weight_bytes, point.kl_divergence)):
+        better = not found or point.kl_divergence < found[-1].kl_divergence
+        if better and set(point.schemes) != {"unquantized"}:
+            found.append(point)
     return found
 
 
-def knee(points: Sequence[Profile], ops: int) -> Profile | None:
-    """The keep-list beyond which keeping more ops brings less; None if the curve has no such bend.
-
-    By Kneedle (Satopaa, Albrecht, Irwin and Raghavan, "Finding a 'Kneedle' in a Haystack", 2011). The knee is the point
-    with the greatest distance from the chord between the curve's ends, both axes scaled to 0 to 1. The axes are
-    log(1 + kept ops) and SQNR in dB. The curve holds the least error of any order at each length, up to half of the
-    ops. Longer lists are left out: with nearly all ops in FP32 the SQNR rises steeply, and such lists are of no use.
-    """
-    front: list[Profile] = []
-    for point in sorted(points, key=_by_length):
-        better = not front or point.relative_error < front[-1].relative_error
-        if better and point.sqnr_db is not None and point.keep <= ops / 2:
-            front.append(point)
-    if len(front) < 3 or front[0].keep:
+def smallest(points: Sequence[Point], unquantized: Point, target: Target) -> Point | None:
+    """The first of growing points that reaches the target; None without a target or such a point."""
+    if not has_loss_target(target):
         return None
-    first, last = front[0], front[-1]  # of no op, at log(1 + 0) = 0, and of the most ops
-
-    def distance(point: Profile) -> float:
-        gained = (_number(point) - _number(first)) / (_number(last) - _number(first))
-        return gained - math.log1p(point.keep) / math.log1p(last.keep)
-
-    farthest = max(front[1:-1], key=distance)
-    return farthest if distance(farthest) > STRAIGHT else None
+    return next((point for point in points if reaches(point, unquantized, target)), None)
 
 
-def nearest(points: Sequence[Profile], fp32: Profile, target: Target) -> tuple[Profile | None, dict[str, float]]:
-    """If no keep-list reaches the target: the list that comes nearest, and its gap by part of the target.
-
-    A budget of bytes comes first, then the SQNR, then the accuracy. None if no target is set, or if the target asks for
-    an accuracy that was not measured.
-    """
-    if target == Target() or (target.max_accuracy_drop is not None and not fp32.accuracy):
-        return None, {}
-
-    def lacking(point: Profile) -> dict[str, float]:
-        found: dict[str, float] = {}
-        if target.max_weight_bytes is not None:
-            found["max_weight_bytes"] = max(0, point.weight_bytes - target.max_weight_bytes)
-        if target.min_sqnr_db is not None:
-            found["min_sqnr_db"] = max(0.0, target.min_sqnr_db - _number(point))
-        if target.max_accuracy_drop is not None:
-            found["max_accuracy_drop"] = max(0.0, dropped(point, fp32) - target.max_accuracy_drop)
-        return found
-
-    best = min(points, key=lambda point: (*lacking(point).values(), *_by_length(point)))
-    return best, {name: value for name, value in lacking(best).items() if value}
+def safest(points: Sequence[Point], target: Target) -> Point | None:
+    """The point with the least divergence within the budget; None without a budget or such a point."""
+    if target.max_bits is None and target.max_weight_bytes is None:
+        return None
+    return min((point for point in points if fits(point, target)), key=lambda point: point.kl_divergence, default=None)
 
 
-def recommended(points: Sequence[Profile], fp32: Profile, target: Target) -> tuple[Profile | None, str]:
-    """The smallest keep-list that reaches the target and quantizes something, or None and the reason.
-
-    Of equally small lists, the one with the least error is taken. If the target is only a byte budget, any list within
-    it would do, the empty one too. So the list with the least error is taken then.
-    """
-    if target == Target():
-        return None, "the config's profiles block sets no target"
-    if target.max_accuracy_drop is not None and fp32.accuracy is None:
-        return None, f"no held-out sample has an answer: the target is {described(target)}"
-    if target.max_accuracy_drop is not None and fp32.accuracy == 0:
-        return (
-            None,
-            f"FP32 itself answers no held-out sample right, so no drop shows: the target is {described(target)}",
-        )
-    reached = [point for point in points if reaches(point, fp32, target)]
-    if not reached:
-        return None, f"no measured keep-list that leaves an op in INT8 reaches it: the target is {described(target)}"
-    only_bytes = target.min_sqnr_db is None and target.max_accuracy_drop is None
-    return min(reached, key=_by_error if only_bytes else _by_length), ""
+def has_loss_target(target: Target) -> bool:
+    """Whether the target limits what the output may lose."""
+    return any(value is not None for value in (target.max_kl_divergence, target.max_accuracy_drop, target.min_sqnr_db))
 
 
-def _by_error(point: Profile) -> tuple[float, int]:
-    return point.relative_error, point.keep
+def reaches(point: Point, unquantized: Point, target: Target) -> bool:
+    """Whether a choice loses no more than the target allows in every part that is set; false without any part."""
+    parts = []
+    if target.max_kl_divergence is not None:
+        parts.append(point.kl_divergence <= target.max_kl_divergence)
+    if target.max_accuracy_drop is not None:
+        known = point.accuracy is not None and unquantized.accuracy is not None
+        parts.append(known and dropped(point, unquantized) <= target.max_accuracy_drop)
+    if target.min_sqnr_db is not None:
+        parts.append(point.sqnr_db is None or point.sqnr_db >= target.min_sqnr_db)
+    return bool(parts) and all(parts)
 
 
-def _by_length(point: Profile) -> tuple[int, float]:
-    return point.keep, point.relative_error
-
-
-def _number(point: Profile) -> float:
-    """The SQNR for a comparison; None is infinite."""
-    return math.inf if point.sqnr_db is None else point.sqnr_db
-
-
-def dropped(point: Profile, fp32: Profile) -> float:
-    """The share of answers that a keep-list loses; both accuracies must have been measured."""
-    assert point.accuracy is not None and fp32.accuracy is not None  # noqa: S101  `recommended` checks first
-    return fp32.accuracy - point.accuracy
-
-
-def whole(order: str, curve: Sequence[Point], op_names: Sequence[str]) -> list[Profile]:
-    """The points of a curve as profiles: each has its whole assignment, where a point has only the added ops."""
-    profiles: list[Profile] = []
-    kept: tuple[str, ...] = ()
-    for point in curve:
-        kept = (*kept, *point.added)
-        metrics = {key: value for key, value in asdict(point).items() if key != "added"}
-        assignment = assigned(name for name in op_names if name not in kept)
-        profiles.append(Profile(**metrics, order=order, kept=kept, worse={}, assignment=assignment))
-    return profiles
-
-
-def reaches(point: Profile, fp32: Profile, target: Target) -> bool:
-    """Whether a keep-list meets every part of the target that is set."""
-    if target.min_sqnr_db is not None and _number(point) < target.min_sqnr_db:
-        return False
-    if target.max_accuracy_drop is not None and dropped(point, fp32) > target.max_accuracy_drop:
+def fits(point: Point, target: Target) -> bool:
+    """Whether a choice is within the budget in every part that is set."""
+    if target.max_bits is not None and point.bits > target.max_bits:
         return False
     return target.max_weight_bytes is None or point.weight_bytes <= target.max_weight_bytes
 
 
-def described(target: Target) -> str:
-    """The parts of a target that are set, as text."""
+def dropped(point: Point, unquantized: Point) -> float:
+    """The share of answers that a choice loses; both accuracies must have been measured."""
+    assert point.accuracy is not None and unquantized.accuracy is not None  # noqa: S101  callers check first
+    return unquantized.accuracy - point.accuracy
+
+
+def knee(points: Sequence[Point]) -> Point | None:
+    """The point beyond which more bytes bring less; None if the curve has no such bend.
+
+    By Kneedle (Satopaa, Albrecht, Irwin and Raghavan, "Finding a 'Kneedle' in a Haystack", 2011). The knee is the point
+    with the greatest distance from the chord between the curve's ends, both axes scaled to 0 to 1. The axes are the
+    bytes and the logarithm of the divergence.
+    """
+    curve = [point for point in points if point.kl_divergence > 0]
+    if len(curve) < 3:
+        return None
+    first, last = curve[0], curve[-1]
+
+    def distance(point: Point) -> float:
+        lost = math.log(first.kl_divergence / point.kl_divergence) / math.log(first.kl_divergence / last.kl_divergence)
+        return lost - (point.weight_bytes - first.weight_bytes) / (last.weight_bytes - first.weight_bytes)
+
+    farthest = max(curve[1:-1], key=distance)
+    return farthest if distance(farthest) > STRAIGHT else None
+
+
+def without_smallest(points: Sequence[Point], frontier: Frontier, target: Target) -> str:
+    """Why there is no smallest profile, as a clause."""
+    if not has_loss_target(target):
+        return "the config's profiles block sets no limit for the loss"
+    if target.max_accuracy_drop is not None and frontier.unquantized.accuracy is None:
+        return f"no held-out sample has an answer: the target is {described(target)}"
+    best = min((point.kl_divergence for point in points), default=None)
+    nearest = "" if best is None else f"; the best of them has a KL divergence of {best:.3g} nats"
+    return f"no measured choice that quantizes something reaches the target ({described(target)}){nearest}"
+
+
+def without_safest(points: Sequence[Point], target: Target) -> str:
+    """Why there is no safest profile, as a clause."""
+    if target.max_bits is None and target.max_weight_bytes is None:
+        return "the config's profiles block sets no budget"
+    fewest = min(points, key=lambda point: point.weight_bytes, default=None)
+    nearest = (
+        "" if fewest is None else f"; the smallest takes {fewest.bits:.2f} bits, {fewest.weight_bytes} bytes in all"
+    )
+    return f"no choice of schemes fits the budget ({described(target, budget=True)}){nearest}"
+
+
+def described(target: Target, budget: bool = False) -> str:
+    """The parts of a target that are set: those of the loss, or those of the budget."""
     texts = {
-        "min_sqnr_db": "an SQNR of at least {} dB",
+        "max_kl_divergence": "a KL divergence of at most {} nats",
         "max_accuracy_drop": "an accuracy drop of at most {}",
-        "max_weight_bytes": "weights of at most {} bytes",
+        "min_sqnr_db": "an SQNR of at least {} dB",
+        "max_bits": "at most {} bits a weight",
+        "max_weight_bytes": "at most {} bytes",
     }
+    of_budget = ("max_bits", "max_weight_bytes")
     asked = target.model_dump(exclude_none=True)
-    return " and ".join(text.format(asked[name]) for name, text in texts.items() if name in asked)
+    return " and ".join(
+        text.format(asked[name]) for name, text in texts.items() if name in asked and (name in of_budget) == budget
+    )

@@ -42,7 +42,7 @@ from auto_quantize_model.models.units import tower_of, unit_of
 from auto_quantize_model.models.weights import require_meaningful
 from auto_quantize_model.records import CalibrationManifest, Excluded, IncCheck, IncInt8, ModelManifest, Op, Plan, Side
 from auto_quantize_model.replay.model import Batch, Replay, goes_along, refusals, require_replayable
-from auto_quantize_model.schemes.compressed import fields_of, nearest, refusal, scheme_of
+from auto_quantize_model.schemes.compressed import fields_of, nearest, refusal, scheme_of, stored_bytes
 from auto_quantize_model.schemes.scheme import INC_INT8, assigned
 
 PACKAGES = ("neural-compressor", "compressed-tensors", "torch", "transformers")
@@ -113,6 +113,7 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
         for index, error in incs_errors.items():
             require_same_int8(model, planned, scored, index, error)
     names = [op.op_name for op in planned.ops]
+    ops = [with_schemes(op, schemes) for op in planned.ops]
     counts = [run_in_fp32(model, batch, names, planned.measured_op)[0] for batch in scored]
     return Plan(
         engine=spec.engine,
@@ -124,10 +125,8 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
         measured_op=planned.measured_op,
         schemes=fields,
         fallback_schemes=spec.fallback_schemes,
-        ops=tuple(
-            replace(with_schemes(op, schemes), executions=tuple(count[op.op_name] for count in counts))
-            for op in planned.ops
-        ),
+        ops=tuple(replace(op, executions=tuple(count[op.op_name] for count in counts)) for op in ops),
+        units=tuple(units_of(ops, dict(model.named_modules()))),
         excluded=tuple(planned.excluded),
         coverage=cover(model, names, planned.kept),
         inc_check=inc_check,
@@ -511,7 +510,12 @@ def with_schemes(op: Op, schemes: Mapping[str, QuantizationScheme | Checkpoint])
             refused[name] = f"{reason}; {other} can hold the op" if other else reason
     refused = {name: reason for name, reason in refused.items() if reason}
     able = tuple(name for name in schemes if name not in refused)
-    return replace(op, schemes=(*op.schemes, *able), refused=refused)
+    # INC's INT8 has a byte for each value and a float32 scale for each row.
+    stored = {INC_INT8: op.weight_bytes // 4 + 4 * op.shape[0]} if op.shape else {}
+    stored |= {
+        name: stored_bytes(schemes[name], op.shape) for name in able if isinstance(schemes[name], QuantizationScheme)
+    }
+    return replace(op, schemes=(*op.schemes, *able), refused=refused, stored_bytes=stored)
 
 
 def run_in_fp32(

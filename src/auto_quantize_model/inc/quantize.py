@@ -20,9 +20,9 @@ from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.loader import CalibrationLoader
 from auto_quantize_model.inc_pytorch_mse_patching import copies_sharing_parameters, temporary_workspace
 from auto_quantize_model.machine import instruction_set
-from auto_quantize_model.measure.heldout import sum_of_squares, summary
-from auto_quantize_model.measure.metrics import Reference, require_finite, right_answers
-from auto_quantize_model.records import Profile, Tradeoff
+from auto_quantize_model.measure.heldout import record_of, summary, totals
+from auto_quantize_model.measure.metrics import Reference
+from auto_quantize_model.records import Frontier, Profile
 from auto_quantize_model.replay.model import Batch
 
 WEIGHTS = "best_model.pt"  # INC's name of the file that it saves
@@ -95,25 +95,22 @@ def measure_error(
     heldout: Sequence[Batch],
     answers: Sequence[list[range | None]],
     on_batch: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, float | None]:
-    """The error of a quantized model on held-out batches, in the fields of a profile.
+) -> dict[str, Any]:
+    """The error of a quantized model on held-out batches, in the fields of a point.
 
     Args:
         references: the FP32 output of each batch.
         quantized: INC's model, on the CPU.
         heldout: the batches.
-        answers: as `heldout.measure_tradeoff` takes them.
+        answers: as `heldout.HeldOut` takes them.
         on_batch: called after each batch with the number done and the total.
     """
     records = []
     for index, (reference, batch) in enumerate(zip(references, heldout, strict=True)):
-        output = logits(quantized, batch)
-        advice = "choose a profile that keeps more ops in FP32, or check the weights"
-        record = require_finite(reference.compare(output), f"held-out batch {index}", "INC's quantized model", advice)
-        records.append(record | {"right": right_answers(output, batch, answers[index])})
+        records.append(record_of(logits(quantized, batch), reference, batch, answers[index]))
         on_batch(index + 1, len(heldout))
     asked = sum(span is not None for spans in answers for span in spans)
-    return summary(records, [sum_of_squares(reference, index) for index, reference in enumerate(references)], asked)
+    return summary(records, [totals(reference, index) for index, reference in enumerate(references)], asked)
 
 
 def logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -123,14 +120,14 @@ def logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return output
 
 
-def compared(name: str, profile: Profile, found: dict[str, float | None], tradeoff: Tradeoff) -> dict[str, Any]:
+def compared(name: str, profile: Profile, found: dict[str, Any], frontier: Frontier) -> dict[str, Any]:
     """The error of INC's model, compared with the error that the profile promised.
 
     Args:
         name: the profile's name.
         profile: as `profiles.build_profiles` returns it.
         found: as `measure_error` returns it.
-        tradeoff: where the profile was measured; its `device` and `instruction_set` say on which machine.
+        frontier: where the profile was measured; its `device` and `instruction_set` say on which machine.
 
     Returns:
         {profile, status, measured_device, measured_instruction_set, promised, found}. `status` is `bit_identical`, or
@@ -140,8 +137,8 @@ def compared(name: str, profile: Profile, found: dict[str, float | None], tradeo
     Raises:
         InputError: the profile was measured on such a CPU as this one, and a number differs.
     """
-    promised = {field: getattr(profile, field) for field in found}
-    here = tradeoff.device == "cpu" and tradeoff.instruction_set == instruction_set()
+    promised = {field: getattr(profile.point, field) for field in found}
+    here = frontier.device == "cpu" and frontier.instruction_set == instruction_set()
     if here:
         for field, value in found.items():
             if value != promised[field]:
@@ -152,8 +149,8 @@ def compared(name: str, profile: Profile, found: dict[str, float | None], tradeo
     return {
         "profile": name,
         "status": "bit_identical" if here else "measured_elsewhere",
-        "measured_device": tradeoff.device,
-        "measured_instruction_set": tradeoff.instruction_set,
+        "measured_device": frontier.device,
+        "measured_instruction_set": frontier.instruction_set,
         "promised": promised,
         "found": found,
     }

@@ -22,8 +22,8 @@ from auto_quantize_model.machine import instruction_set, usage
 from auto_quantize_model.measure import metrics
 from auto_quantize_model.measure.effort import Costs, chosen, described_effort, selected
 from auto_quantize_model.measure.metrics import Reference
-from auto_quantize_model.measure.probes import Values, estimates, probe
-from auto_quantize_model.measure.states import ALL, states
+from auto_quantize_model.measure.probes import Values, Wanted, estimates, probe
+from auto_quantize_model.measure.states import ALL, ALONE, UNITS, states
 from auto_quantize_model.measure.store import ScoreStore, Shelf
 from auto_quantize_model.records import (
     METRICS,
@@ -62,9 +62,10 @@ class Work:
         scores: {(batch, scheme, map, op_name): record}, for all scores that are known already.
         references: for each batch, the sums of squares of the FP32 output.
         second_pass: for each batch, the scores of INC's second pass: {op_name: mse_value}.
+        candidates: the schemes in which units of several ops are measured as well.
         effort: which scores of the isolated map are measured.
-        estimates: of every op and scheme, where not all scores are measured.
-        selected: {scheme: ops whose isolated scores are measured}; None for all.
+        estimates: of every op, unit and scheme, where not all scores are measured.
+        selected: {scheme: ops and units whose scores alone are measured}; None for all.
         opened: the shelves that were opened.
         found: how many records the store already had.
         dropped: how many of the store's records were damaged.
@@ -77,6 +78,7 @@ class Work:
     scores: dict[tuple[int, str, str, str], Mapping[str, float]]
     references: dict[int, dict[str, float]]
     second_pass: dict[int, dict[str, float]]
+    candidates: Sequence[str] = ()
     effort: Effort = Effort()
     estimates: Sequence[Estimate] = ()
     selected: Mapping[str, set[str]] | None = None
@@ -95,7 +97,13 @@ class Work:
 
     def is_measured(self, scheme: str, label: str, name: str) -> bool:
         """Whether the score of a state is measured, and not only estimated."""
-        return label != "isolated" or self.selected is None or name in self.selected.get(scheme, ())
+        return label not in ALONE or self.selected is None or name in self.selected.get(scheme, ())
+
+    def units(self, scheme: str) -> dict[str, tuple[str, ...]]:
+        """{unit: its ops} for the units of several ops that are measured in a scheme."""
+        if scheme not in self.candidates:
+            return {}
+        return {unit.name: unit.ops for unit in self.plan.units if len(unit.ops) > 1 and scheme in unit.schemes}
 
 
 # Measures a share of the maps: `inc.engine.measure_by_inc`.
@@ -114,6 +122,7 @@ def capture_sensitivity(
     exact: str = "all",
     time_budget: str | None = None,
     say: Callable[[str], None] = lambda text: None,
+    candidates: Sequence[str] = (),
 ) -> tuple[Capture, dict[str, Any]]:
     """Score every op of `plan` on each confidence batch.
 
@@ -130,6 +139,7 @@ def capture_sensitivity(
         exact: which scores of the isolated map the replay measures, as `sensitivity.exact`; the others are estimated.
         time_budget: as `sensitivity.time_budget`.
         say: called once before the long work, with a line that says what will be measured and how long that takes.
+        candidates: schemes of compressed-tensors in which each unit of several ops is measured as well.
 
     Returns:
         (capture, run_record).
@@ -148,7 +158,7 @@ def capture_sensitivity(
                 " and no sensitivity.time_budget, or set sensitivity.engine to replay"
             )
         exact = "all"
-    work = Work(model, batches[: plan.confidence_batches], plan, store, {}, {}, {})
+    work = Work(model, batches[: plan.confidence_batches], plan, store, {}, {}, {}, candidates)
     of_replay, of_inc = share_of_engines(model, plan)
     if of_inc and by_inc is None:
         raise InputError("the plan asks for INC, and INC is not available here; set sensitivity.engine to replay")
@@ -197,7 +207,7 @@ def share_of_engines(model: torch.nn.Module, plan: Plan) -> tuple[Share, Share]:
 
 def maps_of(plan: Plan, scheme: str, maps: Iterable[str]) -> list[str]:
     """Which of `maps` are measured in a scheme: `requantize` is INC's alone, and `fallback` is measured where asked."""
-    served = ("isolated", ALL, *(["fallback"] if scheme in plan.fallback_schemes else []))
+    served = (*ALONE, ALL, *(["fallback"] if scheme in plan.fallback_schemes else []))
     return [label for label in maps if scheme == INC_INT8 or label in served]
 
 
@@ -224,7 +234,7 @@ def measure_by_replay(
             runs = len(replay.sequence) * costs.forwards_of_probes(probes)
             by_replay.expect(len(indices) * runs)
             work.estimates = estimates([by_replay.probed(index, probes, runs) for index in indices])
-            work.selected = selected(work.effort, work.estimates)
+            work.selected = by_replay.selected()
         by_replay.expect(sum(cost for cost, _ in by_replay.states()) * len(indices))
         for index in indices:
             started = time.monotonic()
@@ -279,13 +289,14 @@ class ByReplay:
     def states(self) -> list[tuple[int, tuple[str, str, str, Assignment]]]:
         """The states to measure on the batch that was begun: how many blocks each runs, scheme, map, op, assignment."""
         return [
-            (self.replay.cost(name), (scheme, label, name, assignment))
+            (self.replay.cost(next(iter(assignment)) if label == UNITS else name), (scheme, label, name, assignment))
             for scheme in self.plan.schemes
             for label, name, assignment in states(
                 [name for name in self.replay.order if scheme in self.ops[name].schemes],
                 list(self.ops),
-                maps_of(self.plan, scheme, self.maps),
+                maps_of(self.plan, scheme, (*self.maps, UNITS)),
                 scheme,
+                self.work.units(scheme),
             )
             if self.work.is_measured(scheme, label, name)
         ]
@@ -298,11 +309,12 @@ class ByReplay:
         reference.compare(reference.output)
         comparison = timed(lambda: reference.compare(reference.output))
         blocks = max(1, len(self.replay.sequence))
-        isolated = [cost / blocks for cost, (_, label, _, _) in self.states() if label == "isolated"]
-        others = [cost / blocks for cost, (_, label, _, _) in self.states() if label != "isolated"]
+        isolated = [cost / blocks for cost, (_, label, _, _) in self.states() if label in ALONE]
+        others = [cost / blocks for cost, (_, label, _, _) in self.states() if label not in ALONE]
         batches = range(len(self.work.batches))
         # Other batches may run other ops, whose states take as long as those of this batch in the mean.
         states = sum(len(op.schemes) for op in self.ops.values() for index in batches if op.executions[index])
+        states += len(batches) * sum(len(self.work.units(scheme)) for scheme in self.work.candidates)
         mean = math.fsum(isolated) / len(isolated) if isolated else 1.0
         found = Costs(
             batches=len(batches),
@@ -325,8 +337,8 @@ class ByReplay:
             runs: how many block runs they cost.
         """
         self.begin(index)
-        able = {name: self.ops[name].schemes for name in self.replay.order}
-        alone = [self.key({name: scheme}) for name, schemes in able.items() for scheme in schemes]
+        wanted = self.wanted()
+        alone = [self.key(dict.fromkeys(ops, scheme)) for ops, schemes in wanted.values() for scheme in schemes]
         keys = [digest_of(["probe", number, alone]) for number in range(probes)]
         seeds = {key: int(digest_of([self.of["batch"], number])[:15], 16) for number, key in enumerate(keys)}
         before = self.done
@@ -334,7 +346,7 @@ class ByReplay:
             missing = [key for key in keys if shelf.get(key) is None]
             if missing:
                 on_block = lambda done, total: self.step(before + runs * done / total - self.done)  # noqa: E731
-                found = probe(self.replay, able, [seeds[key] for key in missing], on_block)
+                found = probe(self.replay, wanted, [seeds[key] for key in missing], on_block)
                 for key, values in zip(missing, found, strict=True):
                     for scheme, estimated in values.items():
                         for name, value in estimated.items():
@@ -342,6 +354,24 @@ class ByReplay:
                     shelf.add(key, values)
             self.step(before + runs - self.done)
             return [shelf.records[key] for key in keys]
+
+    def wanted(self) -> dict[str, Wanted]:
+        """What is estimated on the batch that was begun: each op that runs, and each unit of several ops."""
+        found: dict[str, Wanted] = {name: ([name], self.ops[name].schemes) for name in self.replay.order}
+        for unit in self.work.plan.units:
+            if schemes := [scheme for scheme in self.work.candidates if unit.name in self.work.units(scheme)]:
+                if ran := [name for name in unit.ops if name in self.replay.order]:
+                    found[unit.name] = ran, schemes
+        return found
+
+    def selected(self) -> dict[str, set[str]]:
+        """The ops and units whose scores alone are measured, for each scheme, by their estimates."""
+        found: dict[str, set[str]] = {}
+        for of_ops in (True, False):
+            part = [made for made in self.work.estimates if (made.op_name in self.ops) == of_ops]
+            for scheme, names in selected(self.work.effort, part).items():
+                found[scheme] = found.get(scheme, set()) | names
+        return found
 
     def measure(self, index: int) -> None:
         """Measure the states of a batch that the store does not have."""
@@ -427,6 +457,7 @@ def assembled(work: Work, device: torch.device) -> Capture:
         scores=tuple(rows(work)),
         effort=work.effort,
         estimates=tuple(work.estimates),
+        candidates=tuple(work.candidates),
     )
 
 
@@ -434,10 +465,13 @@ def rows(work: Work) -> Iterator[Score]:
     """The scores in order; an op has no score on a batch where it did not run."""
     for index, scheme in product(range(len(work.batches)), work.plan.schemes):
         ran = [op.op_name for op in work.plan.ops if op.executions[index] and scheme in op.schemes]
-        for label in maps_of(work.plan, scheme, (*work.plan.maps, ALL)):
-            for name in [name for name in ran if work.is_measured(scheme, label, name)] if label != ALL else [""]:
-                record = work.scores[index, scheme, label, name]
-                yield Score(index, label, scheme, name, **{key: record.get(key) for key in METRICS})  # type: ignore[arg-type]
+        units = [name for name, ops in work.units(scheme).items() if not set(ran).isdisjoint(ops)]
+        of_map = {ALL: [""], UNITS: units}
+        for label in maps_of(work.plan, scheme, (*work.plan.maps, UNITS, ALL)):
+            for name in of_map.get(label, ran):
+                if work.is_measured(scheme, label, name):
+                    record = work.scores[index, scheme, label, name]
+                    yield Score(index, label, scheme, name, **{key: record.get(key) for key in METRICS})  # type: ignore[arg-type]
 
 
 def arithmetic(device: torch.device) -> Arithmetic:

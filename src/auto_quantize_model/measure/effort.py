@@ -104,7 +104,7 @@ def top_of(effort: Effort, ops: int) -> int:
 
 
 def selected(effort: Effort, estimates: Sequence[Estimate]) -> dict[str, set[str]]:
-    """The ops whose isolated scores are measured, for each scheme, where not all are.
+    """The ops whose isolated scores are measured, for each scheme, where not all are; or the units.
 
     These are the N ops with the largest estimates, and at most N others that may belong to them. The estimate of such
     an op is less than two standard errors below the last of the N.

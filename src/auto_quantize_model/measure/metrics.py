@@ -53,11 +53,15 @@ class Reference:
             `image_divergence` and `text_divergence` (its **sum** at image and text positions). `top1_agreement` (share
             of positions whose most likely token is that of FP32).
         """
+        return self.compare_samples(output)[0]
+
+    def compare_samples(self, output: torch.Tensor) -> tuple[dict[str, float], list[float]]:
+        """The record of another output, as `compare` returns it, and the mean divergence of each sample."""
         errors = (self.output - output).pow(2)
         at = self._split(errors.sum(-1).double())
         divergences = kl_divergences(self.output, output)
         nats = self._split(divergences)
-        return {
+        record = {
             "mse_value": float(errors.sum()),
             "image_error": at["image"],
             "text_error": at["text"],
@@ -66,6 +70,7 @@ class Reference:
             "text_divergence": nats["text"],
             "top1_agreement": float((output.argmax(-1) == self.top1).double().mean()),
         }
+        return record, divergences.mean(-1).tolist()
 
     def _split(self, per_position: torch.Tensor) -> dict[str, float]:
         return {
@@ -121,6 +126,24 @@ def _divergences(reference: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         large = (reference.double().log_softmax(-1) + d).logsumexp(-1)
         found = torch.where(found.isfinite(), found, large)
     return found
+
+
+def next_token_loss(output: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> tuple[float, int]:
+    """The sum of -log p of each next token that is not part of an image, in nats, and how many such tokens there are.
+
+    Args:
+        output: (samples, tokens, vocabulary) logits.
+        batch: its `input_ids`, int64 (samples, tokens), and `mm_token_type_ids`, not 0 at image tokens, if it has any.
+    """
+    following = batch["input_ids"][:, 1:].to(output.device)
+    images = batch.get("mm_token_type_ids")
+    text = torch.ones_like(following, dtype=torch.bool) if images is None else images[:, 1:].to(output.device) == 0
+    total = 0.0
+    for logits, tokens in zip(
+        output[:, :-1][text].split(ROWS_AT_ONCE), following[text].split(ROWS_AT_ONCE), strict=True
+    ):
+        total += float(torch.nn.functional.cross_entropy(logits.double(), tokens, reduction="sum"))
+    return total, int(text.sum())
 
 
 def right_answers(output: torch.Tensor, batch: Mapping[str, torch.Tensor], spans: Sequence[range | None]) -> int:

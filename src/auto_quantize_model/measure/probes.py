@@ -18,7 +18,8 @@ from auto_quantize_model.replay.backward import Backward
 from auto_quantize_model.replay.model import Replay
 
 ROWS_AT_ONCE = 64  # positions whose distributions are in memory at a time
-Values = dict[str, dict[str, float]]  # of one probe: {scheme: {op_name: nats}}
+Values = dict[str, dict[str, float]]  # of one probe: {scheme: {name: nats}}
+Wanted = tuple[Sequence[str], Sequence[str]]  # ops that are quantized together, and their schemes
 
 
 def fisher_direction(logits: torch.Tensor, seed: int) -> torch.Tensor:
@@ -43,38 +44,54 @@ def fisher_direction(logits: torch.Tensor, seed: int) -> torch.Tensor:
 
 def probe(
     replay: Replay,
-    schemes: Mapping[str, Sequence[str]],
+    wanted: Mapping[str, Wanted],
     seeds: Sequence[int],
     on_block: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Values]:
-    """One value for each probe, scheme and op, by one backward pass for each probe.
+    """One value for each probe, scheme and op or unit, by one backward pass for each probe.
 
     Args:
         replay: with a batch begun and scales set.
-        schemes: {op_name: schemes to estimate}; an op that does not run on the batch has no values.
+        wanted: {name: its ops, and the schemes to estimate}; ops that do not run on the batch have no values.
         seeds: of the probes.
         on_block: called after each block with the number done and the total.
 
     Returns:
-        For each probe {scheme: {op_name: nats per position}}. The mean over probes estimates the divergence.
+        For each probe {scheme: {name: nats per position}}. The mean over probes estimates the divergence.
 
     Raises:
         InputError: the measured op runs inside of a block.
     """
-    ready = {
-        name: [scheme for scheme in schemes.get(name, ()) if replay.sites[name].ready(scheme)] for name in replay.order
-    }
+    ready: dict[str, list[str]] = {name: [] for name in replay.order}
+    for ops, schemes in wanted.values():
+        for op in ops:
+            if op in ready:
+                ready[op] += [each for each in schemes if each not in ready[op] and replay.sites[op].ready(each)]
     backward = Backward(replay, ready, len(seeds))
     products = backward.run(lambda logits, index: fisher_direction(logits, seeds[index]), on_block)
     positions = replay.measured.shape[:-1].numel()
     found: list[Values] = [{} for _ in seeds]
-    for name, able in ready.items():
-        # An op that has no part in the output has no gradient, and a divergence of 0.
-        halves = products[name].double().pow(2).sum(-1) / (2 * positions) if name in products else None
-        for row, scheme in enumerate(able):
+    for name, (ops, schemes) in wanted.items():
+        for scheme in schemes:
+            able = [op for op in ops if scheme in ready.get(op, ())]
+            if not able:
+                continue
+            # An op that has no part in the output has no gradient, and a divergence of 0.
+            parts = [products[op][ready[op].index(scheme)] for op in able if op in products]
+            halves = together(parts).double().pow(2).sum(-1) / (2 * positions) if parts else torch.zeros(len(seeds))
             for index, values in enumerate(found):
-                values.setdefault(scheme, {})[name] = 0.0 if halves is None else float(halves[row, index])
+                values.setdefault(scheme, {})[name] = float(halves[index])
     return found
+
+
+def together(products: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The products of ops that are quantized together, (directions, samples): to first order their errors add up.
+
+    Where one op does not keep samples apart, the last dimension is 1 and holds the sum over the samples.
+    """
+    if len({product.shape[-1] for product in products}) > 1:
+        products = [product.sum(-1, keepdim=True) for product in products]
+    return sum(products[1:], products[0])
 
 
 def estimates(of_batches: Sequence[Sequence[Values]]) -> list[Estimate]:
@@ -84,7 +101,7 @@ def estimates(of_batches: Sequence[Sequence[Values]]) -> list[Estimate]:
         of_batches: for each batch what `probe` returned, with the same number of probes, two or more.
 
     Returns:
-        The mean over batches, then over probes. An op counts on the batches on which it ran.
+        The mean over batches, then over probes. An op or unit counts on the batches on which it ran.
     """
     by_probe: dict[tuple[str, str], list[list[float]]] = {}
     for batch in of_batches:

@@ -24,6 +24,7 @@ from auto_quantize_model.schemes.compressed import (
     QuantizationParameters,
     global_scale,
     input_parameters,
+    put_parameters,
     quantized_weight,
     weight_parameters,
 )
@@ -156,9 +157,7 @@ class Library:
             found["input"] = input_parameters(seen.input.minimum, seen.input.maximum, inputs, self.weights[name].dtype)
         initialize_module_for_quantization(module, scheme)
         for side, parameters in found.items():
-            for key, value in vars(parameters).items():
-                if value is not None and value.numel():
-                    getattr(module, f"{side}_{key}").data = value
+            put_parameters(module, side, parameters)
         module.quantization_status = QuantizationStatus.FROZEN
 
     def of_weight(self, name: str, scheme: QuantizationScheme) -> QuantizationParameters:
@@ -183,9 +182,7 @@ class Library:
         parameters = weight_parameters(weight, scheme.weights)
         expected = quantized_weight(weight, scheme.weights, parameters)
         initialize_module_for_quantization(linear, scheme)
-        for key, value in vars(parameters).items():
-            if value is not None:
-                getattr(linear, f"weight_{key}").data = value
+        put_parameters(linear, "weight", parameters)
         linear.quantization_status = QuantizationStatus.FROZEN
         compress_module(linear)
         decompress_module(linear)

@@ -1,18 +1,25 @@
 """The states that a map measures, as assignments, in the order that runs the smallest part of the model."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from auto_quantize_model.schemes.scheme import INC_INT8, Assignment, assigned
 
 ALL = "all"  # the state with every op quantized, among the maps
+UNITS = "units"  # a unit of several ops quantized, and no other op
+ALONE = ("isolated", UNITS)  # the maps that a decision reads, whose scores may be estimates
 
 
 def states(
-    order: Sequence[str], plan_order: Sequence[str], maps: Collection[str], scheme: str = INC_INT8
+    order: Sequence[str],
+    plan_order: Sequence[str],
+    maps: Collection[str],
+    scheme: str = INC_INT8,
+    units: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Iterator[tuple[str, str, Assignment]]:
-    """Each state of one scheme to measure as (map, op, assignment).
+    """Each state of one scheme to measure as (map, op or unit, assignment).
 
-    `isolated` and `fallback` go from the last op that runs to the first, so each run shares all blocks before its op
+    `isolated`, `units` and `fallback` go from the last op that runs to the first, so each run shares all blocks before its op
     with the previous run. `requantize` must go in the plan's order. It ends with every op quantized, so the map `all`
     (with an empty op) and `fallback` start from there.
 
@@ -21,11 +28,16 @@ def states(
         plan_order: all ops, in the plan's order.
         maps: which maps, `all` among them.
         scheme: of every quantized op.
+        units: {unit: its ops} for those of several ops that can have the scheme.
     """
     everything = assigned(order, scheme)
     if "isolated" in maps:
         for name in reversed(order):
             yield "isolated", name, {name: scheme}
+    if UNITS in maps:
+        ran = {name: [op for op in order if op in ops] for name, ops in units.items()}
+        for name in sorted(filter(ran.get, ran), key=lambda name: -order.index(ran[name][0])):
+            yield UNITS, name, assigned(ran[name], scheme)
     if "requantize" in maps:
         so_far: list[str] = []
         for name in plan_order:

@@ -1,8 +1,11 @@
-"""The parts of a model that an op belongs to: its tower, and its fusion unit."""
+"""The parts of a model that an op belongs to: its tower, and its unit, whose ops share a scheme."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from auto_quantize_model.records import Op, Unit
+from auto_quantize_model.schemes.scheme import INC_INT8
 
 # Serving engines hold these modules as one matrix, which has one scheme.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -21,13 +24,50 @@ def siblings_of(op_name: str, modules: Mapping[str, object]) -> list[str]:
     return [name for name in names if name in modules]
 
 
-def unit_of(op_name: str, modules: Mapping[str, Any]) -> str:
-    """The fusion unit of an op: the names of the ops that share its matrix or its weight, joined by `+`."""
+def members_of(op_name: str, modules: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """The modules that share an op's matrix or weight, the op included, and whether they share the weight itself."""
     siblings = siblings_of(op_name, modules)
-    if len(siblings) > 1:
-        parent = op_name.rpartition(".")[0]
-        return f"{parent}.{'+'.join(name.rpartition('.')[2] for name in siblings)}"
     weight = getattr(modules[op_name], "weight", None)
-    if weight is None:
-        return op_name
-    return "+".join(name for name, module in modules.items() if getattr(module, "weight", None) is weight)
+    if len(siblings) > 1 or weight is None:
+        return siblings, False
+    tied = [name for name, module in modules.items() if getattr(module, "weight", None) is weight]
+    return tied, len(tied) > 1
+
+
+def unit_of(op_name: str, modules: Mapping[str, Any]) -> str:
+    """The name of an op's unit: the names of the modules that share its matrix or its weight, joined by `+`."""
+    members, tied = members_of(op_name, modules)
+    if tied or len(members) == 1:
+        return "+".join(members)
+    parent = op_name.rpartition(".")[0]
+    return f"{parent}.{'+'.join(name.rpartition('.')[2] for name in members)}"
+
+
+def units_of(ops: Sequence[Op], modules: Mapping[str, Any]) -> list[Unit]:
+    """The units of a plan, in the order of their first ops.
+
+    A unit has the schemes of compressed-tensors that all its modules can have.
+
+    Args:
+        ops: the plan's, with their schemes.
+        modules: of the model, by name.
+    """
+    planned = {op.op_name: op for op in ops}
+    found = []
+    for name in dict.fromkeys(op.unit for op in ops):
+        of_unit = [op for op in ops if op.unit == name]
+        members, tied = members_of(of_unit[0].op_name, modules)
+        lone = [member for member in members if member not in planned]
+        schemes, refused = [], {}
+        for scheme in dict.fromkeys(scheme for op in of_unit for scheme in (*op.schemes, *op.refused)):
+            if lone:
+                shared = "weight" if tied else "matrix"
+                refused[scheme] = f"{lone[0]} has the same {shared}, and it stays unquantized"
+            elif against := next((op for op in of_unit if scheme in op.refused), None):
+                refused[scheme] = f"{against.op_name}: {against.refused[scheme]}"
+            else:
+                schemes.append(scheme)
+        served = tuple(scheme for scheme in schemes if scheme != INC_INT8)
+        refused.pop(INC_INT8, None)
+        found.append(Unit(name, tuple(op.op_name for op in of_unit), tied, served, refused))
+    return found

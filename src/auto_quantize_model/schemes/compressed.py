@@ -10,8 +10,16 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.compressors import compress_module
+from compressed_tensors.compressors.pack_quantized import pack_to_int32
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    QuantizationStatus,
+    preset_name_to_scheme,
+)
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
 from compressed_tensors.quantization.utils import (
     calculate_qparams,
     compute_dynamic_scales_and_zp,
@@ -109,6 +117,36 @@ def nearest(scheme: QuantizationScheme, op_type: str, shape: tuple[int, ...]) ->
 
     able = [name for name in PRESETS if not refusal(scheme_of(name), op_type, shape)]
     return min(able, key=unlike, default="")
+
+
+def stored_bytes(scheme: QuantizationScheme, shape: tuple[int, ...]) -> int:
+    """The bytes of all tensors that a checkpoint in BF16 stores for a Linear without its bias.
+
+    The library compresses a weight without data, so the bytes are those of its own format.
+
+    Args:
+        scheme: one that the op can have; see `refusal`.
+        shape: of the weight, (rows, columns).
+    """
+    rows, columns = shape
+    with torch.device("meta"):
+        linear = torch.nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16)
+        initialize_module_for_quantization(linear, scheme.model_copy(deep=True))
+        put_parameters(linear, "weight", weight_parameters(linear.weight, scheme.weights))
+        linear.quantization_status = QuantizationStatus.FROZEN
+        compress_module(linear)
+    stored = linear.state_dict()
+    if "weight_packed" in stored and "weight_zero_point" in stored:  # without data the library leaves it unpacked
+        unpacked = torch.zeros(stored["weight_zero_point"].shape, dtype=torch.int8)
+        stored["weight_zero_point"] = pack_to_int32(unpacked, scheme.weights.num_bits, packed_dim=0)
+    return sum(tensor.nbytes for tensor in stored.values())
+
+
+def put_parameters(module: torch.nn.Module, side: str, found: QuantizationParameters) -> None:
+    """Give a module that the library has initialized the parameters of one side, `weight` or `input`."""
+    for key, value in vars(found).items():
+        if value is not None and value.numel():
+            getattr(module, f"{side}_{key}").data = value
 
 
 def global_scale(weights: Iterable[torch.Tensor]) -> torch.Tensor:

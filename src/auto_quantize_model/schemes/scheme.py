@@ -5,6 +5,7 @@ from typing import Any
 
 # A scheme is the name of a way to quantize an op. INC 2.6's static INT8 is one; the others are compressed-tensors'.
 INC_INT8 = "inc_int8"
+UNQUANTIZED = "unquantized"  # the word for an op without a scheme, where schemes are listed
 # {op_name: scheme}; an op that is absent is unquantized.
 Assignment = Mapping[str, str]
 

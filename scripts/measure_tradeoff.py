@@ -1,4 +1,0 @@
-from auto_quantize_model.commands.measure_tradeoff import main
-
-if __name__ == "__main__":
-    raise SystemExit(main())

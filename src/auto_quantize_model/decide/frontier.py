@@ -1,0 +1,303 @@
+"""The frontier: for growing budgets the best choice of a scheme for each unit, proved on held-out samples with controls.
+
+In: the plan, the capture, the config's block decide, and the held-out batches. Out: the options of each unit, and the
+measured points.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from auto_quantize_model.config import DecideSpec, Target
+from auto_quantize_model.decide.allocate import (
+    Choice,
+    allocate,
+    at_random,
+    budgets,
+    bytes_of,
+    edges_first,
+    loss_of,
+    smallest,
+    uniform,
+)
+from auto_quantize_model.decide.profiles import reaches
+from auto_quantize_model.decide.ranking import aggregated
+from auto_quantize_model.escape import quoted
+from auto_quantize_model.files import InputError
+from auto_quantize_model.measure.capture import arithmetic
+from auto_quantize_model.measure.heldout import HeldOut
+from auto_quantize_model.measure.states import UNITS
+from auto_quantize_model.measure.store import ScoreStore
+from auto_quantize_model.records import Capture, Frontier, Op, Options, Plan, Point, Scales, Unit
+from auto_quantize_model.replay.model import Batch
+from auto_quantize_model.schemes.scheme import INC_INT8, UNQUANTIZED, assigned
+
+SEEDS = 3  # random choices for each budget with controls
+CONTROLLED = 4  # budgets with controls, evenly among the points between the smallest and the unquantized model
+NEAR = 0.005  # the smallest model that reaches a target is found within this share of its bytes
+STEPS = 8  # and within so many steps
+Progress = Callable[[int, int], None]  # done and total, in forwards
+
+
+def deciding_units(plan: Plan, candidates: Sequence[str]) -> list[Unit]:
+    """The units that a decision is about: those that ran and can have a candidate.
+
+    INC holds each op as a matrix of its own, so with `inc_int8` only tied weights form units.
+    """
+    ran = {op.op_name for op in plan.ops if op.ran}
+    if INC_INT8 in candidates:
+        groups = [ops for unit in plan.units for ops in ([unit.ops] if unit.tied else [(name,) for name in unit.ops])]
+        found = [Unit("+".join(ops), ops, len(ops) > 1, (INC_INT8,), {}) for ops in groups]
+    else:
+        found = [unit for unit in plan.units if not set(candidates).isdisjoint(unit.schemes)]
+    return [unit for unit in found if not ran.isdisjoint(unit.ops)]
+
+
+def options_of(plan: Plan, capture: Capture, candidates: Sequence[str], spec: DecideSpec) -> tuple[str, list[Options]]:
+    """What is summed to choose, and the options of each unit that the config allows.
+
+    A loss is the mean over the scored batches of a unit quantized alone. Where it was not measured, it is an estimate.
+
+    Raises:
+        InputError: a pattern of the config matches no unit, or leaves a unit without any option.
+    """
+    units, ops = deciding_units(plan, candidates), {op.op_name: op for op in plan.ops}
+    by = "kl_divergence" if all(score.kl_divergence is not None for score in capture.scores) else "relative_error"
+    references = [batch.reference for batch in capture.batches]
+    scores = {scheme: capture.of_map("isolated", scheme) | capture.of_map(UNITS, scheme) for scheme in candidates}
+    estimates = {scheme: capture.estimates_of(scheme) for scheme in candidates}
+    found = []
+    for unit in units:
+        allowed = allowed_of(unit, candidates, spec, bytes_in(unit, ops))
+        loss, error = {UNQUANTIZED: 0.0}, {}
+        for scheme in allowed:
+            if scheme == UNQUANTIZED:
+                continue
+            if of_unit := scores[scheme].get(unit.name):
+                loss[scheme] = aggregated(of_unit, references)[by]
+            elif made := estimates[scheme].get(unit.name):
+                loss[scheme], error[scheme] = made.kl_divergence, made.standard_error
+            else:
+                raise InputError(
+                    f"{unit.name} was not measured in {scheme}; capture again with the candidates of the config"
+                    " (snakemake --cores 1 --forcerun capture_sensitivity)"
+                )
+        weights = [ops[name].weight_bytes // 4 for name in unit.ops]
+        size = weights[0] if unit.tied else sum(weights)
+        found.append(Options(unit.name, unit.ops, size, allowed, {name: loss[name] for name in allowed}, error))
+    require_matches(spec, units)
+    return by, found
+
+
+def bytes_in(unit: Unit, ops: Mapping[str, Op]) -> dict[str, int]:
+    """The bytes of a unit in each scheme that it can have, and unquantized: BF16, or FP32 next to INC's INT8."""
+    sizes = {
+        scheme: sum(ops[name].stored_bytes[scheme] for name in unit.ops)
+        for scheme in unit.schemes
+        if all(scheme in ops[name].stored_bytes for name in unit.ops)
+    }
+    in_fp32 = [ops[name].weight_bytes for name in unit.ops]
+    whole = in_fp32[0] if unit.tied else sum(in_fp32)
+    return {**sizes, UNQUANTIZED: whole if INC_INT8 in unit.schemes else whole // 2}
+
+
+def allowed_of(unit: Unit, candidates: Sequence[str], spec: DecideSpec, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The bytes of a unit in each option that the config allows.
+
+    Raises:
+        InputError: no option is left.
+    """
+    found = {scheme: sizes[scheme] for scheme in (*candidates, UNQUANTIZED) if scheme in sizes}
+
+    def matching(patterns: Mapping[str, Any]) -> list[Any]:
+        return [value for pattern, value in patterns.items() if any(re.fullmatch(pattern, name) for name in unit.ops)]
+
+    for scheme in matching(spec.fixed):
+        if scheme not in sizes:
+            raise InputError(
+                f"decide.fixed: {unit.name} cannot have {scheme}: {unit.refused.get(scheme, 'it is no candidate')}"
+            )
+        found = {name: size for name, size in found.items() if name == scheme}
+    for schemes in matching(spec.never):
+        found = {name: size for name, size in found.items() if name not in schemes}
+    for scheme in matching(spec.at_least):
+        fewest = sizes.get(scheme, sizes[UNQUANTIZED])
+        found = {name: size for name, size in found.items() if size >= fewest}
+    if not found:
+        raise InputError(
+            f"decide: fixed, never and at_least together leave {unit.name} no scheme; remove one of their patterns"
+        )
+    return found
+
+
+def require_matches(spec: DecideSpec, units: Sequence[Unit]) -> None:
+    """Refuse a pattern that matches no op of any unit.
+
+    Raises:
+        InputError: the message names the pattern.
+    """
+    names = [name for unit in units for name in unit.ops]
+    for key in ("fixed", "never", "at_least"):
+        for pattern in getattr(spec, key):
+            if not any(re.fullmatch(pattern, name) for name in names):
+                raise InputError(
+                    f"decide.{key}: {quoted(pattern)} matches no op that can be quantized; patterns match whole names,"
+                    f" such as {quoted(re.escape(names[0]))}"
+                )
+
+
+def measure_frontier(
+    model: torch.nn.Module,
+    plan: Plan,
+    capture: Capture,
+    candidates: Sequence[str],
+    scales: Scales,
+    heldout: Sequence[Batch],
+    answers: Sequence[list[range | None]],
+    store: ScoreStore,
+    spec: DecideSpec,
+    target: Target,
+    calibration_batches: int = 0,
+    on_progress: Progress = lambda done, total: None,
+) -> Frontier:
+    """Choose for growing budgets, and measure each choice and the controls on the held-out batches.
+
+    Between the largest choice that misses the target and the smallest that reaches it, more choices are measured, so
+    that the smallest profile is the smallest.
+
+    Args:
+        model: FP32, eval mode, on its device; left as it was.
+        plan: as `inc.plan.build_plan` returns it.
+        capture: of the plan, with the candidates.
+        candidates: the schemes to choose from.
+        scales: of all calibration batches together, and `calibration_batches` how many these are.
+        heldout: batches that no calibration has used.
+        answers: for each sample of each held-out batch, the positions of its answer's tokens; None without an answer.
+        store: keeps the record of each forward; a record in the store is not measured again.
+        spec: the config's block decide.
+        target: the config's block profiles.
+        on_progress: called after each forward.
+
+    Raises:
+        InputError: as `options_of` says, or a number is not finite.
+    """
+    by, units = options_of(plan, capture, candidates, spec)
+    if not units:
+        raise InputError(
+            f"no op that ran can have {' or '.join(candidates)}, so nothing can be decided; change decide.candidates"
+        )
+    unit_bytes = 4 if INC_INT8 in candidates else 2
+    other = unit_bytes * (plan.coverage["weights_total"] - sum(unit.weights for unit in units))
+    done, total = itertools.count(1), 0
+
+    def on_forward() -> None:
+        on_progress(next(done), total)
+
+    with HeldOut(model, plan, scales, heldout, answers, store, on_forward) as on_heldout:
+        decision = Decision(units, other, on_heldout)
+        states = [*decision.frontier(spec, target), *decision.controls(candidates, spec)]
+        total = len(states) * len(heldout)
+        points = decision.measured(states)
+        for _ in range(STEPS):
+            if (state := decision.between(points, target)) is None:
+                break
+            total += len(heldout)
+            points += decision.measured([state])
+        asked, positions = on_heldout.asked, sum(batch["input_ids"].numel() for batch in heldout)
+    size = lambda point: (point.weight_bytes, -point.predicted)  # noqa: E731
+    return Frontier(
+        **asdict(arithmetic(next(model.parameters()).device)),
+        candidates=tuple(candidates),
+        loss=by,
+        units=tuple(units),
+        other_bytes=other,
+        calibration_batches=calibration_batches,
+        batches=len(heldout),
+        samples=sum(len(batch["input_ids"]) for batch in heldout),
+        tokens=positions,
+        answers=asked,
+        points=tuple(sorted((point for point in points if point.kind == "frontier"), key=size)),
+        controls=tuple(point for point in points if point.kind != "frontier"),
+    )
+
+
+State = tuple[str, str, Choice]  # kind and name of a point, and its choice
+
+
+class Decision:
+    """The choices of one frontier.
+
+    Args:
+        units: with their options.
+        other_bytes: of all weights outside of the units.
+        heldout: measures states.
+    """
+
+    def __init__(self, units: Sequence[Options], other_bytes: int, heldout: HeldOut) -> None:
+        self.units, self.other_bytes, self.heldout = units, other_bytes, heldout
+        self.weights = sum(unit.weights for unit in units)
+
+    def within(self, target: Target) -> list[int]:
+        """The budgets that the target names, in bytes of the units."""
+        found = []
+        if target.max_bits is not None:
+            found.append(int(target.max_bits * self.weights / 8))
+        if target.max_weight_bytes is not None:
+            found.append(target.max_weight_bytes - self.other_bytes)
+        return found
+
+    def frontier(self, spec: DecideSpec, target: Target) -> list[State]:
+        """The best choice for each budget, each once, and last the one with the least loss of all."""
+        fewest = bytes_of(smallest(self.units), self.units)
+        asked = [budget for budget in self.within(target) if budget >= fewest]
+        found = [allocate(self.units, budget) for budget in sorted([*budgets(self.units, spec.points), *asked])]
+        found.append(uniform(self.units, UNQUANTIZED))
+        return [("frontier", "", choice) for choice in dict.fromkeys(found)]
+
+    def controls(self, candidates: Sequence[str], spec: DecideSpec) -> list[State]:
+        """Uniform schemes; and for some budgets random choices, and the first and last layers first."""
+        found = [("uniform", scheme, uniform(self.units, scheme)) for scheme in candidates]
+        inner = budgets(self.units, spec.points)[1:-1]
+        step = max(1, len(inner) // CONTROLLED)
+        for budget in inner[::step][:CONTROLLED]:
+            budget = bytes_of(allocate(self.units, budget), self.units)
+            found += [("random", f"random_{seed}", at_random(self.units, budget, seed)) for seed in range(SEEDS)]
+            found.append(("edges", "first and last layers", edges_first(self.units, budget)))
+        return list({(kind, choice): (kind, name, choice) for kind, name, choice in found}.values())
+
+    def measured(self, states: Sequence[State]) -> list[Point]:
+        """The points of choices; a choice of several states is measured once."""
+        choices = list(dict.fromkeys(choice for _, _, choice in states))
+        metrics = dict(zip(choices, self.heldout.measure([self.assignment(choice) for choice in choices]), strict=True))
+        return [self.point(kind, name, choice, metrics[choice]) for kind, name, choice in states]
+
+    def assignment(self, choice: Choice) -> dict[str, str]:
+        """A choice as a state of the model."""
+        found: dict[str, str] = {}
+        for unit, scheme in zip(self.units, choice, strict=True):
+            if scheme != UNQUANTIZED:
+                found |= assigned(unit.ops, scheme)
+        return found
+
+    def point(self, kind: str, name: str, choice: Choice, metrics: Mapping[str, Any]) -> Point:
+        """A measured choice."""
+        size = bytes_of(choice, self.units)
+        loss, error = loss_of(choice, self.units)
+        return Point(kind, name, choice, size + self.other_bytes, 8 * size / self.weights, loss, error, **metrics)
+
+    def between(self, points: Sequence[Point], target: Target) -> State | None:
+        """A choice between the smallest that reaches the target and the largest below it; None if they are near."""
+        known = sorted((point for point in points if point.kind == "frontier"), key=lambda point: point.weight_bytes)
+        reached = [point for point in known if reaches(point, known[-1], target)]
+        if not reached or reached[0] is known[0]:
+            return None
+        high = reached[0].weight_bytes
+        low = max(point.weight_bytes for point in known if point.weight_bytes < high)
+        if high - low <= NEAR * high:
+            return None
+        choice = allocate(self.units, (low + high) // 2 - self.other_bytes)
+        return None if any(point.schemes == choice for point in known) else ("frontier", "", choice)
