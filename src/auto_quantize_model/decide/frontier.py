@@ -1,4 +1,4 @@
-"""The frontier: for growing budgets the best choice of a scheme for each unit, proved on held-out samples with controls.
+"""The frontier: for growing budgets the best choice of a scheme for each unit, proved on held-out samples.
 
 In: the plan, the capture, the config's block decide, and the held-out batches. Out: the options of each unit, and the
 measured points.

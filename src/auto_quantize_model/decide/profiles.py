@@ -139,7 +139,7 @@ def without_safest(points: Sequence[Point], target: Target) -> str:
         return "the config's profiles block sets no budget"
     fewest = min(points, key=lambda point: point.weight_bytes, default=None)
     nearest = (
-        "" if fewest is None else f"; the smallest takes {fewest.bits:.2f} bits, {fewest.weight_bytes} bytes in all"
+        "" if fewest is None else f"; the smallest has {fewest.bits:.2f} bits a weight, {fewest.weight_bytes} bytes"
     )
     return f"no choice of schemes fits the budget ({described(target, budget=True)}){nearest}"
 

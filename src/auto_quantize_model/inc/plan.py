@@ -38,7 +38,7 @@ from auto_quantize_model.models import checkpoint
 from auto_quantize_model.models.checkpoint import Checkpoint
 from auto_quantize_model.models.coverage import cover
 from auto_quantize_model.models.snapshot import explained
-from auto_quantize_model.models.units import tower_of, unit_of
+from auto_quantize_model.models.units import tower_of, unit_of, units_of
 from auto_quantize_model.models.weights import require_meaningful
 from auto_quantize_model.records import CalibrationManifest, Excluded, IncCheck, IncInt8, ModelManifest, Op, Plan, Side
 from auto_quantize_model.replay.model import Batch, Replay, goes_along, refusals, require_replayable

@@ -19,9 +19,9 @@ def states(
 ) -> Iterator[tuple[str, str, Assignment]]:
     """Each state of one scheme to measure as (map, op or unit, assignment).
 
-    `isolated`, `units` and `fallback` go from the last op that runs to the first, so each run shares all blocks before its op
-    with the previous run. `requantize` must go in the plan's order. It ends with every op quantized, so the map `all`
-    (with an empty op) and `fallback` start from there.
+    `isolated`, `units` and `fallback` go from the last op that runs to the first, so each run shares all blocks before
+    its op with the previous run. `requantize` must go in the plan's order. It ends with every op quantized, so the map
+    `all` (with an empty op) and `fallback` start from there.
 
     Args:
         order: the ops that run, in the order of their first execution.
