@@ -511,7 +511,7 @@ class Point:
         image_kl_divergence, text_kl_divergence: the same at the positions of image and of other tokens; None without.
         kl_by_sample: the mean of each sample.
         top1_agreement: share of positions.
-        perplexity: of the text's next tokens; None without such tokens.
+        perplexity: of the answers' tokens, or of all text where samples have no answers; None without such tokens.
         accuracy: share of answers that are right; None without answers.
         relative_error: sum of squared errors over the sum of squares of the unquantized output.
         sqnr_db: the same in dB, None for no error; `sqnr_db_lowest` of the batch with the most error.

@@ -9,11 +9,11 @@ from auto_quantize_model.commands.run import open_run
 from auto_quantize_model.documents import write_document
 from auto_quantize_model.files import write_text
 
-TABLES = ("ranking", "tradeoff", "profiles")
+TABLES = ("ranking", "frontier", "profiles")
 
 
 def parser() -> argparse.ArgumentParser:
-    reads = ("manifest", "calibration_manifest", "plan", "capture", "audit", "tradeoff", "profiles")
+    reads = ("manifest", "calibration_manifest", "plan", "capture", "audit", "frontier", "profiles")
     writes = ("markdown", "json", *(f"{name}_table" for name in TABLES))
     return options.parser(__doc__, *reads, "log", writes=writes)
 
@@ -23,7 +23,7 @@ def render_report(args: argparse.Namespace) -> None:
     from auto_quantize_model.report import coverage, sentences
     from auto_quantize_model.report.document import build_report, render, tables, top_table
 
-    report = build_report(run.manifest, run.calibration, run.plan, run.capture, run.audit, run.tradeoff, run.profiles)
+    report = build_report(run.manifest, run.calibration, run.plan, run.capture, run.audit, run.frontier, run.profiles)
     markdown, document = render(report)
     texts = {args.markdown: markdown}
     texts |= {getattr(args, f"{name}_table"): table.to_csv(index=False) for name, table in tables(report).items()}

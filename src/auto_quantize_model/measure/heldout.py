@@ -105,7 +105,7 @@ def record_of(
         over `next_tokens` tokens), and `right` (how many answers are right).
     """
     record, divergences = reference.compare_samples(output)
-    loss, tokens = next_token_loss(output, batch)
+    loss, tokens = next_token_loss(output, batch, answers)
     right = right_answers(output, batch, answers)
     return {**record, "divergences": divergences, "next_token_loss": loss, "next_tokens": tokens, "right": right}
 

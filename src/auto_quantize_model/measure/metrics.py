@@ -128,22 +128,31 @@ def _divergences(reference: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def next_token_loss(output: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> tuple[float, int]:
-    """The sum of -log p of each next token that is not part of an image, in nats, and how many such tokens there are.
+def next_token_loss(
+    output: torch.Tensor, batch: Mapping[str, torch.Tensor], spans: Sequence[range | None]
+) -> tuple[float, int]:
+    """The sum of -log p of tokens, given those before them, in nats, and how many tokens these are.
+
+    They are the tokens of the answer of a sample that has one. Of a sample without an answer they are all tokens but
+    the first one and those of images.
 
     Args:
         output: (samples, tokens, vocabulary) logits.
         batch: its `input_ids`, int64 (samples, tokens), and `mm_token_type_ids`, not 0 at image tokens, if it has any.
+        spans: for each sample, the positions of its answer's tokens.
     """
-    following = batch["input_ids"][:, 1:].to(output.device)
+    tokens = batch["input_ids"].to(output.device)
     images = batch.get("mm_token_type_ids")
-    text = torch.ones_like(following, dtype=torch.bool) if images is None else images[:, 1:].to(output.device) == 0
+    counted = torch.ones_like(tokens, dtype=torch.bool) if images is None else images.to(output.device) == 0
+    for row, span in enumerate(spans):
+        if span is not None:
+            counted[row] = False
+            counted[row, span.start : span.stop] = True
+    rows = output[:, :-1][counted[:, 1:]], tokens[:, 1:][counted[:, 1:]]
     total = 0.0
-    for logits, tokens in zip(
-        output[:, :-1][text].split(ROWS_AT_ONCE), following[text].split(ROWS_AT_ONCE), strict=True
-    ):
-        total += float(torch.nn.functional.cross_entropy(logits.double(), tokens, reduction="sum"))
-    return total, int(text.sum())
+    for logits, of_rows in zip(*(side.split(ROWS_AT_ONCE) for side in rows), strict=True):
+        total += float(torch.nn.functional.cross_entropy(logits.double(), of_rows, reduction="sum"))
+    return total, len(rows[1])
 
 
 def right_answers(output: torch.Tensor, batch: Mapping[str, torch.Tensor], spans: Sequence[range | None]) -> int:

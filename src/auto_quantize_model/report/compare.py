@@ -12,6 +12,7 @@ from auto_quantize_model.decide.stability import tau
 from auto_quantize_model.escape import code
 from auto_quantize_model.files import InputError
 from auto_quantize_model.report.document import markdown_cell
+from auto_quantize_model.report.sentences import PROFILES
 
 USUAL_TAU = 0.8
 IDENTITY = {
@@ -71,7 +72,7 @@ def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> di
         limits: within which the reports agree.
 
     Returns:
-        {differs, reasons, warnings, changed, sqnr_db, recommended, common, only_first, only_second, tau, noise_tau,
+        {differs, reasons, warnings, changed, sqnr_db, profile, common, only_first, only_second, tau, noise_tau,
         top, entered, left, new_in_top, gone_from_top, moved}. `reasons` are sentences, empty where the reports agree.
         `warnings` are sentences about runs that cannot be compared number by number; they do not count as differences.
         `changed` lists differences in model, calibration set, engine and versions. `sqnr_db` is the SQNR of all-INT8 in
@@ -100,7 +101,7 @@ def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> di
         "warnings": _of_measurement(first, second),
         "changed": _changed(first, second),
         "sqnr_db": [report["all_int8"]["sqnr_db"] for report in (first, second)],
-        "recommended": _recommended(first, second),
+        "profile": _profile(first, second),
         "common": len(common),
         "only_first": [name for name in everywhere[0] if name not in common],
         "only_second": [name for name in everywhere[1] if name not in common],
@@ -240,15 +241,20 @@ def _decibels(value: float) -> str:
     return "no error" if math.isinf(value) else f"{value:.2f} dB"
 
 
-def _recommended(first: dict[str, Any], second: dict[str, Any]) -> dict[str, list[str]] | None:
-    """The ops that only the second report's recommended profile keeps, and those that only the first one's keeps."""
-    kept = [report["profiles"]["profiles"].get("recommended", {}).get("kept") for report in (first, second)]
-    if None in kept:
+def _profile(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any] | None:
+    """The first profile that both reports have, with the units whose scheme differs."""
+    sides = [report["profiles"]["profiles"] for report in (first, second)]
+    name = next((name for name in PROFILES if all(name in side for side in sides)), None)
+    if name is None:
         return None
-    return {
-        "added": [name for name in kept[1] if name not in kept[0]],
-        "removed": [name for name in kept[0] if name not in kept[1]],
-    }
+    points = [side[name]["point"] for side in sides]
+    schemes = [
+        {unit["name"]: scheme for unit, scheme in zip(report["frontier"]["units"], point["schemes"], strict=True)}
+        for report, point in zip((first, second), points, strict=True)
+    ]
+    common = [unit for unit in schemes[0] if unit in schemes[1]]
+    changed = {unit: [side[unit] for side in schemes] for unit in common if schemes[0][unit] != schemes[1][unit]}
+    return {"name": name, "bits": [point["bits"] for point in points], "schemes": changed}
 
 
 def _changed(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, str]]:
@@ -296,20 +302,23 @@ def _changed_lines(comparison: dict[str, Any], shown: int) -> list[str]:
         "",
         "With every op in INT8: "
         + ", then ".join(_decibels(math.inf if value is None else value) for value in comparison["sqnr_db"])
-        + f" (SQNR). {_recommended_line(comparison['recommended'], shown)}",
+        + f" (SQNR). {_profile_line(comparison['profile'], shown)}",
         "",
         f"Only in the first: {_listed(comparison['only_first'], shown)}. Only in the second:"
         f" {_listed(comparison['only_second'], shown)}.",
     ]
 
 
-def _recommended_line(recommended: dict[str, list[str]] | None, shown: int) -> str:
-    if recommended is None:
-        return "Recommended profiles cannot be compared: not both reports have one."
-    if not any(recommended.values()):
-        return "The recommended profile keeps the same ops."
-    added, removed = (_listed(recommended[change], shown) for change in ("added", "removed"))
-    return f"The recommended profile now keeps: {added}; no longer: {removed}."
+def _profile_line(profile: dict[str, Any] | None, shown: int) -> str:
+    if profile is None:
+        return "The reports have no profile in common."
+    first, second = profile["bits"]
+    sizes = f"The profile {profile['name']} has {first:.2f} bits a weight in the first and {second:.2f} in the second"
+    if not profile["schemes"]:
+        return f"{sizes}. Each unit has the same scheme."
+    moves = [f"{code(unit)} from {one} to {other}" for unit, (one, other) in profile["schemes"].items()]
+    rest = [f"{len(moves) - shown} more"] if len(moves) > shown else []
+    return f"{sizes}. Units with another scheme: {', '.join([*moves[:shown], *rest])}."
 
 
 def _top_lines(comparison: dict[str, Any], shown: int) -> list[str]:

@@ -17,6 +17,7 @@ from jsonschema.protocols import Validator
 from jsonschema.validators import validator_for
 
 from auto_quantize_model import escape
+from auto_quantize_model.decide.proof import comparisons, prediction
 from auto_quantize_model.decide.ranking import aggregated, isolated, ranked
 from auto_quantize_model.decide.schemes import agreements, of_schemes
 from auto_quantize_model.decide.stability import Scores, assess, by_batch, rank_taus
@@ -26,28 +27,29 @@ from auto_quantize_model.records import (
     Audit,
     CalibrationManifest,
     Capture,
+    Frontier,
     ModelManifest,
     NotMeasured,
     Plan,
     Profiles,
     Score,
     ScoredBatch,
-    Tradeoff,
     body_of,
     digest_of_record,
 )
 from auto_quantize_model.report import coverage, sentences
+from auto_quantize_model.schemes.scheme import UNQUANTIZED
 
 SCHEMA = Path(__file__).with_name("schema.json")
 TEMPLATES = Path(__file__).with_name("templates")
-SCHEMA_VERSION = 9
+SCHEMA_VERSION = 10
 OF_THE_MODEL = ("model", "source", "architecture", "stand_in", "rounded", "digest")
 # Below this SQNR the all-INT8 output is mostly error, and the error that one op in FP32 removes is noise.
 FALLBACK_FLOOR_DB = 10.0
 # Kendall's tau between batches, where 0 is chance.
 FALLBACK_FLOOR_TAU = 0.3
-# With four times the error on samples that set no scale, the calibration set does not represent the data.
-HELDOUT_GAP_DB = 6.0
+# With four times the loss on samples that set no scale, the calibration set does not represent the data.
+HELDOUT_GAP = 4.0
 CALIBRATION_KEYS = ("source", "seed", "batch_size", "text_only", "image_backend", "digest")
 
 
@@ -57,7 +59,7 @@ def build_report(
     plan: Plan,
     capture: Capture,
     audit: Audit,
-    tradeoff: Tradeoff | NotMeasured,
+    frontier: Frontier | NotMeasured,
     profiles: Profiles,
 ) -> dict[str, Any]:
     """The report as a JSON-able document that its published schema describes.
@@ -98,7 +100,7 @@ def build_report(
             *of_checkpoints(plan),
             *([sentences.without_inc(plan.inc_check)] if plan.inc_check["status"] == "cannot" else []),
             *(of_fallback(all_int8, scores["fallback"]) if "fallback" in maps else []),
-            *of_heldout(all_int8, tradeoff),
+            *of_heldout(schemes, frontier),
         ],
         "all_int8": all_int8,
         "batches": [
@@ -108,8 +110,8 @@ def build_report(
         "stability": assess(scores["isolated"], capture.all_int8, complete) if "isolated" in maps else None,
         "schemes": schemes,
         "scheme_agreements": agreements(schemes),
-        "tradeoff": body_of(tradeoff),
-        "profiles": by_kept_ops(profiles),
+        "frontier": of_frontier(frontier),
+        "profiles": of_profiles(profiles),
         "maps": {label: {"direction": sentences.DIRECTIONS[label], "ops": rows} for label, rows in maps.items()},
         "ops": [
             {
@@ -124,12 +126,21 @@ def build_report(
     }
 
 
-def by_kept_ops(profiles: Profiles) -> dict[str, Any]:
-    """The profiles as the report shows them: a reader looks for the ops in FP32, so the assignments are left out."""
+def of_frontier(frontier: Frontier | NotMeasured) -> dict[str, Any]:
+    """The frontier as the report shows it: with what `decide.proof` finds, and without the values of each sample."""
+    body = body_of(frontier)
+    if isinstance(frontier, NotMeasured):
+        return body
+    for point in (*body["points"], *body["controls"]):
+        del point["kl_by_sample"]
+    return body | {"comparisons": comparisons(frontier), "prediction": prediction(frontier)}
+
+
+def of_profiles(profiles: Profiles) -> dict[str, Any]:
+    """The profiles as the report shows them; a point lists the scheme of each unit, so assignments are left out."""
     body = body_of(profiles)
-    for profile in (*body["profiles"].values(), body["knee"], body["nearest"]):
-        if profile:
-            del profile["assignment"]
+    for profile in body["profiles"].values():
+        del profile["assignment"], profile["point"]["kl_by_sample"]
     return body
 
 
@@ -226,16 +237,17 @@ def of_fallback(all_int8: Mapping[str, Any], scores: Scores) -> list[str]:
     return found
 
 
-def of_heldout(all_int8: Mapping[str, Any], tradeoff: Tradeoff | NotMeasured) -> list[str]:
-    """A warning where INT8 is far worse on held-out samples than on the samples that set its scales."""
-    seen = all_int8["sqnr_db"]
-    unseen = tradeoff.curves["ranking"][0].sqnr_db if isinstance(tradeoff, Tradeoff) else None
-    if seen is None or unseen is None or seen - unseen <= HELDOUT_GAP_DB:
-        return []
-    return [
-        f"INT8 has an SQNR of {seen:.1f} dB on the samples that set its scales and {unseen:.1f} dB on held-out ones."
-        " Values outside the calibrated ranges are clipped, and no map shows that. Raise calibration.num_samples."
-    ]
+def of_heldout(schemes: Mapping[str, Any], frontier: Frontier | NotMeasured) -> list[str]:
+    """A warning for each scheme that is far worse on held-out samples than on the scored ones."""
+    found = []
+    for point in frontier.controls if isinstance(frontier, Frontier) else ():
+        seen = schemes[point.name]["all"]["kl_divergence"] if point.name in schemes else None
+        if point.kind == "uniform" and seen and point.kl_divergence > HELDOUT_GAP * seen:
+            found.append(
+                f"{point.name} has a KL divergence of {seen:.3g} nats on the scored samples and"
+                f" {point.kl_divergence:.3g} on held-out ones. Raise calibration.num_samples."
+            )
+    return found
 
 
 def render(report: dict[str, Any]) -> tuple[str, str]:
@@ -302,30 +314,32 @@ def markdown_cell(value: Any) -> str:
 
 
 def tables(report: dict[str, Any]) -> dict[str, pd.DataFrame]:
-    """The report's `ranking`, `tradeoff` and `profiles` as flat tables. A table has no rows if nothing was measured.
+    """The report's `ranking`, `frontier` and `profiles` as flat tables. A table has no rows if nothing was measured.
 
     The ranking has the most sensitive op first. Texts are as `escape.spreadsheet_cell` returns them. Without an image
     there are no columns of image and text error, and without estimates no columns of these.
     """
-    measured = report["tradeoff"]["status"] == "measured"
-    curves = report["tradeoff"]["curves"] if measured else {}
+    frontier = report["frontier"]
+    measured = frontier["status"] == "measured"
+    points = [*frontier["points"], *frontier["controls"]] if measured else []
     profiles = report["profiles"]["profiles"]
+
+    def row(point: Mapping[str, Any]) -> dict[str, Any]:
+        counts = {scheme: point["schemes"].count(scheme) for scheme in (*frontier["candidates"], UNQUANTIZED)}
+        return {**point, "schemes": " ".join(f"{scheme}:{count}" for scheme, count in counts.items() if count)}
+
     found = {
         "ranking": pd.DataFrame(report["maps"]["isolated"]["ops"] if "isolated" in report["maps"] else []),
-        "tradeoff": pd.DataFrame(
-            {"order": order, **point, "added": " ".join(point["added"])}
-            for order, curve in curves.items()
-            for point in curve
-        ),
+        "frontier": pd.DataFrame(row(point) for point in points),
         "profiles": pd.DataFrame(
-            {"profile": name, **profile, "kept": " ".join(profile["kept"]), "worse": " ".join(profile["worse"])}
+            {"profile": name, **row(profile["point"]), "kept": " ".join(profile["kept"])}
             for name, profile in profiles.items()
         ),
     }
     absent = [] if sentences.has_images(report) else [*sentences.BY_MODALITY]
     if not report["measurement"]["effort"]["probes"]:
         absent += sentences.OF_ESTIMATES
-    found["ranking"] = found["ranking"].drop(columns=absent, errors="ignore")
+    found = {name: table.drop(columns=absent, errors="ignore") for name, table in found.items()}
     return {
         name: table.map(lambda value: escape.spreadsheet_cell(value) if isinstance(value, str) else value)
         for name, table in found.items()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import altair as alt
 import vl_convert
@@ -18,21 +18,20 @@ import vl_convert
 from auto_quantize_model.escape import printable_document
 from auto_quantize_model.files import atomic_path
 from auto_quantize_model.models.units import tower_of
-from auto_quantize_model.report.sentences import counted, kl_of, number, percent
+from auto_quantize_model.report.sentences import counted, kl_of, megabytes, mixture_of_units, number, percent
 
 Row = dict[str, Any]
 # What `alt.layer` returns, as it is typed.
 Panel = alt.LayerChart | alt.FacetChart
 TOP = 10
-# Colours of Okabe and Ito, which the colour-blind tell apart; each has a shape, and each curve a dash as well.
-BLUE, VERMILION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#5F5F5F"
+# Colours of Okabe and Ito, which the colour-blind tell apart; each has a shape as well.
+BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5F5F5F"
 PARTS = {"vision": (BLUE, "circle"), "language": (VERMILION, "triangle-up")}
-CURVES: dict[str, tuple[Any, ...]] = {
-    "ranking": ("ranking", BLUE, [1, 0], "circle"),
-    "greedy": ("greedy", GREEN, [8, 3], "square"),
-    "random": ("random (mean ± std)", GREY, [2, 2], "diamond"),
-    "weight_bytes": ("largest weights first", VERMILION, [6, 2, 2, 2], "triangle-up"),
-    "inverse": ("ranking reversed", PURPLE, [4, 4], "triangle-down"),
+KINDS = {
+    "frontier": ("best for its bytes", BLUE, "circle"),
+    "uniform": ("one scheme for all", GREEN, "square"),
+    "random": ("random choice", GREY, "diamond"),
+    "edges": ("first and last layers first", VERMILION, "triangle-down"),
 }
 CONFIG = {
     "font": "Liberation Sans, Arial, Helvetica, sans-serif",
@@ -63,12 +62,12 @@ class Figure:
 
 
 def figures(report: dict[str, Any]) -> dict[str, Figure]:
-    """The pictures `heat_map`, `ranked_ops`, `tradeoff` and `modalities` of a report as `build_report` returns it.
+    """The pictures `heat_map`, `ranked_ops`, `frontier` and `modalities` of a report as `build_report` returns it.
 
     All four are always there. A picture of something that was not measured says why.
     """
     report = printable_document(report)  # an SVG with a control character cannot be read
-    return {draw.__name__: draw(report) for draw in (heat_map, ranked_ops, tradeoff, modalities)}
+    return {draw.__name__: draw(report) for draw in (heat_map, ranked_ops, frontier, modalities)}
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -253,116 +252,84 @@ def ranked_panel(points: list[Row], domain: list[float], spread: bool, named: bo
     return alt.layer(bars, dots)
 
 
-def tradeoff(report: dict[str, Any]) -> Figure:
-    """SQNR on held-out samples over the number of kept ops, for the ranking and its controls."""
-    title = "SQNR gained by ops kept in FP32"
-    found = report["tradeoff"]
+def frontier(report: dict[str, Any]) -> Figure:
+    """KL divergence on held-out samples over bits a weight: the best choices, and the controls."""
+    title = "Loss on held-out samples over the size of a weight"
+    found = report["frontier"]
     if found["status"] != "measured":
-        return finish(report, title, f"The trade-off was not measured: {found['reason']}.", None)
-    points = curve_points(found)
+        return finish(report, title, f"Nothing was measured: {found['reason']}.", None)
+    points = frontier_points(report)
     if not points:
-        return finish(report, title, "No keep-list has an error, so there is no curve to draw.", None)
-    best = report["profiles"]["profiles"].get("recommended")
-    target = report["profiles"]["target"].get("min_sqnr_db")
-    half = max(1, found["ops"] // 2)
-    # With nearly every op in FP32 the SQNR is so high that the other points would lie flat on its scale.
-    near = [point for point in points if point["keep"] <= half]
-    panels = [tradeoff_panel(near, half, best, target, found["ops"]).properties(title="Up to half of the ops kept")]
-    panels.append(tradeoff_panel(points, found["ops"], best, target, found["ops"]).properties(title="All lengths"))
+        return finish(report, title, "No choice loses anything, so there is no curve to draw.", None)
+    profiles = [
+        {"profile": name, "bits": profile["point"]["bits"], "kl": profile["point"]["kl_divergence"]}
+        for name, profile in report["profiles"]["profiles"].items()
+        if profile["point"]["kl_divergence"] > 0
+    ]
     caption = (
-        f"The mixed-precision model, measured on {counted(found['batches'], 'held-out batch', 'held-out batches')}:"
-        f" the SQNR with the given number of its {found['ops']} ops in FP32 and all others in INT8. A state without"
-        " error, such as every op in FP32, has no SQNR and is not drawn."
+        f"The mixed-precision model, measured on {counted(found['samples'], 'held-out sample')} with"
+        f" {found['tokens']} tokens: KL divergence from the unquantized model, on a logarithmic axis. Bits count scales"
+        " as well. The line joins the best choices for growing budgets. Bars are 95 % intervals over the samples. A"
+        " choice without any loss is not drawn."
     )
-    if best:
-        caption += f" The vertical line is the recommended profile with {counted(best['keep'], 'kept op')}."
-    return finish(report, title, caption, alt.hconcat(*panels, spacing=30))
+    return finish(report, title, caption, frontier_chart(points, profiles))
 
 
-def curve_points(found: dict[str, Any]) -> list[Row]:
-    """The points of all curves that have an SQNR, with the standard deviation of the random ones."""
+def frontier_points(report: dict[str, Any]) -> list[Row]:
+    """The choices that lose something, with their texts."""
     points = []
-    for key, (label, *_) in reversed(CURVES.items()):  # the last curve lies on top
-        for point in found["random"] if key == "random" else found["curves"].get(key, []):
-            if point["sqnr_db"] is None:
-                continue
-            std = point.get("sqnr_db_std") or 0
-            added = point.get("added", [])
+    for point in [*report["frontier"]["controls"], *report["frontier"]["points"]]:  # the frontier lies on top
+        if point["kl_divergence"] > 0:
             points.append(
                 {
-                    "curve": label,
-                    "keep": point["keep"],
-                    "sqnr": point["sqnr_db"],
-                    "low": point["sqnr_db"] - std,
-                    "high": point["sqnr_db"] + std,
-                    "kept": f"{point['keep']} of {found['ops']}",
-                    "added": (", ".join(added[:3]) + (" …" if len(added) > 3 else "")) or "–",
-                    "sqnr_text": f"{point['sqnr_db']:.2f} dB" + (f" ± {std:.2f}" if key == "random" else ""),
-                    "weights": f"{point['weight_bytes'] / 1e6:.4g} MB",
-                    "kl": number(point["kl_divergence"], "nats"),
+                    "curve": KINDS[point["kind"]][0],
+                    "choice": point["name"] or "best for its bytes",
+                    "bits": point["bits"],
+                    "kl": point["kl_divergence"],
+                    # A bar cannot reach 0 on a logarithmic axis.
+                    "low": max(point["kl_low"], point["kl_divergence"] / 10),
+                    "high": point["kl_high"],
+                    "bits_text": f"{point['bits']:.2f}",
+                    "kl_text": f"{number(point['kl_divergence'])} nats",
+                    "units": mixture_of_units(report, point),
+                    "weights": megabytes(point["weight_bytes"]),
                     "top1": percent(point["top1_agreement"]),
                     "accuracy": percent(point["accuracy"]),
+                    "sqnr": "no error" if point["sqnr_db"] is None else f"{point['sqnr_db']:.2f} dB",
                 }
             )
     return points
 
 
-def tradeoff_panel(points: list[Row], last: int, best: Row | None, target: float | None, ops: int) -> Panel:
-    """The curves up to `last` kept ops. A vertical line is the recommended profile, a horizontal line the target."""
-    ticks = [0, *(2**power for power in range(20) if 2**power <= last / 1.4), last]
-    x = alt.X(
-        "keep:Q",
-        title="ops kept in FP32",
-        scale=alt.Scale(type="symlog", domain=[0, last], nice=False),
-        axis=alt.Axis(values=ticks, format="d", labelOverlap=True, labelFlush=False),
-    )
-    known = [curve for curve in CURVES.values() if any(point["curve"] == curve[0] for point in points)]
-    labels, colors, dashes, shapes = (list(column) for column in zip(*known, strict=True))
-    legend = alt.Legend(title=None, orient="bottom", columns=5, symbolSize=90, symbolOpacity=1, symbolStrokeWidth=0)
+def frontier_chart(points: list[Row], profiles: list[Row]) -> Panel:
+    """The line of the frontier, all points with intervals, and the names of the profiles."""
+    lowest, highest = min(point["low"] for point in points), max(point["high"] for point in points)
+    domain = decades(lowest, highest)
+    known = [kind for kind in KINDS.values() if any(point["curve"] == kind[0] for point in points)]
+    labels, colors, shapes = (list(column) for column in zip(*known, strict=True))
+    legend = alt.Legend(title=None, orient="bottom", columns=4, symbolSize=90, symbolOpacity=1, symbolStrokeWidth=0)
     color = alt.Color("curve:N", scale=alt.Scale(domain=labels, range=colors), legend=legend)
-    dash = alt.StrokeDash("curve:N", scale=alt.Scale(domain=labels, range=dashes), legend=legend)
     shape = alt.Shape("curve:N", scale=alt.Scale(domain=labels, range=shapes), legend=legend)
-    y = alt.Y("sqnr:Q", title="SQNR (dB), held-out", scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=6))
-    base = alt.Chart(alt.Data(values=points), width=390, height=300).encode(x=x, color=color)
-    band = (
-        base.transform_filter(f"datum.curve === '{CURVES['random'][0]}'")
-        .mark_area(opacity=0.2)
-        .encode(y=alt.Y("low:Q", title="SQNR (dB), held-out"), y2="high:Q")
+    x = alt.X("bits:Q", title="bits a weight, with scales", scale=alt.Scale(zero=False, padding=12))
+    scale, axis = alt.Scale(type="log", domain=domain, nice=False), alt.Axis(format="~e", values=powers(domain))
+    title = "KL divergence (nats per token), held-out"
+    y = alt.Y("kl:Q", title=title, scale=scale, axis=axis)
+    base = alt.Chart(alt.Data(values=points), width=640, height=340).encode(x=x, color=color)
+    bars = base.mark_rule(strokeWidth=1.2, opacity=0.5).encode(
+        y=alt.Y("low:Q", title=title, scale=scale, axis=axis), y2="high:Q"
     )
-    lines = base.mark_line(strokeWidth=2).encode(y=y, strokeDash=dash)
-    hints = {"curve": "order", "kept": "kept", "added": "added", "sqnr_text": "SQNR", "weights": "weights"}
-    hints |= {"kl": "KL", "top1": "top-1", "accuracy": "answers right"}
-    dots = base.mark_point(filled=True, size=55, opacity=1).encode(
+    line = base.transform_filter(f"datum.curve === '{KINDS['frontier'][0]}'").mark_line(strokeWidth=2).encode(y=y)
+    hints = {"curve": "kind", "choice": "choice", "bits_text": "bits a weight", "kl_text": "KL", "top1": "top-1"}
+    hints |= {"accuracy": "answers right", "sqnr": "SQNR", "units": "units", "weights": "weights"}
+    dots = base.mark_point(filled=True, size=60, opacity=1).encode(
         y=y, shape=shape, tooltip=[alt.Tooltip(field=key, type="nominal", title=name) for key, name in hints.items()]
     )
-    below = target is not None and points[0]["sqnr"] > target
-    return alt.layer(band, *marks(best, target, last, x, below), lines, dots)
-
-
-def marks(best: Row | None, target: float | None, last: int, x: alt.X, below: bool) -> list[alt.Chart]:
-    """Lines at the recommended profile, labelled outside the plot, and at the target, labelled where curves start.
-
-    All curves start at the same point, so the target's label is on the other side of its line.
-    """
-    found = []
-    if target is not None:
-        at = alt.Chart(alt.Data(values=[{"sqnr": target, "label": f"target {target:g} dB"}]))
-        found.append(at.mark_rule(color="#333333", strokeDash=[1, 3]).encode(y="sqnr:Q"))
-        found.append(
-            at.mark_text(align="left", baseline="middle", dy=10 if below else -10, fontSize=11).encode(
-                y="sqnr:Q", x=alt.value(6), text="label:N"
-            )
-        )
-    if best is not None and best["keep"] <= last:
-        at = alt.Chart(alt.Data(values=[{"keep": best["keep"], "label": f"recommended: {best['keep']}"}])).encode(x=x)
-        align: Literal["left", "right"] = "right" if best["keep"] > last / 4 else "left"
-        found.append(at.mark_rule(color="#333333", strokeWidth=1.5).encode())
-        found.append(
-            at.mark_text(align=align, baseline="bottom", dy=-4, fontSize=11, fontWeight="bold").encode(
-                y=alt.value(0), text="label:N"
-            )
-        )
-    return found
+    named = alt.Chart(alt.Data(values=profiles)).encode(x=x, y=y)
+    rings = named.mark_point(size=220, color="#333333", strokeWidth=1.5, filled=False)
+    names = named.mark_text(align="left", baseline="bottom", dx=8, dy=-6, fontSize=11, fontWeight="bold").encode(
+        text="profile:N"
+    )
+    return alt.layer(bars, line, dots, rings, names)
 
 
 def modalities(report: dict[str, Any]) -> Figure:

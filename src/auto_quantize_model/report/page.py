@@ -8,7 +8,6 @@ import base64
 import hashlib
 import os
 import re
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from markupsafe import Markup, escape
 
 from auto_quantize_model.escape import printable_document
 from auto_quantize_model.report import coverage, sentences
-from auto_quantize_model.report.figures import CURVES, figures
+from auto_quantize_model.report.figures import figures
 
 SHOWN = 12
 TEMPLATES = Path(__file__).with_name("templates")
@@ -51,9 +50,7 @@ def render_page(report: dict[str, Any], links: dict[str, Any]) -> str:
         specs=specs,
         maps={name: title for name, title in MAPS.items() if name in report["maps"]},
         not_exercised=[op for op in report["ops"] if op["status"] == "not_exercised"],
-        best=report["profiles"]["profiles"].get("recommended"),
         shown=SHOWN,
-        curves={key: title for key, (title, *_) in CURVES.items() if key in {"random", *drawn_curves(report)}},
         sentences=sentences,
         coverage=coverage,
         bundle=bundle(),
@@ -75,12 +72,6 @@ def template() -> Template:
     environment.filters |= {"number": sentences.number, "percent": sentences.percent, "mb": sentences.megabytes}
     environment.filters |= {"csp_hash": csp_hash, "href": href, "breakable": breakable}
     return environment.get_template("op_sensitivity.html.j2")
-
-
-def drawn_curves(report: dict[str, Any]) -> Iterable[str]:
-    """The orders whose keep-lists were measured."""
-    curves: dict[str, Any] = report["tradeoff"].get("curves", {})
-    return curves
 
 
 def source(path: Path) -> Markup:

@@ -1,11 +1,11 @@
 """The sentences of a report, for its Markdown and its page. In: the report. Out: text without markup."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from auto_quantize_model.records import IncCheck
-from auto_quantize_model.report import coverage
+from auto_quantize_model.schemes.scheme import INC_INT8, UNQUANTIZED
 
 # How each map is read.
 DIRECTIONS = {
@@ -24,12 +24,12 @@ DIRECTIONS = {
 }
 
 Report = dict[str, Any]
-# With fewer correct answers in FP32, one changed answer is a quarter of them or more: the accuracy says nothing.
+# With fewer correct answers of the unquantized model, one changed answer is a quarter of them: accuracy says nothing.
 FEW_RIGHT = 5
-# An INT8 model that is below one of these limits is called broken.
+# A quantized model that is below one of these limits is called broken.
 BROKEN_SQNR_DB = 10.0  # a tenth of the output's power is error
 BROKEN_TOP1 = 0.75  # share of positions at which the most likely token is that of FP32
-BROKEN_ANSWERS = 0.75  # share of the correct answers of FP32 that are left
+BROKEN_ANSWERS = 0.75  # share of the correct answers that are left
 # Columns that compare image tokens with text tokens. Without an image they are empty or repeat the whole.
 BY_MODALITY = ("image_relative_error", "text_relative_error", "image_kl_divergence", "text_kl_divergence")
 # Columns that only estimates fill.
@@ -94,25 +94,36 @@ def sqnr(value: float | None) -> str:
     return "no error" if value is None else f"an SQNR of {value:.2f} dB"
 
 
-def states(report: Report) -> list[dict[str, Any]]:
-    """The states measured on held-out samples: every op in INT8, the recommended profile, and every op in FP32."""
-    if report["tradeoff"]["status"] != "measured":
-        return []
-    curve = report["tradeoff"]["curves"]["ranking"]
-    found = [{"state": "every op in INT8", **curve[0]}]
-    best = report["profiles"]["profiles"].get("recommended")
-    if best and best["keep"]:
-        found.append({"state": "recommended", **best})
-    if curve[-1]["keep"] == report["tradeoff"]["ops"]:
-        found.append({"state": "every op in FP32", **curve[-1]})
-    return found
-
-
-ORDERS = {
-    "ranking": "along the ranking",
-    "greedy": "found by the greedy refinement",
-    "weight_bytes": "the largest weights first",
+# The profiles in the order in which one of them is the decision.
+PROFILES = {
+    "smallest": "the smallest measured choice that reaches the target",
+    "balanced": "the knee of the measured curve, beyond which more bytes bring less",
+    "safest": "the measured choice with the least loss within the budget",
 }
+
+
+def decided(report: Report) -> tuple[str, dict[str, Any]] | None:
+    """The name and the profile that is the decision; None without any profile."""
+    found = report["profiles"]["profiles"]
+    return next(((name, found[name]) for name in PROFILES if name in found), None)
+
+
+def unquantized(report: Report) -> dict[str, Any] | None:
+    """The point of the unquantized model; None where nothing was measured."""
+    if report["frontier"]["status"] != "measured":
+        return None
+    last: dict[str, Any] = report["frontier"]["points"][-1]
+    return last
+
+
+def states(report: Report) -> list[dict[str, Any]]:
+    """The states to compare on held-out samples: each profile, each uniform scheme, and the unquantized model."""
+    if report["frontier"]["status"] != "measured":
+        return []
+    found = [{"state": name, **profile["point"]} for name, profile in report["profiles"]["profiles"].items()]
+    uniform = [point for point in report["frontier"]["controls"] if point["kind"] == "uniform"]
+    found += [{"state": f"all {point['name']}", **point} for point in uniform]
+    return [*found, {"state": UNQUANTIZED, **report["frontier"]["points"][-1]}]
 
 
 def has_images(report: Report) -> bool:
@@ -127,30 +138,91 @@ def tokens(report: Report) -> str:
 
 
 def decision(report: Report) -> tuple[str, str]:
-    """The decision which ops to keep, in one sentence, and its reason.
+    """The decision which op gets which scheme, in one sentence, and what it costs with its reason.
 
-    It reads only `profiles`, `tradeoff` and `coverage` of the report. Without `coverage` the sentences speak of the
-    planned ops and not of the model.
+    It reads only `profiles` and `frontier` of the report.
     """
-    best = report["profiles"]["profiles"].get("recommended")
-    if best is None:
+    found = decided(report)
+    if found is None:
         missed = report["profiles"]["missed"]
-        sentences = [f"{missed[:1].upper()}{missed[1:]}.", *instead(report)]
-        return "No profile is recommended.", " ".join(sentences)
-    target = {name: value for name, value in report["profiles"]["target"].items() if value is not None}
-    only_bytes = set(target) == {"max_weight_bytes"}
-    if not best["keep"]:
-        if only_bytes:
-            return f"{nothing(report)}: no measured keep-list within the budget has less error than INT8 as it is.", ""
-        return f"{nothing(report)}: INT8 reaches the target as it is.", ""
-    why = (
-        "This is the measured keep-list with the least error within the budget"
-        if only_bytes
-        else "This is the shortest measured keep-list that reaches the target"
-    )
-    parts = (f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in target.items())
-    why += f" ({', '.join(parts)}), {ORDERS[best['order']]}."
-    return f"Keep {best['keep']} of {report['tradeoff']['ops']} ops in FP32.", why
+        why = dict.fromkeys(f"{reason[:1].upper()}{reason[1:]}." for reason in missed.values())
+        return "Nothing is decided.", " ".join(why)
+    name, profile = found
+    point = profile["point"]
+    only = set(point["schemes"])
+    if len(only) == 1:
+        what = f"Quantize every op that can be to {only.pop()}: {point['bits']:.2f} bits a weight."
+    else:
+        what = f"Quantize to {point['bits']:.2f} bits a weight on average: {mixture(report, point)}."
+    return what, f"{lost(report, point)} {weighs(report, point)} This is {PROFILES[name]}{because(report, name)}."
+
+
+def mixture(report: Report, point: Mapping[str, Any]) -> str:
+    """How many ops have each scheme in a choice."""
+    counts: Counter[str] = Counter()
+    for unit, scheme in zip(report["frontier"]["units"], point["schemes"], strict=True):
+        counts[scheme] += len(unit["ops"])
+    chosen = [scheme for scheme in report["frontier"]["candidates"] if counts[scheme]]
+    named = [f"{counted(counts[scheme], 'op')} in {scheme}" for scheme in chosen]
+    left = [f"{counts[UNQUANTIZED]} unquantized"] if counts[UNQUANTIZED] else []
+    return joined([*named, *left])
+
+
+def mixture_of_units(report: Report, point: Mapping[str, Any]) -> str:
+    """How many units have each scheme in a choice, for a table."""
+    schemes = (*report["frontier"]["candidates"], UNQUANTIZED)
+    counts = {scheme: point["schemes"].count(scheme) for scheme in schemes}
+    return ", ".join(f"{count} {scheme}" for scheme, count in counts.items() if count)
+
+
+def lost(report: Report, point: Mapping[str, Any]) -> str:
+    """What a user of the model loses with a choice, measured on the held-out samples."""
+    low, high = (number(point[key]) for key in ("kl_low", "kl_high"))
+    parts = [
+        f"On held-out samples the KL divergence from the unquantized model is {number(point['kl_divergence'])} nats per"
+        f" token (95 % interval {low} to {high}).",
+        f"The most likely token stays the same at {percent(point['top1_agreement'])} of the positions.",
+    ]
+    whole = unquantized(report)
+    if whole and point["accuracy"] is not None:
+        answers = report["frontier"]["answers"]
+        right, before = (round(state["accuracy"] * answers) for state in (point, whole))
+        if before < FEW_RIGHT:
+            parts.append(
+                f"The unquantized model itself gives only {before} of {answers} answers right, too few to judge by."
+            )
+        elif right >= before:
+            parts.append(f"No answer is lost: {right} of {answers} are right, and {before} without quantization.")
+        else:
+            parts.append(f"{right} of {answers} answers are right, and {before} without quantization.")
+    return " ".join(parts)
+
+
+def weighs(report: Report, point: Mapping[str, Any]) -> str:
+    """The bytes of a choice next to those of the unquantized model."""
+    whole = unquantized(report)
+    share = f", {percent(point['weight_bytes'] / whole['weight_bytes'])} of those without quantization" if whole else ""
+    return f"The weights take {megabytes(point['weight_bytes'])}{share}."
+
+
+def because(report: Report, name: str) -> str:
+    """The target or the budget that a profile stands for, in brackets; empty for the knee."""
+    of_loss, of_budget = ("max_kl_divergence", "max_accuracy_drop", "min_sqnr_db"), ("max_bits", "max_weight_bytes")
+    keys = {"smallest": of_loss, "safest": of_budget}
+    asked = report["profiles"]["target"]
+    parts = [f"{key} {asked[key]:g}" for key in keys.get(name, ()) if asked.get(key) is not None]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def of_profiles(report: Report) -> list[str]:
+    """A line for each profile, and the reason for each that does not exist."""
+    found = report["profiles"]
+    lines = [
+        f"{name}: {profile['point']['bits']:.2f} bits a weight, {mixture(report, profile['point'])};"
+        f" KL {number(profile['point']['kl_divergence'])} nats"
+        for name, profile in found["profiles"].items()
+    ]
+    return [*lines, *(f"{name}: none, because {why}" for name, why in found["missed"].items())]
 
 
 def closing(report: Report, page: str, exports: str, configs: str) -> list[str]:
@@ -165,12 +237,13 @@ def closing(report: Report, page: str, exports: str, configs: str) -> list[str]:
     warnings = [f"warning: {sentence}" for sentence in (*report["warnings"], *breaks(report))]
     what, why = decision(report)
     again = f" CONFIG={configs}" if configs and " " not in configs else f' CONFIG="{configs}"' if configs else ""
-    if not report["profiles"]["profiles"].get("recommended"):
-        step = f"change the target in the config's profiles block, then `make run{again}`"
-    elif report["measurement"]["inc_check"]["status"] == "cannot":
+    found = decided(report)
+    if not found:
+        step = f"change the config's blocks decide and profiles, then `make run{again}`"
+    elif INC_INT8 in report["frontier"]["candidates"] and report["measurement"]["inc_check"]["status"] == "cannot":
         step = f"use an export in {exports}"
     else:
-        step = f"make quantize PROFILE=recommended{again}"
+        step = f"make quantize PROFILE={found[0]}{again}"
     return [*warnings, f"Decision: {what} {why}".strip(), f"The page: {page}", f"Next: {step}"]
 
 
@@ -183,71 +256,20 @@ def quantized(record: dict[str, Any], folder: str) -> str:
     return f"INC's INT8 model by the profile {record['profile']}: {folder}; {found}."
 
 
-def nothing(report: Report) -> str:
-    """That no op is kept. This speaks of the whole model only where the planned ops hold most of its weights."""
-    if "coverage" in report and not coverage.is_partial(report["coverage"]):
-        return "Keep nothing"
-    return f"Keep no op of the {report['tradeoff']['ops']} planned ones"
-
-
-def int8_of(report: Report) -> str:
-    """The name of what was quantized: plain INT8 only where the planned ops hold most of the weights."""
-    return "INT8 of the planned ops" if coverage.is_partial(report["coverage"]) else "INT8"
-
-
-def instead(report: Report) -> list[str]:
-    """What to look at without a recommended profile: the keep-list nearest to the target, and the knee of the curve."""
-    profiles = report["profiles"]
-    found: list[str] = []
-    if report["tradeoff"]["status"] != "measured":
-        return found
-    ops = report["tradeoff"]["ops"]
-    if near := profiles["nearest"]:
-        units: dict[str, Callable[[Any], str]] = {
-            "max_weight_bytes": megabytes,
-            "min_sqnr_db": lambda value: number(value, "dB"),
-        }
-        units["max_accuracy_drop"] = lambda value: f"{number(100 * value)} percentage points of accuracy"
-        lacks = joined([units[part](value) for part, value in profiles["short"].items()])
-        kept = (
-            f"keeps {near['keep']} of {counted(ops, 'op')}, {ORDERS[near['order']]}" if near["keep"] else "keeps no op"
-        )
-        found.append(
-            f"The measured keep-list nearest to the target {kept}. It has {sqnr(near['sqnr_db'])} and misses the target"
-            f" by {lacks}."
-        )
-    if knee := profiles["knee"]:
-        gained = knee["sqnr_db"] - report["tradeoff"]["curves"]["ranking"][0]["sqnr_db"]
-        found.append(
-            f"The knee of the measured curve is at {counted(knee['keep'], 'op')} of {ops}, {ORDERS[knee['order']]}."
-            f" There the output has {sqnr(knee['sqnr_db'])}, {gained:.2f} dB more than with every op in INT8. Each"
-            " further doubling of the list gains less."
-        )
-    return found
-
-
 def breaks(report: Report) -> list[str]:
-    """Why the INT8 model counts as broken, with values and limits, and whether the recommended profile repairs that.
+    """Why INC's INT8, or the decided profile, counts as broken, with values and limits.
 
-    The values are from held-out samples, or from the calibration batches where no trade-off was measured. The list is
-    empty where the INT8 model works.
+    INT8 is that of the calibration batches. The list is empty where both work.
     """
-    known = {state["state"]: state for state in states(report)}
-    int8 = known.get("every op in INT8") or report["all_int8"] | {"accuracy": None}
-    fp32 = known.get("every op in FP32")
-    where = "held-out samples" if known else "the calibration batches"
-    damage = damages(report, int8, fp32)
-    if not damage:
-        return []
-    found = [f"INT8 breaks this model (every op in INT8, on {where}). {' '.join(damage)}"]
-    if (best := known.get("recommended")) and (left := damages(report, best, fp32)):
-        found.append(f"The recommended profile does not repair that. {' '.join(left)} Choose a stricter target.")
-    elif "recommended" in report["profiles"]["profiles"] and not best:
-        found.append("The target is too loose to show that: choose a stricter one.")
+    found = []
+    if damage := damages(report, report["all_int8"] | {"accuracy": None}):
+        found.append(f"INC's INT8 breaks this model (every op in INT8, on the calibration batches). {' '.join(damage)}")
+    if (profile := decided(report)) and (left := damages(report, profile[1]["point"])):
+        found.append(f"The profile {profile[0]} breaks the model. {' '.join(left)} Choose a stricter target.")
     return found
 
 
-def damages(report: Report, state: dict[str, Any], fp32: dict[str, Any] | None) -> list[str]:
+def damages(report: Report, state: Mapping[str, Any]) -> list[str]:
     """A sentence for each value of a state that is below the limit of a model that works."""
     found = []
     if state["sqnr_db"] is not None and state["sqnr_db"] < BROKEN_SQNR_DB:
@@ -256,107 +278,37 @@ def damages(report: Report, state: dict[str, Any], fp32: dict[str, Any] | None) 
     if top1 is not None and top1 < BROKEN_TOP1:
         same, limit = apart(100 * top1, 100 * BROKEN_TOP1)
         found.append(f"The most likely token stays the same at {same} % of the positions (limit {limit} %).")
-    if fp32 and enough_right(report, fp32) and state["accuracy"] < BROKEN_ANSWERS * fp32["accuracy"]:
-        right = f"{percent(state['accuracy'])} of the answers are right, in FP32 {percent(fp32['accuracy'])}"
-        found.append(f"{right} (limit {100 * BROKEN_ANSWERS:g} % of that).")
+    whole = unquantized(report)
+    if whole and state["accuracy"] is not None and whole["accuracy"] * report["frontier"]["answers"] > FEW_RIGHT - 0.5:
+        left, before = percent(state["accuracy"]), percent(whole["accuracy"])
+        if state["accuracy"] < BROKEN_ANSWERS * whole["accuracy"]:
+            limit = f"limit {100 * BROKEN_ANSWERS:g} % of that"
+            found.append(f"{left} of the answers are right, and {before} without quantization ({limit}).")
     return found
 
 
-def enough_right(report: Report, fp32: dict[str, Any]) -> bool:
-    """Whether FP32 gives enough held-out answers right to judge INT8 by its accuracy."""
-    return fp32["accuracy"] is not None and round(fp32["accuracy"] * report["tradeoff"]["answers"]) >= FEW_RIGHT
-
-
-def remark(name: str, profile: dict[str, Any]) -> str:
-    """The metrics in which a profile is worse than all-INT8, in a sentence; empty if there are none."""
-    titles = {"relative_error": "relative error", "top1_agreement": "top-1", "kl_divergence": "KL divergence"}
-    parts = [
-        "{} ({}, all-INT8 {})".format(titles.get(metric, metric), *apart(profile[metric], int8))
-        for metric, int8 in profile.get("worse", {}).items()
-    ]
-    return f"{name} is worse than all-INT8 in {joined(parts)}." if parts else ""
-
-
-def remarks(report: Report) -> list[str]:
-    """The remarks on all profiles."""
-    return list(filter(None, (remark(name, profile) for name, profile in report["profiles"]["profiles"].items())))
-
-
 def costs(report: Report) -> list[str]:
-    """The cost of INT8 and of the recommended profile, in sentences."""
-    known = {state["state"]: state for state in states(report)}
-    int8, best, fp32 = (known.get(name) for name in ("every op in INT8", "recommended", "every op in FP32"))
-    if int8 is None:
-        return without_tradeoff(report)
-    found = []
-    if best:
-        size = f"The recommended profile has {megabytes(best['weight_bytes'])} of weights: "
-        size += f"{best['weight_bytes'] / int8['weight_bytes']:.3g} times those of all-INT8"
-        if fp32:
-            size += f", {percent(best['weight_bytes'] / fp32['weight_bytes'])} of those of FP32"
-        found.append(f"{size}. On held-out samples it has {sqnr(best['sqnr_db'])}.")
-    return found + accuracy(report, int8, best, fp32)
+    """What each profile costs, in sentences; without a frontier, what INT8 costs on the calibration batches."""
+    if report["frontier"]["status"] != "measured":
+        return without_frontier(report)
+    return of_profiles(report)
 
 
-def without_tradeoff(report: Report) -> list[str]:
+def without_frontier(report: Report) -> list[str]:
     """The cost of INT8 on the calibration batches, where no held-out samples were measured."""
     all_int8 = report["all_int8"]
-    found = ["The trade-off was not measured. The calibration batches show only the cost of INT8 itself."]
+    found = [
+        f"Nothing was decided: {report['frontier']['reason']}. The calibration batches show only the cost of INT8."
+    ]
     top1 = all_int8["top1_agreement"]
-    if top1 == 1:
-        found.append(
-            f"{int8_of(report)} costs nothing measurable in top-1 there: no position's most likely token changes."
-        )
-    elif top1 is not None:
+    if top1 is not None:
         found.append(f"The most likely token is the same as in FP32 at {percent(top1)} of the positions.")
     return [*found, f"With every op in INT8 the output has {sqnr(all_int8['sqnr_db'])}."]
 
 
-def accuracy(
-    report: Report, int8: dict[str, Any], best: dict[str, Any] | None, fp32: dict[str, Any] | None
-) -> list[str]:
-    """The cost of INT8 in answers and in top-1, in sentences, or why the answers cannot show it."""
-    found = []
-    if fp32 and int8["accuracy"] is not None and fp32["accuracy"] is not None:
-        found.append(of_answers(report, int8, best, fp32))
-    if int8["top1_agreement"] == 1:
-        found.append(
-            f"{int8_of(report)} costs nothing measurable in top-1 here: no position's most likely token changes."
-        )
-    else:
-        kept = f", with the recommended profile at {percent(best['top1_agreement'])}" if best else ""
-        found.append(
-            f"With every op in INT8 the most likely token is the same as in FP32 at"
-            f" {percent(int8['top1_agreement'])} of the positions{kept}."
-        )
-    return found
-
-
-def of_answers(report: Report, int8: dict[str, Any], best: dict[str, Any] | None, fp32: dict[str, Any]) -> str:
-    """The cost of INT8 in answers, or why the answers do not show it."""
-    answers = report["tradeoff"]["answers"]
-    if not enough_right(report, fp32):
-        by_fp32, by_int8 = (round(state["accuracy"] * answers) for state in (fp32, int8))
-        return (
-            f"FP32 itself gives {f'only {by_fp32}' if by_fp32 else 0} of {counted(answers, 'held-out answer')}"
-            f" right, and INT8 {by_int8}. These are too few to judge INT8 by its accuracy."
-        )
-    right = f"{percent(int8['accuracy'])} of {answers} held-out answers are right with every op in INT8"
-    if int8["accuracy"] < fp32["accuracy"]:
-        kept = f", {percent(best['accuracy'])} with the recommended profile" if best else ""
-        return f"{right}{kept}, {percent(fp32['accuracy'])} in FP32."
-    same = int8["accuracy"] == fp32["accuracy"]
-    than = "as many as in FP32" if same else f"more than the {percent(fp32['accuracy'])} in FP32"
-    if damages(report, int8, fp32):
-        return f"{right}, {than}. The answers do not show how much INT8 changes the output."
-    gain = " The trade-off therefore shows the SQNR, which kept ops can still raise."
-    left = "" if int8["sqnr_db"] is None else gain
-    return f"{int8_of(report)} costs nothing measurable in accuracy here: {right}, {than}.{left}"
-
-
 def certainty(report: Report) -> list[tuple[str, str]]:
-    """How stable the ranking and the keep-lists are: each check with its result."""
-    found = [*held_out(report), *against_chance(report["tradeoff"]), *refined(report["tradeoff"])]
+    """How sure the decision and the ranking are: each check with its result."""
+    found = proof(report["frontier"])
     if report["stability"] is None:
         return [*found, ("Ranking", "The isolated map was not measured, so there is no ranking.")]
     rows = report["maps"]["isolated"]["ops"]
@@ -371,61 +323,41 @@ def certainty(report: Report) -> list[tuple[str, str]]:
     return found + between(report["stability"], ops, measured)
 
 
-def held_out(report: Report) -> list[tuple[str, str]]:
-    """How much worse INT8 is on samples that set no scale."""
-    if report["tradeoff"]["status"] != "measured":
+RULES = {"random": "random choices", "edges": "choices with the first and last layers first"}
+
+
+def proof(frontier: dict[str, Any]) -> list[tuple[str, str]]:
+    """The frontier against its controls at equal bytes, and how far sums of losses predict what was measured."""
+    if frontier["status"] != "measured":
         return []
-    seen, unseen = report["all_int8"]["sqnr_db"], report["tradeoff"]["curves"]["ranking"][0]
-    lowest = unseen["sqnr_db_lowest"] if report["tradeoff"]["batches"] > 1 else None
-    scored = "batches, each with its own scales" if len(report["batches"]) != 1 else "batch, with its own scales"
-    text = f"With every op in INT8 the output has {sqnr(seen)} on the scored {scored}."
-    text += f" On held-out samples it has {sqnr(unseen['sqnr_db'])}"
-    return [("Held-out", f"{text}{'' if lowest is None else f' (the worst batch {lowest:.2f} dB)'}.")]
+    found = []
+    for kind, title in RULES.items():
+        if rows := [row for row in frontier["comparisons"] if row["kind"] == kind]:
+            found.append((f"Against {title}", against(rows)))
+    made = frontier["prediction"]
+    if made["tau"] is not None:
+        text = (
+            f"Sums of the units' losses order {made['compared']} measured choices with a Kendall's tau of"
+            f" {fixed(made['tau'], '.2f')}"
+        )
+        if made["ratio"]:
+            text += f". The measured divergence is {made['ratio']:.2f} times the sum, as a geometric mean"
+        found.append(("Predicted", f"{text}."))
+    return found
 
 
-CONTROLS = {"random": "random ones", "inverse": "the ranking reversed", "weight_bytes": "the largest weights first"}
-
-
-def against_chance(tradeoff: dict[str, Any]) -> list[tuple[str, str]]:
-    """How much better the ranking is on held-out samples than other orders in which ops can be kept."""
-    if tradeoff["status"] != "measured":
-        return []
-    gains = {CONTROLS[key]: value for key, value in tradeoff["gains_db"].items() if value is not None}
-    if not gains:
-        return []
-    text = (
-        f"On held-out samples, keep-lists along the ranking gain {signed(gains)}. This is the mean over lengths up to"
+def against(rows: list[dict[str, Any]]) -> str:
+    """How often controls lose more than the frontier at equal bytes, and where they do not."""
+    more = sum(row["low"] > 0 for row in rows)
+    ratios = sorted(
+        row["kl_divergence"] / row["frontier_kl_divergence"] for row in rows if row["frontier_kl_divergence"]
     )
-    text += " half of the ops, in which each doubling of the length counts the same."
-    for key, lengths in tradeoff["losses"].items():
-        if lengths:
-            mean = "the mean of " if key == "random" else ""
-            text += f" They are worse than {mean}{CONTROLS[key]} with {', '.join(map(str, lengths))} kept ops."
-    if worse := [name for name, value in gains.items() if round(value, 1) <= 0]:
-        text += f" In this mean the ranking is not better than {' and '.join(worse)}."
-    return [("Against chance", text)]
-
-
-def signed(gains: dict[str, float]) -> str:
-    """Gains over other orders, each with its sign."""
-    return ", ".join(f"{fixed(value, '+.1f')} dB over {name}" for name, value in gains.items())
-
-
-def refined(tradeoff: dict[str, Any]) -> list[tuple[str, str]]:
-    """Whether keep-lists chosen op by op are better than the ranking."""
-    if tradeoff["status"] != "measured" or tradeoff["greedy_gain_db"] is None:
-        return []
-    longest, gained = tradeoff["curves"]["greedy"][-1]["keep"], tradeoff["greedy_gain_db"]
-    better = "better than" if round(gained, 2) > 0 else "not better than"
-    text = f"Keep-lists of up to {counted(longest, 'op')}, chosen op by op on a calibration batch, are {better}"
-    return [("Greedy refinement", f"{text} those along the ranking ({fixed(gained, '+.2f')} dB).")]
-
-
-def refinement_helps(report: Report) -> bool:
-    """Whether a keep-list of the greedy curve is better than the ranking's keep-list of the same length."""
-    curves = report["tradeoff"]["curves"]
-    pairs = zip(curves["ranking"], curves.get("greedy", []), strict=False)
-    return any(greedy["relative_error"] < ranking["relative_error"] for ranking, greedy in pairs)
+    text = f"At equal bytes {more} of {len(rows)} lose more than the frontier, beyond the 95 % interval"
+    if ratios:
+        text += f"; their median divergence is {number(ratios[len(ratios) // 2])} times as large"
+    if less := [f"{row['bits']:.2f}" for row in rows if row["high"] < 0]:
+        text += f". {counted(len(less), 'choice')} lost less, at {', '.join(less)} bits"
+    return f"{text}."
 
 
 def between(stability: dict[str, Any], ops: int, measured: int) -> list[tuple[str, str]]:
@@ -490,7 +422,7 @@ def of_schemes(report: Report) -> str:
     """What the table of schemes shows."""
     return (
         "SQNR, KL divergence and top-1 are those of the model with all ops in the scheme that can have it. Ops are"
-        " ranked by the KL divergence that each adds alone. Profiles and exports are decided by inc_int8."
+        " ranked by the KL divergence that each adds alone."
     )
 
 
