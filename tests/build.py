@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from types import MappingProxyType
 from typing import Any
 
 from auto_quantize_model.records import (
@@ -13,9 +14,11 @@ from auto_quantize_model.records import (
     Effort,
     Estimate,
     Excluded,
+    Frontier,
     IncInt8,
     ModelManifest,
     Op,
+    Options,
     Plan,
     Point,
     Profile,
@@ -24,7 +27,6 @@ from auto_quantize_model.records import (
     Score,
     ScoredBatch,
     Side,
-    Tradeoff,
     digest_of_record,
 )
 
@@ -201,50 +203,77 @@ def an_audit(**changes: Any) -> Audit:
     return Audit(**fields | changes)
 
 
-def a_point(keep: int, sqnr_db: float | None, added: Iterable[str] = (), **changes: Any) -> Point:
-    """A keep-list with an SQNR in dB, which says its relative error too."""
+def options(name: str, **costs: tuple[int, float]) -> Options:
+    """A unit of one op with {scheme: (bytes, loss)}; unquantized takes 16 bytes for its 8 weights."""
+    whole = {"unquantized": (16, 0.0), **costs}
+    order = (*costs, "unquantized") if "unquantized" not in costs else tuple(costs)
+    return Options(name, (name,), 8, {key: whole[key][0] for key in order}, {key: whole[key][1] for key in order}, {})
+
+
+def a_point(schemes: Sequence[str] = (), kl_divergence: float = 0.01, **changes: Any) -> Point:
+    """A measured choice on the frontier; its bytes follow its schemes: 8 for each quantized unit, and 16 otherwise."""
+    size = sum(16 if scheme == "unquantized" else 8 for scheme in schemes)
     fields: dict[str, Any] = {
-        "relative_error": 0.0 if sqnr_db is None else 10 ** (-sqnr_db / 10),
-        "sqnr_db_lowest": sqnr_db,
-        "kl_divergence": 0.5,
-        "top1_agreement": 0.75,
+        "kind": "frontier",
+        "name": "",
+        "weight_bytes": 100 + size,
+        "bits": size / max(1, len(schemes)),
+        "predicted": kl_divergence,
+        "predicted_error": 0.0,
+        "kl_low": kl_divergence / 2,
+        "kl_high": 2 * kl_divergence,
+        "image_kl_divergence": kl_divergence,
+        "text_kl_divergence": kl_divergence,
+        "kl_by_sample": (kl_divergence, kl_divergence),
+        "top1_agreement": 0.9 if kl_divergence else 1.0,
+        "perplexity": 10.0 + kl_divergence,
         "accuracy": None,
-        "weight_bytes": 100 + 10 * keep,
+        "relative_error": kl_divergence,
+        "sqnr_db": 30.0 if kl_divergence else None,
+        "sqnr_db_lowest": 29.0 if kl_divergence else None,
     }
-    return Point(keep=keep, sqnr_db=sqnr_db, added=tuple(added), **fields | changes)
+    return Point(schemes=tuple(schemes), kl_divergence=kl_divergence, **fields | changes)
 
 
-def a_tradeoff(curves: Mapping[str, Iterable[Point]], ops: int, **changes: Any) -> Tradeoff:
-    """A measured trade-off of so many ops, with curves by order and no control to compare with."""
-    controls = ("random", "inverse", "weight_bytes")
+def a_frontier(
+    units: Sequence[str], points: Iterable[Point], controls: Iterable[Point] = (), **changes: Any
+) -> Frontier:
+    """A measured frontier of units with one op each, which can have W8A8."""
     fields: dict[str, Any] = {
         **asdict(ARITHMETIC),
+        "candidates": ("W8A8",),
+        "loss": "kl_divergence",
+        "other_bytes": 100,
         "calibration_batches": 4,
         "batches": 2,
-        "answers": 10,
-        "random": [],
-        "gains_db": dict.fromkeys(controls),
-        "losses": {control: [] for control in controls},
-        "greedy_gain_db": None,
+        "samples": 2,
+        "tokens": 48,
+        "answers": 0,
     }
-    return Tradeoff(ops=ops, curves={order: list(curve) for order, curve in curves.items()}, **fields | changes)
+    rows = tuple(options(name, W8A8=(8, 0.01)) for name in units)
+    return Frontier(units=rows, points=tuple(points), controls=tuple(controls), **fields | changes)
 
 
-def with_point(tradeoff: Tradeoff, order: str, index: int, **changes: Any) -> Tradeoff:
-    """A trade-off in which one point of a curve differs."""
-    curve = list(tradeoff.curves[order])
-    curve[index] = replace(curve[index], **changes)
-    return replace(tradeoff, curves=tradeoff.curves | {order: curve})
+def two_units(**changes: Any) -> Frontier:
+    """The frontier of the units a and b in W8A8, with a uniform scheme, a random choice and the edges first."""
+    points = [
+        a_point(["W8A8", "W8A8"], 0.04),
+        a_point(["W8A8", "unquantized"], 0.01),
+        a_point(["unquantized", "unquantized"], 0.0),
+    ]
+    controls = [
+        a_point(["W8A8", "W8A8"], 0.04, kind="uniform", name="W8A8"),
+        a_point(["unquantized", "W8A8"], 0.03, kind="random", name="random_0"),
+        a_point(["unquantized", "W8A8"], 0.03, kind="edges", name="first and last layers"),
+    ]
+    return a_frontier("ab", points, controls, **changes)
 
 
-def a_profile(kept: Sequence[str], sqnr_db: float | None = 31.0, **changes: Any) -> Profile:
-    """A profile that keeps the named ops and quantizes no other."""
-    point = a_point(len(kept), sqnr_db)
-    fields = {key: value for key, value in vars(point).items() if key != "added"}
-    fields |= {"order": "ranking", "kept": tuple(kept), "worse": {}, "assignment": {}}
-    return Profile(**fields | changes)
+def a_profile(point: Point, **changes: Any) -> Profile:
+    """A profile of a point whose units are not told."""
+    return Profile(point, **{"assignment": {}, "kept": (), **changes})
 
 
-def profiles_of(profiles: Mapping[str, Profile], missed: str = "") -> Profiles:
+def profiles_of(profiles: Mapping[str, Profile], missed: Mapping[str, str] = MappingProxyType({})) -> Profiles:
     """Named profiles without a target."""
-    return Profiles({}, dict(profiles), missed, None, None, {})
+    return Profiles({}, dict(profiles), dict(missed))

@@ -108,8 +108,8 @@ def at_random(units: Sequence[Options], budget: int, seed: int) -> Choice:
 def edges_first(units: Sequence[Options], budget: int) -> Choice:
     """The first and the last layers get the most bytes, as a common rule has it, until the budget is full.
 
-    A unit outside of the repeated layers counts as an edge. A unit takes its largest quantized option, or no
-    quantization where it has only one scheme.
+    A unit outside of the repeated layers counts as an edge. Units take their largest quantized option. Where all have
+    that, they become unquantized in the same order.
     """
     depths = [_depth(unit.ops[0]) for unit in units]
     lengths: dict[str, int] = {}
@@ -119,11 +119,9 @@ def edges_first(units: Sequence[Options], budget: int) -> Choice:
     order = sorted(range(len(units)), key=lambda index: distance[index])
 
     def largest(index: int, choice: Choice, left: int) -> str | None:
-        sizes = {scheme: size for scheme, size in units[index].bytes.items() if scheme != UNQUANTIZED}
-        sizes = sizes if len(sizes) > 1 else units[index].bytes
-        now = units[index].bytes[choice[index]]
+        sizes, now = units[index].bytes, units[index].bytes[choice[index]]
         able = [scheme for scheme, size in sizes.items() if now < size <= now + left]
-        return max(able, key=sizes.__getitem__, default=None)
+        return max([scheme for scheme in able if scheme != UNQUANTIZED] or able, key=sizes.__getitem__, default=None)
 
     return _filled(units, budget, order, largest)
 

@@ -259,7 +259,7 @@ class Decision:
         return [("frontier", "", choice) for choice in dict.fromkeys(found)]
 
     def controls(self, candidates: Sequence[str], spec: DecideSpec) -> list[State]:
-        """Uniform schemes; and for some budgets random choices, and the first and last layers first."""
+        """Uniform schemes; and for some budgets random choices, and the first and last layers first; each once."""
         found = [("uniform", scheme, uniform(self.units, scheme)) for scheme in candidates]
         inner = budgets(self.units, spec.points)[1:-1]
         step = max(1, len(inner) // CONTROLLED)
@@ -267,7 +267,10 @@ class Decision:
             budget = bytes_of(allocate(self.units, budget), self.units)
             found += [("random", f"random_{seed}", at_random(self.units, budget, seed)) for seed in range(SEEDS)]
             found.append(("edges", "first and last layers", edges_first(self.units, budget)))
-        return list({(kind, choice): (kind, name, choice) for kind, name, choice in found}.values())
+        known: dict[Choice, State] = {}
+        for state in found:
+            known.setdefault(state[2], state)
+        return list(known.values())
 
     def measured(self, states: Sequence[State]) -> list[Point]:
         """The points of choices; a choice of several states is measured once."""

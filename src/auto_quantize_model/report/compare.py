@@ -76,12 +76,13 @@ def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> di
         top, entered, left, new_in_top, gone_from_top, moved}. `reasons` are sentences, empty where the reports agree.
         `warnings` are sentences about runs that cannot be compared number by number; they do not count as differences.
         `changed` lists differences in model, calibration set, engine and versions. `sqnr_db` is the SQNR of all-INT8 in
-        each report. `recommended` has the ops that the recommended profile keeps now and no longer; null where one
-        report lacks it. `noise_tau` is the lower of both reports' agreement between batches; null where both have one
-        batch. `moved` are the ops whose rank among the common ops changed, the largest change first: {op_name, first,
-        second, first_range, second_range, beyond_noise} as `_move` says. `entered` and `left` are the moved ops that
-        came into the top set or fell out of it. `new_in_top` are the ops of the second report alone that are in its top
-        set. `gone_from_top` are the ops of the first report alone that are in its top set.
+        each report. `profile` is the first profile that both reports have: {name, bits, schemes}. It holds the bits a
+        weight in both reports, and {unit: [first, second]} for the units whose scheme differs; null without such a
+        profile. `noise_tau` is the lower of both reports' agreement between batches; null where both have one batch.
+        `moved` are the ops whose rank among the common ops changed, the largest change first: {op_name, first, second,
+        first_range, second_range, beyond_noise} as `_move` says. `entered` and `left` are the moved ops that came into
+        the top set or fell out of it. `new_in_top` are the ops of the second report alone that are in its top set.
+        `gone_from_top` are the ops of the first report alone that are in its top set.
 
     Raises:
         InputError: the reports have fewer than two ops in common, or one has no isolated map. Or one has estimates, and
