@@ -1,172 +1,118 @@
-"""A profile is a measured keep-list; the recommended one is the smallest that reaches the target, or there is none."""
+"""A profile is a measured choice: the smallest within the target, the knee, and the one with the least loss in a budget."""
 
-import subprocess
-import sys
-from collections.abc import Iterable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-from build import a_plan, a_point, a_tradeoff, with_point
+from build import a_frontier, a_plan, a_point, an_op, two_units
 
 from auto_quantize_model.config import Target
-from auto_quantize_model.decide.profiles import build_profiles
-from auto_quantize_model.documents import write_document
-from auto_quantize_model.records import NotMeasured, Point, Tradeoff, body_of
-from auto_quantize_model.schemes.scheme import assigned
+from auto_quantize_model.decide.profiles import build_profiles, knee, offered
+from auto_quantize_model.decide.proof import comparisons, prediction
+from auto_quantize_model.records import Frontier, NotMeasured, Point
 
-SQNR = {0: 5.0, 1: 12.0, 2: 11.0, 4: 25.0, 8: 40.0, 20: None}
-
-
-def tradeoff(accuracy: bool = True) -> Tradeoff:
-    points, before = [], 0
-    for keep, sqnr in SQNR.items():
-        share = (0.5 if keep < 4 else 0.9) if accuracy else None
-        points.append(a_point(keep, sqnr, [f"op{number}" for number in range(before, keep)], accuracy=share))
-        before = keep
-    return a_tradeoff({"ranking": points}, 20)
+PLAN = a_plan(["a", "b", "c", "head"])
+UNITS = "abc"
 
 
-def with_curves(found: Tradeoff, **curves: Iterable[Point]) -> Tradeoff:
-    """A trade-off with more curves."""
-    return replace(found, curves=found.curves | {order: list(curve) for order, curve in curves.items()})
+def of_losses(*losses: float, accuracies: tuple[float | None, ...] = (None,) * 4) -> Frontier:
+    """A frontier of three units, whose points quantize 3, 2, 1 and no units with these losses."""
+    points = []
+    for index, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True)):
+        schemes = ["W8A8"] * (3 - index) + ["unquantized"] * index
+        points.append(a_point(schemes, loss, accuracy=accuracy, sqnr_db=20.0 + 10 * index if loss else None))
+    return a_frontier(UNITS, points, answers=10)
 
 
 @pytest.mark.parametrize(
-    ("target", "keep"),
+    ("target", "quantized"),
     [
-        ({"min_sqnr_db": 5.0}, 0),
-        ({"min_sqnr_db": 12.0}, 1),
-        ({"min_sqnr_db": 26.0}, 8),
-        ({"max_accuracy_drop": 0.1}, 4),
-        ({"min_sqnr_db": 10.0, "max_weight_bytes": 110}, 1),
+        ({"max_kl_divergence": 0.4}, 3),
+        ({"max_kl_divergence": 0.05}, 2),
+        ({"max_kl_divergence": 0.005}, 1),
+        ({"min_sqnr_db": 25.0}, 2),
+        ({"max_accuracy_drop": 0.1}, 1),
+        ({"max_kl_divergence": 0.05, "max_accuracy_drop": 0.1}, 1),
     ],
 )
-def test_recommended_is_the_smallest_that_reaches_the_target(target: dict[str, Any], keep: int) -> None:
-    recommended = build_profiles(tradeoff(), Target(**target)).profiles["recommended"]
-    assert recommended.keep == keep
-    assert recommended.kept == tuple(f"op{number}" for number in range(keep))
-    assert recommended.assignment == assigned(f"op{number}" for number in range(keep, 20))
+def test_smallest_has_the_fewest_bytes_of_those_that_reach_the_target(target: dict[str, Any], quantized: int) -> None:
+    frontier = of_losses(0.4, 0.04, 0.004, 0.0, accuracies=(0.1, 0.5, 0.8, 0.9))
+    found = build_profiles(frontier, PLAN, Target(**target)).profiles["smallest"]
+    assert found.assignment == dict.fromkeys(UNITS[:quantized], "W8A8")
+    assert found.kept == (*UNITS[quantized:], "head")
 
 
-def test_where_no_keep_list_reaches_the_target_that_is_said() -> None:
-    found = build_profiles(tradeoff(), Target(min_sqnr_db=26.0, max_weight_bytes=150))
-    assert "recommended" not in found.profiles
-    assert found.missed.endswith("an SQNR of at least 26.0 dB and weights of at most 150 bytes")
+def test_ops_that_never_ran_are_not_kept() -> None:
+    plan = a_plan([an_op("a"), an_op("b"), an_op("c"), an_op("idle", executions=(0,))])
+    found = build_profiles(of_losses(0.4, 0.04, 0.004, 0.0), plan, Target(max_kl_divergence=1))
+    assert found.profiles["smallest"].kept == ()
 
 
-def test_an_accuracy_is_not_asked_of_samples_without_answers() -> None:
-    found = build_profiles(tradeoff(accuracy=False), Target(max_accuracy_drop=0.0))
-    assert "recommended" not in found.profiles
-    assert "no held-out sample has an answer" in found.missed
-
-
-def test_a_named_profile_is_the_best_keep_list_of_its_share_and_no_longer_one_is_worse() -> None:
-    found = tradeoff()
-    names = ("minimal", "moderate", "aggressive", "max")
-    assert [build_profiles(found, Target()).profiles[name].keep for name in names] == [1, 1, 1, 8]
-    found = with_point(found, "ranking", 4, sqnr_db=24.5, relative_error=10**-2.45)  # eight ops, worse than four
-    assert [build_profiles(found, Target()).profiles[name].keep for name in names] == [1, 1, 1, 4]
-
-
-def test_the_largest_weights_first_are_taken_where_they_do_better_and_random_lists_never() -> None:
-    found = tradeoff()
-    better = [replace(point, relative_error=point.relative_error / 2) for point in found.curves["ranking"]]
-    found = with_curves(found, weight_bytes=better, random_0=[replace(point, relative_error=0.0) for point in better])
-    assert build_profiles(found, Target()).profiles["max"].order == "weight_bytes"
-
-
-def test_all_ops_in_fp32_are_no_profile() -> None:
-    found = build_profiles(tradeoff(), Target(min_sqnr_db=99.0))
-    assert "recommended" not in found.profiles and "leaves an op in INT8" in found.missed
-
-
-def test_a_byte_budget_alone_is_filled_with_what_leaves_the_least_error() -> None:
-    assert build_profiles(tradeoff(), Target(max_weight_bytes=125)).profiles["recommended"].keep == 1
-    assert build_profiles(tradeoff(), Target(max_weight_bytes=180)).profiles["recommended"].keep == 8
-
-
-def test_without_a_target_nothing_is_recommended() -> None:
-    found = build_profiles(tradeoff(), Target())
-    assert "recommended" not in found.profiles and found.missed.endswith("sets no target")
-
-
-def test_without_a_measurement_there_are_no_profiles() -> None:
-    found = build_profiles(NotMeasured("not_measured", "tradeoff.heldout_batches is 0"), Target())
-    assert found.profiles == {} and "heldout_batches is 0" in found.missed
-
-
-def test_a_greedy_keep_list_is_recommended_where_it_is_smaller_or_better() -> None:
-    found = with_curves(tradeoff(), greedy=tradeoff().curves["ranking"][:3])
-    found = with_point(found, "greedy", 2, sqnr_db=30.0, relative_error=1e-3, added=("op7",))
-    recommended = build_profiles(found, Target(min_sqnr_db=25)).profiles["recommended"]
-    assert (recommended.order, recommended.keep, recommended.kept) == ("greedy", 2, ("op0", "op7"))
-    found = with_point(found, "greedy", 2, sqnr_db=11.5, relative_error=10**-1.15)
-    assert build_profiles(found, Target(min_sqnr_db=25)).profiles["recommended"].order == "ranking"
-
-
-def curve(sqnr_of: dict[int, float | None]) -> Tradeoff:
-    """A trade-off of 64 ops with such SQNRs by the number of kept ops."""
-    return a_tradeoff({"ranking": [a_point(keep, sqnr, accuracy=0.5) for keep, sqnr in sqnr_of.items()]}, 64)
-
-
-@pytest.mark.parametrize(
-    ("sqnr_of", "keep"),
-    [
-        # Over log2(1 + kept), 0 to 5, the distances from the chord are 0.3, 0.5, 0.35, 0.2 at 1, 3, 7, 15.
-        ({0: 0.0, 1: 5.0, 3: 9.0, 7: 9.5, 15: 10.0, 31: 10.0, 64: None}, 3),
-        ({0: 0.0, 1: 9.0, 3: 9.1, 7: 9.2, 15: 9.3, 31: 10.0, 64: None}, 1),
-        # A list beyond half of the ops, such as 63 with next to no error, moves nothing.
-        ({0: 0.0, 1: 9.0, 3: 9.1, 7: 9.2, 15: 9.3, 31: 10.0, 63: 90.0, 64: None}, 1),
-        # A list worse than a shorter one is not a point of the curve.
-        ({0: 0.0, 1: 5.0, 3: 9.0, 7: 2.0, 15: 9.5, 31: 10.0, 64: None}, 3),
-        ({0: -6.0, 1: -1.0, 3: 3.0, 7: 3.5, 15: 4.0, 31: 4.0, 64: None}, 3),
-        ({0: 0.0, 1: 2.0, 3: 4.0, 7: 6.0, 15: 8.0, 31: 10.0, 64: None}, None),  # straight
-        ({0: 0.0, 1: 0.1, 3: 0.2, 7: 1.0, 15: 3.0, 31: 10.0, 64: None}, None),  # bends the other way
-        ({0: 5.0, 1: 5.0, 3: 5.0, 64: None}, None),  # keeping buys nothing
-        ({0: None, 1: None, 64: None}, None),
-        ({0: 5.0, 64: None}, None),
-    ],
-)
-def test_the_knee_is_the_point_farthest_from_the_chord(sqnr_of: dict[int, float | None], keep: int | None) -> None:
-    found = build_profiles(curve(sqnr_of), Target()).knee
-    assert (found and found.keep) == keep
-
-
-def test_the_knee_may_be_of_any_order_that_has_a_reason() -> None:
-    found = curve({0: 0.0, 1: 5.0, 3: 9.0, 7: 9.5, 15: 10.0, 31: 10.5, 64: None})
-    better = curve({0: 0.0, 1: 5.0, 3: 9.2, 7: 9.5, 15: 10.0, 31: 10.5, 64: None})
-    far = curve({3: 60.0})
-    found = with_curves(found, weight_bytes=better.curves["ranking"], random_0=far.curves["ranking"])
-    knee = build_profiles(found, Target()).knee
-    assert knee and (knee.order, knee.keep) == ("weight_bytes", 3)
-
-
-def test_a_missed_target_has_the_nearest_list_and_what_it_lacks_and_a_reached_one_has_none() -> None:
-    found = build_profiles(tradeoff(), Target(min_sqnr_db=45.0))
-    assert found.nearest and (found.nearest.keep, found.short) == (8, {"min_sqnr_db": 5.0})
-    found = build_profiles(tradeoff(), Target(min_sqnr_db=45.0, max_weight_bytes=120))
-    assert found.nearest and (found.nearest.keep, found.short) == (1, {"min_sqnr_db": 33.0})
-    found = build_profiles(tradeoff(), Target(min_sqnr_db=40.0))
-    assert (found.nearest, found.short) == (None, {})
-    found = build_profiles(tradeoff(accuracy=False), Target(min_sqnr_db=45.0, max_accuracy_drop=0.1))
-    assert (found.nearest, found.short) == (None, {})
-
-
-def test_the_terminal_says_the_share_of_the_weights_and_never_keep_nothing_of_a_part(tmp_path: Path) -> None:
-    group = {"pattern": "experts", "class": "Experts", "count": 1, "weights": 50, "bytes": 200}
-    share = {"weights_total": 100, "weights_planned": 50, "weights_kept": 0, "share": 0.5, "left_out": [group]}
-    plan = write_document(
-        tmp_path / "plan.json", "plan", body_of(a_plan([f"op{number}" for number in range(20)], coverage=share))
+def test_without_a_profile_the_reason_is_told() -> None:
+    frontier = of_losses(0.4, 0.04, 0.004, 0.0)
+    found = build_profiles(frontier, PLAN, Target(max_kl_divergence=0.001, max_bits=7.0))
+    assert found.missed["smallest"] == (
+        "no measured choice that quantizes something reaches the target (a KL divergence of at most 0.001 nats); the"
+        " best of them has a KL divergence of 0.004 nats"
     )
-    write_document(tmp_path / "tradeoff.json", "tradeoff", body_of(tradeoff()), [plan])
-    command = [sys.executable, str(Path(__file__).parents[2] / "scripts" / "build_profiles.py")]
-    command += ["--plan", "plan.json", "--tradeoff", "tradeoff.json", "--profiles", "profiles.json"]
-    command += ["--target", '{"min_sqnr_db": 5.0, "max_accuracy_drop": null, "max_weight_bytes": null}']
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    share_said, warning, recommended = ended.stdout.splitlines()
-    assert share_said == "profiles: 20 ops hold 50.0 % of the weights"
-    assert warning.startswith("warning: The planned ops hold only 50.0 % of the model's weights")
-    expected = "recommended: Keep no op of the 20 planned ones: INT8 reaches the target as it is."
-    assert recommended == expected
+    assert found.missed["safest"] == (
+        "no choice of schemes fits the budget (at most 7.0 bits a weight); the smallest has 8.00 bits a weight, 124"
+        " bytes"
+    )
+    found = build_profiles(frontier, PLAN, Target())
+    assert found.missed["smallest"] == "the config's profiles block sets no limit for the loss"
+    assert found.missed["safest"] == "the config's profiles block sets no budget"
+    found = build_profiles(frontier, PLAN, Target(max_accuracy_drop=0.1))
+    assert found.missed["smallest"].startswith("no held-out sample has an answer")
+    found = build_profiles(NotMeasured("not_measured", "a reason"), PLAN, Target())
+    assert set(found.missed.values()) == {"nothing was measured: a reason"} and not found.profiles
+
+
+def test_safest_loses_least_within_the_budget() -> None:
+    frontier = of_losses(0.4, 0.04, 0.004, 0.0)
+    for target, quantized in (
+        (Target(max_bits=11.0), 2),
+        (Target(max_weight_bytes=124), 3),
+        (Target(max_bits=16.0), 1),
+    ):
+        found = build_profiles(frontier, PLAN, target).profiles["safest"]
+        assert len(found.assignment) == quantized
+
+
+def test_a_choice_that_is_no_better_than_a_smaller_one_is_not_offered() -> None:
+    frontier = of_losses(0.4, 0.04, 0.05, 0.0)
+    assert [len(set(point.schemes)) for point in offered(frontier)] == [1, 2]
+    assert build_profiles(frontier, PLAN, Target(max_bits=16.0)).profiles["safest"].point.kl_divergence == 0.04
+
+
+def test_a_uniform_scheme_counts_as_a_choice_and_other_controls_do_not() -> None:
+    frontier = two_units()
+    better = a_point(["W8A8", "unquantized"], 0.001, kind="random", name="random_1")
+    uniform = a_point(["W8A8", "unquantized"], 0.002, kind="uniform", name="W8A8")
+    found = offered(a_frontier("ab", frontier.points, [better, uniform]))
+    assert [point.kl_divergence for point in found] == [0.04, 0.002]
+
+
+def curve(*losses: float) -> list[Point]:
+    return [a_point([], loss, weight_bytes=100 + index, bits=float(index)) for index, loss in enumerate(losses)]
+
+
+def test_the_knee_is_where_more_bytes_bring_less() -> None:
+    points = curve(1.0, 1e-3, 1e-3 / 2, 1e-4)
+    assert knee(points) is points[1]
+    assert knee(curve(1.0, 1e-1, 1e-2, 1e-3)) is None  # each byte buys the same
+    assert knee(curve(1.0, 1e-1)) is None
+
+
+def test_a_control_is_compared_sample_by_sample_with_the_point_of_its_bytes() -> None:
+    point = a_point(["W8A8", "unquantized"], 0.02, kl_by_sample=(0.01, 0.03))
+    control = a_point(["unquantized", "W8A8"], 0.05, kind="random", name="random_0", kl_by_sample=(0.02, 0.08))
+    frontier = a_frontier("ab", [a_point(["W8A8", "W8A8"], 0.4), point, two_units().points[-1]], [control])
+    (row,) = comparisons(frontier)
+    assert row["frontier_kl_divergence"] == 0.02 and row["more"] == pytest.approx(0.03)
+    assert row["low"] == pytest.approx(0.01) and row["high"] == pytest.approx(0.05)
+
+
+def test_predictions_are_compared_with_what_was_measured() -> None:
+    points = [a_point(["W8A8"], 0.02, predicted=0.01), a_point(["W8A8"], 0.08, predicted=0.04), a_point([], 0.0)]
+    assert prediction(a_frontier("a", points)) == {"compared": 2, "tau": pytest.approx(1), "ratio": pytest.approx(2)}
+    assert prediction(a_frontier("a", points, loss="relative_error"))["ratio"] is None

@@ -13,12 +13,19 @@ from auto_quantize_model.files import InputError
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.metrics import Reference
 from auto_quantize_model.measure.probes import estimates, fisher_direction, probe
+from auto_quantize_model.measure.states import UNITS
 from auto_quantize_model.measure.store import ScoreStore
+from auto_quantize_model.records import Unit
 from auto_quantize_model.replay import served
 from auto_quantize_model.replay.by_name import schemes_of
 from auto_quantize_model.replay.model import Replay
 
 SCHEMES = ("inc_int8", "W8A8", "FP8_DYNAMIC")
+
+
+def alone(names):
+    """Each op on its own, in all schemes."""
+    return {name: ([name], SCHEMES) for name in names}
 
 
 def test_directions_have_the_covariance_of_the_softmaxs_fisher_matrix():
@@ -43,7 +50,7 @@ def test_estimates_come_near_the_exact_divergence_of_every_op_and_scheme():
                 for scheme in SCHEMES:
                     record = reference.compare(replay.run({name: scheme}))
                     exact[scheme, name] = exact.get((scheme, name), 0) + record["kl_divergence"] / len(batches)
-            values.append(probe(replay, dict.fromkeys(names, SCHEMES), range(64)))
+            values.append(probe(replay, alone(names), range(64)))
     found = {(made.scheme, made.op_name): made for made in estimates(values)}
     assert found.keys() == exact.keys()
     for key, made in found.items():
@@ -102,7 +109,7 @@ def test_probes_are_resumed_and_do_not_depend_on_their_number(tmp_path):
     with Replay(model, plan.ops, "lm_head", schemes=schemes_of(dict.fromkeys(SCHEMES, {}), model)) as replay:
         replay.calibrate(batches[0])
         replay.begin(batches[0])
-        one, (_, two) = (probe(replay, dict.fromkeys(plan.op_names, SCHEMES), seeds) for seeds in ([7], [3, 7]))
+        one, (_, two) = (probe(replay, alone(plan.op_names), seeds) for seeds in ([7], [3, 7]))
     for scheme, values in one[0].items():
         for name, value in values.items():
             assert math.isclose(value, two[scheme][name], rel_tol=1e-4)
@@ -125,6 +132,62 @@ def test_a_plan_of_which_nothing_runs_on_a_batch_is_measured(tmp_path):
     for exact in ("all", "none"):
         capture, _ = capture_sensitivity(model, batches, plan, ScoreStore(tmp_path), exact=exact)
         assert not capture.of_map("isolated") and not capture.estimates
+
+
+UNIT = "model.blocks.0.up+down"
+PAIR = ("model.blocks.0.up", "model.blocks.0.down")
+
+
+def with_unit(plan):
+    """The plan with two ops of a block as a unit, and all others alone."""
+    others = [Unit(name, (name,), False, SCHEMES[1:], {}) for name in plan.op_names if name not in PAIR]
+    return replace(plan, units=(Unit(UNIT, PAIR, False, SCHEMES[1:], {}), *others))
+
+
+def test_a_unit_of_several_ops_is_measured_as_one_in_the_candidates(tmp_path):
+    model, batches, plan = planned()
+    plan = with_unit(plan)
+    capture, _ = capture_sensitivity(model, batches, plan, ScoreStore(tmp_path), candidates=["W8A8"])
+    assert capture.candidates == ("W8A8",) and capture.of_map(UNITS, "W8A8").keys() == {UNIT}
+    assert not capture.of_map(UNITS, "FP8_DYNAMIC") and not capture.of_map(UNITS)
+    with Replay(model, plan.ops, "lm_head", schemes=schemes_of(dict.fromkeys(SCHEMES, {}), model)) as replay:
+        replay.set_scales(replay.calibrate(batches[1]))
+        reference = Reference(replay.begin(batches[1]).clone(), None)
+        record = reference.compare(replay.run(dict.fromkeys(PAIR, "W8A8")))
+    found = capture.of_map(UNITS, "W8A8")[UNIT][1]
+    assert {key: getattr(found, key) for key in record} == record
+    others, _ = capture_sensitivity(model, batches, plan, ScoreStore(tmp_path))
+    assert others.of_map("isolated", "W8A8") == capture.of_map("isolated", "W8A8")
+
+
+def test_the_estimate_of_a_unit_comes_near_its_divergence_and_is_no_sum_of_its_ops(tmp_path):
+    model, batches, plan = planned()
+    plan, store = with_unit(plan), ScoreStore(tmp_path)
+    exact, _ = capture_sensitivity(model, batches, plan, store, candidates=["FP8_DYNAMIC"])
+    with Replay(model, plan.ops, "lm_head", schemes=schemes_of(dict.fromkeys(SCHEMES, {}), model)) as replay:
+        values = []
+        for batch in batches:
+            replay.set_scales(replay.calibrate(batch))
+            replay.begin(batch)
+            values.append(probe(replay, {**alone(PAIR), UNIT: (PAIR, ["FP8_DYNAMIC"])}, range(64)))
+    made = {found.op_name: found for found in estimates(values) if found.scheme == "FP8_DYNAMIC"}
+    scores = exact.of_map(UNITS, "FP8_DYNAMIC")[UNIT]
+    together = math.fsum(score.kl_divergence for score in scores) / len(scores)
+    assert abs(made[UNIT].kl_divergence - together) < 4 * made[UNIT].standard_error
+    assert made[UNIT].kl_divergence != sum(made[name].kl_divergence for name in PAIR)
+
+
+def test_the_top_of_the_units_is_measured_besides_the_top_of_the_ops(tmp_path):
+    model, batches, plan = planned()
+    plan = with_unit(plan)
+    capture, _ = capture_sensitivity(
+        model, batches, plan, ScoreStore(tmp_path), exact="top:1", candidates=["W8A8", "FP8_DYNAMIC"]
+    )
+    for scheme in SCHEMES[1:]:
+        assert capture.of_map(UNITS, scheme).keys() == {UNIT}
+        assert capture.estimates_of(scheme).keys() == {*plan.op_names, UNIT}
+        assert 1 <= len(capture.of_map("isolated", scheme)) <= 2
+    assert UNIT not in capture.estimates_of("inc_int8")
 
 
 def test_an_estimate_that_is_not_finite_is_named(tmp_path, monkeypatch):
