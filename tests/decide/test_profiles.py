@@ -1,4 +1,4 @@
-"""A profile is a measured choice: the smallest within the target, the knee, and the one with the least loss in a budget."""
+"""A profile is a measured choice: the smallest within the target, the knee, and the least loss in a budget."""
 
 from typing import Any
 

@@ -200,7 +200,7 @@ def measure_frontier(
     with HeldOut(model, plan, scales, heldout, answers, store, on_forward) as on_heldout:
         decision = Decision(units, other, on_heldout)
         states = [*decision.frontier(spec, target), *decision.controls(candidates, spec)]
-        total = len(states) * len(heldout)
+        total = len({choice for _, _, choice in states}) * len(heldout)
         points = decision.measured(states)
         for _ in range(STEPS):
             if (state := decision.between(points, target)) is None:
