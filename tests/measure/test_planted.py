@@ -12,16 +12,17 @@ import pytest
 import torch
 from quick_inc import plans_unchecked
 
-from auto_quantize_model.config import PlanSpec, Target
+from auto_quantize_model.config import DecideSpec, PlanSpec, Target
+from auto_quantize_model.decide.frontier import measure_frontier
 from auto_quantize_model.decide.profiles import build_profiles
 from auto_quantize_model.decide.ranking import most_sensitive_first
 from auto_quantize_model.inc.plan import build_plan
 from auto_quantize_model.made.digits import build_snapshot
 from auto_quantize_model.measure.capture import capture_sensitivity
-from auto_quantize_model.measure.heldout import measure_tradeoff
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.snapshot import load_model
-from auto_quantize_model.records import Plan, Tradeoff
+from auto_quantize_model.records import Frontier, Plan, Point
+from auto_quantize_model.replay.model import Replay
 
 # The op and the norm before it, of which it is the only reader.
 CHOICES = {
@@ -31,6 +32,7 @@ CHOICES = {
 }
 FACTOR = 1000.0
 Batches = list[dict[str, torch.Tensor]]
+NO_TARGET = Target()
 
 
 def model_of(snapshot: Path) -> torch.nn.Module:
@@ -53,11 +55,21 @@ def plant(model: torch.nn.Module, op: str, norm: str, seed: int) -> None:
     columns[:, :, channels] /= FACTOR
 
 
-def measured(model: torch.nn.Module, plan: Plan, batches: Batches, directory: Path) -> tuple[list[str], Tradeoff]:
-    """The ranking on the first batch, and the trade-off on the second."""
-    store = ScoreStore(directory)
-    ranking = most_sensitive_first(plan, capture_sensitivity(model, batches, plan, store)[0])
-    return ranking, measure_tradeoff(model, plan, ranking, batches[:1], batches[1:], [[None]], store)
+def measured(
+    model: torch.nn.Module, plan: Plan, batches: Batches, directory: Path, target: Target = NO_TARGET
+) -> tuple[list[str], Frontier]:
+    """The ranking on the first batch, and the frontier on the second."""
+    store, spec = ScoreStore(directory), DecideSpec(heldout_batches=1, points=6)
+    with Replay(model, plan.ops, plan.measured_op) as replay:
+        scales = replay.calibrate(batches[0])
+    capture, _ = capture_sensitivity(model, batches, plan, store)
+    data = (model, plan, capture, ("inc_int8",), scales, batches[1:], [[None]], store, spec, target)
+    return most_sensitive_first(plan, capture), measure_frontier(*data)
+
+
+def all_int8(frontier: Frontier) -> Point:
+    (point,) = (point for point in frontier.controls if point.kind == "uniform")
+    return point
 
 
 def written(directory: Path, seed: int) -> Path:
@@ -81,15 +93,15 @@ def usual(
     directory = tmp_path_factory.mktemp("usual")
     snapshot, plan = written(directory, request.param), replace(shared_plan, model_digest=f"seed {request.param}")
     model = model_of(snapshot)
-    ranking, tradeoff = measured(model, plan, batches, directory / "scores")
-    sqnr_db = tradeoff.curves["ranking"][0].sqnr_db
+    ranking, frontier = measured(model, plan, batches, directory / "scores")
+    sqnr_db = all_int8(frontier).sqnr_db
     assert sqnr_db is not None
     return request.param, snapshot, plan, ranking, sqnr_db
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", CHOICES)
-def test_a_planted_op_is_ranked_first_and_the_recommended_profile_keeps_it(
+def test_a_planted_op_is_ranked_first_and_the_smallest_profile_keeps_it(
     op: str, usual: tuple[int, Path, Plan, list[str], float], batches: Batches, tmp_path: Path
 ) -> None:
     seed, snapshot, plan, ranking, sqnr_db = usual
@@ -99,11 +111,10 @@ def test_a_planted_op_is_ranked_first_and_the_recommended_profile_keeps_it(
         before = model(**batches[0]).logits
         plant(model, op, CHOICES[op], seed)
         assert torch.allclose(model(**batches[0]).logits, before, rtol=1e-3, atol=1e-3)
-    planted, tradeoff = measured(model, replace(plan, model_digest=op), batches, tmp_path)
-    assert planted[0] == op
-    all_int8, by_chance = tradeoff.curves["ranking"][0].sqnr_db, tradeoff.gains_db["random"]
-    assert all_int8 is not None and all_int8 < sqnr_db - 1
     # As good as it was before: that takes this op in FP32 and no other.
-    recommended = build_profiles(tradeoff, Target(min_sqnr_db=sqnr_db - 0.5)).profiles["recommended"]
-    assert recommended.kept == (op,)
-    assert by_chance is not None and by_chance > 0
+    target, plan = Target(min_sqnr_db=sqnr_db - 0.5), replace(plan, model_digest=op)
+    planted, frontier = measured(model, plan, batches, tmp_path, target)
+    assert planted[0] == op
+    broken = all_int8(frontier).sqnr_db
+    assert broken is not None and broken < sqnr_db - 1
+    assert build_profiles(frontier, plan, target).profiles["smallest"].kept == (op,)
