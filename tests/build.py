@@ -27,6 +27,7 @@ from auto_quantize_model.records import (
     Score,
     ScoredBatch,
     Side,
+    Unit,
     digest_of_record,
 )
 
@@ -97,6 +98,7 @@ def an_op(name: str, op_type: str = "Linear", *, executions: Sequence[int] = (1,
     )
     fields: dict[str, Any] = {"shape": (2, 2), "weight_bytes": 16, "tower": "language", "unit": name}
     fields |= {"schemes": ("inc_int8",), "refused": {}, **changes}
+    fields.setdefault("stored_bytes", {"inc_int8": fields["weight_bytes"] // 4})
     return Op(op_name=name, op_type=op_type, executions=tuple(executions), inc_int8=scheme, **fields)
 
 
@@ -121,6 +123,7 @@ def a_plan(ops: Iterable[Op | str] = (), **changes: Any) -> Plan:
         "coverage": COVERAGE,
         "inc_check": {"status": "reproduces_fp32"},
         "versions": {"torch": "2.13.0"},
+        "units": tuple(Unit(op.op_name, (op.op_name,), False, op.schemes[1:], op.refused) for op in found),
     }
     return Plan(ops=found, excluded=tuple(excluded), **fields | changes)
 

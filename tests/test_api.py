@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import ACTIVATION, a_capture, a_plan, an_op
+from build import ACTIVATION, COVERAGE, a_capture, a_plan, an_op
 from transformers import AutoModelForImageTextToText
 
 import auto_quantize_model as aq
@@ -27,7 +27,8 @@ from auto_quantize_model.replay.model import Batch
 ROOT = Path(__file__).parents[1]
 FAST = ACTIVATION | {"name": "MinMaxObserver"}
 PLAN = a_plan(
-    an_op(name, shape=(8, 8), weight_bytes=256, executions=(1, 1), activation=FAST) for name in ("body", "head")
+    [an_op(name, shape=(8, 8), weight_bytes=256, executions=(1, 1), activation=FAST) for name in ("body", "head")],
+    coverage=COVERAGE | {"weights_total": 200, "weights_planned": 128},
 )
 
 
@@ -74,11 +75,14 @@ def test_the_lines_of_the_documentation_do_it_all(
     assert plan.inc_check["status"] == "reproduces_fp32"
     assert [type(module) for module in model.modules()] == kinds
     loaded = load_model(tiny_snapshot)
-    assert capture_sensitivity(loaded, batches, plan, ScoreStore(tmp_path))[0].scores == capture.scores
+    by_batch, _ = capture_sensitivity(loaded, batches, plan, ScoreStore(tmp_path))
+    for label in ("isolated", "all"):
+        assert by_batch.of_map(label) == capture.of_map(label)
     assert list(names["ranking"].op_name) == most_sensitive_first(plan, capture)
     assert names["ranking"].index[0] == 1 and names["ranking"].mse_value.is_monotonic_decreasing
-    assert names["best"].sqnr_db >= 30 and not names["profiles"].missed
-    assert set(names["assignment"]) == set(plan.op_names) - set(names["best"].kept)
+    best = names["best"]
+    assert best.point.kl_divergence <= 0.01 and set(names["assignment"].values()) <= {"NVFP4", "FP8_DYNAMIC"}
+    assert set(names["assignment"]) == set(plan.op_names) - set(best.kept)
 
 
 def test_a_stored_plan_is_measured_where_inc_is_not_installed(
@@ -96,9 +100,9 @@ def test_a_stored_plan_is_measured_where_inc_is_not_installed(
     assert plan == PLAN and aq.load(tmp_path / "capture.json") == capture
     table = aq.ranking(plan, capture)
     assert list(table.index) == [1, 2] and list(table.op_name) == most_sensitive_first(plan, capture)
-    tradeoff = aq.tradeoff(model, BATCHES, HELDOUT, plan, capture, answers=[[range(1, 3), None]])
-    assert tradeoff.answers == 1 and tradeoff.curves["ranking"][1].added == (table.op_name[1],)
-    best = aq.profiles(tradeoff, max_weight_bytes=10**6).profiles["recommended"]
+    frontier = aq.frontier(model, BATCHES, HELDOUT, plan, capture, answers=[[range(1, 3), None]])
+    assert frontier.answers == 1 and frontier.candidates == ("inc_int8",)
+    best = aq.profiles(frontier, plan, max_kl_divergence=100).profiles["smallest"]
     assert best.assignment.keys() | set(best.kept) == set(plan.op_names)
     with pytest.raises(aq.InputError, match=r"^capture: measured by another plan"):
         aq.ranking(replace(plan, measured_op="body"), capture)
@@ -194,7 +198,8 @@ def test_a_model_on_a_gpu_is_measured_there(model: Small) -> None:
     [
         ([], {}, r"^heldout: an empty list"),
         ([ids(6), BATCHES[1]], {}, r"^heldout\[1\]: the same as batches\[1\]"),
-        (HELDOUT, {"greedy_ops": -1}, r"^tradeoff\.greedy_ops: -1"),
+        (HELDOUT, {"points": 1}, r"^decide\.points: 1"),
+        (HELDOUT, {"candidates": ["NVFP4"]}, r"^candidates: NVFP4 is not in the plan; its schemes are inc_int8"),
         (HELDOUT, {"answers": []}, r"^answers: 0 entries for 1 held-out batches"),
         (HELDOUT, {"answers": [[None]]}, r"^answers\[0\]: 1 entries for 2 samples"),
         (HELDOUT, {"answers": [[None, range(0, 1)]]}, r"^answers\[0\]: range\(0, 1\); name positions from 1 to 2"),
@@ -203,7 +208,7 @@ def test_a_model_on_a_gpu_is_measured_there(model: Small) -> None:
 )
 def test_held_out_batches_that_prove_nothing_are_refused(model: Small, heldout: Any, asked: Any, message: str) -> None:
     with pytest.raises(aq.InputError, match=message):
-        aq.tradeoff(model, BATCHES, heldout, PLAN, a_capture(PLAN, {}, []), **asked)
+        aq.frontier(model, BATCHES, heldout, PLAN, a_capture(PLAN, {}, []), **asked)
 
 
 def test_torchs_switches_are_as_before_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +226,7 @@ def test_torchs_switches_are_as_before_also_after_an_error(monkeypatch: pytest.M
 
 def test_defaults_are_those_of_the_config() -> None:
     config = Config()
-    for function, block in ((aq.plan, config.sensitivity), (aq.tradeoff, config.tradeoff)):
+    for function, block in ((aq.plan, config.sensitivity), (aq.frontier, config.decide)):
         for name, parameter in inspect.signature(function).parameters.items():
             # A notebook measures one map in one scheme unless it asks for more.
             if name in type(block).model_fields and name not in ("maps", "schemes"):

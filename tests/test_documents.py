@@ -33,11 +33,11 @@ READS: dict[str, tuple[str, ...]] = {
     "scales": ("model_manifest", "calibration_manifest", "plan"),
     "capture": ("model_manifest", "calibration_manifest", "plan", "scales"),
     "audit": ("model_manifest", "calibration_manifest", "plan", "scales", "capture"),
-    "tradeoff": ("model_manifest", "calibration_manifest", "plan", "scales", "capture"),
-    "profiles": ("tradeoff",),
+    "frontier": ("model_manifest", "calibration_manifest", "plan", "scales", "capture"),
+    "profiles": ("plan", "frontier"),
     "exports": ("model_manifest", "calibration_manifest", "plan", "profiles"),
-    "report": ("model_manifest", "calibration_manifest", "plan", "capture", "audit", "tradeoff", "profiles"),
-    "quantized": ("model_manifest", "calibration_manifest", "plan", "tradeoff", "profiles", "exports"),
+    "report": ("model_manifest", "calibration_manifest", "plan", "capture", "audit", "frontier", "profiles"),
+    "quantized": ("model_manifest", "calibration_manifest", "plan", "frontier", "profiles", "exports"),
 }
 # Each script with the kinds that its options name; its other arguments stand in OTHERS.
 OPTIONS = {
@@ -45,14 +45,14 @@ OPTIONS = {
     "calibration_manifest": "--calibration-manifest",
     "exports": "--exports",
     "report": "--report",
-} | {kind: f"--{kind}" for kind in ("plan", "scales", "capture", "audit", "tradeoff", "profiles")}
+} | {kind: f"--{kind}" for kind in ("plan", "scales", "capture", "audit", "frontier", "profiles")}
 SCRIPTS = {
     "extract_calibration": READS["calibration_manifest"],
     "plan_quantization": READS["plan"],
     "calibrate_scales": READS["scales"],
     "capture_sensitivity": READS["capture"],
     "audit_capture": READS["audit"],
-    "measure_tradeoff": READS["tradeoff"],
+    "measure_frontier": READS["frontier"],
     "build_profiles": READS["profiles"],
     "export_profiles": READS["exports"],
     "render_report": READS["report"],
@@ -69,15 +69,16 @@ OTHERS = {
     "calibrate_scales": [*SETS, "--scales", "made.json", "--tensors", "made.safetensors"],
     "capture_sensitivity": [*SETS, "--capture", "made.json", "--run-record", "made.json"],
     "audit_capture": [*SETS, "--audit", "made.json"],
-    "measure_tradeoff": [*SETS, "--heldout-set", "b.parquet", "--batches", "0", "--tradeoff", "made.json"],
+    "measure_frontier": [*SETS, "--heldout-set", "b.parquet", "--spec", "{}", "--target", "{}", "--candidates", "W8A8"]
+    + ["--frontier", "made.json"],
     "build_profiles": ["--target", "{}", "--profiles", "made.json"],
     "export_profiles": ["--directory", "made"],
     "render_report": ["--markdown", "made.md", "--json", "made.json"]
-    + [f"--{table}-table={table}.csv" for table in ("ranking", "tradeoff", "profiles")],
+    + [f"--{table}-table={table}.csv" for table in ("ranking", "frontier", "profiles")],
     "draw_figures": ["--directory", "made"],
     "render_page": ["--markdown", "report.md", "--html", "made.html"],
     "publish_summary": ["--markdown", "report.md", "--into-markdown", "made.md", "--into-json", "made.json"],
-    "quantize_model": [*SETS, "--heldout-set", "b.parquet", "--profile", "max", "--directory", "made"]
+    "quantize_model": [*SETS, "--heldout-set", "b.parquet", "--profile", "smallest", "--directory", "made"]
     + ["--record", "made.json"],
     "archive_results": ["--archive", "made.tar", "--checksums", "made.json"],
 }
@@ -182,12 +183,12 @@ def test_every_script_refuses_a_document_of_another_run(
 
 
 def test_two_documents_of_different_origin_are_refused_though_the_origin_is_not_read(run: Path, tmp_path: Path) -> None:
-    """Exports read profiles and plan, and not the trade-off by which the profiles are of another plan."""
+    """Exports read profiles and plan, and not the frontier by which the profiles are of another plan."""
     other = write_run(tmp_path / "other")
     changed = write_document(other["plan"].path, "plan", {"ops": []}, [])
-    tradeoff = write_document(other["tradeoff"].path, "tradeoff", {}, [changed])
-    profiles = write_document(Path("profiles.json"), "profiles", {}, [tradeoff])
-    assert profiles.made_from == {"plan": changed.digest, "tradeoff": tradeoff.digest}
+    frontier = write_document(other["frontier"].path, "frontier", {}, [changed])
+    profiles = write_document(Path("profiles.json"), "profiles", {}, [frontier])
+    assert profiles.made_from == {"plan": changed.digest, "frontier": frontier.digest}
     with pytest.raises(
         InputError, match="profiles.json: made from another plan than plan.json; make it again .*build_"
     ):

@@ -3,9 +3,8 @@
 import json
 
 import pytest
-from build import a_plan
+from build import a_plan, two_units
 from test_document import UNMEASURED, parts
-from test_figures import tradeoff
 
 from auto_quantize_model.config import Target
 from auto_quantize_model.decide.profiles import build_profiles
@@ -15,18 +14,17 @@ from auto_quantize_model.records import (
     Audit,
     CalibrationManifest,
     Capture,
+    Frontier,
     ModelManifest,
     NotMeasured,
     Plan,
     Profiles,
-    Tradeoff,
     as_record,
     body_of,
 )
 
 MANIFEST, CALIBRATION, PLAN, CAPTURE, AUDIT, *_ = parts()
-# A budget of bytes that is missed, by a whole number of bytes.
-MISSED = build_profiles(tradeoff(), Target(max_weight_bytes=1))
+MISSED = build_profiles(two_units(), a_plan("ab"), Target(max_weight_bytes=1, max_kl_divergence=0.02))
 
 
 @pytest.mark.parametrize(
@@ -37,8 +35,8 @@ MISSED = build_profiles(tradeoff(), Target(max_weight_bytes=1))
         (Plan, PLAN),
         (Capture, CAPTURE),
         (Audit, AUDIT),
-        (Tradeoff | NotMeasured, tradeoff()),
-        (Tradeoff | NotMeasured, UNMEASURED),
+        (Frontier | NotMeasured, two_units()),
+        (Frontier | NotMeasured, UNMEASURED),
         (Profiles, MISSED),
     ],
 )
