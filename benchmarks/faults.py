@@ -40,7 +40,7 @@ CONFIG: dict[str, Any] = {
     "model": {"name": "tiny", "source": "local", "path": "resources/models/tiny"},
     "calibration": {"num_samples": 4, "num_heldout": 4},
     "sensitivity": {"confidence_batches": 1, "audit_ops": 2},
-    "tradeoff": {"heldout_batches": 1, "greedy_candidates": 2, "greedy_ops": 2},
+    "decide": {"heldout_batches": 1, "points": 3},
 }
 COMMAND = ["--cores", "1", "--resources", "gpu=1", "--configfile", "config/faults.yaml"]
 LIMIT = 600  # seconds that a run may take before it counts as a hang
@@ -326,7 +326,7 @@ WRITTEN = {
     "calibrate_scales.py": {"--scales", "--tensors"},
     "capture_sensitivity.py": {"--capture", "--run-record"},
     "audit_capture.py": {"--audit"},
-    "measure_tradeoff.py": {"--tradeoff"},
+    "measure_frontier.py": {"--frontier"},
     "build_profiles.py": {"--profiles"},
     "render_report.py": {"--json", "--markdown"},
     "archive_results.py": {"--checksums", "--archive"},

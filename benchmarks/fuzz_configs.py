@@ -205,7 +205,7 @@ def contradiction(draw: random.Random) -> Mutant:
         [
             (("calibration", "min_pixels"), 6272, "min_pixels is above"),
             (("sensitivity", "confidence_batches"), 17, "confidence_batches (17) times"),
-            (("tradeoff", "heldout_batches"), 33, "heldout_batches (33) times"),
+            (("decide", "heldout_batches"), 33, "heldout_batches (33) times"),
             (("model", "source"), "hub", "model.repo_id"),
             (("model", "path"), "models/mine", "set model.source: local"),
             (("calibration", "source"), "local", "calibration.path"),

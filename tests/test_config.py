@@ -16,10 +16,21 @@ import yaml
 from jsonschema import Draft202012Validator
 from snakemake.cli import parse_config
 
+from auto_quantize_model import config as models
 from auto_quantize_model.commands.write_config import generated
-from auto_quantize_model.config import Block, CalibrationSpec, Config, SensitivitySpec, Target
+from auto_quantize_model.config import (
+    Block,
+    CalibrationSpec,
+    Config,
+    DecideSpec,
+    OwnScheme,
+    SensitivitySpec,
+    Target,
+    Weights,
+)
 from auto_quantize_model.config_text import read_block, read_config, require_sources
 from auto_quantize_model.files import InputError, require_endpoint
+from auto_quantize_model.schemes import scheme
 
 ROOT = Path(__file__).parents[1]
 DEFAULT = ROOT / "config" / "config.yaml"
@@ -130,7 +141,7 @@ def test_reading_a_config_imports_no_torch() -> None:
             "sensitivity: {fallback_schemes: [W8A8], maps: [isolated]}",
             "sensitivity.fallback_schemes needs the map fallback; add fallback to sensitivity.maps",
         ),
-        ("sensitivity: {schemes: [W8A8]}", "sensitivity.schemes: inc_int8 is not in the list, and trade-off and"),
+        ("sensitivity: {schemes: [W8A8]}", "sensitivity.schemes: inc_int8 is not in the list, and the report"),
         ("sensitivity: {schemes: [W8A8, W8A8]}", "sensitivity.schemes: an entry is there twice; remove one of the two"),
         (
             "sensitivity: {schemes: [inc_int8, W4A15]}",
@@ -197,7 +208,17 @@ def test_reading_a_config_imports_no_torch() -> None:
             "sensitivity: {confidence_batches: 17}",
             "sensitivity.confidence_batches (17) times calibration.batch_size (2)",
         ),
-        ("tradeoff: {heldout_batches: 33}", "tradeoff.heldout_batches (33) times calibration.batch_size (2)"),
+        ("decide: {heldout_batches: 33}", "decide.heldout_batches (33) times calibration.batch_size (2)"),
+        ("decide: {candidates: [MXFP4]}", "decide.candidates: 'MXFP4' is not in sensitivity.schemes; add it there"),
+        ("decide: {candidates: []}", "decide.candidates is empty; name a scheme, or set decide.heldout_batches to 0"),
+        ("decide: {candidates: [inc_int8, NVFP4]}", "decide.candidates: no engine serves inc_int8 together with"),
+        (
+            "decide: {fixed: {head: MXFP4}}",
+            "decide.fixed: 'MXFP4' is no candidate; write one of W8A8, FP8_DYNAMIC",
+        ),
+        ("decide: {never: {head: [INT9]}}", "decide.never: 'INT9' is no candidate; write one of"),
+        ("decide: {at_least: {head: INT9}}", "decide.at_least: 'INT9' is no candidate; write one of"),
+        ("decide: {never: {'(': [NVFP4]}}", "decide.never['(']: not a regular expression"),
     ],
 )
 def test_a_wrong_value_is_one_line_with_key_fault_and_next_step(tmp_path: Path, text: str, said: str) -> None:
@@ -571,3 +592,19 @@ def test_no_password_of_a_config_is_shown_also_where_the_value_is_cut(tmp_path: 
         with pytest.raises(InputError) as refused:
             read(tmp_path, yaml.safe_dump(config))
         assert "://***@" in str(refused.value) and "pass-word" not in str(refused.value)
+
+
+def test_candidates_are_the_schemes_that_can_be_written_or_incs_int8_alone() -> None:
+    own = OwnScheme(name="mine", weights=Weights(num_bits=4, strategy="channel"))
+    stored = OwnScheme(name="stored", checkpoint="owner/name@" + "0" * 40)
+    for schemes, candidates in (
+        (("inc_int8",), ("inc_int8",)),
+        (("inc_int8", "W8A8", own, stored), ("W8A8", "mine")),
+    ):
+        config = Config(sensitivity=SensitivitySpec(schemes=schemes))
+        assert config.candidates == candidates
+    assert Config(decide=DecideSpec(candidates=("NVFP4",))).candidates == ("NVFP4",)
+
+
+def test_the_words_of_the_config_are_those_of_the_schemes() -> None:
+    assert (models.INC_INT8, models.UNQUANTIZED) == (scheme.INC_INT8, scheme.UNQUANTIZED)

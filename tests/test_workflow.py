@@ -43,7 +43,7 @@ EVERYTHING = {
     "calibrate_scales",
     "capture_sensitivity",
     "audit_capture",
-    "measure_tradeoff",
+    "measure_frontier",
     "build_profiles",
     "export_profiles",
     "render_report",
@@ -56,8 +56,8 @@ FROM_PAGE = {"render_page", "archive_results"}
 FROM_REPORT = FROM_PAGE | {"render_report", "draw_figures", "publish_summary"}
 FROM_AUDIT = FROM_REPORT | {"audit_capture"}
 FROM_PROFILES = FROM_REPORT | {"build_profiles", "export_profiles"}
-FROM_TRADEOFF = FROM_PROFILES | {"measure_tradeoff"}
-FROM_CAPTURE = FROM_AUDIT | FROM_TRADEOFF | {"capture_sensitivity"}
+FROM_FRONTIER = FROM_PROFILES | {"measure_frontier"}
+FROM_CAPTURE = FROM_AUDIT | FROM_FRONTIER | {"capture_sensitivity"}
 FROM_SCALES = FROM_CAPTURE | {"calibrate_scales"}
 FROM_PLAN = FROM_SCALES | {"plan_quantization"}
 TINY = {
@@ -70,7 +70,8 @@ TINY = {
         "batch_size": 1,
     },
     "sensitivity": {"confidence_batches": 1, "audit_ops": 2},
-    "tradeoff": {"heldout_batches": 1, "greedy_candidates": 2, "greedy_ops": 2},
+    "decide": {"heldout_batches": 1, "points": 3},
+    "profiles": {"max_kl_divergence": 100.0, "max_bits": 16.0},
 }
 
 
@@ -205,7 +206,7 @@ def test_the_workflow_passes_snakemakes_own_linter_and_its_formatter(checkout: P
 def test_the_threads_of_the_config_reach_each_step_that_measures(checkout: Path) -> None:
     told = dry_run(checkout, "--printshellcmds", "--config", "sensitivity={threads: 3}").stdout
     steps = re.findall(r"exec python scripts/(\w+)\.py [^\n]* --threads 3 ", told)
-    assert sorted(steps) == ["calibrate_scales", "capture_sensitivity", "measure_tradeoff"]
+    assert sorted(steps) == ["calibrate_scales", "capture_sensitivity", "measure_frontier"]
 
 
 def test_a_bad_config_ends_before_any_job_with_a_line_for_each_problem_and_no_traceback(
@@ -279,7 +280,7 @@ def test_the_shipped_snapshot_counts_by_its_content_and_not_by_its_times(
 
 
 # Of files of the library, the rules that use them, as their own code and not by way of other rules.
-MEASURING = {"plan_quantization", "calibrate_scales", "capture_sensitivity", "audit_capture", "measure_tradeoff"}
+MEASURING = {"plan_quantization", "calibrate_scales", "capture_sensitivity", "audit_capture", "measure_frontier"}
 MEASURING |= {"quantize_model"}
 USERS = {
     "archive.py": {"archive_results"},
@@ -293,13 +294,13 @@ USERS = {
     "report/schema.json": {"render_report"},
     "export/exports.py": {"export_profiles"},
     "export/templates/inc_quantize.py.j2": {"export_profiles"},
-    "decide/profiles.py": {"build_profiles"},
+    "decide/profiles.py": {"build_profiles", "measure_frontier"},
     "inc/audit.py": {"audit_capture", "quantize_model"},
     "measure/served_audit.py": {"audit_capture"},
     "schemes/compressed.py": MEASURING,
-    "measure/heldout.py": {"measure_tradeoff", "quantize_model"},
-    "inc/plan.py": MEASURING - {"calibrate_scales", "measure_tradeoff"},
-    "measure/store.py": {"capture_sensitivity", "audit_capture", "measure_tradeoff", "quantize_model"},
+    "measure/heldout.py": {"measure_frontier", "quantize_model"},
+    "inc/plan.py": MEASURING - {"calibrate_scales", "measure_frontier"},
+    "measure/store.py": {"capture_sensitivity", "audit_capture", "measure_frontier", "quantize_model"},
     "models/snapshot.py": MEASURING | {"get_model", "extract_calibration", "export_profiles"},
     "cli.py": EVERYTHING | {"quantize_model"},
     "api.py": set(),  # the package hands it out lazily, and no command uses it
@@ -334,7 +335,7 @@ def test_make_passes_a_config_on_and_refuses_one_that_is_not_there() -> None:
         (["run", "CONFIG=config/standin.yaml"], "--resources gpu=1 --configfile config/standin.yaml"),
         (["run", "VERBOSE=1"], "done; .venv/bin/snakemake --cores 1 --resources gpu=1"),
         (
-            ["quantize", "PROFILE=max"],
+            ["quantize", "PROFILE=safest"],
             "PIPELINE_QUIET=1 .venv/bin/snakemake quantize_model --cores 1 --resources gpu=1",
         ),
     ):
@@ -351,15 +352,15 @@ def test_one_run_makes_the_report_the_summary_and_the_archive(finished: tuple[Pa
         assert report.with_suffix(suffix).read_bytes() == summary.with_suffix(suffix).read_bytes()
     assert report.with_suffix(".html").is_file()
     assert len(list((report.parent / "figures_cpu").iterdir())) == 8
-    ranking, tradeoff = (
+    ranking, frontier = (
         pd.read_csv(report.parent / "tables_cpu" / f"{name}.csv", float_precision="round_trip")
-        for name in ("ranking", "tradeoff")
+        for name in ("ranking", "frontier")
     )
     rows = json.loads(report.with_suffix(".json").read_text())["maps"]["isolated"]["ops"]
     assert ranking["mse_value"].to_list() == [row["mse_value"] for row in rows]
-    assert {"ranking", "inverse", "weight_bytes", "greedy", "random_4"} <= set(tradeoff["order"])
+    assert {"frontier", "uniform", "random"} <= set(frontier["kind"])
     exports = json.loads((report.parent / "exports_cpu" / "index.json").read_text())["profiles"]
-    assert {"minimal", "moderate", "aggressive", "max"} <= set(exports)
+    assert {"smallest", "safest"} <= set(exports)
     for tool in (tool for tools in exports.values() for tool in tools.values()):
         assert tool["files"] and all((report.parent / file).is_file() for file in tool["files"])
     assert f"{len(EVERYTHING) + 1} of {len(EVERYTHING) + 1} steps (100%) done" in printed
@@ -410,7 +411,7 @@ def from_hub(tmp_path: Path) -> FromHub:
         f"model={{repo_id: org/tiny, revision: {model}}}",
         f"calibration={{repo_id: org/captions, revision: {data}, num_samples: 2, num_heldout: 1}}",
         "sensitivity={audit_ops: 2}",
-        "tradeoff={heldout_batches: 1, greedy_candidates: 2, greedy_ops: 2}",
+        "decide={heldout_batches: 1, points: 3}",
     ]
     repositories = {
         ("model", "org/tiny", model): tmp_path / "model",
@@ -462,9 +463,9 @@ def test_snakemakes_report_carries_pictures_and_tables_with_captions(
     with zipfile.ZipFile(tmp_path / "report.zip") as packed:
         page = packed.read("report/report.html").decode()
         names = {Path(name).name for name in packed.namelist()}
-    pictures = {"heat_map.svg", "ranked_ops.svg", "tradeoff.svg", "modalities.svg"}
+    pictures = {"heat_map.svg", "ranked_ops.svg", "frontier.svg", "modalities.svg"}
     assert names >= pictures | {f"op_sensitivity_mse_v2_cpu{suffix}" for suffix in (".html", ".md")}
-    assert names >= {"ranking.csv", "tradeoff.csv", "profiles.csv"}
+    assert names >= {"ranking.csv", "frontier.csv", "profiles.csv"}
     for text in (
         "Pictures",
         "Tables",
@@ -762,9 +763,9 @@ def test_another_file_of_a_local_source_reruns_the_rule_that_reads_it_and_what_f
 @pytest.mark.parametrize(
     ("changes", "stale"),
     [
-        ({"profiles": {"min_sqnr_db": 40.0}}, FROM_PROFILES),
+        ({"profiles": {"max_bits": 8.0}}, FROM_FRONTIER),
         ({"sensitivity": {"audit_ops": 3}}, FROM_AUDIT),
-        ({"tradeoff": {"greedy_ops": 1}}, FROM_TRADEOFF),
+        ({"decide": {"points": 4}}, FROM_FRONTIER),
         ({"sensitivity": {"tf32": True}}, FROM_SCALES),
         ({"sensitivity": {"confidence_batches": 2}}, FROM_PLAN),
         ({"calibration": {"seed": 1}}, EVERYTHING - {"get_model"}),
@@ -807,8 +808,8 @@ def away(path: Path) -> Iterator[None]:
         ("op_sensitivity_mse_v2_cpu.json", FROM_REPORT),
         ("tables_cpu/profiles.csv", FROM_REPORT),
         ("figures_cpu/heat_map.png", FROM_PAGE | {"draw_figures"}),
-        ("figures_cpu/tradeoff.svg", FROM_PAGE | {"draw_figures"}),
-        ("exports_cpu/minimal/inc_quantize.py", FROM_PAGE | {"export_profiles"}),
+        ("figures_cpu/frontier.svg", FROM_PAGE | {"draw_figures"}),
+        ("exports_cpu/smallest/llm_compressor_recipe.yaml", FROM_PAGE | {"export_profiles"}),
         ("exports_cpu/index.json", FROM_PAGE | {"export_profiles"}),
         ("profiles_cpu.json", FROM_PROFILES),
         ("scales_cpu.safetensors", FROM_SCALES),

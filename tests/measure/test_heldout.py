@@ -14,7 +14,8 @@ from quick_inc import few_ops_model, token_batches
 
 from auto_quantize_model.data.digits import LIMITS, digit_samples
 from auto_quantize_model.files import InputError
-from auto_quantize_model.measure.heldout import HeldOut, in_words, interval, summary, totals
+from auto_quantize_model.measure.aggregate import interval
+from auto_quantize_model.measure.heldout import HeldOut, in_words, summary, totals
 from auto_quantize_model.measure.metrics import Reference, next_token_loss, right_answers
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.encode import Sample, answer_span, encode

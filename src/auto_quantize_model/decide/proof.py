@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from auto_quantize_model.decide.stability import tau
-from auto_quantize_model.measure.heldout import interval
+from auto_quantize_model.measure.aggregate import interval
 from auto_quantize_model.records import Frontier, Point
 
 RULES = ("random", "edges")  # the controls that are compared at equal bytes

@@ -1,6 +1,11 @@
-"""Numbers of several batches as one number. In: records as plain numbers, null where not measured. Out: the same."""
+"""Numbers of several batches or samples as one. In: plain numbers, null where not measured. Out: the same."""
 
 import math
+from collections.abc import Sequence
+
+import numpy as np
+
+DRAWS = 1000  # of samples, for an interval
 
 
 def ratio(pairs: list[tuple[float | None, float]]) -> float | None:
@@ -18,3 +23,21 @@ def mean(values: list[float | None]) -> float | None:
 def decibels(relative: float | None) -> float | None:
     """A relative error as SQNR in dB; None where it is 0 or unknown."""
     return -10 * math.log10(relative) if relative else None
+
+
+def weighted(values: Sequence[float], weights: Sequence[float]) -> float:
+    """The mean of values with weights."""
+    return math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / math.fsum(weights)
+
+
+def interval(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of a weighted mean by the percentile bootstrap over samples, the same for the same values.
+
+    Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13. One sample has no interval but its
+    value.
+    """
+    drawn = np.random.default_rng(0).integers(0, len(values), (DRAWS, len(values)))
+    value, weight = np.array(values), np.array(weights)
+    means = (value * weight)[drawn].sum(1) / weight[drawn].sum(1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)

@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 
 from auto_quantize_model.files import InputError
-from auto_quantize_model.measure.aggregate import decibels
+from auto_quantize_model.measure.aggregate import decibels, interval, weighted
 from auto_quantize_model.measure.capture import context, digest_of_batch, state_key
 from auto_quantize_model.measure.metrics import Reference, next_token_loss, require_finite, right_answers
 from auto_quantize_model.measure.store import ScoreStore, Shelf
@@ -23,7 +22,6 @@ from auto_quantize_model.replay.model import Batch, Replay
 from auto_quantize_model.replay.scales import digest_of_scales
 from auto_quantize_model.schemes.scheme import Assignment
 
-DRAWS = 1000  # of samples, for an interval
 ADVICE = "keep the ops that overflow unquantized with sensitivity.op_name_dict, or check the weights"
 Record = Mapping[str, Any]
 
@@ -157,24 +155,6 @@ def summary(records: Sequence[Record], totals: Sequence[Mapping[str, float]], as
         "sqnr_db": decibels(relative),
         "sqnr_db_lowest": decibels(worst),
     }
-
-
-def weighted(values: Sequence[float], weights: Sequence[float]) -> float:
-    """The mean of values with weights."""
-    return math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / math.fsum(weights)
-
-
-def interval(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of a weighted mean by the percentile bootstrap over samples, the same for the same values.
-
-    Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13. One sample gives no interval but its
-    value.
-    """
-    drawn = np.random.default_rng(0).integers(0, len(values), (DRAWS, len(values)))
-    value, weight = np.array(values), np.array(weights)
-    means = (value * weight)[drawn].sum(1) / weight[drawn].sum(1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(low), float(high)
 
 
 def _at(records: Sequence[Record], totals: Sequence[Mapping[str, float]], part: str) -> float | None:
