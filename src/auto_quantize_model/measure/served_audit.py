@@ -16,6 +16,7 @@ from compressed_tensors.quantization.lifecycle.initialize import initialize_modu
 from auto_quantize_model.files import InputError
 from auto_quantize_model.machine import with_threads
 from auto_quantize_model.measure.metrics import Reference
+from auto_quantize_model.measure.states import UNITS
 from auto_quantize_model.models.checkpoint import Checkpoint
 from auto_quantize_model.records import Capture, Plan, Scales, Score
 from auto_quantize_model.replay.by_name import schemes_of
@@ -43,7 +44,7 @@ def audit_served(
     scales: Scales,
     on_state: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, int]:
-    """Compare single ops, all ops, and a mixed assignment with the model as compressed-tensors quantizes it.
+    """Compare single ops, a unit, all ops, and a mixed assignment with the model as compressed-tensors quantizes it.
 
     Scores of a capture on the CPU are compared themselves. Those of a GPU have other sums, so the replay measures the
     same states again on the CPU.
@@ -114,10 +115,23 @@ def states_to_audit(
         others = [str(name) for name in generator.permutation(names[1:-1])]
         for name in dict.fromkeys([*names[:1], *names[-1:], *others][:count]):
             yield scheme, name, {name: scheme}, scores.get(name)
+        yield from unit_to_audit(plan, capture, index, scheme)
         if able:
             yield scheme, "all ops", assigned(able, scheme), capture.all_in(scheme)[index]
     drawn = {op.op_name: str(generator.choice(["", *(name for name in op.schemes if name in schemes)])) for op in ran}
     yield MIXED, "an op in a scheme each", {name: scheme for name, scheme in drawn.items() if scheme}, None
+
+
+def unit_to_audit(
+    plan: Plan, capture: Capture, index: int, scheme: str
+) -> Iterator[tuple[str, str, Assignment, Score | None]]:
+    """The unit of several ops with the most divergence in a scheme, as `states_to_audit` yields it."""
+    scores = {name: of_unit[index] for name, of_unit in capture.of_map(UNITS, scheme).items()}
+    known = {name: score.kl_divergence for name, score in scores.items() if score and score.kl_divergence is not None}
+    if known:
+        name = max(sorted(known), key=known.__getitem__)
+        ops = next(unit.ops for unit in plan.units if unit.name == name)
+        yield scheme, name, assigned(ops, scheme), scores[name]
 
 
 class Library:
