@@ -214,10 +214,10 @@ def test_reading_a_config_imports_no_torch() -> None:
         ("decide: {candidates: [inc_int8, NVFP4]}", "decide.candidates: no engine serves inc_int8 together with"),
         (
             "decide: {fixed: {head: MXFP4}}",
-            "decide.fixed: 'MXFP4' is no candidate; write one of W8A8, FP8_DYNAMIC",
+            "decide.fixed: 'MXFP4' is not a candidate; write one of W8A8, FP8_DYNAMIC",
         ),
-        ("decide: {never: {head: [INT9]}}", "decide.never: 'INT9' is no candidate; write one of"),
-        ("decide: {at_least: {head: INT9}}", "decide.at_least: 'INT9' is no candidate; write one of"),
+        ("decide: {never: {head: [INT9]}}", "decide.never: 'INT9' is not a candidate; write one of"),
+        ("decide: {at_least: {head: INT9}}", "decide.at_least: 'INT9' is not a candidate; write one of"),
         ("decide: {never: {'(': [NVFP4]}}", "decide.never['(']: not a regular expression"),
     ],
 )

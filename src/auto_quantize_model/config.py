@@ -640,7 +640,7 @@ class Config(Block):
         for key, name in named:
             if name not in (*self.candidates, UNQUANTIZED):
                 yield (
-                    f"decide.{key}: {quoted(name)} is no candidate; write one of"
+                    f"decide.{key}: {quoted(name)} is not a candidate; write one of"
                     f" {', '.join((*self.candidates, UNQUANTIZED))}"
                 )
 

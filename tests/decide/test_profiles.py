@@ -51,8 +51,7 @@ def test_without_a_profile_the_reason_is_told() -> None:
     frontier = of_losses(0.4, 0.04, 0.004, 0.0)
     found = build_profiles(frontier, PLAN, Target(max_kl_divergence=0.001, max_bits=7.0))
     assert found.missed["smallest"] == (
-        "no measured choice that quantizes something reaches the target (a KL divergence of at most 0.001 nats); the"
-        " best of them has a KL divergence of 0.004 nats"
+        "no measured choice reaches the target (a KL divergence of at most 0.001 nats); the best one loses 0.004 nats"
     )
     assert found.missed["safest"] == (
         "no choice of schemes fits the budget (at most 7.0 bits a weight); the smallest has 8.00 bits a weight, 124"

@@ -166,8 +166,8 @@ def measure_frontier(
 ) -> Frontier:
     """Choose for growing budgets, and measure each choice and the controls on the held-out batches.
 
-    Between the largest choice that misses the target and the smallest that reaches it, more choices are measured, so
-    that the smallest profile is the smallest.
+    More choices are measured between the smallest one that reaches the target and the next smaller one. So the profile
+    `smallest` is the smallest.
 
     Args:
         model: FP32, eval mode, on its device; left as it was.

@@ -129,8 +129,8 @@ def without_smallest(points: Sequence[Point], frontier: Frontier, target: Target
     if target.max_accuracy_drop is not None and frontier.unquantized.accuracy is None:
         return f"no held-out sample has an answer: the target is {described(target)}"
     best = min((point.kl_divergence for point in points), default=None)
-    nearest = "" if best is None else f"; the best of them has a KL divergence of {best:.3g} nats"
-    return f"no measured choice that quantizes something reaches the target ({described(target)}){nearest}"
+    nearest = "" if best is None else f"; the best one loses {best:.3g} nats"
+    return f"no measured choice reaches the target ({described(target)}){nearest}"
 
 
 def without_safest(points: Sequence[Point], target: Target) -> str:
