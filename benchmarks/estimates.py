@@ -17,21 +17,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from bench import machine
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from auto_quantize_model import cli
 from auto_quantize_model.commands.loaded import Loaded
 from auto_quantize_model.commands.run import DOCUMENTS, open_run
+from auto_quantize_model.decide.allocate import allocate
 from auto_quantize_model.decide.stability import tau
 from auto_quantize_model.files import write_json
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.metrics import Reference
 from auto_quantize_model.measure.probes import Values, estimates, probe
 from auto_quantize_model.measure.store import ScoreStore
-from auto_quantize_model.records import Op, Plan
+from auto_quantize_model.records import Op, Options, Plan
 from auto_quantize_model.replay.by_name import schemes_of
 from auto_quantize_model.replay.model import Replay
 from auto_quantize_model.replay.scales import ALL_BATCHES
@@ -131,7 +130,7 @@ def by_probes(
         values: list[list[Values]] = []
         # A new replay each time, so that each count pays for its quantized weights.
         with Replay(model, plan.ops, plan.measured_op, schemes=schemes_of(plan.schemes, model)) as replay:
-            able = {op.op_name: op.schemes for op in plan.ops}
+            able = {op.op_name: ([op.op_name], op.schemes) for op in plan.ops}
             for index, (batch, scales) in enumerate(zip(batches, loaded.scales_of_batches(), strict=False)):
                 replay.set_scales(scales, loaded.scales[ALL_BATCHES])
                 replay.begin(batch)
@@ -170,30 +169,23 @@ def between(exact: KL, ops: Sequence[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def bits(op: Op, scheme: str) -> float:
-    """Stored bits of a weight with its scales: NVFP4 has an FP8 scale for 16 values, FP8_DYNAMIC a BF16 scale a row."""
-    rows, columns = op.shape
-    return 4 + 8 / 16 + 32 / (rows * columns) if scheme == "NVFP4" else 8 + 16 / columns
+def bits(ops: Mapping[str, Op], state: Mapping[str, str]) -> float:
+    """Stored bits of a weight with its scales, on average."""
+    return 8 * sum(ops[op].stored_bytes[scheme] for op, scheme in state.items()) / weights(ops)
+
+
+def weights(ops: Mapping[str, Op]) -> int:
+    return sum(math.prod(op.shape) for op in ops.values())
 
 
 def allocated(ops: Mapping[str, Op], scores: KL) -> dict[str, str]:
-    """The scheme of each op with the least sum of scores within the budget, by an exact integer program."""
-    names, weights = list(ops), np.array([math.prod(op.shape) for op in ops.values()], dtype=float)
-    cost = np.array([scores[scheme][name] for scheme in CHOICE for name in names])
-    size = np.array([bits(ops[name], scheme) for scheme in CHOICE for name in names]) * np.tile(weights, 2)
-    one_each = np.hstack([np.eye(len(names)), np.eye(len(names))])
-    found = milp(
-        cost / cost.max(),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(size[None, :] / weights.sum(), -np.inf, BUDGET),
-        ],
-        integrality=np.ones(len(cost)),
-        bounds=Bounds(0, 1),
-    )
-    if not found.success:
-        raise SystemExit(f"no allocation: {found.message}")
-    return {name: CHOICE[int(found.x[index + len(names)] > 0.5)] for index, name in enumerate(names)}
+    """The scheme of each op with the least sum of scores within the budget."""
+    options = [
+        Options(name, (name,), 0, *({key: of[key] for key in CHOICE} for of in (op.stored_bytes, of_op)), {})
+        for name, op in ops.items()
+        for of_op in ({scheme: scores[scheme][name] for scheme in CHOICE},)
+    ]
+    return dict(zip(ops, allocate(options, int(BUDGET * weights(ops) / 8)), strict=True))
 
 
 def allocations(
@@ -212,12 +204,11 @@ def allocations(
     chosen |= {f"all in {scheme}": dict.fromkeys(ops, scheme) for scheme in CHOICE}
     batches, _ = loaded.heldout(heldout)
     measured = held_out(plan, loaded, model, batches, chosen)
-    weights = {name: math.prod(op.shape) for name, op in ops.items()}
     return {
         name: {
             "sum": math.fsum(exact[scheme][op] for op, scheme in state.items()),
             "heldout": measured[name],
-            "bits": sum(bits(ops[op], scheme) * weights[op] for op, scheme in state.items()) / sum(weights.values()),
+            "bits": bits(ops, state),
         }
         for name, state in chosen.items()
     }
