@@ -8,6 +8,7 @@ import torch
 
 from auto_quantize_model.files import InputError
 from auto_quantize_model.machine import (
+    COPIES,
     KEPT_BYTES,
     WORKING_BYTES,
     choose_device,
@@ -76,6 +77,15 @@ def test_quantized_weights_that_a_replay_keeps_are_counted(monkeypatch):
         require_memory(10**9, torch.device("cpu"), schemes=2)
     free.available += KEPT_BYTES
     require_memory(10**9, torch.device("cpu"), schemes=5)
+
+
+def test_the_copies_of_the_logits_are_counted(monkeypatch):
+    free = SimpleNamespace(available=5 * 10**9 + WORKING_BYTES + KEPT_BYTES)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    with pytest.raises(InputError, match="1.00 billion weights need"):
+        require_memory(10**9, torch.device("cpu"), schemes=5, logits=10**8)
+    free.available += (5 + COPIES) * 10**8
+    require_memory(10**9, torch.device("cpu"), schemes=5, logits=10**8)
 
 
 def test_running_out_of_memory_says_what_there_was_and_what_to_lower(monkeypatch):

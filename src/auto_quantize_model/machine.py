@@ -14,7 +14,8 @@ import torch
 from auto_quantize_model.files import InputError
 
 GIB = 1 << 30
-WORKING_BYTES = 2 * GIB  # kept block outputs, logits and activations
+WORKING_BYTES = 2 * GIB  # kept block outputs and activations
+COPIES = 5  # of the logits: reference, output, their difference, a direction, and its gradient
 KEPT_BYTES = 2 << 30  # for quantized weights of a replay; a weight that does not fit is made again
 LOWER = "lower calibration.batch_size, max_pixels or max_tokens, or measure on a machine with more memory"
 
@@ -68,19 +69,21 @@ def any_algorithm() -> Iterator[None]:
         torch.use_deterministic_algorithms(saved)
 
 
-def require_memory(parameters: int, replay_on: torch.device | None = None, schemes: int = 1) -> None:
+def require_memory(parameters: int, replay_on: torch.device | None = None, schemes: int = 1, logits: int = 0) -> None:
     """Refuse a model that will not fit, before it is loaded.
 
     Args:
         parameters: number of the model's weights; each takes 4 bytes in FP32 and, in a replay, 1 as an INT8 code.
         replay_on: the device of the replay; None without a replay. Weights pass through the host's memory to a GPU.
         schemes: how many the replay measures; with more than `inc_int8`, it keeps up to `KEPT_BYTES` of weights.
+        logits: bytes of the output on the largest batch. Probes hold its error in each scheme, and a few copies.
 
     Raises:
         InputError: the message says what is needed, what is free, and what to lower.
     """
     kept = min(KEPT_BYTES, 4 * (schemes - 1) * parameters)
-    loaded, replayed = 4 * parameters, 5 * parameters + WORKING_BYTES + kept
+    loaded = 4 * parameters
+    replayed = 5 * parameters + WORKING_BYTES + kept + (schemes + COPIES) * logits
     on_cpu = replay_on is not None and replay_on.type == "cpu"
     places = [("this machine", psutil.virtual_memory().available, replayed if on_cpu else loaded)]
     if replay_on is not None and replay_on.type == "cuda":

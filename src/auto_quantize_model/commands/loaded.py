@@ -48,8 +48,14 @@ class Loaded:
         device = choose_device(
             options.device, tf32=options.tf32, deterministic=not options.nondeterministic, threads=options.threads
         )
-        require_memory(self.parameters, device, len(self.run.plan.schemes))
+        require_memory(self.parameters, device, len(self.run.plan.schemes), self.logits)
         return device
+
+    @property
+    def logits(self) -> int:
+        """The bytes of the output on a batch of the longest samples; 0 where the vocabulary is unknown."""
+        tokens = max(sample.tokens for samples in self.run.calibration.samples.values() for sample in samples)
+        return 4 * self.run.calibration.batch_size * tokens * (self.processor.vocabulary or 0)
 
     @cached_property
     def processor(self) -> Processor:
