@@ -34,6 +34,7 @@ from auto_quantize_model.models.weights import (
     WEIGHTS,
     WEIGHTS_INDEX,
     read_headers,
+    read_object,
     stored_names,
 )
 from auto_quantize_model.records import Plan, Scales
@@ -217,7 +218,7 @@ def write_checkpoint(
                 more[UNROUNDED] += tensor.nbytes - 2 * tensor.numel()
         on_tensor(done, len(names))
     shards.close()
-    shutil.copyfile(source.directory / CONFIG, folder / CONFIG)
+    write_json(folder / CONFIG, in_bf16(read_object(source.directory / CONFIG)))
     ModelCompressor(quantization_config=quantization_config(source)).update_config(str(folder))
     copy_others(source.directory, folder)
     return Written(shards.bytes, {reason: size for reason, size in more.items() if size})
@@ -274,6 +275,15 @@ class Shards:
         if count > 1:
             places = {tensor: name for name, of_file in zip(names, self.files, strict=True) for tensor in of_file}
             write_json(self.folder / WEIGHTS_INDEX, {"metadata": {"total_size": self.bytes}, "weight_map": places})
+
+
+def in_bf16(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json by which each part of the model computes in BF16, as vLLM does.
+
+    transformers cannot compute an NVFP4 op in FP32, because it decompresses the weight to BF16.
+    """
+    changed = {key: in_bf16(value) if isinstance(value, dict) else value for key, value in config.items()}
+    return changed | {key: "bfloat16" for key in ("dtype", "torch_dtype") if key in config}
 
 
 def quantization_config(source: Source) -> QuantizationConfig:
