@@ -49,30 +49,19 @@ def as_checkpoint(
         The record of the comparison, and the files with the weights.
     """
     from auto_quantize_model.commands.loaded import Loaded
-    from auto_quantize_model.export import checkpoint, proof
-    from auto_quantize_model.export.card import card
-    from auto_quantize_model.files import write_text
-    from auto_quantize_model.machine import WORKING_BYTES, require_free, with_threads
+    from auto_quantize_model.export import proof
+    from auto_quantize_model.export.checkpoint import Source
+    from auto_quantize_model.machine import WORKING_BYTES, require_free
     from auto_quantize_model.replay.scales import ALL_BATCHES
 
-    name, directory, loaded = run.options.profile, run.options.directory, Loaded(run)
-    # The loaded checkpoint has FP32 weights, and one of them is decompressed or compared at a time.
-    require_free(5 * loaded.parameters + WORKING_BYTES, "loading the checkpoint back to prove its error")
-    source = checkpoint.Source(loaded.directory, run.plan, profile.assignment, loaded.scales[ALL_BATCHES])
-    heldout, answers = loaded.heldout(frontier.batches)
-    with atomic_folder(directory, beside=beside) as folder:
-        with cli.progress_bar("checkpoint") as on_tensor:
-            written = checkpoint.write_checkpoint(source, folder, on_tensor)
-        checkpoint.require_bytes(written, profile.point.weight_bytes)
-        with with_threads(frontier.threads), cli.progress_bar("the checkpoint on held-out samples") as on_batch:
-            model = proof.load_back(folder, source)
-            proof.require_weights(model, source)
-            found = proof.measure_loaded(model, source, heldout, answers, on_batch)
-        record = proof.promised_and_found(name, profile, found, frontier)
-        record |= {"kind": "checkpoint", "bytes": {"promised": profile.point.weight_bytes, **vars(written)}}
-        write_text(folder / "README.md", card(run.manifest, profile, record, directory))
-        names = sorted(path.name for path in folder.glob("*.safetensors"))
-    return record, [directory / name for name in names]
+    directory, loaded = run.options.directory, Loaded(run)
+    # The loaded checkpoint has FP32 weights. A few more are in memory while they are written or compared.
+    require_free(5 * loaded.parameters + WORKING_BYTES, "loading the checkpoint back, to prove its error,")
+    source = Source(loaded.directory, run.plan, profile.assignment, loaded.scales[ALL_BATCHES])
+    measured = run.options.profile, profile, frontier, *loaded.heldout(frontier.batches)
+    with cli.progress_bar("checkpoint") as on_tensor, cli.progress_bar("held-out batches") as on_batch:
+        record = proof.quantize(source, directory, run.manifest, *measured, beside, on_tensor, on_batch)
+    return record, sorted(directory.glob("*.safetensors"))
 
 
 def by_inc(run: Run, profile: Profile, frontier: Frontier, beside: Sequence[str]) -> tuple[dict[str, Any], list[Path]]:

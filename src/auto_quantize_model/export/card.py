@@ -32,8 +32,8 @@ def card(manifest: ModelManifest, profile: Profile, record: Mapping[str, Any], f
     title = f"# {code(manifest.model)} by the profile {code(record['profile'])}"
     notes = [prose(note) for note in (manifest.stand_in, manifest.rounded) if note]
     about = (
-        f"A checkpoint of compressed-tensors {version('compressed-tensors')}, for transformers and vLLM. It holds weights"
-        f" of {code(manifest.architecture)} in the schemes below."
+        f"A checkpoint of compressed-tensors {version('compressed-tensors')}, for transformers and vLLM. It holds the"
+        f" weights of {code(manifest.architecture)} in the schemes below."
     )
     parts = [title, *notes, about, *facts(profile, record), *commands(manifest, folder)]
     return "\n\n".join(parts) + "\n"
@@ -73,8 +73,8 @@ def compared(record: Mapping[str, Any]) -> str:
 def bytes_of(bits: float, size: Mapping[str, Any]) -> str:
     """The bits of a weight, and the bytes of the checkpoint."""
     text = (
-        f"The ops take {number(bits)} bits a weight with scales, on average. In BF16, the weights of the whole model take"
-        f" {megabytes(size['promised'])}."
+        f"The ops take {number(bits)} bits a weight with scales, on average. In BF16, the weights of the whole model"
+        f" take {megabytes(size['promised'])}."
     )
     if not size["more"]:
         return text
@@ -88,8 +88,8 @@ def commands(manifest: ModelManifest, folder: Path) -> list[str]:
     evaluate = (IMAGES if manifest.architecture in PATCH_EMBEDS else TEXT).format(folder=place)
     return [
         "## Serve and evaluate",
-        "vLLM and the tools below were not run when this checkpoint was made. vLLM computes in BF16 and has kernels of its"
-        " own, so its numbers differ in their last digits. Not each GPU runs each scheme.",
+        "vLLM and the tools below were not run when this checkpoint was made. vLLM computes in BF16 with its own"
+        " kernels, so its numbers differ a little. Not every GPU runs every scheme.",
         f"```bash\nvllm serve {place}\n```",
         f"```bash\n{evaluate}\n```",
     ]

@@ -1,8 +1,8 @@
 """A state of a model as a checkpoint of compressed-tensors, as transformers and vLLM read one.
 
-In: a snapshot, a state with schemes of compressed-tensors, and the calibration's ranges. Out: a folder with safetensors,
-config, tokenizer and processor. One weight at a time is read and quantized, and a shard is written as soon as it is
-full.
+In: a snapshot, a state with schemes of compressed-tensors, and the calibration's ranges. Out: a folder with
+safetensors, config, tokenizer and processor. One weight at a time is read and quantized, and a shard is written as soon
+as it is full.
 
 The checkpoint holds what was measured. Weights are quantized in FP32, scales are stored in FP32, and unquantized
 weights keep the snapshot's type, so a snapshot in BF16 stays BF16. All of this in BF16 would be another model: with 16
@@ -218,7 +218,7 @@ def write_checkpoint(
                 more[UNROUNDED] += tensor.nbytes - 2 * tensor.numel()
         on_tensor(done, len(names))
     shards.close()
-    write_json(folder / CONFIG, in_bf16(read_object(source.directory / CONFIG)))
+    write_json(folder / CONFIG, in_bf16({"dtype": None, **read_object(source.directory / CONFIG)}))
     ModelCompressor(quantization_config=quantization_config(source)).update_config(str(folder))
     copy_others(source.directory, folder)
     return Written(shards.bytes, {reason: size for reason, size in more.items() if size})

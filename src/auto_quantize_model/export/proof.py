@@ -1,10 +1,10 @@
-"""A written checkpoint, loaded back through transformers, is the model that the profile promises.
+"""A profile as a checkpoint that transformers has loaded back, and that is the model which the profile promises.
 
-In: the folder of a checkpoint, the snapshot and the schemes that it was made from, and held-out batches. Out: the
-metrics of the loaded model, after a check of every weight. All is computed on the CPU in FP32.
+In: a snapshot, the schemes that its ops get, the profile, and held-out batches. Out: the folder of the checkpoint, and
+the comparison of its metrics with the profile's. Every weight is compared too. All is computed on the CPU in FP32.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,68 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 
-from auto_quantize_model.export.checkpoint import Source
-from auto_quantize_model.files import InputError
+from auto_quantize_model.export.card import card
+from auto_quantize_model.export.checkpoint import Source, require_bytes, write_checkpoint
+from auto_quantize_model.files import InputError, write_text
+from auto_quantize_model.folders import atomic_folder
+from auto_quantize_model.machine import with_threads
 from auto_quantize_model.measure.heldout import compared, record_of, summary, totals
 from auto_quantize_model.measure.metrics import Reference
 from auto_quantize_model.measure.served_audit import with_samples
 from auto_quantize_model.models.snapshot import explained, model_class
 from auto_quantize_model.models.weights import read_object
-from auto_quantize_model.records import Frontier, Profile
+from auto_quantize_model.records import Frontier, ModelManifest, Profile
 from auto_quantize_model.replay.model import Batch
 from auto_quantize_model.schemes.compressed import quantized_weight
 
+Progress = Callable[[int, int], None]  # done and total
 AGAIN = "do not use this checkpoint, and report the difference with the plan"
+
+
+def quantize(
+    source: Source,
+    directory: Path,
+    manifest: ModelManifest,
+    name: str,
+    profile: Profile,
+    frontier: Frontier,
+    heldout: Sequence[Batch],
+    answers: Sequence[list[range | None]],
+    beside: Collection[str] = (),
+    on_tensor: Progress = lambda done, total: None,
+    on_batch: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Write the checkpoint of a profile, whole and proved or not at all.
+
+    Args:
+        source: the snapshot, with the profile's assignment.
+        directory: the folder to write.
+        manifest: of the snapshot.
+        name: the profile's name.
+        frontier: where the profile was measured, on the same held-out batches.
+        heldout: the batches.
+        answers: as `heldout.HeldOut` takes them.
+        beside: as `folders.atomic_folder` takes it.
+        on_tensor: called after each tensor of the snapshot with the number done and the total.
+        on_batch: called after each held-out batch.
+
+    Returns:
+        The record of `promised_and_found`, with `kind` and `bytes`: those promised, all of them, and why more.
+
+    Raises:
+        InputError: an op cannot be written, or what is loaded back is not what the profile promises.
+    """
+    with atomic_folder(directory, beside=beside) as folder:
+        written = write_checkpoint(source, folder, on_tensor)
+        require_bytes(written, profile.point.weight_bytes)
+        with with_threads(frontier.threads):
+            model = load_back(folder, source)
+            require_weights(model, source)
+            found = measure_loaded(model, source, heldout, answers, on_batch)
+        record = promised_and_found(name, profile, found, frontier)
+        record |= {"kind": "checkpoint", "bytes": {"promised": profile.point.weight_bytes, **vars(written)}}
+        write_text(folder / "README.md", card(manifest, profile, record, directory))
+    return record
 
 
 def load_back(folder: Path, source: Source) -> Any:
@@ -94,7 +144,7 @@ def measure_loaded(
     source: Source,
     heldout: Sequence[Batch],
     answers: Sequence[list[range | None]],
-    on_batch: Callable[[int, int], None] = lambda done, total: None,
+    on_batch: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """The metrics of a loaded checkpoint on held-out batches, in the fields of a point.
 

@@ -248,7 +248,7 @@ def closing(report: Report, page: str, exports: str, configs: str) -> list[str]:
 
 
 def quantized(record: Mapping[str, Any], folder: str) -> str:
-    """Where the quantized model lies and how its error compares with the profile's. In: the record of the comparison."""
+    """Where the quantized model lies, and how its error compares with the profile's. In: the command's record."""
     what = "The checkpoint" if record["kind"] == "checkpoint" else "INC's INT8 model"
     if record["status"] == "bit_identical":
         found = "Loaded back, its error on held-out samples is bit for bit the profile's."
