@@ -79,6 +79,10 @@ def profiles(frontier: Frontier) -> dict[str, Profile]:
     return found
 
 
+def reference_of(model: torch.nn.Module, batch: Any) -> Reference:
+    return Reference(logits(model, batch), batch["mm_token_type_ids"])
+
+
 def op_name_dict(kept: Sequence[str]) -> dict[str, Any]:
     return {rf"{name}(\.module)?": FP32 for name in kept}
 
@@ -94,7 +98,7 @@ def test_the_saved_and_loaded_model_has_the_error_of_its_profile(
     name: str,
 ) -> None:
     model, profile = load_model(tiny_snapshot), profiles[name]
-    reference = Reference(logits(model, heldout), None)
+    reference = reference_of(model, heldout)
     quantize(model, batches, op_name_dict(profile.kept), tmp_path)
     assert (tmp_path / WEIGHTS).is_file()
     loaded = load_quantized(tmp_path, load_model(tiny_snapshot))
@@ -108,7 +112,7 @@ def test_another_keep_list_has_another_error(
     tiny_snapshot: Path, batches: Any, heldout: Any, profiles: dict[str, Profile], frontier: Frontier, tmp_path: Path
 ) -> None:
     model = load_model(tiny_snapshot)
-    reference = Reference(logits(model, heldout), None)
+    reference = reference_of(model, heldout)
     quantize(model, batches, op_name_dict(profiles["safest"].kept[1:]), tmp_path)
     found = measure_error([reference], load_quantized(tmp_path, load_model(tiny_snapshot)), [heldout], ANSWERS)
     with pytest.raises(InputError, match="profile safest: kl_divergence was measured as .* do not use this profile"):
@@ -161,7 +165,7 @@ def test_the_exported_script_quantizes_a_model_as_transformers_loads_it(
         kind = transformers.Qwen2_5_VLForConditionalGeneration
         return kind.from_pretrained(tiny_snapshot, dtype=torch.float32, attn_implementation="sdpa").eval()
 
-    reference = Reference(logits(stock(), heldout), None)
+    reference = reference_of(stock(), heldout)
     # The profile's 7 or 8 bits hold on a CPU where INC would choose the others.
     monkeypatch.setattr(nc_pytorch, "REDUCE_RANGE", not REDUCED)
     quantized = script.quantize(stock(), CalibrationLoader(batches))
