@@ -59,8 +59,8 @@ def as_checkpoint(
     require_free(5 * loaded.parameters + WORKING_BYTES, "loading the checkpoint back, to prove its error,")
     source = Source(loaded.directory, run.plan, profile.assignment, loaded.scales[ALL_BATCHES])
     measured = run.options.profile, profile, frontier, *loaded.heldout(frontier.batches)
-    with cli.progress_bar("checkpoint") as on_tensor, cli.progress_bar("held-out batches") as on_batch:
-        record = proof.quantize(source, directory, run.manifest, *measured, beside, on_tensor, on_batch)
+    with cli.progress_bar("checkpoint") as on_progress:
+        record = proof.quantize(source, directory, run.manifest, *measured, beside, on_progress)
     return record, sorted(directory.glob("*.safetensors"))
 
 

@@ -89,7 +89,7 @@ def commands(manifest: ModelManifest, folder: Path) -> list[str]:
     return [
         "## Serve and evaluate",
         "vLLM and the tools below were not run when this checkpoint was made. vLLM computes in BF16 with its own"
-        " kernels, so its numbers differ a little. Not every GPU runs every scheme.",
+        " kernels, so its divergence is another number of the same size. Not every GPU runs every scheme.",
         f"```bash\nvllm serve {place}\n```",
         f"```bash\n{evaluate}\n```",
     ]

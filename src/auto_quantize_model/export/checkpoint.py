@@ -149,27 +149,31 @@ class Source:
             self._shared[unit] = global_scale(self.weight(name) for name, of in units.items() if of == unit)
         return weight_parameters(weight, args, self._shared[unit].clone())  # a file holds no memory twice
 
-    def compressed(self, op_name: str) -> dict[str, torch.Tensor]:
-        """The tensors of a quantized op as the library stores them, by their names in the module, without the bias.
+    def inputs(self, op_name: str) -> QuantizationParameters | None:
+        """What an op's inputs are quantized with, float32; None where each input has a scale of its own.
 
         Raises:
-            InputError: the op's inputs are static, and the calibration saw none.
+            InputError: the inputs are static, and the calibration saw none.
         """
+        args, seen = self.schemes[op_name].input_activations, self.scales.get(op_name)
+        if not args or args.dynamic is True:
+            return None
+        if not (seen and seen.input):
+            raise InputError(
+                f"{op_name}: {self.assignment[op_name]} has static inputs, and the calibration saw no input of this op;"
+                " take samples that reach the op, or a scheme with dynamic inputs"
+            )
+        return input_parameters(seen.input.minimum, seen.input.maximum, args, torch.float32)
+
+    def compressed(self, op_name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a quantized op as the library stores them, by their names in the module, without the bias."""
         weight, scheme = self.weight(op_name), self.schemes[op_name].model_copy(deep=True)
-        found = {"weight": self.parameters(op_name, weight)}
-        inputs, seen = scheme.input_activations, self.scales.get(op_name)
-        if inputs and inputs.dynamic is not True:
-            if not (seen and seen.input):
-                raise InputError(
-                    f"{op_name}: {self.assignment[op_name]} has static inputs, and the calibration saw no input of this"
-                    " op; take samples that reach the op, or a scheme with dynamic inputs"
-                )
-            found["input"] = input_parameters(seen.input.minimum, seen.input.maximum, inputs, torch.float32)
         linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = torch.nn.Parameter(weight, requires_grad=False)
         initialize_module_for_quantization(linear, scheme)
-        for side, parameters in found.items():
-            put_parameters(linear, side, parameters)
+        put_parameters(linear, "weight", self.parameters(op_name, weight))
+        if inputs := self.inputs(op_name):
+            put_parameters(linear, "input", inputs)
         linear.quantization_status = QuantizationStatus.FROZEN
         compress_module(linear)
         return linear.state_dict()
@@ -199,8 +203,10 @@ def write_checkpoint(
         on_tensor: called after each tensor of the snapshot with the number done and the total.
 
     Raises:
-        InputError: as `Source.schemes` and `Source.compressed` say.
+        InputError: as `Source.schemes` and `Source.inputs` say.
     """
+    for op_name in source.schemes:
+        source.inputs(op_name)  # refuses an op before the long work
     ops, names, shards = source.ops, source.written, Shards(folder)
     more: Counter[str] = Counter()
     for done, name in enumerate(names, 1):

@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from compressed_tensors.compressors import decompress_module
 from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs
@@ -44,8 +45,7 @@ def quantize(
     heldout: Sequence[Batch],
     answers: Sequence[list[range | None]],
     beside: Collection[str] = (),
-    on_tensor: Progress = lambda done, total: None,
-    on_batch: Progress = lambda done, total: None,
+    on_progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Write the checkpoint of a profile, whole and proved or not at all.
 
@@ -58,8 +58,7 @@ def quantize(
         heldout: the batches.
         answers: as `heldout.HeldOut` takes them.
         beside: as `folders.atomic_folder` takes it.
-        on_tensor: called after each tensor of the snapshot with the number done and the total.
-        on_batch: called after each held-out batch.
+        on_progress: called after each tensor of the snapshot and after each batch, with the number done and the total.
 
     Returns:
         The record of `promised_and_found`, with `kind` and `bytes`: those promised, all of them, and why more.
@@ -67,12 +66,15 @@ def quantize(
     Raises:
         InputError: an op cannot be written, or what is loaded back is not what the profile promises.
     """
+    tensors = len(source.written)
+    total = tensors + len(heldout)
     with atomic_folder(directory, beside=beside) as folder:
-        written = write_checkpoint(source, folder, on_tensor)
+        written = write_checkpoint(source, folder, lambda done, _: on_progress(done, total))
         require_bytes(written, profile.point.weight_bytes)
         with with_threads(frontier.threads):
             model = load_back(folder, source)
             require_weights(model, source)
+            on_batch: Progress = lambda done, _: on_progress(tensors + done, total)  # noqa: E731
             found = measure_loaded(model, source, heldout, answers, on_batch)
         record = promised_and_found(name, profile, found, frontier)
         record |= {"kind": "checkpoint", "bytes": {"promised": profile.point.weight_bytes, **vars(written)}}
@@ -87,24 +89,23 @@ def load_back(folder: Path, source: Source) -> Any:
     library decompresses these here once more, in FP32.
 
     Raises:
-        InputError: transformers refuses the checkpoint.
+        InputError: transformers refuses the checkpoint, or leaves an op unquantized.
     """
     with explained(folder, "transformers cannot load the written checkpoint"):
         model: Any = model_class(read_object(folder / "config.json")).from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
-    modules = dict(model.named_modules())
-    exact = {
-        name: fp4_weight(modules[name], scheme.weights)
-        for name, scheme in source.schemes.items()
-        if modules[name].quantization_scheme.format == CompressionFormat.nvfp4_pack_quantized
-    }
-    model.hf_quantizer.compressor.decompress_model(model)
-    torch.nn.Module.float(model)  # transformers has no `float` for quantized models
-    for name, weight in exact.items():
-        modules[name].weight = torch.nn.Parameter(weight, requires_grad=False)
-    for name in source.schemes:
-        with_samples(modules[name])
+    model.hf_quantizer.compressor.remove_decompression_hook(model)
+    for name, scheme in source.schemes.items():
+        module = model.get_submodule(name)
+        if not hasattr(module, "quantization_scheme"):
+            raise InputError(f"{folder}: transformers does not find {name} in the checkpoint's config; {AGAIN}")
+        is_nvfp4 = module.quantization_scheme.format == CompressionFormat.nvfp4_pack_quantized
+        exact = fp4_weight(module, scheme.weights) if is_nvfp4 else None
+        decompress_module(module)
+        if exact is not None:
+            module.weight = torch.nn.Parameter(exact)
+        with_samples(module.float())
     model.eval().requires_grad_(False)
     return model
 
@@ -120,12 +121,13 @@ def fp4_weight(module: Any, args: QuantizationArgs) -> torch.Tensor:
 def require_weights(model: Any, source: Source) -> None:
     """Refuse a loaded checkpoint whose weights are not those that were measured, bit for bit.
 
-    An op's weight is compared with the library's fake-quantized weight of the snapshot.
+    An op's weight is compared with the library's fake-quantized weight of the snapshot, and its static inputs' scale
+    with the calibration's.
 
     Raises:
-        InputError: the message names the first weight that differs.
+        InputError: the message names the first weight or scale that differs.
     """
-    weights = dict(model.named_parameters(remove_duplicate=False))
+    found = dict(model.named_parameters(remove_duplicate=False))
     for name, stored in source.names.items():
         if stored in source.others or stored not in source.written:
             continue
@@ -134,9 +136,19 @@ def require_weights(model: Any, source: Source) -> None:
             expected = quantized_weight(own, source.schemes[op_name].weights, source.parameters(op_name, own))
         else:
             expected = source.tensor(stored).float()
-        if not torch.equal(weights[name], expected):
-            what = f"in {source.assignment[op_name]} " if op_name else ""
-            raise InputError(f"{name} {what}differs in the checkpoint from the weight that was measured; {AGAIN}")
+        require_same(name, found[name], expected)
+    for op_name in source.schemes:
+        inputs = source.inputs(op_name)
+        static = {"input_scale": inputs.scale, "input_global_scale": inputs.global_scale} if inputs else {}
+        for leaf, scale in static.items():
+            if scale is not None and scale.numel():
+                require_same(f"{op_name}.{leaf}", found[f"{op_name}.{leaf}"], scale)
+
+
+def require_same(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Refuse a tensor of a loaded checkpoint that is not the expected one."""
+    if not torch.equal(found, expected):
+        raise InputError(f"{name} differs in the checkpoint from the one that was measured; {AGAIN}")
 
 
 def measure_loaded(
