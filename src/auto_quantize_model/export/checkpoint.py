@@ -5,10 +5,11 @@ safetensors, config, tokenizer and processor. One weight at a time is read and q
 as it is full.
 
 The checkpoint holds what was measured. Weights are quantized in FP32, scales are stored in FP32, and unquantized
-weights keep the snapshot's type, so a snapshot in BF16 stays BF16. All of this in BF16 would be another model: with 16
-held-out digits, the KL divergence of `digits_vlm` in a mix of schemes was 0.0012 nats as measured, and 0.0005 to 0.0014
-with one part or another rounded to BF16. All ops in NVFP4 gave 0.0071, and 0.0057 to 0.0109. The standard error over
-samples, 0.00005 and 0.0004, does not cover this: each rounding shifts all samples together.
+weights keep the snapshot's type, so a snapshot in BF16 stays BF16. With all of this in BF16, the checkpoint would be
+another model. Roundings to BF16 were tried on 16 held-out digits of `digits_vlm`: of scales, of input ranges, and of
+weights before or after they are quantized. A mix of schemes has a KL divergence of 0.0012 nats as measured, and of
+0.0005 to 0.0014 with one rounding or several. All ops in NVFP4 have 0.0071, and 0.0057 to 0.0109. The standard errors
+over samples are 0.00005 and 0.0004. They do not cover this, because a rounding shifts all samples together.
 """
 
 import shutil
@@ -93,12 +94,12 @@ class Source:
         """{op_name: its scheme}.
 
         Raises:
-            InputError: an op's scheme is that of a checkpoint or INC's, or its weight is no tensor of the snapshot.
+            InputError: an op has the scheme of a checkpoint or of INC, or the snapshot has no tensor for its weight.
         """
         known = schemes_of(self.plan.schemes, self.model)
         for name, scheme in self.assignment.items():
             if not isinstance(known.get(scheme), QuantizationScheme):
-                raise InputError(f"{name}: {scheme} is no scheme that a checkpoint can be written in; use a preset")
+                raise InputError(f"{name}: a checkpoint cannot be written in the scheme {scheme}; use a preset")
             if f"{name}.weight" not in self.names:
                 raise InputError(
                     f"{name}: {self.directory} holds no tensor with the weight of this op alone, so the op cannot be"
@@ -160,8 +161,8 @@ class Source:
             return None
         if not (seen and seen.input):
             raise InputError(
-                f"{op_name}: {self.assignment[op_name]} has static inputs, and the calibration saw no input of this op;"
-                " take samples that reach the op, or a scheme with dynamic inputs"
+                f"{op_name}: {self.assignment[op_name]} has static inputs, and the calibration saw none; take samples"
+                " that reach the op, or a scheme with dynamic inputs"
             )
         return input_parameters(seen.input.minimum, seen.input.maximum, args, torch.float32)
 
@@ -210,8 +211,8 @@ def write_checkpoint(
     ops, names, shards = source.ops, source.written, Shards(folder)
     more: Counter[str] = Counter()
     for done, name in enumerate(names, 1):
-        if op_name := ops.get(name):
-            for leaf, tensor in source.compressed(op_name).items():
+        if name in ops:
+            for leaf, tensor in source.compressed(ops[name]).items():
                 shards.add(f"{name.removesuffix('weight')}{leaf}", tensor)
                 if leaf in ("weight_scale", "input_scale") and tensor.dtype == torch.float32:
                     more[IN_FP32] += 2 * tensor.numel()
@@ -236,11 +237,11 @@ def require_bytes(written: Written, promised: int) -> None:
     Raises:
         InputError: the message says both numbers.
     """
-    if written.bytes - sum(written.more.values()) != promised:
+    found = written.bytes - sum(written.more.values())
+    if found != promised:
         raise InputError(
-            f"the checkpoint's tensors take {written.bytes} bytes, {sum(written.more.values())} of them because they"
-            f" are not rounded to BF16, and the profile says {promised}; do not use this profile, and report the"
-            " difference with the plan"
+            f"the checkpoint's tensors take {found} bytes in BF16, and the profile says {promised}; do not use this"
+            " profile, and report the difference with the plan"
         )
 
 

@@ -57,7 +57,7 @@ def quantize(
         frontier: where the profile was measured, on the same held-out batches.
         heldout: the batches.
         answers: as `heldout.HeldOut` takes them.
-        beside: as `folders.atomic_folder` takes it.
+        `beside`: as `folders.atomic_folder` takes it.
         on_progress: called after each tensor of the snapshot and after each batch, with the number done and the total.
 
     Returns:
@@ -184,7 +184,7 @@ def measure_loaded(
 def unquantized(model: Any, source: Source) -> Iterator[None]:
     """For as long as the context lasts, the quantized ops compute with the snapshot's weights."""
 
-    def forward(name: str, module: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(name: str, module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda x: torch.nn.functional.linear(x, source.weight(name), module.bias)
 
     with ExitStack() as stack:
