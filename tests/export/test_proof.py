@@ -23,6 +23,7 @@ from auto_quantize_model.models.snapshot import load_model
 from auto_quantize_model.models.units import unit_of, units_of
 from auto_quantize_model.records import Plan, Point
 from auto_quantize_model.replay.model import Replay
+from auto_quantize_model.report import sentences
 from auto_quantize_model.schemes.compressed import refusal, scheme_of, stored_bytes
 
 SCHEMES = ("NVFP4", "FP8_DYNAMIC", "W8A8", "FP8")
@@ -206,6 +207,10 @@ def test_the_folder_holds_the_proved_checkpoint_and_its_readme(of_text: Measured
     record = quantized(of_text, tmp_path / "a, b")
     assert (record["kind"], record["status"], record["profile"]) == ("checkpoint", "bit_identical", "balanced")
     assert record["promised"] == record["found"] and record["bytes"]["bytes"] == of_text.written.bytes
+    told = sentences.quantized(record, "here")
+    assert told.startswith(
+        "The checkpoint by the profile balanced: here. Loaded back, its error on held-out samples is bit"
+    )
     readme = (tmp_path / "a, b" / "README.md").read_text()
     assert f"vllm serve '{tmp_path}/a, b'" in readme and "were not run" in readme and "lm_eval --model vllm" in readme
     assert "| `FP8_DYNAMIC` |" in readme and "| unquantized | 1 |" in readme and "rounded to 4 bits" in readme
