@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 VERSION_CHECK := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 ARCHIVE ?= tmp/auto-quantize-model.tar.gz
-PROFILE ?= recommended
+PROFILE ?= balanced
 CONFIG ?=
 VERBOSE ?=
 SCRATCH := tmp/bench tmp/check_exports tmp/faults tmp/auto-quantize-model.tar.gz
@@ -60,7 +60,7 @@ lint: $(READY) ## check style, types and the workflow
 	$(BIN)/snakefmt --check workflow
 	$(BIN)/snakemake --lint
 
-quantize: $(READY) ## have INC quantize the model by PROFILE (recommended), and compare its error with the profile's
+quantize: $(READY) ## write the model of PROFILE (balanced) as a checkpoint, load it back, and compare its error with the profile's
 	$(call pipeline,quantize_model,--config quantize='{profile: $(PROFILE)}')
 
 bench: $(READY) ## measure equality with INC, speed next to INC, forwards in each scheme, and growth (20 minutes)

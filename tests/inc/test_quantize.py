@@ -10,31 +10,33 @@ import neural_compressor.adaptor.pytorch as nc_pytorch
 import pytest
 import torch
 import transformers
-from build import a_plan, a_profile, profiles_of
+from build import a_plan, a_point, a_profile, profiles_of
 from quick_inc import plans_unchecked
 
-from auto_quantize_model.config import PlanSpec, Target
+from auto_quantize_model.config import DecideSpec, PlanSpec, Target
 from auto_quantize_model.data.digits import LIMITS, digit_samples
-from auto_quantize_model.decide.profiles import build_profiles
+from auto_quantize_model.decide.frontier import measure_frontier
 from auto_quantize_model.export.exports import FP32, export
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.loader import CalibrationLoader
 from auto_quantize_model.inc.plan import build_plan
 from auto_quantize_model.inc.quantize import (
     WEIGHTS,
-    compared,
     load_quantized,
     logits,
     measure_error,
     modules_told_by_name,
     quantize,
 )
-from auto_quantize_model.measure.heldout import measure_tradeoff
+from auto_quantize_model.measure.capture import capture_sensitivity
+from auto_quantize_model.measure.heldout import compared
 from auto_quantize_model.measure.metrics import Reference
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.encode import Processor, collate, encode
 from auto_quantize_model.models.snapshot import load_model, module_types
-from auto_quantize_model.records import Profile, Tradeoff
+from auto_quantize_model.records import Frontier, Profile
+from auto_quantize_model.replay.calibrate import calibrate
+from auto_quantize_model.replay.scales import ALL_BATCHES
 
 pytestmark = pytest.mark.slow
 REDUCED = nc_pytorch.REDUCE_RANGE
@@ -52,60 +54,75 @@ def heldout(processor: Processor) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def tradeoff(tiny_snapshot: Path, batches: Any, heldout: Any, tmp_path_factory: pytest.TempPathFactory) -> Tradeoff:
-    """The trade-off of the tiny model, measured on the held-out digit with the scales of two batches."""
+def frontier(tiny_snapshot: Path, batches: Any, heldout: Any, tmp_path_factory: pytest.TempPathFactory) -> Frontier:
+    """The frontier of the tiny model, measured on the held-out digit with the scales of two batches."""
     model = load_model(tiny_snapshot)
+    spec = PlanSpec(confidence_batches=1, maps=("isolated",), schemes=("inc_int8",))
     with plans_unchecked():
-        plan = build_plan(model, batches, PlanSpec(confidence_batches=1, maps=("isolated",)))
-    store = ScoreStore(tmp_path_factory.mktemp("tradeoff"))
-    return measure_tradeoff(model, plan, plan.op_names, batches, [heldout], ANSWERS, store)
+        plan = build_plan(model, batches, spec)
+    store = ScoreStore(tmp_path_factory.mktemp("frontier"))
+    capture, _ = capture_sensitivity(model, batches, plan, store)
+    scales = calibrate(model, plan, batches, True)[ALL_BATCHES]
+    measured = scales, [heldout], ANSWERS, store, DecideSpec(points=3), Target()
+    return measure_frontier(model, plan, capture, ("inc_int8",), *measured)
 
 
 @pytest.fixture(scope="module")
-def profiles(tradeoff: Tradeoff) -> dict[str, Profile]:
-    return build_profiles(tradeoff, Target(min_sqnr_db=0)).profiles
+def profiles(frontier: Frontier) -> dict[str, Profile]:
+    """`smallest` has all ops in INT8, and `safest` keeps some in FP32."""
+    found = {}
+    for name, point in zip(("smallest", "safest"), frontier.points, strict=False):
+        assignment = frontier.assignment(point)
+        kept = tuple(op for unit in frontier.units for op in unit.ops if op not in assignment)
+        found[name] = Profile(point, assignment, kept)
+    assert not found["smallest"].kept and found["safest"].kept and found["safest"].assignment
+    return found
+
+
+def reference_of(model: torch.nn.Module, batch: Any) -> Reference:
+    return Reference(logits(model, batch), batch["mm_token_type_ids"])
 
 
 def op_name_dict(kept: Sequence[str]) -> dict[str, Any]:
     return {rf"{name}(\.module)?": FP32 for name in kept}
 
 
-@pytest.mark.parametrize("name", ["recommended", "max"])
+@pytest.mark.parametrize("name", ["smallest", "safest"])
 def test_the_saved_and_loaded_model_has_the_error_of_its_profile(
     tiny_snapshot: Path,
     batches: Any,
     heldout: Any,
     profiles: dict[str, Profile],
-    tradeoff: Tradeoff,
+    frontier: Frontier,
     tmp_path: Path,
     name: str,
 ) -> None:
     model, profile = load_model(tiny_snapshot), profiles[name]
-    reference = Reference(logits(model, heldout), None)
+    reference = reference_of(model, heldout)
     quantize(model, batches, op_name_dict(profile.kept), tmp_path)
     assert (tmp_path / WEIGHTS).is_file()
     loaded = load_quantized(tmp_path, load_model(tiny_snapshot))
     found = measure_error([reference], loaded, [heldout], ANSWERS)
-    record = compared(name, profile, found, tradeoff)
+    record = compared(name, profile, found, frontier)
     assert record["status"] == "bit_identical"
-    assert 0 < found["relative_error"] == profile.relative_error  # type: ignore[operator]
+    assert 0 < found["relative_error"] == profile.point.relative_error
 
 
 def test_another_keep_list_has_another_error(
-    tiny_snapshot: Path, batches: Any, heldout: Any, profiles: dict[str, Profile], tradeoff: Tradeoff, tmp_path: Path
+    tiny_snapshot: Path, batches: Any, heldout: Any, profiles: dict[str, Profile], frontier: Frontier, tmp_path: Path
 ) -> None:
     model = load_model(tiny_snapshot)
-    reference = Reference(logits(model, heldout), None)
-    quantize(model, batches, op_name_dict(profiles["max"].kept[1:]), tmp_path)
+    reference = reference_of(model, heldout)
+    quantize(model, batches, op_name_dict(profiles["safest"].kept[1:]), tmp_path)
     found = measure_error([reference], load_quantized(tmp_path, load_model(tiny_snapshot)), [heldout], ANSWERS)
-    with pytest.raises(InputError, match="profile max: relative_error was measured as .* do not use this profile"):
-        compared("max", profiles["max"], found, tradeoff)
+    with pytest.raises(InputError, match="profile safest: kl_divergence was measured as .* do not use this profile"):
+        compared("safest", profiles["safest"], found, frontier)
 
 
 @pytest.mark.parametrize("elsewhere", [{"device": "cuda"}, {"instruction_set": "AVX512 of another CPU"}])
-def test_another_device_or_instruction_set_promises_no_bits(elsewhere: dict[str, str], tradeoff: Tradeoff) -> None:
-    profile, there = a_profile(["a"], relative_error=0.1), replace(tradeoff, **elsewhere)
-    record = compared("max", profile, {"relative_error": 0.2}, there)
+def test_another_device_or_instruction_set_promises_no_bits(elsewhere: dict[str, str], frontier: Frontier) -> None:
+    profile, there = a_profile(a_point(["inc_int8"], relative_error=0.1)), replace(frontier, **elsewhere)
+    record = compared("safest", profile, {"relative_error": 0.2}, there)
     assert record["status"] == "measured_elsewhere"
     assert (record["promised"], record["found"]) == ({"relative_error": 0.1}, {"relative_error": 0.2})
     assert record["measured_instruction_set"] == there.instruction_set
@@ -131,15 +148,15 @@ def test_the_exported_script_quantizes_a_model_as_transformers_loads_it(
     batches: Any,
     heldout: Any,
     profiles: dict[str, Profile],
-    tradeoff: Tradeoff,
+    frontier: Frontier,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)  # INC leaves an nc_workspace where it runs
-    named = profiles_of({"recommended": profiles["minimal"]})
+    named = profiles_of({"smallest": profiles["smallest"]})
     modules = module_types(tiny_snapshot)
     export(tmp_path / "exports", named, a_plan(reduce_range=REDUCED), modules, [], len(batches))
-    specification = importlib.util.spec_from_file_location("script", tmp_path / "exports/recommended/inc_quantize.py")
+    specification = importlib.util.spec_from_file_location("script", tmp_path / "exports/smallest/inc_quantize.py")
     assert specification and specification.loader
     script = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(script)
@@ -148,7 +165,7 @@ def test_the_exported_script_quantizes_a_model_as_transformers_loads_it(
         kind = transformers.Qwen2_5_VLForConditionalGeneration
         return kind.from_pretrained(tiny_snapshot, dtype=torch.float32, attn_implementation="sdpa").eval()
 
-    reference = Reference(logits(stock(), heldout), None)
+    reference = reference_of(stock(), heldout)
     # The profile's 7 or 8 bits hold on a CPU where INC would choose the others.
     monkeypatch.setattr(nc_pytorch, "REDUCE_RANGE", not REDUCED)
     quantized = script.quantize(stock(), CalibrationLoader(batches))
@@ -156,4 +173,4 @@ def test_the_exported_script_quantizes_a_model_as_transformers_loads_it(
     loaded = script.load(str(tmp_path / "quantized"), stock())
     for model in (quantized.model, loaded):
         found = measure_error([reference], model, [heldout], ANSWERS)
-        assert compared("minimal", profiles["minimal"], found, tradeoff)["status"] == "bit_identical"
+        assert compared("smallest", profiles["smallest"], found, frontier)["status"] == "bit_identical"

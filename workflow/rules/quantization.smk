@@ -1,17 +1,18 @@
 rule quantize_model:
-    """Have INC itself quantize the model by a profile, and check that its error is the error of the profile.
+    """Quantize the model by a profile, load the result back, and check that its error is the error of the profile.
 
-    `all` does not include this rule. Name it, or run `make quantize PROFILE=moderate`.
+    The result is a checkpoint of compressed-tensors, or INC's model for a profile in inc_int8. The record lists the
+    files with the weights, so the rule runs again if one is gone. `all` does not include this rule. Name it, or run
+    `make quantize PROFILE=balanced`.
     """
     input:
-        **PLANNED,
+        **MEASURED,
         stale=made_again_where_stale("quantize_model"),
         heldout_set=rules.extract_calibration.output.heldout_set,
         frontier=rules.measure_frontier.output.frontier,
         profiles=rules.build_profiles.output.profiles,
         exports=rules.export_profiles.output.index,
     output:
-        model=f"{QUANTIZED}/best_model.pt",
         record=f"{QUANTIZED}/quantized.json",
     log:
         f"{RUN}/logs/quantize_model.log",
@@ -20,14 +21,13 @@ rule quantize_model:
     threads: 64
     params:
         code=code_digest("scripts/quantize_model.py"),
-        files=input_options,
+        files=file_options,
         versions=versions_of(*MEASURING),
         profile=config["quantize"]["profile"],
         directory=folder_of_output,
         config_digest=config_digest("quantize_model"),
     shell:
         "exec python scripts/quantize_model.py {params.files}"
-        " --record {output.record:q}"
         " --profile {params.profile:q}"
         " --directory {params.directory:q}"
         " --config-digest {params.config_digest}"

@@ -1,7 +1,7 @@
 """INC quantizes the model by an exported profile, and its error is compared with the error that the profile promises.
 
 In: a model, its calibration batches, an exported op_name_dict, held-out batches. Out: INC's INT8 model on disk, loaded
-back; and its error, compared with the error that the replay measured for the profile.
+back; and its metrics, for `measure.heldout.compared`.
 """
 
 import contextlib
@@ -19,10 +19,8 @@ from torch.ao.quantization.fx.utils import assert_and_get_unique_device
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.loader import CalibrationLoader
 from auto_quantize_model.inc_pytorch_mse_patching import copies_sharing_parameters, temporary_workspace
-from auto_quantize_model.machine import instruction_set
 from auto_quantize_model.measure.heldout import record_of, summary, totals
 from auto_quantize_model.measure.metrics import Reference
-from auto_quantize_model.records import Frontier, Profile
 from auto_quantize_model.replay.model import Batch
 
 WEIGHTS = "best_model.pt"  # INC's name of the file that it saves
@@ -118,39 +116,3 @@ def logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     with torch.no_grad():
         output: torch.Tensor = model(**batch).logits
     return output
-
-
-def compared(name: str, profile: Profile, found: dict[str, Any], frontier: Frontier) -> dict[str, Any]:
-    """The error of INC's model, compared with the error that the profile promised.
-
-    Args:
-        name: the profile's name.
-        profile: as `profiles.build_profiles` returns it.
-        found: as `measure_error` returns it.
-        frontier: where the profile was measured; its `device` and `instruction_set` say on which machine.
-
-    Returns:
-        {profile, status, measured_device, measured_instruction_set, promised, found}. `status` is `bit_identical`, or
-        `measured_elsewhere` if the profile was measured on a GPU or on a CPU with other vector instructions. Sums and
-        INT8 products there differ from those of this CPU.
-
-    Raises:
-        InputError: the profile was measured on such a CPU as this one, and a number differs.
-    """
-    promised = {field: getattr(profile.point, field) for field in found}
-    here = frontier.device == "cpu" and frontier.instruction_set == instruction_set()
-    if here:
-        for field, value in found.items():
-            if value != promised[field]:
-                raise InputError(
-                    f"profile {name}: {field} was measured as {promised[field]!r}, and INC's INT8 model gives"
-                    f" {value!r}; do not use this profile, and report the difference with the plan"
-                )
-    return {
-        "profile": name,
-        "status": "bit_identical" if here else "measured_elsewhere",
-        "measured_device": frontier.device,
-        "measured_instruction_set": frontier.instruction_set,
-        "promised": promised,
-        "found": found,
-    }

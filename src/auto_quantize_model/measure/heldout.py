@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from auto_quantize_model.files import InputError
+from auto_quantize_model.machine import instruction_set
 from auto_quantize_model.measure.aggregate import decibels, interval, weighted
 from auto_quantize_model.measure.capture import context, digest_of_batch, state_key
 from auto_quantize_model.measure.metrics import Reference, next_token_loss, require_finite, right_answers
 from auto_quantize_model.measure.store import ScoreStore, Shelf
-from auto_quantize_model.records import Plan, Scales
+from auto_quantize_model.records import Frontier, Plan, Profile, Scales
 from auto_quantize_model.replay.by_name import schemes_of
 from auto_quantize_model.replay.model import Batch, Replay
 from auto_quantize_model.replay.scales import digest_of_scales
@@ -173,3 +174,38 @@ def in_words(state: Assignment) -> str:
     counts = {scheme: list(state.values()).count(scheme) for scheme in dict.fromkeys(state.values())}
     parts = [f"{count} op{'s' * (count != 1)} in {scheme}" for scheme, count in counts.items()]
     return f"the model with {' and '.join(parts)}" if parts else "the unquantized model"
+
+
+def compared(name: str, profile: Profile, found: Mapping[str, Any], frontier: Frontier) -> dict[str, Any]:
+    """The metrics of a quantized model that was loaded back, compared with those that its profile promised.
+
+    Args:
+        name: the profile's name.
+        profile: as `profiles.build_profiles` returns it.
+        found: as `summary` returns it.
+        frontier: where the profile was measured; its `device` and `instruction_set` say on which machine.
+
+    Returns:
+        {profile, status, measured_device, measured_instruction_set, promised, found}. `status` is `bit_identical`, or
+        `measured_elsewhere` if a number differs that was measured on a GPU or on a CPU with other vector instructions.
+        Sums and INT8 products there differ from those of this CPU.
+
+    Raises:
+        InputError: the profile was measured on such a CPU as this one, and a number differs.
+    """
+    promised = {field: getattr(profile.point, field) for field in found}
+    different = [field for field, value in found.items() if value != promised[field]]
+    if different and frontier.device == "cpu" and frontier.instruction_set == instruction_set():
+        field = different[0]
+        raise InputError(
+            f"profile {name}: {field} was measured as {promised[field]!r}, and the quantized model gives"
+            f" {found[field]!r}; do not use this profile, and report the difference with the plan"
+        )
+    return {
+        "profile": name,
+        "status": "measured_elsewhere" if different else "bit_identical",
+        "measured_device": frontier.device,
+        "measured_instruction_set": frontier.instruction_set,
+        "promised": promised,
+        "found": dict(found),
+    }

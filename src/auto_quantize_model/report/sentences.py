@@ -247,13 +247,16 @@ def closing(report: Report, page: str, exports: str, configs: str) -> list[str]:
     return [*warnings, f"Decision: {what} {why}".strip(), f"The page: {page}", f"Next: {step}"]
 
 
-def quantized(record: dict[str, Any], folder: str) -> str:
-    """Where INC's INT8 model lies and how its error compares with the profile's. In: the record of the comparison."""
+def quantized(record: Mapping[str, Any], folder: str) -> str:
+    """Where the quantized model lies, and how its error compares with the profile's. In: the command's record."""
+    what = "The checkpoint" if record["kind"] == "checkpoint" else "INC's INT8 model"
     if record["status"] == "bit_identical":
-        found = "its error on held-out samples is bit for bit the profile's"
+        found = "Loaded back, its error on held-out samples is bit for bit the profile's."
     else:
-        found = "its error cannot be compared bit for bit, because the profile was measured on another device or CPU"
-    return f"INC's INT8 model by the profile {record['profile']}: {folder}; {found}."
+        found = (
+            "The profile was measured on another device or CPU, so the error of the loaded model has other last bits."
+        )
+    return f"{what} by the profile {record['profile']}: {folder}. {found}"
 
 
 def breaks(report: Report) -> list[str]:
