@@ -103,8 +103,8 @@ def require_modules(subject: Subject) -> None:
         for name in names:
             if scheme != INC_INT8 and not issubclass(subject.modules[name], torch.nn.Linear):
                 raise InputError(
-                    f"profile {subject.name}: {name} is a {subject.modules[name].__name__}, and {scheme} is for a Linear;"
-                    " build the profiles again (snakemake --cores 1 --forcerun build_profiles)"
+                    f"profile {subject.name}: {name} is a {subject.modules[name].__name__}, and {scheme} is for a"
+                    " Linear; build the profiles again (snakemake --cores 1 --forcerun build_profiles)"
                 )
 
 

@@ -36,7 +36,7 @@ def notes(subject: Subject) -> list[str]:
 
 
 def files(subject: Subject, above: str) -> dict[str, str]:
-    """The recipe. It ignores the Linears without a scheme by name, because vLLM asks for a scheme or an ignored name."""
+    """The recipe. It ignores the other Linears by name, because vLLM asks for the scheme of each one not ignored."""
     groups: dict[str, Any] = {}
     for scheme, names in subject.groups.items():
         sides = {side: stated(fields) for side, fields in fields_of(subject.schemes[scheme]).items() if fields}
