@@ -60,22 +60,13 @@ def of_inputs(args: QuantizationArgs | None) -> dict[str, Any]:
         found = {"act_data_type": "fp", "act_group_size": 0, "act_dynamic": False}
     elif is_plain(args, "float", "group", dynamic=True):
         found = {"act_data_type": "fp", "act_group_size": args.group_size, "act_dynamic": True}
-    elif (
-        args.strategy == "token"
-        and args.dynamic is True
-        and args.symmetric
-        and (args.type, args.num_bits) != ("float", 4)
-    ):
-        kind = {"int": "int", "float": "fp"}[args.type]
-        found = {"act_data_type": kind, "act_group_size": -1, "act_dynamic": True}
+    elif is_plain(args, "float", "token", dynamic=True):
+        found = {"act_data_type": "fp", "act_group_size": -1, "act_dynamic": True}
+    elif (args.type, args.strategy, args.dynamic, args.symmetric) == ("int", "token", True, True):
+        found = {"act_data_type": "int", "act_group_size": -1, "act_dynamic": True}
     else:
         return {}
     return {"act_bits": args.num_bits, "act_sym": True, **found}
-
-
-def notes(subject: Subject) -> list[str]:
-    """What the reader of the file should know."""
-    return [REMARK]
 
 
 def files(subject: Subject, above: str) -> dict[str, str]:

@@ -35,25 +35,33 @@ class Tool:
 
     Attributes:
         title: its name for people.
-        refusal: why the tool cannot hold a scheme in an op that shares its matrix with others or not; empty if it can.
-            None for a tool that takes profiles of INC's INT8 alone.
-        notes: what its user should know of a profile's files.
+        remark: what its user should know.
         files: {file name: text} of a profile, below a header.
+        refusal: why the tool cannot hold a scheme in an op, which shares its matrix with others or not; empty if it
+            can. None for a tool that takes profiles of INC's INT8 alone.
+        notes: what its user should know of one profile, besides the remark.
     """
 
     title: str
-    refusal: Callable[[QuantizationScheme, Op, bool], str] | None
-    notes: Callable[[Subject], list[str]]
+    remark: str
     files: Callable[[Subject, str], dict[str, str]]
+    refusal: Callable[[QuantizationScheme, Op, bool], str] | None = None
+    notes: Callable[[Subject], list[str]] = lambda subject: []
 
 
 TOOLS = {
-    "llm_compressor": Tool(llm_compressor.TITLE, llm_compressor.refusal, llm_compressor.notes, llm_compressor.files),
-    "modelopt": Tool(modelopt.TITLE, modelopt.refusal, modelopt.notes, modelopt.files),
-    "torchao": Tool(torchao.TITLE, torchao.refusal, torchao.notes, torchao.files),
-    "autoround": Tool(autoround.TITLE, autoround.refusal, autoround.notes, autoround.files),
-    "inc": Tool("Intel Neural Compressor", None, inc_int8.inc_notes, inc_int8.inc_files),
-    "nncf": Tool("NNCF", None, inc_int8.nncf_notes, inc_int8.nncf_files),
+    "llm_compressor": Tool(
+        llm_compressor.TITLE,
+        llm_compressor.REMARK,
+        llm_compressor.files,
+        llm_compressor.refusal,
+        llm_compressor.notes,
+    ),
+    "modelopt": Tool(modelopt.TITLE, modelopt.REMARK, modelopt.files, modelopt.refusal),
+    "torchao": Tool(torchao.TITLE, torchao.REMARK, torchao.files, torchao.refusal),
+    "autoround": Tool(autoround.TITLE, autoround.REMARK, autoround.files, autoround.refusal),
+    "inc": Tool("Intel Neural Compressor", inc_int8.FOR_INC, inc_int8.inc_files, notes=inc_int8.inc_notes),
+    "nncf": Tool("NNCF", inc_int8.FOR_NNCF, inc_int8.nncf_files, notes=inc_int8.notes),
 }
 
 
@@ -73,17 +81,21 @@ def export_profile(subject: Subject) -> tuple[dict[str, str], dict[str, Any]]:
     tools: dict[str, Any] = {}
     for name, tool in TOOLS.items():
         refused = refusals(tool, subject)
-        written, kept, quantized = {}, {}, {}
+        written: dict[str, str] = {}
         if refused:
             notes = [f"No file, because the tool cannot hold {scheme}: {reason}." for scheme, reason in refused.items()]
         else:
-            notes = [*coverage.remark(subject.plan.coverage), *tool.notes(subject)]
+            notes = [*coverage.remark(subject.plan.coverage), *tool.notes(subject), tool.remark]
             written = tool.files(subject, header([*subject.described(), *notes]))
-            quantized = subject.profile.assignment
-            kept = {} if tool.refusal else inc_int8.kept(subject)
         texts |= written
-        tools[name] = {"title": tool.title, "files": sorted(written), "quantized": quantized, "kept": kept}
-        tools[name] |= {"refused": refused, "notes": notes}
+        tools[name] = {
+            "title": tool.title,
+            "files": sorted(written),
+            "quantized": subject.profile.assignment if written else {},
+            "kept": inc_int8.kept(subject) if written and tool.refusal is None else {},
+            "refused": refused,
+            "notes": notes,
+        }
     return texts | {"README.md": overview(tools, subject)}, tools
 
 
@@ -93,7 +105,7 @@ def require_modules(subject: Subject) -> None:
     Raises:
         InputError: a module does not exist, or cannot have its scheme.
     """
-    for name in (*subject.profile.assignment, *subject.profile.kept):
+    for name in (*subject.profile.assignment, *subject.ops):
         if name not in subject.modules or name not in subject.ops:
             raise InputError(
                 f"profile {subject.name}: {name} is not a module of {subject.plan.model}; make the plan again"

@@ -22,28 +22,24 @@ FOR_NNCF = (
 
 def kept(subject: Subject) -> dict[str, str]:
     """The modules that both tools must leave in FP32, each with the reason."""
-    idle = [op.op_name for op in subject.plan.ops if not op.ran and op.op_name not in subject.profile.assignment]
-    found = dict.fromkeys(subject.profile.kept, BY_PROFILE)
-    found |= {module.op_name: BY_PLAN for module in subject.plan.excluded} | dict.fromkeys(idle, IS_IDLE)
+    left = [op for op in subject.plan.ops if op.op_name not in subject.profile.assignment]
+    found = {op.op_name: BY_PROFILE for op in left if op.ran}
+    found |= {module.op_name: BY_PLAN for module in subject.plan.excluded}
+    found |= {op.op_name: IS_IDLE for op in left if not op.ran}
     return {name: reason for name, reason in found.items() if issubclass(subject.modules[name], QUANTIZED)}
 
 
 def inc_notes(subject: Subject) -> list[str]:
-    """What the reader of INC's files should know."""
+    """Whether INC can convert the model, and the ops that never ran."""
     check = subject.plan.inc_check
     unfit = f"Do not use: INC 2.6 cannot convert this model ({check.get('reason')})."
-    return [*([unfit] if check["status"] == "cannot" else []), *with_idle(FOR_INC, subject)]
+    return [*([unfit] if check["status"] == "cannot" else []), *notes(subject)]
 
 
-def nncf_notes(subject: Subject) -> list[str]:
-    """What the reader of NNCF's file should know."""
-    return with_idle(FOR_NNCF, subject)
-
-
-def with_idle(remark: str, subject: Subject) -> list[str]:
-    """A remark, after the ops that are kept because they never ran."""
+def notes(subject: Subject) -> list[str]:
+    """The ops that are kept because they never ran."""
     idle = [name for name, reason in kept(subject).items() if reason == IS_IDLE]
-    return [*([f"Kept too ({IS_IDLE}): {listed(idle)}."] if idle else []), remark]
+    return [f"Kept too ({IS_IDLE}): {listed(idle)}."] if idle else []
 
 
 def inc_files(subject: Subject, above: str) -> dict[str, str]:

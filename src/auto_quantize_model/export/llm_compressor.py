@@ -30,9 +30,8 @@ def refusal(scheme: QuantizationScheme, op: Op, shared: bool) -> str:
 
 
 def notes(subject: Subject) -> list[str]:
-    """What the reader of the recipe should know."""
-    heads = [name for name in subject.profile.assignment if name.rpartition(".")[2] == "lm_head"]
-    return [REMARK, LM_HEAD] if heads else [REMARK]
+    """The note on lm_head, where the profile quantizes one."""
+    return [LM_HEAD] if any(name.rpartition(".")[2] == "lm_head" for name in subject.profile.assignment) else []
 
 
 def files(subject: Subject, above: str) -> dict[str, str]:

@@ -62,11 +62,6 @@ def attributes(args: QuantizationArgs) -> dict[str, Any]:
     return {}
 
 
-def notes(subject: Subject) -> list[str]:
-    """What the reader of the file should know."""
-    return [REMARK]
-
-
 def files(subject: Subject, above: str) -> dict[str, str]:
     """A Python file, because JSON has no tuples and no integers as keys."""
     quantizers = {}

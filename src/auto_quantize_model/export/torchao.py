@@ -34,8 +34,7 @@ def refusal(scheme: QuantizationScheme, op: Op, shared: bool) -> str:
         return f"torchao has no {words(scheme.weights)} for weights with {words(scheme.input_activations)} for inputs"
     if is_nvfp4(scheme.weights) and shared:
         return OWN_SCALE
-    in_float8 = is_plain(scheme.input_activations, "float", "token", dynamic=True)
-    if (in_float8 or is_nvfp4(scheme.weights)) and any(side % 16 for side in op.shape):
+    if scheme.weights.type == "float" and any(side % 16 for side in op.shape):
         return "torchao asks for rows and columns in multiples of 16"
     return ""
 
@@ -72,11 +71,6 @@ def mx(dtype: str, rounding: str) -> str:
         f"mx_formats.MXDynamicActivationMXWeightConfig(activation_dtype=torch.{dtype}, weight_dtype=torch.{dtype},"
         f" scaling_mode=mx_formats.ScaleCalculationMode.{rounding})"
     )
-
-
-def notes(subject: Subject) -> list[str]:
-    """What the reader of the file should know."""
-    return [REMARK]
 
 
 def files(subject: Subject, above: str) -> dict[str, str]:
