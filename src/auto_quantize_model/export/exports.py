@@ -21,6 +21,7 @@ from auto_quantize_model.files import InputError, write_text
 from auto_quantize_model.folders import atomic_folder
 from auto_quantize_model.records import Op, Plan, Profiles, digest_of_record
 from auto_quantize_model.report import coverage
+from auto_quantize_model.report.sentences import counted
 from auto_quantize_model.schemes.scheme import INC_INT8
 
 ONLY_INC = (
@@ -83,7 +84,7 @@ def export_profile(subject: Subject) -> tuple[dict[str, str], dict[str, Any]]:
         refused = refusals(tool, subject)
         written: dict[str, str] = {}
         if refused:
-            notes = [f"No file, because the tool cannot hold {scheme}: {reason}." for scheme, reason in refused.items()]
+            notes = [without_file(refused, reason) for reason in dict.fromkeys(refused.values())]
         else:
             notes = [*coverage.remark(subject.plan.coverage), *tool.notes(subject), tool.remark]
             written = tool.files(subject, header([*subject.described(), *notes]))
@@ -132,10 +133,16 @@ def refusals(tool: Tool, subject: Subject) -> dict[str, str]:
                 reasons.setdefault(reason, []).append(op)
         if reasons:
             found[name] = "; ".join(
-                reason if ops == subject.groups[name] else f"{reason} ({listed(ops)})"
+                reason if ops == subject.groups[name] else f"{reason} ({counted(len(ops), 'op')}, such as {ops[0]})"
                 for reason, ops in reasons.items()
             )
     return found
+
+
+def without_file(refused: dict[str, str], reason: str) -> str:
+    """That a tool gets no file, for one of the reasons."""
+    schemes = listed([scheme for scheme, own in refused.items() if own == reason])
+    return f"No file, because the tool cannot hold {schemes}: {reason}."
 
 
 def overview(tools: dict[str, Any], subject: Subject) -> str:

@@ -17,10 +17,11 @@ REMARK = (
     'Use: oneshot(model=model, recipe="llm_compressor_recipe.yaml"), then model.save_pretrained(folder,'
     " save_compressed=True). Give oneshot a dataset too if a scheme has static inputs, as FP8 and NVFP4 have."
 )
-# The first release whose `CompressedTensorsConfig.get_quant_method` has a branch for `ParallelLMHead`.
+# The first release whose `CompressedTensorsConfig.get_quant_method` has a branch for `ParallelLMHead`
+# (vllm-project/vllm#37291). The failures: vllm-project/vllm#48856 and #52434.
 LM_HEAD = (
-    "vLLM loads a quantized lm_head from version 0.20.0 on (vllm-project/vllm#37291); older versions do not. Some GPUs"
-    " run FP8 by other kernels. There, versions 0.25 to 0.27 were seen to fail on an lm_head in FP8 (#48856, #52434)."
+    "vLLM loads a quantized lm_head from version 0.20.0 on; older versions do not. Some GPUs run FP8 by other kernels."
+    " There, versions 0.25 to 0.27 were seen to fail on an lm_head in FP8."
 )
 
 

@@ -23,9 +23,7 @@ REMARK = (
 E4M3, E2M1, E8M0 = (4, 3), (2, 1), (8, 0)
 NVFP4 = {"num_bits": E2M1, "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": E4M3}}
 MXFP8 = {"num_bits": E4M3, "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": E8M0}}
-INTEGERS = (
-    "ModelOpt's integers end at plus and minus their largest value, and those of compressed-tensors half a step on"
-)
+INTEGERS = "ModelOpt maps the largest value to 127, and compressed-tensors to 127.5 (in 4 bits to 7 and 7.5)"
 ROUNDED_UP = "ModelOpt rounds the scale of a group up to a power of two, and compressed-tensors rounds to the nearest"
 
 
