@@ -1,10 +1,10 @@
-"""Load every export in its own tool, quantize the model, and check that only the kept modules stay as they are.
+"""Load every export in its own tool, quantize the model, and check which modules the tool quantizes to how many bits.
 
     python benchmarks/check_exports.py [TOOL ...]
 
-There are two models: `digits_vlm`, so run `make run` before, and a tiny Qwen2-VL. Each tool gets a virtual environment
-of its own in tmp/, which takes gigabytes. `make quantize` checks INC's export. A tool that cannot be installed, or that
-fails, is printed, and the exit code is 1.
+There are two models: `digits_vlm`, so run `make run` before, and a tiny Qwen2-VL with profiles of several schemes. Each
+tool gets a virtual environment of its own in tmp/, which takes gigabytes. `make quantize` checks INC's export. A tool
+that cannot be installed, or that fails, is printed, and the exit code is 1.
 """
 
 import argparse
@@ -38,8 +38,26 @@ PACKAGES = {
     "modelopt": [["nvidia-modelopt", "requests"]],
     "nncf": [["nncf"]],
     "torchao": [["torchao"]],
+    "autoround": [["auto-round"]],
 }
 INDEX_OF = {"compressed-tensors": "llm_compressor", "llmcompressor": "llm_compressor"}  # the others have their own name
+DISTRIBUTIONS = {"modelopt": "nvidia-modelopt", "autoround": "auto-round"}
+# The schemes that a tool cannot quantize to without a GPU.
+ON_GPU = {"torchao": {"FP8_DYNAMIC"}, "modelopt": {"NVFP4", "NVFP4A16", "MXFP8", "MXFP8A16"}}
+# The profiles of the tiny Qwen2-VL: {profile: {module: scheme}}.
+LAYER, BLOCK = "model.language_model.layers.0", "model.visual.blocks.0"
+QKV = [f"{LAYER}.self_attn.{name}_proj" for name in "qkv"]
+GROUPS = {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}
+ZERO_POINTS = {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False}}
+PROFILES = {
+    "int8": dict.fromkeys([f"{LAYER}.self_attn.k_proj", f"{LAYER}.mlp.up_proj", "lm_head"], "inc_int8"),
+    "integers": dict.fromkeys(QKV, "W4A16_G32")
+    | {f"{LAYER}.mlp.down_proj": "W8A8", f"{BLOCK}.mlp.fc1": "W4A16_ASYM_G32", "lm_head": "W8A8"},
+    "fp8": dict.fromkeys(QKV, "FP8_DYNAMIC") | {f"{LAYER}.mlp.down_proj": "FP8", f"{BLOCK}.mlp.fc1": "FP8"},
+    "static_fp8": {f"{LAYER}.mlp.down_proj": "FP8", "lm_head": "FP8"},
+    "fp4": {f"{LAYER}.self_attn.o_proj": "NVFP4", f"{LAYER}.mlp.down_proj": "MXFP8", f"{BLOCK}.mlp.fc1": "MXFP4"},
+}
+Bits = dict[str, tuple[int, int]]  # {module: bits of its weight and of its input}
 
 
 def main() -> int:
@@ -55,27 +73,31 @@ def main() -> int:
 
 
 def keep_batch() -> None:
-    """Write one calibration batch of `digits_vlm`, because the tools' environments cannot make one."""
+    """Write one calibration batch of `digits_vlm` and the bits of its schemes for the tools' environments."""
     from auto_quantize_model.data.batches import load_batches
     from auto_quantize_model.documents import read_document
     from auto_quantize_model.models.snapshot import load_processor
-    from auto_quantize_model.records import CalibrationManifest, as_record
+    from auto_quantize_model.records import CalibrationManifest, Plan, as_record
 
     calibration = as_record(CalibrationManifest, read_document(RUN / "calibration_manifest.json"))
     processor = load_processor(MODELS["digits_vlm"][0], calibration.image_backend)
     batches = load_batches(RUN / "calibration" / "calibration.parquet", calibration, processor)
     FOLDER.mkdir(parents=True, exist_ok=True)
     torch.save(batches[0], FOLDER / "digits_vlm.pt")
+    plan = as_record(Plan, read_document(RUN / "plan.json"))
+    expect("digits_vlm", {name: fields for name, fields in plan.schemes.items() if "checkpoint" not in fields})
 
 
 def make_qwen2_vl() -> None:
-    """A tiny Qwen2-VL, a batch and a profile's exports: ModelOpt can quantize the nn.LayerNorm of its vision tower."""
+    """A tiny Qwen2-VL, a batch, and exports of its profiles, whose other Linears are all kept."""
     import transformers
 
     from auto_quantize_model.export.exports import export
     from auto_quantize_model.inc.plan import inventoried
     from auto_quantize_model.models.coverage import cover
-    from auto_quantize_model.records import IncInt8, Plan, Profile, Profiles, Side
+    from auto_quantize_model.models.units import units_of
+    from auto_quantize_model.records import IncInt8, Plan, Point, Profile, Profiles, Side
+    from auto_quantize_model.schemes.compressed import fields_of, scheme_of
 
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -90,11 +112,12 @@ def make_qwen2_vl() -> None:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 1).long()}
     batch |= {"pixel_values": torch.randn(16, 3 * 2 * 14 * 14), "image_grid_thw": torch.tensor([[1, 4, 4]])}
     torch.save(batch, FOLDER / "qwen2_vl.pt")
-    kept = ["model.visual.blocks.0.mlp.fc1", "model.language_model.layers.0.self_attn.q_proj"]
-    modules = {name: type(module) for name, module in model.named_modules()}
-    scheme = IncInt8("merger", "Linear", Side({}), Side({}))
-    idle = inventoried("model.visual.merger.mlp.0", "Linear", dict(model.named_modules()), scheme)
-    two = Profile(2, 0.0, None, None, 0.0, 1.0, None, 0, "ranking", tuple(kept), {}, {})
+    modules = dict(model.named_modules())
+    linears = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
+    as_inc = IncInt8("a", "Linear", Side({}), Side({}))
+    ops = [replace(inventoried(name, "Linear", modules, as_inc), executions=(1,)) for name in linears]
+    own = {"W4A16_G32": GROUPS, "W4A16_ASYM_G32": ZERO_POINTS}
+    served = {scheme for name, profile in PROFILES.items() if name != "int8" for scheme in profile.values()}
     plan = Plan(
         model="qwen2_vl",
         engine="replay",
@@ -104,14 +127,28 @@ def make_qwen2_vl() -> None:
         reduce_range=False,
         reduce_range_by="config",
         measured_op="lm_head",
-        schemes={"inc_int8": {}},
-        ops=(replace(idle, executions=(0,)),),
+        schemes={"inc_int8": {}} | {name: fields_of(scheme_of(name, own.get(name))) for name in sorted(served)},
+        ops=tuple(ops),
+        units=tuple(units_of(ops, modules)),
         excluded=(),
-        coverage=cover(model, [idle.op_name], []),
+        coverage=cover(model, linears, []),
         inc_check={"status": "reproduces_fp32"},
         versions={},
     )
-    export(exports, Profiles({}, {"two": two}, "", None, None, {}), plan, modules, set(model.state_dict()), 1)
+    point = Point("frontier", "", (), 0, 8, 0, 0, 0, 0, 0, None, None, (), 1, None, None, 0, None, None)
+    profiles = {
+        name: Profile(point, given, tuple(op for op in linears if op not in given)) for name, given in PROFILES.items()
+    }
+    types = {name: type(module) for name, module in modules.items()}
+    export(exports, Profiles({}, profiles, {}), plan, types, set(model.state_dict()), 1)
+    expect("qwen2_vl", plan.schemes)
+
+
+def expect(subject: str, schemes: dict[str, Any]) -> None:
+    """Write the bits of each scheme for the check, because the tools' environments cannot read a plan."""
+    found = {name: [side and side["num_bits"] for side in fields.values()] for name, fields in schemes.items()}
+    bits = {name: [sides[0], sides[1] or 16] if sides else [8, 8] for name, sides in found.items()}
+    (FOLDER / f"{subject}_bits.json").write_text(json.dumps(bits))
 
 
 def in_its_environment(tool: str) -> int:
@@ -147,21 +184,30 @@ def in_its_environment(tool: str) -> int:
 
 
 def check(tool: str) -> int:
-    """Quantize each model by each profile's export, and compare the modules in FP32 with the export's index."""
+    """Quantize each model by each profile's export, and compare modules and bits with the export's index."""
     import transformers
 
-    package = {"modelopt": "nvidia-modelopt"}.get(tool, tool)
     for subject, (snapshot, exports) in MODELS.items():
         batch = torch.load(FOLDER / f"{subject}.pt")
+        bits = json.loads((FOLDER / f"{subject}_bits.json").read_text())
         for profile, tools in json.loads((exports / "index.json").read_text())["profiles"].items():
-            model = transformers.AutoModelForImageTextToText.from_pretrained(snapshot, dtype=torch.float32).eval()
-            linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-            kept = set(tools[INDEX_OF.get(tool, tool)]["kept"])
-            quantized = CHECKS[tool](model, exports / profile, batch)
-            assert quantized & linears == linears - kept, sorted((quantized & linears) ^ (linears - kept))  # noqa: S101
-            assert not quantized & kept, sorted(quantized & kept)  # noqa: S101
-            counts = f"{len(quantized)} modules quantized, {len(kept)} left alone"
-            print(f"{tool} {version(package)}: {subject}, {profile}: {counts}")
+            entry = tools[INDEX_OF.get(tool, tool)]
+            about = f"{tool} {version(DISTRIBUTIONS.get(tool, tool))}: {subject}, {profile}"
+            if not entry["files"]:
+                print(f"{about}: no file, because the tool cannot hold {', '.join(entry['refused'])}")
+                continue
+            if ON_GPU.get(tool, set()) & set(entry["quantized"].values()) and not torch.cuda.is_available():
+                print(f"{about}: NOT CHECKED, because that needs a GPU")
+                continue
+            dtype = torch.bfloat16 if tool == "torchao" else torch.float32
+            model = transformers.AutoModelForImageTextToText.from_pretrained(snapshot, dtype=dtype).eval()
+            expected = {name: tuple(bits[scheme]) for name, scheme in entry["quantized"].items()}
+            if tool == "nncf":  # it quantizes what no file names, too
+                linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+                expected |= {name: (8, 8) for name in linears if name not in entry["kept"]}
+            found = CHECKS[tool](model, exports / profile, batch)
+            assert found == expected, sorted(found.items() ^ expected.items())  # noqa: S101
+            print(f"{about}: {len(found)} modules quantized, each to its bits")
     return 0
 
 
@@ -173,60 +219,64 @@ def imported(path: Path) -> Any:
     return module
 
 
-def by_compressed_tensors(model: torch.nn.Module, folder: Path, batch: Any) -> set[str]:
-    """The recipe's `ignore` and scheme as compressed-tensors applies them, which is what a checkpoint carries."""
+def by_compressed_tensors(model: torch.nn.Module, folder: Path, batch: Any) -> Bits:
+    """The recipe as compressed-tensors applies it, which is what a checkpoint carries."""
     import yaml
-    from compressed_tensors.quantization import (
-        QuantizationConfig,
-        apply_quantization_config,
-        preset_name_to_scheme,
-    )
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
     recipe = yaml.safe_load((folder / "llm_compressor_recipe.yaml").read_text())
     modifier = recipe["quant_stage"]["quant_modifiers"]["QuantizationModifier"]
-    scheme = preset_name_to_scheme(modifier["scheme"], modifier["targets"])
-    apply_quantization_config(model, QuantizationConfig(config_groups={"all": scheme}, ignore=modifier["ignore"]))
+    apply_quantization_config(model, QuantizationConfig(**modifier))
     return with_scheme(model)
 
 
-def by_llmcompressor(model: torch.nn.Module, folder: Path, batch: Any) -> set[str]:
-    """The recipe applied by llm-compressor as its comment says; the checkpoint has no scales of lm_head for vLLM."""
+def by_llmcompressor(model: torch.nn.Module, folder: Path, batch: Any) -> Bits:
+    """The recipe applied by llm-compressor as its comment says. The checkpoint has scales of these modules alone."""
     from llmcompressor import oneshot
     from safetensors import safe_open
 
-    oneshot(model=model, recipe=str(folder / "llm_compressor_recipe.yaml"))
-    quantized = with_scheme(model)
+    data = torch.utils.data.DataLoader([batch], batch_size=None)
+    # It asks for a processor, and does not call it where the data are batches already.
+    recipe = str(folder / "llm_compressor_recipe.yaml")
+    oneshot(model=model, processor=torch.nn.Identity(), recipe=recipe, dataset=data, pipeline="basic")
+    found = with_scheme(model)
     model.save_pretrained(FOLDER / "compressed", save_compressed=True)
     with safe_open(FOLDER / "compressed" / "model.safetensors", "pt") as file:
-        tensors = set(file.keys())
-    assert sum(name.endswith(".weight_scale") for name in tensors) == len(quantized)  # noqa: S101
-    assert {name for name in tensors if "lm_head" in name} == {"lm_head.weight"}  # noqa: S101
-    return quantized
-
-
-def with_scheme(model: torch.nn.Module) -> set[str]:
-    """The modules that compressed-tensors quantizes; never lm_head, because vLLM would not load it."""
-    found = {name for name, module in model.named_modules() if hasattr(module, "quantization_scheme")}
-    assert "lm_head" in dict(model.named_modules()) and "lm_head" not in found  # noqa: S101
+        scales = [name for name in file.keys() if name.endswith(".weight_scale")]
+    assert len(scales) == len(found), sorted(scales)  # noqa: S101
     return found
 
 
-def by_modelopt(model: torch.nn.Module, folder: Path, batch: Any) -> set[str]:
-    import modelopt.torch.quantization as mtq
-
-    config = json.loads((folder / "modelopt_quant_cfg.json").read_text())
-    quantized = mtq.quantize(model, config, lambda model: model(**batch))
-    enabled = {name for name, module in quantized.named_modules() if getattr(module, "is_enabled", False)}
-    weights, inputs = (
-        {name.removesuffix(kind) for name in enabled if name.endswith(kind)}
-        for kind in (".weight_quantizer", ".input_quantizer")
-    )
-    assert weights == inputs, sorted(weights ^ inputs)  # noqa: S101
-    assert len(enabled) == len(weights) + len(inputs), sorted(enabled)  # noqa: S101
-    return weights
+def with_scheme(model: torch.nn.Module) -> Bits:
+    """The bits of the modules that compressed-tensors quantizes."""
+    schemes = {
+        name: module.quantization_scheme
+        for name, module in model.named_modules()
+        if getattr(module, "quantization_scheme", None)
+    }
+    return {
+        name: (scheme.weights.num_bits, scheme.input_activations.num_bits if scheme.input_activations else 16)
+        for name, scheme in schemes.items()
+    }
 
 
-def by_nncf(model: torch.nn.Module, folder: Path, batch: Any) -> set[str]:
+def by_modelopt(model: torch.nn.Module, folder: Path, batch: Any) -> Bits:
+    quantized = imported(folder / "modelopt_quantize.py").quantize(model, lambda model: model(**batch))
+    modules = dict(quantized.named_modules())
+    enabled = {name for name, module in modules.items() if getattr(module, "is_enabled", False)}
+    weights = {name.removesuffix(".weight_quantizer") for name in enabled if name.endswith(".weight_quantizer")}
+
+    def bits(quantizer: str) -> int:
+        own = modules[quantizer].num_bits if quantizer in enabled else 16
+        return 1 + sum(own) if isinstance(own, tuple) else own
+
+    found = {name: (bits(f"{name}.weight_quantizer"), bits(f"{name}.input_quantizer")) for name in weights}
+    named = {f"{name}.{side}_quantizer" for name in weights for side in ("weight", "input")}
+    assert enabled <= named, sorted(enabled - named)  # noqa: S101
+    return found
+
+
+def by_nncf(model: torch.nn.Module, folder: Path, batch: Any) -> Bits:
     import nncf
     from nncf.torch.function_hook import get_hook_storage
 
@@ -234,21 +284,50 @@ def by_nncf(model: torch.nn.Module, folder: Path, batch: Any) -> set[str]:
     # The name of a node depends on the other nodes of that name, so each module's node is asked for alone.
     node_of = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv3d | torch.nn.Embedding):
+        if isinstance(module, torch.nn.Linear):
             one = imported(folder / "nncf_ignored_scope.py")
             one.KEPT = [f"{name}$"]
             node_of[name] = one.ignored_scope(model, batch).names
     assert all(len(nodes) == 1 for nodes in node_of.values()), node_of  # noqa: S101
     quantized = nncf.quantize(model, nncf.Dataset([batch]), ignored_scope=scope, subset_size=1)
-    # The second operand of a Linear and of a convolution is its weight.
+    # The second operand of a Linear is its weight. NNCF's preset has 8 bits.
     hooked = {name.removeprefix("pre_hooks.") for name, _ in get_hook_storage(quantized).named_hooks()}
-    return {name for name, (node,) in node_of.items() if any(hook.startswith(f"{node}__1.") for hook in hooked)}
+    found = {name for name, (node,) in node_of.items() if any(hook.startswith(f"{node}__1.") for hook in hooked)}
+    return dict.fromkeys(found, (8, 8))
 
 
-def by_torchao(model: torch.nn.Module, folder: Path, batch: Any) -> set[str]:
-    imported(folder / "torchao_quantize.py").quantize(model)
+def by_torchao(model: torch.nn.Module, folder: Path, batch: Any) -> Bits:
+    in_bfloat16 = {key: value.bfloat16() if value.is_floating_point() else value for key, value in batch.items()}
+    imported(folder / "torchao_quantize.py").quantize(model, lambda model: model(**in_bfloat16))
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return {name for name, module in linears.items() if type(module.weight.data) is not torch.Tensor}
+    weights = {name: module.weight.data for name, module in linears.items()}
+    return {name: in_torchao(weight) for name, weight in weights.items() if type(weight) is not torch.Tensor}
+
+
+def in_torchao(weight: Any) -> tuple[int, int]:
+    """The bits of a tensor of torchao: of its values, and of the inputs that it is multiplied with."""
+    kind = type(weight).__name__
+    if kind == "IntxUnpackedToInt8Tensor":
+        return int(str(weight.target_dtype).removeprefix("torch.int")), 16
+    if kind == "MXTensor":
+        own = {torch.float8_e4m3fn: 8, torch.float4_e2m1fn_x2: 4}[weight.elem_dtype]
+    else:
+        own = {"Int8Tensor": 8, "Float8Tensor": 8, "PrototypeFloat8Tensor": 8, "NVFP4Tensor": 4}[kind]
+    return own, own if weight.act_quant_kwargs is not None else 16
+
+
+def by_autoround(model: torch.nn.Module, folder: Path, batch: Any) -> Bits:
+    """The layer_config as AutoRound resolves it, before any tuning."""
+    from auto_round.compressors.config_resolution.contracts import ResolvedScheme
+    from auto_round.compressors.layer_config_resolver import resolve_layer_config
+    from auto_round.schemes import preset_name_to_scheme
+
+    resolved = resolve_layer_config(
+        model=model,
+        scheme=ResolvedScheme.from_scheme(preset_name_to_scheme("BF16"), "BF16"),
+        layer_config=imported(folder / "autoround_layer_config.py").LAYER_CONFIG,
+    )
+    return {name: (layer["bits"], layer["act_bits"]) for name, layer in resolved.items() if layer["bits"] < 16}
 
 
 CHECKS = {
@@ -257,6 +336,7 @@ CHECKS = {
     "modelopt": by_modelopt,
     "nncf": by_nncf,
     "torchao": by_torchao,
+    "autoround": by_autoround,
 }
 
 if __name__ == "__main__":

@@ -68,10 +68,10 @@ from auto_quantize_model.commands import auto_quantize
 used = [module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "auto_quantize_model"]
 assert "neural_compressor" not in sys.modules and "transformers" not in sys.modules
 public = {name: getattr(aq, name).__module__ for name in aq.__all__}
-from auto_quantize_model.export import exports
+from auto_quantize_model.export import subject
 from auto_quantize_model.report import document, page
 found = [path.is_file() for path in [document.SCHEMA]] + [
-    any(module.TEMPLATES.iterdir()) for module in (document, page, exports)
+    any(module.TEMPLATES.iterdir()) for module in (document, page, subject)
 ]
 print(json.dumps([used, public, found]))
 """

@@ -297,7 +297,7 @@ USERS = {
     "decide/profiles.py": {"build_profiles", "measure_frontier"},
     "inc/audit.py": {"audit_capture", "quantize_model"},
     "measure/served_audit.py": {"audit_capture"},
-    "schemes/compressed.py": MEASURING,
+    "schemes/compressed.py": MEASURING | {"export_profiles"},
     "measure/heldout.py": {"measure_frontier", "quantize_model"},
     "inc/plan.py": MEASURING - {"calibrate_scales", "measure_frontier"},
     "measure/store.py": {"capture_sensitivity", "audit_capture", "measure_frontier", "quantize_model"},
@@ -362,7 +362,8 @@ def test_one_run_makes_the_report_the_summary_and_the_archive(finished: tuple[Pa
     exports = json.loads((report.parent / "exports_cpu" / "index.json").read_text())["profiles"]
     assert {"smallest", "safest"} <= set(exports)
     for tool in (tool for tools in exports.values() for tool in tools.values()):
-        assert tool["files"] and all((report.parent / file).is_file() for file in tool["files"])
+        assert bool(tool["files"]) != bool(tool["refused"])
+        assert all((report.parent / file).is_file() for file in tool["files"])
     assert f"{len(EVERYTHING) + 1} of {len(EVERYTHING) + 1} steps (100%) done" in printed
     *_, decision, page, step = printed.splitlines()
     assert decision.startswith("Decision: ") and step.startswith("Next: ")
@@ -834,7 +835,7 @@ def test_a_users_file_among_the_exports_outlives_a_run_that_would_replace_them(
     directory = Path(shutil.copytree(finished[0], tmp_path / "copy"))
     exports = directory / "results/tiny/digits/exports_cpu"
     (exports / "mine.txt").write_text("mine")
-    (exports / "minimal" / "inc_quantize.py").unlink()
+    (exports / "smallest" / "llm_compressor_recipe.yaml").unlink()
     ended = snakemake(directory, "export_profiles", "--cores", "1", "--resources", "gpu=1")
     assert ended.returncode != 0
     assert "the folder is not replaced, because mine.txt in it was not written by this tool" in ended.stdout

@@ -26,12 +26,12 @@ def export_profiles(args: argparse.Namespace) -> None:
     samples, size = len(run.calibration.samples["calibration"]), run.calibration.batch_size
     in_whole_batches = samples - samples % size
     index = export(args.directory, run.profiles, run.plan, modules, published, in_whole_batches, run.documents)
-    if index["missed"]:
-        cli.say(f"no recommended profile: {index['missed']}")
-    for tool in index["profiles"].get("recommended", {}).values():
-        cli.say(f"recommended, for {tool['title']}: {', '.join(tool['files'])}")
-        for note in tool["notes"]:
-            cli.say(f"  {note}")
+    for name, reason in index["missed"].items():
+        cli.say(f"no profile {name}: {reason}")
+    for name, tools in index["profiles"].items():
+        for tool in tools.values():
+            cannot = f"no file, because the tool cannot hold {', '.join(tool['refused'])}"
+            cli.say(f"{name}, for {tool['title']}: {', '.join(tool['files']) or cannot}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

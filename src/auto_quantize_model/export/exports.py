@@ -1,299 +1,158 @@
-"""Profiles written for the tools that apply them: the modules that each tool must leave unquantized.
+"""Profiles written for the tools that apply them. A tool gets files only if it can hold the whole profile as measured.
 
-In: profiles, INC's plan, the capture, and the model's modules. Out: files for each tool, and lists of what was dropped
-or added. A name that would match more than the one module that it stands for is refused before a file is written.
+In: profiles, the plan, and the model's modules. Out: files for each tool, and what each tool cannot hold. Every name
+is checked against the model's modules before a file is written.
 """
 
-import glob
-import re
-import textwrap
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from compressed_tensors.quantization import QuantizationScheme
 
 from auto_quantize_model.documents import Document, write_document
-from auto_quantize_model.escape import code, one_line, prose
-from auto_quantize_model.files import InputError, canonical_json, write_text
+from auto_quantize_model.escape import code, prose
+from auto_quantize_model.export import autoround, inc_int8, llm_compressor, modelopt, torchao
+from auto_quantize_model.export.names import Modules, listed
+from auto_quantize_model.export.subject import Subject, header
+from auto_quantize_model.files import InputError, write_text
 from auto_quantize_model.folders import atomic_folder
-from auto_quantize_model.models.units import siblings_of
-from auto_quantize_model.records import Coverage, IncCheck, Plan, Profile, Profiles, body_of, digest_of_record
-from auto_quantize_model.report import coverage, sentences
-from auto_quantize_model.schemes.scheme import Assignment
+from auto_quantize_model.records import Op, Plan, Profiles, digest_of_record
+from auto_quantize_model.report import coverage
+from auto_quantize_model.report.sentences import counted
+from auto_quantize_model.schemes.scheme import INC_INT8
 
-TEMPLATES = Path(__file__).with_name("templates")
-Modules = dict[str, type[torch.nn.Module]]
-FP32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
-IS_FUSED = "serving engines hold it in one matrix with a kept op"
-IS_IDLE = "did not run on any scored batch, so its error is unknown"
-# For vLLM an lm_head is not a `Linear`, so vLLM has no place for its scales (vllm-project/llm-compressor#1820).
-NO_HEAD = (
-    "vLLM does not load an lm_head that was quantized as a Linear, so it stays unquantized: the weights take more bytes"
-    " than the profile says"
+ONLY_INC = (
+    "INC's INT8 is the arithmetic of INC; choose from schemes of compressed-tensors (decide.candidates) for this tool"
 )
-# The prefixes of an op's own name in transformers 5, in published checkpoints and in vLLM.
-PREFIXES = re.compile(r"^(model\.)?(language_model\.)?(model\.)?")
+NO_SCHEMES = "the tool has an INT8 of its own and no scheme of compressed-tensors"
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool that quantizes modules of the classes `types`. With `fuses`, it holds a fusion unit as one matrix.
+    """A tool that quantizes a model.
 
-    `files` turns {module name: its common name}, the header of a file and the context into {file name: text}. `remark`
-    is what the tool's user should know. `never` is {module: reason} of modules that the tool must never quantize.
+    Attributes:
+        title: its name for people.
+        remark: what its user should know.
+        files: {file name: text} of a profile, below a header.
+        refusal: why the tool cannot hold a scheme in an op, which shares its matrix with others or not; empty if it
+            can. None for a tool that takes profiles of INC's INT8 alone.
+        notes: what its user should know of one profile, besides the remark.
     """
 
     title: str
-    types: tuple[type[torch.nn.Module], ...]
-    fuses: bool
-    files: Callable[[dict[str, str], str, "Context"], dict[str, str]]
     remark: str
-    never: dict[str, str] = field(default_factory=dict)
+    files: Callable[[Subject, str], dict[str, str]]
+    refusal: Callable[[QuantizationScheme, Op, bool], str] | None = None
+    notes: Callable[[Subject], list[str]] = lambda subject: []
 
 
-@dataclass(frozen=True)
-class Context:
-    """All facts that an exported file may name.
-
-    `idle` are the plan's ops that ran on no scored batch. `embeds_patches` says whether the model has a vision tower.
-    `reduce_range`, `inc_check` and `coverage` are the plan's.
-    """
-
-    model: str
-    profile: str
-    measured: Profile
-    idle: Sequence[str]
-    calibration_samples: int
-    embeds_patches: bool
-    reduce_range: bool
-    inc_check: IncCheck
-    coverage: Coverage
+TOOLS = {
+    "llm_compressor": Tool(
+        llm_compressor.TITLE,
+        llm_compressor.REMARK,
+        llm_compressor.files,
+        llm_compressor.refusal,
+        llm_compressor.notes,
+    ),
+    "modelopt": Tool(modelopt.TITLE, modelopt.REMARK, modelopt.files, modelopt.refusal),
+    "torchao": Tool(torchao.TITLE, torchao.REMARK, torchao.files, torchao.refusal),
+    "autoround": Tool(autoround.TITLE, autoround.REMARK, autoround.files, autoround.refusal),
+    "inc": Tool("Intel Neural Compressor", inc_int8.FOR_INC, inc_int8.inc_files, notes=inc_int8.inc_notes),
+    "nncf": Tool("NNCF", inc_int8.FOR_NNCF, inc_int8.nncf_files, notes=inc_int8.notes),
+}
 
 
-def export_profile(
-    assignment: Assignment,
-    op_names: Iterable[str],
-    excluded: Iterable[str],
-    modules: Modules,
-    published: Collection[str],
-    context: Context,
-) -> tuple[dict[str, str], dict[str, Any]]:
-    """The files of one profile for every tool.
-
-    Args:
-        assignment: the profile's state.
-        op_names: the plan's ops that ran; the files list those that the assignment leaves in FP32, in this order.
-        excluded: modules that INC's plan leaves in FP32 already.
-        modules: the model's modules, by name.
-        published: names of the published checkpoint's weights.
-        context: what the files name.
+def export_profile(subject: Subject) -> tuple[dict[str, str], dict[str, Any]]:
+    """The files of one profile for every tool that can hold it.
 
     Returns:
-        {file name: text}, and {tool: {title, files, kept, dropped, added, notes}}. `kept` are all modules that the
-        tool must leave unquantized. `dropped` are the profile's ops that the tool never quantizes. `added` is
-        {module: reason} for modules that are kept for another reason than the profile or the plan.
+        {file name: text}, and {tool: {title, files, quantized, kept, refused, notes}}. `quantized` is {op: scheme} as
+        the tool quantizes it, and empty without files. `kept` is {module: reason} of the modules that the files name
+        to be left alone. `refused` is {scheme: why the tool cannot hold it}.
 
     Raises:
         InputError: the model does not have an op, or a name means more than one module.
     """
-    kept = [name for name in op_names if name not in assignment]
-    if missing := sorted({*kept, *context.idle} - set(modules)):
-        raise InputError(
-            f"profile {context.profile}: {missing[0]} is not a module of {context.model}; make the plan again"
-            " (snakemake --cores 1 --forcerun plan_quantization)"
-        )
+    require_modules(subject)
     texts: dict[str, str] = {}
     tools: dict[str, Any] = {}
     for name, tool in TOOLS.items():
-        covered = [op for op in (*kept, *excluded) if issubclass(modules[op], tool.types)]
-        dropped = [op for op in kept if op not in covered]
-        added = additions(covered, tool, modules, context.idle)
-        told = {op: common_name(op, modules, published) for op in (*covered, *added)}
-        unfit = without_inc(context) if name == "inc" else []
-        said = [*unfit, *coverage.remark(context.coverage), *notes(dropped, added, tool)]
-        written = tool.files(told, heading(said, context), context)
+        refused = refusals(tool, subject)
+        written: dict[str, str] = {}
+        if refused:
+            notes = [without_file(refused, reason) for reason in dict.fromkeys(refused.values())]
+        else:
+            notes = [*coverage.remark(subject.plan.coverage), *tool.notes(subject), tool.remark]
+            written = tool.files(subject, header([*subject.described(), *notes]))
         texts |= written
-        tools[name] = {"title": tool.title, "files": sorted(written), "kept": list(told)}
-        tools[name] |= {"dropped": dropped, "added": added, "notes": said}
-    return texts | {"README.md": overview(tools, context)}, tools
+        tools[name] = {
+            "title": tool.title,
+            "files": sorted(written),
+            "quantized": subject.profile.assignment if written else {},
+            "kept": inc_int8.kept(subject) if written and tool.refusal is None else {},
+            "refused": refused,
+            "notes": notes,
+        }
+    return texts | {"README.md": overview(tools, subject)}, tools
 
 
-def without_inc(context: Context) -> list[str]:
-    """The warning of INC's files where INC cannot convert the model."""
-    if context.inc_check["status"] != "cannot":
-        return []
-    return [f"Do not use: INC 2.6 cannot convert this model ({context.inc_check['reason']})."]
-
-
-def additions(covered: Sequence[str], tool: Tool, modules: Modules, idle: Iterable[str]) -> dict[str, str]:
-    """The modules that a tool must leave unquantized in addition to those of `covered`, each with the reason."""
-    unknown = [name for name in idle if issubclass(modules[name], tool.types)]
-    fused = siblings([*covered, *unknown], modules) if tool.fuses else []
-    found = dict.fromkeys(unknown, IS_IDLE) | dict.fromkeys(fused, IS_FUSED) | tool.never
-    return {name: reason for name, reason in found.items() if name in modules and name not in covered}
-
-
-def notes(dropped: Sequence[str], added: dict[str, str], tool: Tool) -> list[str]:
-    """What a reader should know about a tool's export, in sentences."""
-    types = ", ".join(kind.__name__ for kind in tool.types)
-    found = []
-    if dropped:
-        found.append(f"Left out, because the tool quantizes only {types}: {listed(dropped)}.")
-    for reason in dict.fromkeys(added.values()):
-        found.append(f"Kept too ({reason}): {listed([name for name in added if added[name] == reason])}.")
-    return [*found, tool.remark]
-
-
-def listed(names: Sequence[str]) -> str:
-    """The names, or only the first of very many: a whole vision tower may be idle."""
-    more = len(names) - 12
-    return ", ".join(names) if more <= 0 else f"{', '.join(names[:12])} and {more} more"
-
-
-def siblings(kept: Sequence[str], modules: Modules) -> list[str]:
-    """The modules that are fused with a kept one and not kept themselves, in the order of the kept ones."""
-    found = [other for name in kept for other in siblings_of(name, modules)]
-    return [name for name in dict.fromkeys(found) if name not in kept]
-
-
-def common_name(name: str, modules: Modules, published: Collection[str]) -> str:
-    """The part of a module's name that is the same in all tools, after the prefix that differs.
-
-    transformers 5 says `model.visual.merger.mlp.0` where checkpoints and vLLM say `visual.merger.mlp.0`, and
-    `model.language_model.layers.0` where they say `model.layers.0` and `language_model.model.layers.0`.
+def require_modules(subject: Subject) -> None:
+    """Refuse a profile whose ops are not the model's.
 
     Raises:
-        InputError: another module's name, in transformers or in the checkpoint, contains this part too.
+        InputError: a module does not exist, or cannot have its scheme.
     """
-    common = PREFIXES.sub("", name)
-    weights = {weight.removesuffix(".weight") for weight in published if weight.endswith(".weight")}
-    here = {other for other in modules if f"{common}." in f"{other}."} - {name}
-    there = {other for other in weights if f"{common}." in f"{other}."}
-    if here or len(there) > 1:
-        raise InputError(
-            f"{name}: the common part of its names, {common}, stands in {', '.join(sorted(here | there)[:3])} as well;"
-            " this model cannot be exported"
-        )
-    return common
+    for name in (*subject.profile.assignment, *subject.ops):
+        if name not in subject.modules or name not in subject.ops:
+            raise InputError(
+                f"profile {subject.name}: {name} is not a module of {subject.plan.model}; make the plan again"
+                " (snakemake --cores 1 --forcerun plan_quantization)"
+            )
+    for scheme, names in subject.groups.items():
+        for name in names:
+            if scheme != INC_INT8 and not issubclass(subject.modules[name], torch.nn.Linear):
+                raise InputError(
+                    f"profile {subject.name}: {name} is a {subject.modules[name].__name__}, and {scheme} is for a"
+                    " Linear; build the profiles again (snakemake --cores 1 --forcerun build_profiles)"
+                )
 
 
-def regular_expressions(names: Iterable[str]) -> list[str]:
-    """A regular expression for each common name, to be matched from the start."""
-    return [rf"(.*\.)?{re.escape(name)}$" for name in names]
+def refusals(tool: Tool, subject: Subject) -> dict[str, str]:
+    """{scheme: why the tool cannot hold it} of a profile's schemes that the tool cannot hold in every op."""
+    if tool.refusal is None:
+        return dict.fromkeys((scheme for scheme in subject.groups if scheme != INC_INT8), NO_SCHEMES)
+    found = dict.fromkeys((scheme for scheme in subject.groups if scheme == INC_INT8), ONLY_INC)
+    for name, scheme in subject.schemes.items():
+        reasons: dict[str, list[str]] = {}
+        for op in subject.groups[name]:
+            if reason := tool.refusal(scheme, subject.ops[op], op in subject.shared):
+                reasons.setdefault(reason, []).append(op)
+        if reasons:
+            found[name] = "; ".join(
+                reason if ops == subject.groups[name] else f"{reason} ({counted(len(ops), 'op')}, such as {ops[0]})"
+                for reason, ops in reasons.items()
+            )
+    return found
 
 
-def inc_files(kept: dict[str, str], header: str, context: Context) -> dict[str, str]:
-    """INC 2.6 matches the whole of its own name of an op; for a lone Linear this name is `NAME.module`."""
-    op_name_dict = {rf"{re.escape(name)}(\.module)?": FP32 for name in kept}
-    script = python_file("inc_quantize.py", kept, header, context)
-    return {"inc_op_name_dict.json": canonical_json(op_name_dict), **script}
+def without_file(refused: dict[str, str], reason: str) -> str:
+    """That a tool gets no file, for one of the reasons."""
+    schemes = listed([scheme for scheme, own in refused.items() if own == reason])
+    return f"No file, because the tool cannot hold {schemes}: {reason}."
 
 
-def llm_compressor_files(kept: dict[str, str], header: str, context: Context) -> dict[str, str]:
-    """A recipe. llm-compressor writes the modules that `ignore` matches into the checkpoint, where vLLM reads them."""
-    ignore = [f"re:{pattern}" for pattern in regular_expressions(kept.values())]
-    modifier = {"targets": ["Linear"], "scheme": "W8A8", "ignore": ignore}
-    recipe = {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}
-    comment = textwrap.indent(header, "# ", lambda line: True).replace("# \n", "#\n")
-    return {"llm_compressor_recipe.yaml": f"{comment}\n{yaml.safe_dump(recipe, sort_keys=False, width=1000)}"}
-
-
-def modelopt_files(kept: dict[str, str], header: str, context: Context) -> dict[str, str]:
-    """A quantization config: entries with wildcards, in which a later entry overrides earlier ones.
-
-    The config does not start from ModelOpt's INT8 default, which leaves out lm_head and every vision tower unmeasured.
-    Classes are named, because a bare `*input_quantizer` also matches that of an nn.LayerNorm, which was not measured.
-    """
-    quant_cfg: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    for parent_class in ("nn.Linear", "nn.Conv3d"):
-        for quantizer, axis in (("*weight_quantizer", 0), ("*input_quantizer", None)):
-            int8 = {"num_bits": 8, "axis": axis}
-            quant_cfg.append({"quantizer_name": quantizer, "parent_class": parent_class, "cfg": int8})
-    quant_cfg += [{"quantizer_name": f"*{glob.escape(name)}.*", "enable": False} for name in kept.values()]
-    return {"modelopt_quant_cfg.json": canonical_json({"quant_cfg": quant_cfg, "algorithm": "max"})}
-
-
-def heading(said: Iterable[str], context: Context) -> str:
-    """The file's description and its tool's notes, for a comment; untrusted names neither begin nor end a line."""
-    notes = [described(context), sentences.remark(context.profile, body_of(context.measured)), *said]
-    return "\n\n".join(textwrap.fill(one_line(note), 118, break_on_hyphens=False) for note in notes if note)
-
-
-def overview(tools: dict[str, Any], context: Context) -> str:
+def overview(tools: dict[str, Any], subject: Subject) -> str:
     """The notes of every tool in one file, because JSON has no comments."""
-    about = [described(context), sentences.remark(context.profile, body_of(context.measured))]
-    lines = [f"# {code(context.profile)}", *(line for text in about if text for line in ("", prose(text)))]
+    lines = [f"# {code(subject.name)}", *(line for text in subject.described() for line in ("", prose(text)))]
     for tool in tools.values():
-        lines += ["", f"## {tool['title']}", "", f"Files: {', '.join(code(file) for file in tool['files'])}"]
-        lines += [line for note in tool["notes"] for line in ("", prose(note))]
+        lines += ["", f"## {tool['title']}", ""]
+        lines += [f"Files: {', '.join(code(file) for file in tool['files'])}", ""] if tool["files"] else []
+        lines += [line for note in tool["notes"] for line in (prose(note), "")][:-1]
     return "\n".join(lines) + "\n"
-
-
-def described(context: Context) -> str:
-    """The profile in one line."""
-    measured = context.measured
-    return (
-        f"Profile {context.profile} of {context.model}: {sentences.counted(measured.keep, 'op')} in FP32,"
-        f" {sentences.sqnr(measured.sqnr_db)} on held-out samples as measured with INC's INT8."
-    )
-
-
-def python_file(name: str, kept: dict[str, str], header: str, context: Context) -> dict[str, str]:
-    """A Python file from its template; names of modules are put in as Python literals."""
-    environment = Environment(  # noqa: S701  Python, not HTML
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["pyrepr"] = repr
-    text = environment.get_template(f"{name}.j2").render(
-        header=header.replace("\\", "\\\\").replace('"', '\\"'),
-        calibration_samples=context.calibration_samples,
-        embeds_patches=context.embeds_patches,
-        reduce_range=context.reduce_range,
-        patterns=regular_expressions(kept.values()),
-        idle=regular_expressions(kept[op] for op in context.idle if op in kept),
-    )
-    return {name: text}
-
-
-LINEAR, CONV, EMBEDDING = torch.nn.Linear, torch.nn.Conv3d, torch.nn.Embedding
-FOR_INC = "Only for INC 2.6; INC 3.x has another API."
-MEASURED_WITH = "the profile was measured with INC's per-channel weights and static, per-tensor, asymmetric activations"
-FOR_LLM_COMPRESSOR = (
-    f"W8A8 has per-channel weights and dynamic, per-token, symmetric activations; {MEASURED_WITH}."
-    ' Use: oneshot(model=model, recipe="llm_compressor_recipe.yaml"), then'
-    " model.save_pretrained(folder, save_compressed=True). vLLM runs INT8 on Turing to Hopper GPUs."
-)
-FOR_MODELOPT = (
-    f"Needs ModelOpt 0.44 or later. Activations are static, per tensor and symmetric; {MEASURED_WITH}. vLLM does not"
-    " serve INT8 checkpoints of ModelOpt."
-)
-FOR_NNCF = (
-    f"Needs NNCF 3.0 or later. NNCF's preset chooses the scheme; {MEASURED_WITH}. For nodes that read no module's"
-    " weight (the products of attention), NNCF chooses by itself."
-)
-FOR_TORCHAO = (
-    f"Weights are per channel, activations dynamic and per token; {MEASURED_WITH}."
-    " Without torch.compile, a matrix with a side that is not a multiple of 8 runs slowly on a GPU."
-)
-ALL = (LINEAR, CONV, EMBEDDING)
-TOOLS = {
-    "inc": Tool("Intel Neural Compressor", ALL, False, inc_files, FOR_INC),
-    "llm_compressor": Tool(
-        "llm-compressor and vLLM", (LINEAR,), True, llm_compressor_files, FOR_LLM_COMPRESSOR, {"lm_head": NO_HEAD}
-    ),
-    "modelopt": Tool("NVIDIA ModelOpt", (LINEAR, CONV), True, modelopt_files, FOR_MODELOPT),
-    "nncf": Tool("NNCF", ALL, False, partial(python_file, "nncf_ignored_scope.py"), FOR_NNCF),
-    "torchao": Tool("torchao", (LINEAR,), False, partial(python_file, "torchao_quantize.py"), FOR_TORCHAO),
-}
 
 
 def export(
@@ -322,25 +181,11 @@ def export(
     Raises:
         InputError: as `export_profile` says, or `directory` holds other files than exports. Then nothing is written.
     """
-    left_out = [module.op_name for module in plan.excluded]
-    idle = [op.op_name for op in plan.ops if not op.ran]
     texts: dict[str, str] = {}
     index: dict[str, Any] = {}
     for name, profile in profiles.profiles.items():
-        context = Context(
-            plan.model,
-            name,
-            profile,
-            idle,
-            calibration_samples,
-            CONV in modules.values(),
-            plan.reduce_range,
-            plan.inc_check,
-            plan.coverage,
-        )
-        # The files list the kept ops in the profile's own order, the most sensitive first.
-        op_names = dict.fromkeys((*profile.kept, *(op.op_name for op in plan.ops if op.ran)))
-        files, index[name] = export_profile(profile.assignment, op_names, left_out, modules, published, context)
+        subject = Subject(plan, name, profile, modules, published, calibration_samples)
+        files, index[name] = export_profile(subject)
         texts |= {f"{name}/{file}": text for file, text in files.items()}
         for tool in index[name].values():
             tool["files"] = [f"{directory.name}/{name}/{file}" for file in tool["files"]]
