@@ -37,7 +37,7 @@ READS: dict[str, tuple[str, ...]] = {
     "profiles": ("plan", "frontier"),
     "exports": ("model_manifest", "calibration_manifest", "plan", "profiles"),
     "report": ("model_manifest", "calibration_manifest", "plan", "capture", "audit", "frontier", "profiles"),
-    "quantized": ("model_manifest", "calibration_manifest", "plan", "frontier", "profiles", "exports"),
+    "quantized": ("model_manifest", "calibration_manifest", "plan", "scales", "frontier", "profiles", "exports"),
 }
 # Each script with the kinds that its options name; its other arguments stand in OTHERS.
 OPTIONS = {
