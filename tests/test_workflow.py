@@ -296,7 +296,7 @@ USERS = {
     "export/templates/inc_quantize.py.j2": {"export_profiles"},
     "decide/profiles.py": {"build_profiles", "measure_frontier"},
     "inc/audit.py": {"audit_capture", "quantize_model"},
-    "measure/served_audit.py": {"audit_capture"},
+    "measure/served_audit.py": {"audit_capture", "quantize_model"},
     "schemes/compressed.py": MEASURING | {"export_profiles"},
     "measure/heldout.py": {"measure_frontier", "quantize_model"},
     "inc/plan.py": MEASURING - {"calibrate_scales", "measure_frontier"},
