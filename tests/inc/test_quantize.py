@@ -10,13 +10,14 @@ import neural_compressor.adaptor.pytorch as nc_pytorch
 import pytest
 import torch
 import transformers
-from build import a_plan, a_point, a_profile, profiles_of
+from build import a_point, a_profile, profiles_of
 from quick_inc import plans_unchecked
 
 from auto_quantize_model.config import DecideSpec, PlanSpec, Target
 from auto_quantize_model.data.digits import LIMITS, digit_samples
 from auto_quantize_model.decide.frontier import measure_frontier
-from auto_quantize_model.export.exports import FP32, export
+from auto_quantize_model.export.exports import export
+from auto_quantize_model.export.inc_int8 import FP32
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.loader import CalibrationLoader
 from auto_quantize_model.inc.plan import build_plan
@@ -34,7 +35,7 @@ from auto_quantize_model.measure.metrics import Reference
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.encode import Processor, collate, encode
 from auto_quantize_model.models.snapshot import load_model, module_types
-from auto_quantize_model.records import Frontier, Profile
+from auto_quantize_model.records import Frontier, Plan, Profile
 from auto_quantize_model.replay.calibrate import calibrate
 from auto_quantize_model.replay.scales import ALL_BATCHES
 
@@ -54,12 +55,18 @@ def heldout(processor: Processor) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def frontier(tiny_snapshot: Path, batches: Any, heldout: Any, tmp_path_factory: pytest.TempPathFactory) -> Frontier:
-    """The frontier of the tiny model, measured on the held-out digit with the scales of two batches."""
-    model = load_model(tiny_snapshot)
+def plan(tiny_snapshot: Path, batches: Any) -> Plan:
     spec = PlanSpec(confidence_batches=1, maps=("isolated",), schemes=("inc_int8",))
     with plans_unchecked():
-        plan = build_plan(model, batches, spec)
+        return build_plan(load_model(tiny_snapshot), batches, spec)
+
+
+@pytest.fixture(scope="module")
+def frontier(
+    tiny_snapshot: Path, plan: Plan, batches: Any, heldout: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Frontier:
+    """The frontier of the tiny model, measured on the held-out digit with the scales of two batches."""
+    model = load_model(tiny_snapshot)
     store = ScoreStore(tmp_path_factory.mktemp("frontier"))
     capture, _ = capture_sensitivity(model, batches, plan, store)
     scales = calibrate(model, plan, batches, True)[ALL_BATCHES]
@@ -147,6 +154,7 @@ def test_the_exported_script_quantizes_a_model_as_transformers_loads_it(
     tiny_snapshot: Path,
     batches: Any,
     heldout: Any,
+    plan: Plan,
     profiles: dict[str, Profile],
     frontier: Frontier,
     tmp_path: Path,
@@ -155,7 +163,7 @@ def test_the_exported_script_quantizes_a_model_as_transformers_loads_it(
     monkeypatch.chdir(tmp_path)  # INC leaves an nc_workspace where it runs
     named = profiles_of({"smallest": profiles["smallest"]})
     modules = module_types(tiny_snapshot)
-    export(tmp_path / "exports", named, a_plan(reduce_range=REDUCED), modules, [], len(batches))
+    export(tmp_path / "exports", named, plan, modules, [], len(batches))
     specification = importlib.util.spec_from_file_location("script", tmp_path / "exports/smallest/inc_quantize.py")
     assert specification and specification.loader
     script = importlib.util.module_from_spec(specification)

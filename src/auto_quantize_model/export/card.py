@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from auto_quantize_model.escape import code, prose
+from auto_quantize_model.export.llm_compressor import LM_HEAD
 from auto_quantize_model.models.snapshot import PATCH_EMBEDS
 from auto_quantize_model.records import ModelManifest, Profile
 from auto_quantize_model.report.sentences import counted, megabytes, number, percent
@@ -35,7 +36,7 @@ def card(manifest: ModelManifest, profile: Profile, record: Mapping[str, Any], f
         f"A checkpoint of compressed-tensors {version('compressed-tensors')}, for transformers and vLLM. It holds the"
         f" weights of {code(manifest.architecture)} in the schemes below."
     )
-    parts = [title, *notes, about, *facts(profile, record), *commands(manifest, folder)]
+    parts = [title, *notes, about, *facts(profile, record), *commands(manifest, profile, folder)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -82,14 +83,16 @@ def bytes_of(bits: float, size: Mapping[str, Any]) -> str:
     return f"{text} The files take more, because the weights are as they were measured ({more})."
 
 
-def commands(manifest: ModelManifest, folder: Path) -> list[str]:
+def commands(manifest: ModelManifest, profile: Profile, folder: Path) -> list[str]:
     """How to serve and to evaluate the checkpoint."""
     place = shlex.quote(str(folder))
     evaluate = (IMAGES if manifest.architecture in PATCH_EMBEDS else TEXT).format(folder=place)
+    head = any(name.rpartition(".")[2] == "lm_head" for name in profile.assignment)
     return [
         "## Serve and evaluate",
         "vLLM and the tools below were not run when this checkpoint was made. vLLM computes in BF16 with its own"
         " kernels, so its divergence is another number of the same size. Not every GPU runs every scheme.",
+        *([LM_HEAD] if head else []),
         f"```bash\nvllm serve {place}\n```",
         f"```bash\n{evaluate}\n```",
     ]
