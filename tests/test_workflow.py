@@ -502,15 +502,15 @@ def test_a_comment_in_every_file_reruns_nothing_and_a_moved_module_reruns_what_u
 
 
 @pytest.mark.slow
-def test_inc_quantizes_by_a_profile_and_has_the_error_that_it_promised(finished: tuple[Path, str]) -> None:
-    arguments = ("quantize_model", "--cores", "1", "--resources", "gpu=1", "--config", "quantize={profile: moderate}")
+def test_a_profile_becomes_a_checkpoint_that_has_the_error_that_it_promised(finished: tuple[Path, str]) -> None:
+    arguments = ("quantize_model", "--cores", "1", "--resources", "gpu=1", "--config", "quantize={profile: smallest}")
     assert planned(finished[0], *arguments) == {"quantize_model"}
     ended = snakemake(finished[0], *arguments)
     assert ended.returncode == 0, ended.stdout
-    made = finished[0] / "results" / "tiny" / "digits" / "quantized_cpu" / "moderate"
+    made = finished[0] / "results" / "tiny" / "digits" / "quantized_cpu" / "smallest"
     record = json.loads((made / "quantized.json").read_text())
     assert record["status"] == "bit_identical" and record["found"] == record["promised"]
-    assert (made / "best_model.pt").stat().st_size
+    assert (made / "model.safetensors").stat().st_size and (made / "README.md").is_file()
     assert planned(finished[0]) == set()
 
 
