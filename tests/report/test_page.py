@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 
 import jsonschema
 import pytest
-from build import with_estimates, with_point
-from test_document import of_three_schemes
-from test_figures import HOSTILE, from_inc, no_error_at_all, point, renamed, report_of, tradeoff, without_images
+from build import with_estimates
+from test_document import a_decision, of_three_schemes
+from test_figures import HOSTILE, choice, from_inc, measured, no_error_at_all, renamed, report_of, without_images
 
 from auto_quantize_model.commands import draw_figures
 from auto_quantize_model.commands import render_page as render_page_command
@@ -63,8 +63,8 @@ def rendered(report):
 
 def test_the_page_is_the_same_bytes_each_time_and_loads_nothing():
     links = {"files": {"report (JSON)": "a b.json"}, "exports": {}}
-    html = render_page(report_of(tradeoff()), links)
-    assert html == render_page(report_of(tradeoff()), links)
+    html = render_page(report_of(measured()), links)
+    assert html == render_page(report_of(measured()), links)
     page = Elements(html)
     assert not [tag for tag, _ in page.tags if tag in ("iframe", "img", "object", "embed", "base", "form")]
     assert {tag: attrs["href"] for tag, attrs in page.tags if attrs.get("href")} == {
@@ -77,9 +77,9 @@ def test_the_page_is_the_same_bytes_each_time_and_loads_nothing():
 
 def test_names_are_escaped_in_the_markup_and_cannot_end_a_script():
     hostile = f"</script><img src=x onerror=alert(1)>\u2028{HOSTILE}"
-    report = renamed(report_of(tradeoff(), Target(min_sqnr_db=24)), "lm_head", hostile)
+    report = renamed(report_of(measured(), Target(max_kl_divergence=1)), "lm_head", hostile)
     export = {hostile: {"files": [hostile], "notes": [hostile]}}
-    page = Elements(render_page(report, {"files": {}, "exports": {"recommended": export}}))
+    page = Elements(render_page(report, {"files": {}, "exports": {"smallest": export}}))
     assert not [tag for tag, _ in page.tags if tag == "img"]
     assert [tag for tag, _ in page.tags].count("script") == 4
     assert page.text.count(hostile) >= 5
@@ -101,53 +101,33 @@ def test_the_page_shows_control_characters_and_has_no_empty_columns_of_images():
     assert "image tokens" not in page.said()
 
 
-def test_a_remark_a_broken_model_and_the_knee_stand_on_the_page():
-    curve = [point(0, 4.0), point(1, 10.0, ["a"]), point(2, 11.0, ["b"]), point(4, 12.0, ["c", "d"])]
-    found = tradeoff([*curve, point(8, None, ["e", "f", "g", "h"])])
-    found = with_point(found, "ranking", 0, top1_agreement=0.9)
-    said = rendered(report_of(found, Target(min_sqnr_db=45))).said()
-    assert "INT8 breaks this model (every op in INT8" in said
-    assert "nearest to the target keeps 4 of 8 ops" in said and "The ops kept at the knee:" in said
-    assert "minimal is worse than all-INT8 in top-1 (0.75, all-INT8 0.9)." in said
-
-
-def test_the_summary_says_what_to_keep_what_it_costs_and_how_sure_that_is():
-    said = rendered(report_of(tradeoff(), Target(min_sqnr_db=30))).said()
-    assert "Keep 2 of 4 ops in FP32." in said and "min_sqnr_db 30" in said
-    assert "3 times those of all-INT8, 60.00 % of those of FP32" in said
-    assert "80.00 % of 10 held-out answers are right with every op in INT8" in said and "costs nothing" not in said
+def test_the_summary_says_what_is_decided_what_it_costs_and_how_sure_that_is():
+    said = rendered(report_of(measured(), Target(max_kl_divergence=0.02))).said()
+    assert "Quantize to 10.00 bits a weight on average: 3 ops in W8A8 and 1 unquantized." in said
+    assert "No answer is lost: 9 of 10 are right, and 9 without quantization." in said
+    assert "reaches the target (max_kl_divergence 0.02)" in said
+    assert "safest: none, because the config's profiles block sets no budget" in said
+    assert "At equal bytes 1 of 1 random choices loses more than the frontier" in said
     assert "1 value (1 op, maps isolated, batch 0) was measured again" in said
     assert "Activations are quantized to 7 bits of 8: Intel Neural Compressor's choice on a CPU without VNNI." in said
     assert "2 batches agree on the order with a Kendall's tau of" in said
-    assert "+1.5 dB over random ones, +2.5 dB over the ranking reversed, -0.5 dB over the largest weights first" in said
 
 
-def test_that_int8_costs_nothing_measurable_is_said_in_words():
-    found = tradeoff()
-    for order, curve in found.curves.items():
-        for index in range(len(curve)):
-            found = with_point(found, order, index, accuracy=0.9, top1_agreement=1.0)
-    said = rendered(report_of(found)).said()
-    assert "INT8 costs nothing measurable in accuracy here" in said and "as many as in FP32" in said
-    assert "nothing measurable in top-1" in said
+def test_a_profile_that_breaks_the_model_is_said_on_the_page():
+    points = [choice(4, 0.08, sqnr_db=4.0), choice(0, 0.0)]
+    said = rendered(report_of(measured(points), Target(max_kl_divergence=1))).said()
+    assert "The profile smallest breaks the model. The SQNR is 4 dB (limit 10 dB). Choose a stricter target." in said
 
 
 @pytest.mark.parametrize(
     ("report", "sentence"),
     [
-        (lambda: report_of(), "No profile is recommended."),
-        (lambda: report_of(), "tradeoff.heldout_batches is 0"),
-        (
-            lambda: report_of(tradeoff(), Target(min_sqnr_db=90)),
-            "No measured keep-list that leaves an op",
-        ),
-        (lambda: report_of(tradeoff(), Target(max_weight_bytes=1)), "No profile is recommended."),
-        (lambda: report_of(tradeoff(), Target(min_sqnr_db=10)), "Keep nothing: INT8 reaches the target as it is."),
-        (
-            lambda: report_of(tradeoff(), Target(max_weight_bytes=10**6)),
-            "This is the measured keep-list with the least error",
-        ),
-        (lambda: report_of(tradeoff()), "The config's profiles block sets no target."),
+        (lambda: report_of(), "Nothing is decided."),
+        (lambda: report_of(), "decide.heldout_batches is 0"),
+        (lambda: report_of(measured(), Target(min_sqnr_db=90)), "no measured choice that quantizes something reaches"),
+        (lambda: report_of(measured(), Target(max_weight_bytes=1)), "no choice of schemes fits the budget"),
+        (lambda: report_of(measured(), Target(max_kl_divergence=1)), "Quantize to W8A8 every op"),
+        (lambda: report_of(measured(), Target(max_bits=15)), "This is the knee"),
         (lambda: report_of(plan={"maps": ("fallback",)}), "The isolated map was not measured, so there is no ranking."),
         (from_inc, "were not measured"),
         (no_error_at_all, "every mse_value is 0"),
@@ -159,24 +139,15 @@ def test_what_was_not_measured_or_not_reached_is_said(report, sentence):
     assert sentence in rendered(report()).said()
 
 
-def test_a_long_keep_list_is_folded_after_twelve():
-    report = report_of(tradeoff(), Target(min_sqnr_db=30))
-    report["profiles"]["profiles"]["recommended"] |= {"kept": [f"layers.{index}" for index in range(30)], "keep": 30}
-    html = html_of(json.dumps(report))
-    opened, folded = html.split("<details><summary>The other 18</summary>")
-    assert "layers.<wbr>11<" in opened and "layers.<wbr>12<" not in opened
-    assert "layers.<wbr>12<" in folded and 'start="13"' in folded
-
-
 def test_the_commands_write_pictures_and_the_page_with_relative_links(tmp_path):
-    report, table = report_of(tradeoff(), Target(min_sqnr_db=30)), tmp_path / "run" / "ranking.csv"
+    report, table = report_of(measured(), Target(max_kl_divergence=1)), tmp_path / "run" / "ranking.csv"
     write_text(tmp_path / "run" / "report.md", "# Report\n")
     write_text(table, "op_name\n")
     texts = [tmp_path / "run" / "report.md", table]
     document = write_document(tmp_path / "run" / "report.json", "report", report, files=texts)
     jsonschema.validate(json.loads(document.text()), read_json(SCHEMA))
-    export = {"inc": {"title": "INC 2.6", "files": ["exports/recommended/inc.json"], "notes": ["Nothing was dropped."]}}
-    write_document(tmp_path / "run" / "exports" / "index.json", "exports", {"profiles": {"recommended": export}})
+    export = {"inc": {"title": "INC 2.6", "files": ["exports/smallest/inc.json"], "notes": ["Nothing was dropped."]}}
+    write_document(tmp_path / "run" / "exports" / "index.json", "exports", {"profiles": {"smallest": export}})
     run = tmp_path / "run"
     common = ["--report", run / "report.json", "--log"]
     draw = [*common, run / "draw.log", "--directory", run / "figures"]
@@ -184,13 +155,13 @@ def test_the_commands_write_pictures_and_the_page_with_relative_links(tmp_path):
     page += ["--markdown", run / "report.md", "--tables", table, "--files", run / "figures" / "heat_map.svg"]
     for command, arguments in ((draw_figures, draw), (render_page_command, page)):
         assert command.main(list(map(str, arguments))) == 0
-    names = ("heat_map", "modalities", "ranked_ops", "tradeoff")
+    names = ("frontier", "heat_map", "modalities", "ranked_ops")
     drawn = sorted(path.name for path in (run / "figures").iterdir())
     assert drawn == sorted(f"{name}{suffix}" for name in names for suffix in (".png", ".svg"))
     elements = Elements((run / "page.html").read_text(encoding="utf-8"))
     links = [attrs["href"] for tag, attrs in elements.tags if tag == "a"]
-    assert links == ["exports/recommended/inc.json", "report.json", "report.md", "ranking.csv", "figures/heat_map.svg"]
-    assert "INC 2.6: exports/recommended/inc.json" in elements.said()
+    assert links == ["exports/smallest/inc.json", "report.json", "report.md", "ranking.csv", "figures/heat_map.svg"]
+    assert "INC 2.6: exports/smallest/inc.json" in elements.said()
     assert "Nothing was dropped." in elements.said()
 
 
@@ -219,7 +190,7 @@ def opened(browser, tmp_path):
         page.on("dialog", lambda dialog: complaints.append(dialog.message))
         page.on("request", lambda request: asked.append(request.url))
         page.goto(path.as_uri())
-        for name in ("heat_map", "ranked_ops", "tradeoff", *["modalities"] * sentences.has_images(report)):
+        for name in ("heat_map", "ranked_ops", "frontier", *["modalities"] * sentences.has_images(report)):
             page.wait_for_selector(f"#chart-{name} svg", state="attached")
         return page
 
@@ -237,7 +208,7 @@ def column(page, place):
 
 @pytest.mark.slow
 def test_the_table_sorts_by_number_and_by_name_in_both_directions(opened):
-    report = report_of(tradeoff())
+    report = report_of(measured())
     values = {"lm_head": 1200.0, "visual.proj": 95.0, "layers.1.mlp": 9.0, "layers.0.mlp": 1e-7}
     for row in report["maps"]["isolated"]["ops"]:
         row |= {"mse_value": values[row["op_name"]], "mse_value_std": None}
@@ -301,10 +272,10 @@ def test_the_map_can_be_chosen_and_each_starts_at_its_most_sensitive_op(opened):
 
 @pytest.mark.slow
 def test_a_tooltip_names_the_op_under_the_pointer_as_plain_text(opened):
-    page = opened(renamed(report_of(tradeoff()), "lm_head", HOSTILE))
-    for chart in ("heat_map", "ranked_ops", "tradeoff", "modalities"):
+    page = opened(renamed(renamed(report_of(measured()), "lm_head", HOSTILE), "W8A8", HOSTILE))
+    for chart in ("heat_map", "ranked_ops", "frontier", "modalities"):
         mark = "rect" if chart == "heat_map" else "symbol"
-        # The last cell of the map is the op; it is the first of the ranking, and what the second keep-list adds.
+        # The last cell of the map is the op, the first of the ranking; the scheme is the first control.
         marks = page.locator(f"#chart-{chart} svg g.mark-{mark}.role-mark path[aria-label*='alert']")
         marks.first.hover(force=True)  # a label or another curve may lie on it, of the same op
         page.locator("#vg-tooltip-element.visible").wait_for()
@@ -318,7 +289,7 @@ def test_a_tooltip_names_the_op_under_the_pointer_as_plain_text(opened):
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_body_never_scrolls_sideways_and_every_chart_can_be_reached(opened, width):
     report = renamed(
-        report_of(tradeoff(), Target(min_sqnr_db=24)), "lm_head", "model." + "very_long_name." * 12 + "proj"
+        report_of(measured(), Target(max_kl_divergence=1)), "lm_head", "model." + "very_long_name." * 12 + "proj"
     )
     page = opened(report, width)
     assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -328,7 +299,7 @@ def test_the_body_never_scrolls_sideways_and_every_chart_can_be_reached(opened, 
 
 @pytest.mark.slow
 def test_in_print_controls_are_hidden_and_pictures_fit_the_paper(opened):
-    page = opened(report_of(tradeoff(), Target(min_sqnr_db=30)), 700)
+    page = opened(report_of(measured(), Target(max_kl_divergence=1)), 700)
     page.emulate_media(media="print")
     for hidden in (".controls", "#ops thead button", "p.screen"):
         assert not page.locator(hidden).first.is_visible()
@@ -348,6 +319,7 @@ def test_a_page_of_every_kind_of_report_opens_without_complaint(opened):
         no_error_at_all(),
         of_three_schemes(),
         of_three_schemes(with_estimates),
+        a_decision(),
     )
     for report in reports:
         opened(report).close()

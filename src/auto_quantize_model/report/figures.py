@@ -18,7 +18,8 @@ import vl_convert
 from auto_quantize_model.escape import printable_document
 from auto_quantize_model.files import atomic_path
 from auto_quantize_model.models.units import tower_of
-from auto_quantize_model.report.sentences import counted, kl_of, megabytes, mixture_of_units, number, percent
+from auto_quantize_model.report.coverage import in_bytes
+from auto_quantize_model.report.sentences import counted, kl_of, mixture_of_units, number, percent
 
 Row = dict[str, Any]
 # What `alt.layer` returns, as it is typed.
@@ -261,11 +262,10 @@ def frontier(report: dict[str, Any]) -> Figure:
     points = frontier_points(report)
     if not points:
         return finish(report, title, "No choice loses anything, so there is no curve to draw.", None)
-    profiles = [
-        {"profile": name, "bits": profile["point"]["bits"], "kl": profile["point"]["kl_divergence"]}
-        for name, profile in report["profiles"]["profiles"].items()
-        if profile["point"]["kl_divergence"] > 0
-    ]
+    named: dict[tuple[float, float], list[str]] = {}
+    for name, profile in report["profiles"]["profiles"].items():
+        named.setdefault((profile["point"]["bits"], profile["point"]["kl_divergence"]), []).append(name)
+    profiles = [{"profile": ", ".join(names), "bits": bits, "kl": kl} for (bits, kl), names in named.items() if kl > 0]
     caption = (
         f"The mixed-precision model, measured on {counted(found['samples'], 'held-out sample')} with"
         f" {found['tokens']} tokens: KL divergence from the unquantized model, on a logarithmic axis. Bits count scales"
@@ -292,7 +292,7 @@ def frontier_points(report: dict[str, Any]) -> list[Row]:
                     "bits_text": f"{point['bits']:.2f}",
                     "kl_text": f"{number(point['kl_divergence'])} nats",
                     "units": mixture_of_units(report, point),
-                    "weights": megabytes(point["weight_bytes"]),
+                    "weights": in_bytes(point["weight_bytes"], 4),
                     "top1": percent(point["top1_agreement"]),
                     "accuracy": percent(point["accuracy"]),
                     "sqnr": "no error" if point["sqnr_db"] is None else f"{point['sqnr_db']:.2f} dB",

@@ -8,7 +8,7 @@ import base64
 import hashlib
 import os
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -69,7 +69,11 @@ def template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": sentences.number, "percent": sentences.percent, "mb": sentences.megabytes}
+    environment.filters |= {
+        "number": sentences.number,
+        "percent": sentences.percent,
+        "bytes": partial(coverage.in_bytes, digits=4),
+    }
     environment.filters |= {"csp_hash": csp_hash, "href": href, "breakable": breakable}
     return environment.get_template("op_sensitivity.html.j2")
 
