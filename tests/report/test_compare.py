@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from build import a_frontier, a_point, a_profile, profiles_of
+from build import a_frontier, a_plan, a_point, a_profile, profiles_of
 from hypothesis import given
 from hypothesis import strategies as st
 from test_document import parts
@@ -313,7 +313,7 @@ def decided(*schemes: str, name: str = "smallest") -> dict[str, Any]:
     point = a_point(schemes)
     frontier = a_frontier("ab", [point, a_point(["unquantized"] * 2, 0.0)])
     profiles = profiles_of({name: a_profile(point)})
-    return found | {"frontier": of_frontier(frontier), "profiles": of_profiles(profiles)}
+    return found | {"frontier": of_frontier(frontier, a_plan()), "profiles": of_profiles(profiles)}
 
 
 def test_the_units_whose_scheme_differs_in_the_first_common_profile_are_named() -> None:

@@ -6,19 +6,25 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from build import a_frontier, a_point
-from test_document import NAMES, UNMEASURED, by_inc, parts, record
+from build import a_frontier, a_point, two_units, with_estimates
+from test_document import NAMES, UNMEASURED, by_inc, of_three_schemes, parts, record
 
 from auto_quantize_model.commands import draw_figures
 from auto_quantize_model.config import Target
 from auto_quantize_model.documents import write_document
 from auto_quantize_model.files import InputError
 from auto_quantize_model.report.document import build_report
-from auto_quantize_model.report.figures import figures, frontier_points, of_all, save
+from auto_quantize_model.report.figures import figures, frontier_points, of_all, save, strips
 
 HOSTILE = 'layers.0.<script>alert(1)</script>\'"\\datum["x"].{{7*7}}&amp;'
 VISION = ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 LANGUAGE = (*(f"self_attn.{one}_proj" for one in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+OPS_417 = [
+    *(f"model.visual.blocks.{block}.{op}" for block in range(32) for op in VISION),
+    *(f"model.language_model.layers.{block}.{op}" for block in range(36) for op in LANGUAGE),
+    *("model.visual.patch_embed.proj", "model.visual.merger.mlp.0", "model.visual.merger.mlp.2"),
+    *("model.language_model.embed_tokens", "lm_head"),
+]
 FOUR = ["heat_map", "ranked_ops", "frontier", "modalities"]
 SVG = "{http://www.w3.org/2000/svg}"
 DRAWN = {}  # SVG by specification
@@ -119,12 +125,15 @@ CASES = {
     ),
     "no isolated map": (
         lambda: report_of(plan={"maps": ("fallback",)}),
-        dict.fromkeys(("heat_map", "ranked_ops", "modalities"), "The isolated map was not measured"),
+        dict.fromkeys(("heat_map", "ranked_ops", "modalities", "strips"), "The isolated map was not measured"),
     ),
     "measured by INC": (from_inc, {"modalities": "were not measured", "heat_map": "layers", "ranked_ops": "lm_head"}),
     "text alone": (without_images, {"modalities": "No batch has image tokens", "heat_map": "lm_head"}),
     "an op without error": (without_error, {"heat_map": "–", "ranked_ops": "All 3 ops"}),
-    "no error at all": (no_error_at_all, {"ranked_ops": "every mse_value is 0", "heat_map": "–"}),
+    "no error at all": (
+        no_error_at_all,
+        {"ranked_ops": "every mse_value is 0", "heat_map": "–", "strips": "No op has a KL divergence"},
+    ),
 }
 
 
@@ -133,6 +142,7 @@ def test_every_picture_is_drawn_and_says_what_was_not_measured(case, tmp_path):
     report, said = CASES[case]
     pictures = figures(report())
     assert list(pictures) == FOUR
+    pictures["strips"] = strips(report())
     for name, picture in pictures.items():
         seen = " ".join(drawn(picture, tmp_path))
         assert "tiny" in seen
@@ -171,6 +181,14 @@ def test_profiles_of_one_choice_share_one_label(tmp_path):
     assert "smallest, balanced" in texts and "smallest" not in texts
 
 
+def test_strips_have_a_panel_for_each_scheme_and_a_row_for_each_projection(tmp_path):
+    picture = strips(of_three_schemes(with_estimates))
+    texts = drawn(picture, tmp_path)
+    panels = [text for text in texts if text in ("inc_int8", "W8A8", "NVFP4")]
+    assert panels == ["inc_int8", "W8A8", "NVFP4"] and "≈ 1 ± 0.2 nats" in json.dumps(picture.spec, ensure_ascii=False)
+    assert "mlp" in drawn(strips(report_of()), tmp_path)  # one row for both blocks
+
+
 def test_only_the_ten_most_sensitive_of_many_ops_are_labelled_and_all_are_in_the_data(tmp_path):
     names = [f"model.layers.{index}.mlp.up_proj" for index in range(417)]
     report = report_of()
@@ -183,20 +201,24 @@ def test_only_the_ten_most_sensitive_of_many_ops_are_labelled_and_all_are_in_the
     assert all(json.dumps(name) in spec for name in names)
 
 
+def test_both_panels_of_the_ranking_have_the_colours_of_all_towers():
+    report = report_of()
+    row = report["maps"]["isolated"]["ops"][0]
+    names = [*(f"visual.blocks.{index}.proj" for index in range(10)), "lm_head"]
+    rows = [row | {"op_name": name, "mse_value": 20.0 - i, "rank": i + 1} for i, name in enumerate(names)]
+    report["maps"]["isolated"]["ops"] = rows
+    spec = json.dumps(figures(report)["ranked_ops"].spec)
+    assert '"domain": ["vision", "language"]' in spec and '"domain": ["vision"]' not in spec
+
+
 def test_no_label_lies_on_another_at_417_ops(tmp_path):
-    blocks = [
-        *(f"model.visual.blocks.{block}.{op}" for block in range(32) for op in VISION),
-        *(f"model.language_model.layers.{block}.{op}" for block in range(36) for op in LANGUAGE),
-        *("model.visual.patch_embed.proj", "model.visual.merger.mlp.0", "model.visual.merger.mlp.2"),
-        *("model.language_model.embed_tokens", "lm_head"),
-    ]
     report = report_of(measured(), Target(max_kl_divergence=0.02, max_bits=15))
     row = report["maps"]["isolated"]["ops"][0]
-    rows = [row | {"op_name": name, "mse_value": 500.0 - i, "rank": i + 1} for i, name in enumerate(blocks)]
+    rows = [row | {"op_name": name, "mse_value": 500.0 - i, "rank": i + 1} for i, name in enumerate(OPS_417)]
     report["maps"]["isolated"]["ops"] = rows
-    report["ops"] = [report["ops"][0] | {"op_name": name} for name in blocks]
-    assert len(blocks) == 417
-    for name, picture in figures(report).items():
+    report["ops"] = [report["ops"][0] | {"op_name": name} for name in OPS_417]
+    assert len(OPS_417) == 417
+    for name, picture in (figures(report) | {"strips": strips(report)}).items():
         boxes = label_boxes(svg(picture, tmp_path))
         assert len(boxes) > 5
         clashes = [(a[0], b[0]) for a, b in itertools.combinations(boxes, 2) if overlap(a[1], b[1])]
@@ -246,7 +268,8 @@ def test_a_name_full_of_markup_and_quotes_is_drawn_as_it_is(tmp_path):
     pictures = figures(renamed(report_of(measured()), "lm_head", HOSTILE))
     assert HOSTILE in drawn(pictures["ranked_ops"], tmp_path)
     assert HOSTILE.removeprefix("layers.0.") in drawn(pictures["heat_map"], tmp_path)
-    pictures |= {"own scheme": figures(renamed(report_of(measured()), "W8A8", HOSTILE))["frontier"]}
+    hostile = renamed(renamed(of_three_schemes(frontier=two_units()), "W8A8", HOSTILE), "a", HOSTILE)
+    pictures |= {"own scheme": figures(hostile)["frontier"], "strips": strips(hostile)}
     for picture in pictures.values():
         assert "alert" not in json.dumps(without_data(picture.spec))  # no expression and no field holds a name
         assert not list(svg(picture, tmp_path).iter(f"{SVG}script"))
