@@ -286,6 +286,7 @@ USERS = {
     "archive.py": {"archive_results"},
     "report/page.py": {"render_page"},
     "report/templates/op_sensitivity.html.j2": {"render_page"},
+    "report/allocate.js": {"render_page"},
     "report/page.js": {"render_page"},
     "report/page.css": {"render_page"},
     "report/figures.py": {"render_page", "draw_figures"},

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from build import a_frontier, a_plan, a_point, a_profile, profiles_of
 from hypothesis import given
 from hypothesis import strategies as st
 from test_document import parts
@@ -14,7 +15,7 @@ from test_document import parts
 from auto_quantize_model.commands import compare_sensitivity
 from auto_quantize_model.files import InputError
 from auto_quantize_model.report.compare import Limits, compare, standings, to_markdown
-from auto_quantize_model.report.document import build_report
+from auto_quantize_model.report.document import build_report, of_frontier, of_profiles
 
 ROOT = Path(__file__).parents[2]
 
@@ -306,13 +307,45 @@ def test_runs_with_7_and_8_bits_of_activation_are_warned_of_and_do_not_differ_by
     assert "| reduce_range | True | False |" in markdown
 
 
-def test_what_the_recommended_profile_newly_keeps_is_named() -> None:
-    reports = report(), report()
-    assert "cannot be compared" in to_markdown(compared(*reports))
-    for one, kept in zip(reports, (["a", "b"], ["b", "c"]), strict=True):
-        one["profiles"]["profiles"]["recommended"] = {"kept": kept}
-    assert "now keeps: `c`; no longer: `a`." in to_markdown(compared(*reports))
-    assert "keeps the same ops" in to_markdown(compared(reports[0], reports[0]))
+def decided(*schemes: str, name: str = "smallest") -> dict[str, Any]:
+    """The report with a profile whose units a and b have such schemes."""
+    found = report()
+    point = a_point(schemes)
+    frontier = a_frontier("ab", [point, a_point(["unquantized"] * 2, 0.0)])
+    profiles = profiles_of({name: a_profile(point)})
+    return found | {"frontier": of_frontier(frontier, a_plan()), "profiles": of_profiles(profiles)}
+
+
+def test_the_units_whose_scheme_differs_in_the_first_common_profile_are_named() -> None:
+    found = compared(decided("W8A8", "W8A8"), decided("W8A8", "unquantized"))
+    assert found["profile"] == {
+        "name": "smallest",
+        "bits": [8.0, 12.0],
+        "schemes": {"b": ["W8A8", "unquantized"]},
+        "only": [[], []],
+    }
+    assert (
+        "The profile smallest has 8.00 bits a weight in the first and 12.00 in the second. Units with another scheme:"
+        " `b` from W8A8 to unquantized."
+    ) in to_markdown(found)
+    same = compared(decided("W8A8", "W8A8", name="safest"), decided("W8A8", "W8A8", name="safest"))
+    assert "The profile safest has 8.00 bits a weight in the first and 8.00 in the second. Each unit has the same" in (
+        to_markdown(same)
+    )
+
+
+def test_without_a_common_profile_that_is_said() -> None:
+    found = compared(decided("W8A8", "W8A8"), decided("W8A8", "W8A8", name="safest"))
+    assert found["profile"] is None and "The reports have no profile in common." in to_markdown(found)
+
+
+def test_a_unit_of_one_report_alone_is_counted_and_a_scheme_of_ones_own_is_escaped() -> None:
+    first, second = decided("W8A8", "W8A8"), decided("*own*", "W8A8")
+    second["frontier"]["units"][1]["name"] = "c"
+    found = compared(first, second)
+    assert found["profile"]["schemes"] == {"a": ["W8A8", "*own*"]} and found["profile"]["only"] == [["b"], ["c"]]
+    markdown = to_markdown(found)
+    assert "`a` from W8A8 to &#42;own&#42;. Units of one report alone: `b`, `c`." in markdown
 
 
 def run_command(folder: Path, second: Any, *options: str) -> int:

@@ -1,21 +1,19 @@
 """What the planned ops hold of a model's weights is counted once each, and what they leave out is named first."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from build import a_plan, a_profile, profiles_of
+from build import COVERAGE
 from test_document import NAMES, parts
 
 from auto_quantize_model.config import PlanSpec
-from auto_quantize_model.escape import code, prose
-from auto_quantize_model.export.exports import export
+from auto_quantize_model.escape import code
 from auto_quantize_model.inc.plan import build_plan
 from auto_quantize_model.made.digits import build_config, build_tokenizer
 from auto_quantize_model.models.coverage import cover
-from auto_quantize_model.report import coverage, sentences
+from auto_quantize_model.report import coverage
 from auto_quantize_model.report.document import build_report, render
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
@@ -143,30 +141,21 @@ def test_the_first_warning_and_the_head_of_the_report_name_what_is_left_out(part
     assert f"| {code('model.layers.*.mlp.experts.gate_up_proj')} | MixtralExperts | 2 | 32768 | 131 kB |" in markdown
 
 
-def test_no_sentence_speaks_of_the_model_as_quantized_where_much_is_left_out(partial: dict[str, Any]) -> None:
-    nothing = {"keep": 0, "kept": [], "order": "ranking"}
-    report: dict[str, Any] = build_report(*parts(plan={"coverage": partial}))
-    report["all_int8"]["top1_agreement"] = 1.0
-    report |= {"profiles": {"profiles": {"recommended": nothing}, "target": {"min_sqnr_db": 1.0}, "missed": ""}}
-    report["tradeoff"] = report["tradeoff"] | {"ops": 4}
-    headline, _ = sentences.decision(report)
-    assert headline == "Keep no op of the 4 planned ones: INT8 reaches the target as it is."
-    said = " ".join(sentences.costs(report))
-    assert "INT8 of the planned ops costs nothing measurable in top-1" in said and " INT8 costs nothing" not in said
-    whole = build_report(*parts())
-    assert sentences.decision(report | {"coverage": whole["coverage"]})[0].startswith("Keep nothing: INT8 reaches")
-
-
-def test_every_export_names_what_is_left_alone(partial: dict[str, Any], tmp_path: Path) -> None:
-    modules = {name: type(module) for name, module in mixtral().named_modules()}
-    profiles = profiles_of({"recommended": a_profile(["lm_head"])})
-    index = export(tmp_path / "e", profiles, a_plan(["lm_head"], coverage=partial), modules, [], 2)
-    for tool in index["profiles"]["recommended"].values():
-        assert any("Left alone" in note and "experts.down_proj (MixtralExperts" in note for note in tool["notes"])
-    assert prose("model.layers.*.mlp.experts.gate_up_proj") in (tmp_path / "e/recommended/README.md").read_text()
+def test_a_remark_for_exports_names_all_that_is_left_alone(partial: dict[str, Any]) -> None:
+    (remark,) = coverage.remark(partial)
+    assert remark.startswith("Left alone, because the plan has no INT8") and "smaller group" not in remark
+    assert "model.layers.*.mlp.experts.down_proj (MixtralExperts" in remark
+    assert coverage.remark(COVERAGE) == []
 
 
 @pytest.mark.parametrize(("groups", "said"), [(7, "and 1 smaller group"), (8, "and 2 smaller groups")])
 def test_groups_beyond_those_named_are_counted(groups: int, said: str) -> None:
     one = {"pattern": "a", "class": "Linear", "count": 1, "weights": 1, "bytes": 4}
     assert coverage.left_out({"left_out": [one] * groups}).endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(82, "82 bytes"), (999_999, "1 MB"), (131_072, "131 kB"), (3_094_000_000, "3.09 GB")]
+)
+def test_bytes_have_a_unit_that_leaves_a_digit_before_the_point(value: int, said: str) -> None:
+    assert coverage.in_bytes(value) == said

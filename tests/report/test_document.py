@@ -11,12 +11,16 @@ from build import (
     COVERAGE,
     a_calibration_manifest,
     a_capture,
+    a_frontier,
     a_model_manifest,
     a_plan,
+    a_point,
     a_score,
     an_audit,
     an_op,
+    options,
     three_schemes,
+    two_units,
     with_estimates,
 )
 from hypothesis import given
@@ -31,8 +35,8 @@ from auto_quantize_model.files import InputError, canonical_json
 from auto_quantize_model.records import Answers, Excluded, NotMeasured, digest_of_record
 from auto_quantize_model.report.document import build_report, markdown_cell, render, tables, top_table
 
-UNMEASURED = NotMeasured("not_measured", "tradeoff.heldout_batches is 0")
-PROFILES = build_profiles(UNMEASURED, Target())
+UNMEASURED = NotMeasured("not_measured", "decide.heldout_batches is 0")
+PROFILES = build_profiles(UNMEASURED, a_plan(), Target())
 MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 NAMES = ["visual.proj", "layers.0.mlp", "layers.1.mlp", "lm_head"]
 ERRORS = dict(zip(NAMES, ((3.0, 1.0), (0.5, 0.5), (0.5, 0.5), (8.0, 4.0)), strict=True))  # on two batches
@@ -61,8 +65,8 @@ def parts(
     scores=None,
     all_int8=(10.0, 10.0),
     audit=None,
-    tradeoff=UNMEASURED,
-    profiles=PROFILES,
+    frontier=UNMEASURED,
+    target=None,
     **capture,
 ):
     """What `build_report` takes: four ops on two batches, in three maps.
@@ -72,6 +76,7 @@ def parts(
         executions: {op: how often it runs on each batch}, where that is not once.
         scores: {map: {op: a record per batch}}, where they are not those of `ERRORS`.
         all_int8: of each batch, the squared error or the record with every op in INT8.
+        frontier, target: what was measured on held-out samples, and what profiles must reach.
     """
     runs = dict.fromkeys(NAMES, (1, 1)) | (executions or {})
     planned = a_plan([an_op(name, executions=runs[name]) for name in NAMES], **PLAN | (plan or {}))
@@ -91,8 +96,8 @@ def parts(
         planned,
         a_capture(planned, ran, together, **capture),
         an_audit(**audit or {}),
-        tradeoff,
-        profiles,
+        frontier,
+        build_profiles(frontier, planned, target or Target()),
     )
 
 
@@ -190,14 +195,14 @@ def test_where_both_engines_measured_the_metrics_of_the_replay_are_shown_and_the
 def test_the_head_says_how_many_bits_activations_have_and_who_chose_them(reduced, by, sentence):
     report = build_report(*parts(plan={"reduce_range": reduced, "reduce_range_by": by}))
     markdown, _ = render(report)
-    assert f"Activations are quantized {sentence}\n" in markdown.split("## What to keep")[0]
+    assert f"Activations are quantized {sentence}\n" in markdown.split("## The decision")[0]
     assert report["measurement"]["reduce_range"] is reduced
 
 
 def test_a_model_that_inc_cannot_measure_is_the_first_warning():
     cannot = {"status": "cannot", "reason": "with no op in INT8, INC's model differs"}
     markdown, _ = render(build_report(*parts(plan={"inc_check": cannot}, audit={"by": "torch"})))
-    head = markdown.split("## What to keep")[0]
+    head = markdown.split("## The decision")[0]
     assert "> **Warning:** Intel Neural Compressor cannot measure this model: with no op in INT8, INC's model" in head
     assert "measured again by torch's own quantized modules in the FP32 model: every one is the same" in head
 
@@ -278,7 +283,7 @@ STRANGERS = [
 @pytest.mark.parametrize("text", STRANGERS)
 def test_no_text_of_a_stranger_is_markup_in_the_markdown_and_the_json_holds_it_raw(text):
     plain = build_report(*parts(stand_in="STRANGER", rounded="STRANGER"))
-    plain["tradeoff"]["reason"] = "STRANGER"
+    plain["frontier"]["reason"] = "STRANGER"
     for block, key in (
         ("model", "model"),
         ("model", "architecture"),
@@ -286,7 +291,7 @@ def test_no_text_of_a_stranger_is_markup_in_the_markdown_and_the_json_holds_it_r
         ("measurement", "device"),
     ):
         plain[block][key] = "STRANGER"
-    plain["profiles"]["missed"] = "STRANGER"
+    plain["profiles"]["missed"] = {"smallest": "STRANGER"}
     plain["audit"] |= {"ops": ["STRANGER"], "maps": ["STRANGER"]}
     plain["versions"] = {"STRANGER": "STRANGER"}
     plain["excluded"] = [dict.fromkeys(("op_name", "op_type", "reason"), "STRANGER")]
@@ -296,15 +301,38 @@ def test_no_text_of_a_stranger_is_markup_in_the_markdown_and_the_json_holds_it_r
     for batch in plain["batches"]:
         batch["sample_ids"] = ["STRANGER"]
     hostile = json.loads(json.dumps(plain).replace("STRANGER", json.dumps(text)[1:-1]))
+    shown_alike(plain, hostile, text, 20)
+    assert json.loads(render(hostile)[1])["batches"][0]["sample_ids"] == [text]
+
+
+@pytest.mark.parametrize("text", STRANGERS)
+def test_no_name_of_a_scheme_or_a_unit_is_markup_in_the_markdown(text):
+    plain = build_report(*parts(frontier=with_strangers("STRANGER"), target=Target(max_kl_divergence=1)))
+    hostile = build_report(*parts(frontier=with_strangers(text), target=Target(max_kl_divergence=1)))
+    plain["model"]["stand_in"] = hostile["model"]["stand_in"] = None
+    plain["model"]["model"], hostile["model"]["model"] = "STRANGER (stand-in)", f"{text} (stand-in)"
+    shown_alike(plain, hostile, text, 8)
+
+
+def with_strangers(name):
+    """A frontier whose units, scheme and control have a name that someone else gave."""
+    points = [a_point([name, "unquantized"], 0.01), a_point(["unquantized"] * 2, 0.0)]
+    units = [options(unit, **{name: (8, 0.01)}) for unit in (name, "b")]
+    return replace(
+        a_frontier("", points, [replace(points[0], kind="uniform", name=name)]), units=units, candidates=(name,)
+    )
+
+
+def shown_alike(plain, hostile, text, times):
+    """Assert that the Markdown of two reports has the same markup, and that it holds a text and STRANGER alike."""
     rendered = [MARKDOWN.render(render(report)[0]) for report in (plain, hostile)]
     inline = ("<wbr>", "<code>", "</code>")
     tags = [[tag for tag in re.findall("<[^>]*>", html) if tag not in inline] for html in rendered]
-    assert tags[0] == tags[1] and rendered[0].count("STRANGER") > 20
+    assert tags[0] == tags[1] and rendered[0].count("STRANGER") > times
     # A sentence begins with a capital letter.
     assert html_text(rendered[1]).lower().count(one_line(text).lower()) == rendered[0].count("STRANGER")
     assert "STRANGER (stand-in)</h1>" in rendered[0]
     assert not CONTROLS.search(rendered[1]) and "<script" not in render(hostile)[0]
-    assert json.loads(render(hostile)[1])["batches"][0]["sample_ids"] == [text]
 
 
 def html_text(html):
@@ -316,6 +344,46 @@ def test_tables_hold_no_formula():
     report["maps"]["isolated"]["ops"][0] |= {"op_name": "=cmd|' /C calc'!A0", "op_type": "+x", "mse_value": -1.0}
     lines = tables(report)["ranking"].to_csv(index=False).splitlines()
     assert lines[1].startswith("1,False,'=cmd|' /C calc'!A0,'+x,-1.0,")
+
+
+def a_decision(**changes):
+    """A report with the frontier of the units a and b, and its profiles."""
+    return of_three_schemes(frontier=two_units(**changes), target=Target(max_kl_divergence=0.02, max_bits=15))
+
+
+def test_a_report_with_a_frontier_matches_its_schema_and_holds_no_value_of_a_sample():
+    report = a_decision()
+    markdown, document = render(report)
+    assert json.loads(document) == report and "kl_by_sample" not in document and '"assignment"' not in document
+    assert [row["name"] for row in report["frontier"]["comparisons"]] == ["random_0", "first and last layers"]
+    assert report["frontier"]["prediction"]["compared"] == 5
+    assert list(report["profiles"]["profiles"]) == ["smallest", "safest"]
+    assert report["profiles"]["profiles"]["smallest"]["kept"] == ["b", "c"]
+    assert report["profiles"]["missed"] == {"balanced": "the measured curve has no knee: each byte buys about the same"}
+
+
+def test_the_markdown_has_the_frontier_its_controls_and_the_scheme_of_each_unit():
+    markdown, _ = render(a_decision())
+    frontier = markdown.split("## Frontier")[1].split("\n## ")[0]
+    assert "a scheme for each of 2 units of ops, measured on 2 held-out samples with 48 tokens" in frontier
+    assert "\n| frontier | 2 W8A8 | 8.00 |" in frontier and "\n| random&#95;0 |" in frontier.replace("_", "&#95;")
+    assert "\n| frontier | 2 unquantized | 16.00 | 0.000132 | 0 | 0 to 0 |" in frontier
+    profiles = markdown.split("## Profiles")[1].split("\n## ")[0]
+    assert "\n| smallest | 12.00 |" in profiles and "- balanced: none, because the measured curve" in profiles
+    assert "| `a` | W8A8 |\n| `b` | unquantized |\n" in profiles
+    widths = [line.count("|") for line in frontier.splitlines() if line.startswith("|")]
+    assert len(widths) == 8 and len(set(widths)) == 1
+
+
+def test_tables_have_a_row_for_each_choice_and_each_profile():
+    found = tables(a_decision())
+    assert list(found) == ["ranking", "frontier", "profiles"]
+    assert list(found["frontier"]["kind"]) == ["frontier"] * 3 + ["uniform", "random", "edges"]
+    assert list(found["frontier"]["schemes"][:3]) == ["W8A8:2", "W8A8:1 unquantized:1", "unquantized:2"]
+    assert list(found["profiles"]["profile"]) == ["smallest", "safest"]
+    assert list(found["profiles"]["kept"]) == ["b c"] * 2
+    nothing = tables(of_three_schemes())
+    assert nothing["frontier"].empty and nothing["profiles"].empty
 
 
 def test_a_map_that_was_not_measured_says_so():
@@ -331,11 +399,12 @@ def test_a_cell_never_breaks_its_row(text):
     assert "\n" not in cell
 
 
-def of_three_schemes(made=three_schemes):
+def of_three_schemes(made=three_schemes, frontier=UNMEASURED, target=None):
     """A report of three ops in three schemes."""
     plan, capture = made()
     audit = an_audit(served={"W8A8": 5, "NVFP4": 1})
-    return build_report(a_model_manifest(), a_calibration_manifest(), plan, capture, audit, UNMEASURED, PROFILES)
+    profiles = build_profiles(frontier, plan, target or Target())
+    return build_report(a_model_manifest(), a_calibration_manifest(), plan, capture, audit, frontier, profiles)
 
 
 def test_schemes_stand_in_tables_with_the_reason_of_each_refusal():

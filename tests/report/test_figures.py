@@ -4,58 +4,52 @@ import itertools
 import json
 import re
 import xml.etree.ElementTree as ElementTree
-from dataclasses import replace
 
 import pytest
-from build import a_point, a_tradeoff
-from test_document import NAMES, UNMEASURED, by_inc, parts, record
+from build import a_frontier, a_point, two_units, with_estimates
+from test_document import NAMES, UNMEASURED, by_inc, of_three_schemes, parts, record
 
 from auto_quantize_model.commands import draw_figures
 from auto_quantize_model.config import Target
-from auto_quantize_model.decide.profiles import build_profiles
 from auto_quantize_model.documents import write_document
 from auto_quantize_model.files import InputError
-from auto_quantize_model.measure.heldout import keep_sizes
 from auto_quantize_model.report.document import build_report
-from auto_quantize_model.report.figures import figures, of_all, save
+from auto_quantize_model.report.figures import figures, frontier_points, of_all, save, strips
 
 HOSTILE = 'layers.0.<script>alert(1)</script>\'"\\datum["x"].{{7*7}}&amp;'
 VISION = ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 LANGUAGE = (*(f"self_attn.{one}_proj" for one in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-AVERAGED = ("weight_bytes", "sqnr_db", "kl_divergence", "top1_agreement", "accuracy")
-FOUR = ["heat_map", "ranked_ops", "tradeoff", "modalities"]
+OPS_417 = [
+    *(f"model.visual.blocks.{block}.{op}" for block in range(32) for op in VISION),
+    *(f"model.language_model.layers.{block}.{op}" for block in range(36) for op in LANGUAGE),
+    *("model.visual.patch_embed.proj", "model.visual.merger.mlp.0", "model.visual.merger.mlp.2"),
+    *("model.language_model.embed_tokens", "lm_head"),
+]
+FOUR = ["heat_map", "ranked_ops", "frontier", "modalities"]
 SVG = "{http://www.w3.org/2000/svg}"
 DRAWN = {}  # SVG by specification
 
 
-def point(keep, sqnr_db, added=()):
-    """A keep-list of the trade-off."""
-    return a_point(keep, sqnr_db, added, weight_bytes=1000 * (keep + 1), accuracy=0.9 if keep else 0.8)
+def choice(quantized, kl_divergence, **changes):
+    """A choice with the first so many of the four ops in W8A8."""
+    schemes = ["W8A8"] * quantized + ["unquantized"] * (4 - quantized)
+    return a_point(schemes, kl_divergence, **{"accuracy": 0.8 if quantized == 4 else 0.9, **changes})
 
 
-def tradeoff(curve=None, **changes):
-    """A measured trade-off, of four ops where no curve is given; with all of them kept there is no error."""
-    order = NAMES[::-1]
-    curve = curve or [point(0, 20.0), point(1, 25.0, order[:1]), point(2, 31.0, order[1:2]), point(4, None, order[2:])]
-    chance = [{"keep": step.keep} | {key: getattr(step, key) for key in AVERAGED} for step in curve]
-    for step in chance:
-        step |= {f"{key}_std": 1.0 for key in AVERAGED}
-        step["sqnr_db_std"] = None if step["sqnr_db"] is None else 1.0
-    orders = ("ranking", "inverse", "weight_bytes", *(f"random_{seed}" for seed in range(5)))
-    gains = {"random": 1.5, "inverse": 2.5, "weight_bytes": -0.5}
-    losses = {"random": [], "inverse": [], "weight_bytes": [1, 2]}
-    found = {"random": chance, "gains_db": gains, "losses": losses} | changes
-    return a_tradeoff(found.pop("curves", dict.fromkeys(orders, curve)), curve[-1].keep, **found)
+def measured(points=None, controls=None, **changes):
+    """The frontier of the four ops of `parts`. Ten answers are asked; the unquantized model has nine right."""
+    points = points or [choice(*pair) for pair in ((4, 0.08), (3, 0.01), (2, 0.008), (1, 0.004), (0, 0.0))]
+    controls = controls or [
+        choice(4, 0.08, kind="uniform", name="W8A8"),
+        a_point(["unquantized", *["W8A8"] * 3], 0.03, accuracy=0.9, kind="random", name="random_0"),
+        a_point(["unquantized", "W8A8", "W8A8", "unquantized"], 0.006, accuracy=0.9, kind="edges", name="edges"),
+    ]
+    return a_frontier(NAMES, points, controls, **{"answers": 10, **changes})
 
 
-def with_greedy(found, curve):
-    """A trade-off whose ranking was refined, with that curve."""
-    return replace(found, curves=found.curves | {"greedy": curve})
-
-
-def report_of(measured=UNMEASURED, target=None, **changes):
-    """A report with a trade-off and its profiles; `changes` are those of `parts`."""
-    return build_report(*parts(tradeoff=measured, profiles=build_profiles(measured, target or Target()), **changes))
+def report_of(frontier=UNMEASURED, target=None, **changes):
+    """A report with a frontier and its profiles; `changes` are those of `parts`."""
+    return build_report(*parts(frontier=frontier, target=target, **changes))
 
 
 def renamed(report, old, new):
@@ -118,22 +112,28 @@ def without_data(spec):
 
 
 CASES = {
-    "unmeasured trade-off": (report_of, {"tradeoff": "tradeoff.heldout_batches is 0", "ranked_ops": "lm_head"}),
-    "measured trade-off": (lambda: report_of(tradeoff()), {"tradeoff": "largest weights first"}),
-    "greedy as well": (
-        lambda: report_of(with_greedy(tradeoff(), tradeoff().curves["ranking"][:2])),
-        {"tradeoff": "greedy"},
+    "no frontier": (report_of, {"frontier": "decide.heldout_batches is 0", "ranked_ops": "lm_head"}),
+    "a frontier": (lambda: report_of(measured()), {"frontier": "random choice"}),
+    "profiles": (
+        lambda: report_of(measured(), Target(max_kl_divergence=0.02, max_bits=15)),
+        {"frontier": "smallest, balanced"},
     ),
-    "recommended": (lambda: report_of(tradeoff(), Target(min_sqnr_db=30)), {"tradeoff": "recommended: 2"}),
-    "target missed": (lambda: report_of(tradeoff(), Target(max_weight_bytes=1)), {"tradeoff": "ranking"}),
+    "a frontier without controls": (lambda: report_of(measured(controls=[choice(4, 0.08)])), {"frontier": "best for"}),
+    "no loss at all": (
+        lambda: report_of(measured([choice(4, 0.0), choice(0, 0.0)], [choice(4, 0.0, kind="uniform", name="W8A8")])),
+        {"frontier": "No choice loses anything"},
+    ),
     "no isolated map": (
         lambda: report_of(plan={"maps": ("fallback",)}),
-        dict.fromkeys(("heat_map", "ranked_ops", "modalities"), "The isolated map was not measured"),
+        dict.fromkeys(("heat_map", "ranked_ops", "modalities", "strips"), "The isolated map was not measured"),
     ),
     "measured by INC": (from_inc, {"modalities": "were not measured", "heat_map": "layers", "ranked_ops": "lm_head"}),
     "text alone": (without_images, {"modalities": "No batch has image tokens", "heat_map": "lm_head"}),
     "an op without error": (without_error, {"heat_map": "–", "ranked_ops": "All 3 ops"}),
-    "no error at all": (no_error_at_all, {"ranked_ops": "every mse_value is 0", "heat_map": "–"}),
+    "no error at all": (
+        no_error_at_all,
+        {"ranked_ops": "every mse_value is 0", "heat_map": "–", "strips": "No op has a KL divergence"},
+    ),
 }
 
 
@@ -142,6 +142,7 @@ def test_every_picture_is_drawn_and_says_what_was_not_measured(case, tmp_path):
     report, said = CASES[case]
     pictures = figures(report())
     assert list(pictures) == FOUR
+    pictures["strips"] = strips(report())
     for name, picture in pictures.items():
         seen = " ".join(drawn(picture, tmp_path))
         assert "tiny" in seen
@@ -154,10 +155,38 @@ def test_the_heat_map_has_a_panel_for_repeated_blocks_and_one_for_the_other_ops(
     assert "22.2" in texts  # lm_head: 12 of 2000
 
 
-def test_the_axis_of_kept_ops_starts_at_zero_and_the_state_without_error_is_not_drawn():
-    spec = json.dumps(figures(report_of(tradeoff()))["tradeoff"].spec)
-    assert '"type": "symlog"' in spec and '"domain": [0, 4]' in spec
-    assert '"keep": 2' in spec and '"keep": 4' not in spec
+def test_the_frontier_is_drawn_with_intervals_and_without_the_choice_that_loses_nothing():
+    report = report_of(measured())
+    values = frontier_points(report)
+    assert [value["curve"] for value in values].count("best for its bytes") == 4
+    first = next(value for value in values if value["curve"] == "best for its bytes")
+    assert (first["bits"], first["kl"], first["low"], first["high"]) == (8.0, 0.08, 0.04, 0.16)
+    assert (first["units"], first["top1"], first["accuracy"], first["sqnr"]) == (
+        "4 W8A8",
+        "90.00 %",
+        "80.00 %",
+        "30.00 dB",
+    )
+    assert min(value["kl"] for value in values) > 0
+    assert "10 tokens" not in figures(report)["frontier"].caption and "48 tokens" in figures(report)["frontier"].caption
+
+
+def test_a_bar_that_would_reach_zero_ends_a_decade_below_its_point():
+    found = measured([choice(4, 0.08, kl_low=0.0), choice(0, 0.0)])
+    assert frontier_points(report_of(found))[-1]["low"] == pytest.approx(0.008)
+
+
+def test_profiles_of_one_choice_share_one_label(tmp_path):
+    texts = drawn(figures(report_of(measured(), Target(max_kl_divergence=0.02)))["frontier"], tmp_path)
+    assert "smallest, balanced" in texts and "smallest" not in texts
+
+
+def test_strips_have_a_panel_for_each_scheme_and_a_row_for_each_projection(tmp_path):
+    picture = strips(of_three_schemes(with_estimates))
+    texts = drawn(picture, tmp_path)
+    panels = [text for text in texts if text in ("inc_int8", "W8A8", "NVFP4")]
+    assert panels == ["inc_int8", "W8A8", "NVFP4"] and "≈ 1 ± 0.2 nats" in json.dumps(picture.spec, ensure_ascii=False)
+    assert "mlp" in drawn(strips(report_of()), tmp_path)  # one row for both blocks
 
 
 def test_only_the_ten_most_sensitive_of_many_ops_are_labelled_and_all_are_in_the_data(tmp_path):
@@ -172,21 +201,24 @@ def test_only_the_ten_most_sensitive_of_many_ops_are_labelled_and_all_are_in_the
     assert all(json.dumps(name) in spec for name in names)
 
 
-def test_no_label_lies_on_another_at_417_ops(tmp_path):
-    blocks = [
-        *(f"model.visual.blocks.{block}.{op}" for block in range(32) for op in VISION),
-        *(f"model.language_model.layers.{block}.{op}" for block in range(36) for op in LANGUAGE),
-        *("model.visual.patch_embed.proj", "model.visual.merger.mlp.0", "model.visual.merger.mlp.2"),
-        *("model.language_model.embed_tokens", "lm_head"),
-    ]
-    curve = [point(size, 20 + size / 20 if size < len(blocks) else None) for size in keep_sizes(len(blocks))]
-    report = report_of(tradeoff(curve), Target(min_sqnr_db=30))
+def test_both_panels_of_the_ranking_have_the_colours_of_all_towers():
+    report = report_of()
     row = report["maps"]["isolated"]["ops"][0]
-    rows = [row | {"op_name": name, "mse_value": 500.0 - i, "rank": i + 1} for i, name in enumerate(blocks)]
+    names = [*(f"visual.blocks.{index}.proj" for index in range(10)), "lm_head"]
+    rows = [row | {"op_name": name, "mse_value": 20.0 - i, "rank": i + 1} for i, name in enumerate(names)]
     report["maps"]["isolated"]["ops"] = rows
-    report["ops"] = [report["ops"][0] | {"op_name": name} for name in blocks]
-    assert len(blocks) == 417
-    for name, picture in figures(report).items():
+    spec = json.dumps(figures(report)["ranked_ops"].spec)
+    assert '"domain": ["vision", "language"]' in spec and '"domain": ["vision"]' not in spec
+
+
+def test_no_label_lies_on_another_at_417_ops(tmp_path):
+    report = report_of(measured(), Target(max_kl_divergence=0.02, max_bits=15))
+    row = report["maps"]["isolated"]["ops"][0]
+    rows = [row | {"op_name": name, "mse_value": 500.0 - i, "rank": i + 1} for i, name in enumerate(OPS_417)]
+    report["maps"]["isolated"]["ops"] = rows
+    report["ops"] = [report["ops"][0] | {"op_name": name} for name in OPS_417]
+    assert len(OPS_417) == 417
+    for name, picture in (figures(report) | {"strips": strips(report)}).items():
         boxes = label_boxes(svg(picture, tmp_path))
         assert len(boxes) > 5
         clashes = [(a[0], b[0]) for a, b in itertools.combinations(boxes, 2) if overlap(a[1], b[1])]
@@ -220,7 +252,7 @@ def test_a_stand_in_says_so_in_every_picture(tmp_path):
 @pytest.fixture(scope="module")
 def twice():
     """The pictures of a report, made twice."""
-    return {copy_name: figures(report_of(tradeoff())) for copy_name in ("a", "b")}
+    return {copy_name: figures(report_of(measured())) for copy_name in ("a", "b")}
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
@@ -233,20 +265,22 @@ def test_a_picture_is_the_same_bytes_each_time(twice, name, suffix, tmp_path):
 
 
 def test_a_name_full_of_markup_and_quotes_is_drawn_as_it_is(tmp_path):
-    pictures = figures(renamed(report_of(tradeoff()), "lm_head", HOSTILE))
+    pictures = figures(renamed(report_of(measured()), "lm_head", HOSTILE))
     assert HOSTILE in drawn(pictures["ranked_ops"], tmp_path)
     assert HOSTILE.removeprefix("layers.0.") in drawn(pictures["heat_map"], tmp_path)
+    hostile = renamed(renamed(of_three_schemes(frontier=two_units()), "W8A8", HOSTILE), "a", HOSTILE)
+    pictures |= {"own scheme": figures(hostile)["frontier"], "strips": strips(hostile)}
     for picture in pictures.values():
         assert "alert" not in json.dumps(without_data(picture.spec))  # no expression and no field holds a name
         assert not list(svg(picture, tmp_path).iter(f"{SVG}script"))
 
 
 def test_a_control_character_in_a_name_leaves_the_picture_readable(tmp_path):
-    report = renamed(report_of(tradeoff()), "lm_head", "lm\x1b[2J\u202ehead")
+    report = renamed(report_of(measured()), "lm_head", "lm\x1b[2J\u202ehead")
     report["model"]["model"] = "tiny\x00"
     pictures = figures(report)
     assert "lm\\x1b[2J\\u202ehead" in drawn(pictures["ranked_ops"], tmp_path)
-    assert "tiny\\x00" in drawn(pictures["tradeoff"], tmp_path)
+    assert "tiny\\x00" in drawn(pictures["frontier"], tmp_path)
 
 
 def test_a_failed_drawing_and_another_suffix_leave_nothing_behind(tmp_path):
@@ -257,9 +291,9 @@ def test_a_failed_drawing_and_another_suffix_leave_nothing_behind(tmp_path):
 
 def test_a_picture_is_not_drawn_where_a_folder_lies(tmp_path):
     write_document(tmp_path / "report.json", "report", report_of())
-    (tmp_path / "tradeoff.png").mkdir()
+    (tmp_path / "frontier.png").mkdir()
     arguments = ["--report", str(tmp_path / "report.json"), "--directory", str(tmp_path)]
-    with pytest.raises(InputError, match=r"tradeoff\.png: a folder, where a file is to be written; name a file"):
+    with pytest.raises(InputError, match=r"frontier\.png: a folder, where a file is to be written; name a file"):
         draw_figures.draw_figures(draw_figures.parser().parse_args(arguments))
     assert not list(tmp_path.glob("*.svg"))
 

@@ -161,6 +161,7 @@ rule render_page:
         code=code_digest(
             "scripts/render_page.py",
             "src/auto_quantize_model/report/templates/op_sensitivity.html.j2",
+            "src/auto_quantize_model/report/allocate.js",
             "src/auto_quantize_model/report/page.js",
             "src/auto_quantize_model/report/page.css",
         ),

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from auto_quantize_model import cli, options
 from auto_quantize_model.commands.run import open_run
-from auto_quantize_model.documents import files_of, require_listed
+from auto_quantize_model.documents import Document, files_of, require_listed
 from auto_quantize_model.files import write_text
+
+EMBEDDED = 200_000  # bytes; a larger file of an export is linked and not shown
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,9 +37,17 @@ def render_page(args: argparse.Namespace) -> None:
     links = {
         "files": {label: page.relative(path, args.html) for label, path in files.items() if path},
         "exports": exports["profiles"] if exports else {},
+        "texts": texts_of(exports) if exports else {},
     }
     write_text(args.html, page.render_page(run.report, links))
     cli.say(f"The page: {args.html}")
+
+
+def texts_of(exports: Document) -> dict[str, str]:
+    """{path: text} of the exported files that are small enough for the page, by the paths of the index."""
+    folder = exports.path.absolute().parent
+    small = [name for name in exports.files if (folder / name).stat().st_size <= EMBEDDED]
+    return {f"{folder.name}/{name}": (folder / name).read_text(encoding="utf-8") for name in small}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

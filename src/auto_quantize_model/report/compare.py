@@ -76,9 +76,10 @@ def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> di
         top, entered, left, new_in_top, gone_from_top, moved}. `reasons` are sentences, empty where the reports agree.
         `warnings` are sentences about runs that cannot be compared number by number; they do not count as differences.
         `changed` lists differences in model, calibration set, engine and versions. `sqnr_db` is the SQNR of all-INT8 in
-        each report. `profile` is the first profile that both reports have: {name, bits, schemes}. It holds the bits a
-        weight in both reports, and {unit: [first, second]} for the units whose scheme differs; null without such a
-        profile. `noise_tau` is the lower of both reports' agreement between batches; null where both have one batch.
+        each report. `profile` is the first profile that both reports have: {name, bits, schemes, only}. It holds the
+        bits a weight in both reports, {unit: [first, second]} for the units whose scheme differs, and the units of each
+        report alone; null without such a profile. `noise_tau` is the lower of both reports' agreement between batches;
+        null where both have one batch.
         `moved` are the ops whose rank among the common ops changed, the largest change first: {op_name, first, second,
         first_range, second_range, beyond_noise} as `_move` says. `entered` and `left` are the moved ops that came into
         the top set or fell out of it. `new_in_top` are the ops of the second report alone that are in its top set.
@@ -255,7 +256,8 @@ def _profile(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any] | 
     ]
     common = [unit for unit in schemes[0] if unit in schemes[1]]
     changed = {unit: [side[unit] for side in schemes] for unit in common if schemes[0][unit] != schemes[1][unit]}
-    return {"name": name, "bits": [point["bits"] for point in points], "schemes": changed}
+    only = [[unit for unit in side if unit not in common] for side in schemes]
+    return {"name": name, "bits": [point["bits"] for point in points], "schemes": changed, "only": only}
 
 
 def _changed(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, str]]:
@@ -315,11 +317,16 @@ def _profile_line(profile: dict[str, Any] | None, shown: int) -> str:
         return "The reports have no profile in common."
     first, second = profile["bits"]
     sizes = f"The profile {profile['name']} has {first:.2f} bits a weight in the first and {second:.2f} in the second"
+    alone = [unit for side in profile["only"] for unit in side]
+    others = f" Units of one report alone: {_listed(alone, shown)}." if alone else ""
     if not profile["schemes"]:
-        return f"{sizes}. Each unit has the same scheme."
-    moves = [f"{code(unit)} from {one} to {other}" for unit, (one, other) in profile["schemes"].items()]
+        return f"{sizes}. Each {'common unit' if alone else 'unit'} has the same scheme.{others}"
+    moves = [
+        f"{code(unit)} from {markdown_cell(one)} to {markdown_cell(other)}"
+        for unit, (one, other) in profile["schemes"].items()
+    ]
     rest = [f"{len(moves) - shown} more"] if len(moves) > shown else []
-    return f"{sizes}. Units with another scheme: {', '.join([*moves[:shown], *rest])}."
+    return f"{sizes}. Units with another scheme: {', '.join([*moves[:shown], *rest])}.{others}"
 
 
 def _top_lines(comparison: dict[str, Any], shown: int) -> list[str]:

@@ -36,10 +36,11 @@ def left_out(coverage: Coverage, most: int = 6) -> str:
     return ", ".join(named) + (f" and {smaller}" if more > 0 else "")
 
 
-def in_bytes(value: int) -> str:
-    """Bytes in the largest unit that leaves a digit before the point."""
-    unit, size = next((pair for pair in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if value >= pair[1]), ("bytes", 1))
-    return f"{value / size:.3g} {unit}"
+def in_bytes(value: int, digits: int = 3) -> str:
+    """Bytes in the largest unit that leaves a digit before the point after rounding to significant digits."""
+    rounded = float(f"{value:.{digits}g}")
+    unit, size = next((pair for pair in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if rounded >= pair[1]), ("bytes", 1))
+    return f"{value / size:.{digits}g} {unit}"
 
 
 def warnings(coverage: Coverage) -> list[str]:

@@ -38,7 +38,7 @@ from auto_quantize_model.records import (
     digest_of_record,
 )
 from auto_quantize_model.report import coverage, sentences
-from auto_quantize_model.schemes.scheme import UNQUANTIZED
+from auto_quantize_model.schemes.scheme import UNQUANTIZED, without_places
 
 SCHEMA = Path(__file__).with_name("schema.json")
 TEMPLATES = Path(__file__).with_name("templates")
@@ -110,7 +110,7 @@ def build_report(
         "stability": assess(scores["isolated"], capture.all_int8, complete) if "isolated" in maps else None,
         "schemes": schemes,
         "scheme_agreements": agreements(schemes),
-        "frontier": of_frontier(frontier),
+        "frontier": of_frontier(frontier, plan),
         "profiles": of_profiles(profiles),
         "maps": {label: {"direction": sentences.DIRECTIONS[label], "ops": rows} for label, rows in maps.items()},
         "ops": [
@@ -126,14 +126,18 @@ def build_report(
     }
 
 
-def of_frontier(frontier: Frontier | NotMeasured) -> dict[str, Any]:
-    """The frontier as the report shows it: with what `decide.proof` finds, and without the values of each sample."""
+def of_frontier(frontier: Frontier | NotMeasured, plan: Plan) -> dict[str, Any]:
+    """The frontier as the report shows it, without the values of each sample.
+
+    It has what `decide.proof` finds, and the fields of each candidate, from which a recipe is written.
+    """
     body = body_of(frontier)
     if isinstance(frontier, NotMeasured):
         return body
     for point in (*body["points"], *body["controls"]):
         del point["kl_by_sample"]
-    return body | {"comparisons": comparisons(frontier), "prediction": prediction(frontier)}
+    fields = {name: without_places(plan.schemes.get(name, {})) for name in frontier.candidates}
+    return body | {"fields": fields, "comparisons": comparisons(frontier), "prediction": prediction(frontier)}
 
 
 def of_profiles(profiles: Profiles) -> dict[str, Any]:

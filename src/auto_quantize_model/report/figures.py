@@ -1,6 +1,7 @@
-"""Four pictures of a report. In: the report. Out: Altair charts, drawn as files or embedded in a page from one source.
+"""Pictures of a report. In: the report. Out: Altair charts, drawn as files or embedded in a page from one source.
 
-Op names are data: they stand in the data of a chart and never in an expression or a field name.
+Op names are data: they stand in the data of a chart and never in an expression or a field name. Colours of ink and
+paper are written as six digits: the page replaces each of them for a dark screen.
 """
 
 import math
@@ -18,7 +19,9 @@ import vl_convert
 from auto_quantize_model.escape import printable_document
 from auto_quantize_model.files import atomic_path
 from auto_quantize_model.models.units import tower_of
-from auto_quantize_model.report.sentences import counted, kl_of, megabytes, mixture_of_units, number, percent
+from auto_quantize_model.report.coverage import in_bytes
+from auto_quantize_model.report.sentences import counted, kl_of, mixture_of_units, number, percent
+from auto_quantize_model.schemes.scheme import INC_INT8
 
 Row = dict[str, Any]
 # What `alt.layer` returns, as it is typed.
@@ -33,12 +36,31 @@ KINDS = {
     "random": ("random choice", GREY, "diamond"),
     "edges": ("first and last layers first", VERMILION, "triangle-down"),
 }
+INK, SOFT, PAPER = "#1B1B1B", "#555555", "#FFFFFF"
 CONFIG = {
     "font": "Liberation Sans, Arial, Helvetica, sans-serif",
-    "background": "white",
-    "axis": {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "gridColor": "#E6E6E6"},
-    "legend": {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 300},
-    "title": {"fontSize": 13, "anchor": "start", "fontWeight": "bold"},
+    "background": PAPER,
+    "axis": {
+        "labelFontSize": 11,
+        "titleFontSize": 12,
+        "titleFontWeight": "normal",
+        "gridColor": "#E6E6E6",
+        "labelColor": INK,
+        "titleColor": INK,
+        "tickColor": "#8A8A8A",
+        "domainColor": "#8A8A8A",
+    },
+    "header": {"labelColor": INK, "labelFontSize": 13, "labelFontWeight": "bold", "titleColor": INK},
+    "legend": {
+        "labelFontSize": 12,
+        "titleFontSize": 12,
+        "titleFontWeight": "normal",
+        "labelLimit": 300,
+        "labelColor": INK,
+        "titleColor": INK,
+    },
+    "text": {"color": INK},
+    "title": {"fontSize": 13, "anchor": "start", "fontWeight": "bold", "color": INK, "subtitleColor": SOFT},
     "view": {"stroke": "#BDBDBD"},
 }
 NO_RANKING = "The isolated map was not measured, so there is no score of an op alone: add it to sensitivity.maps."
@@ -116,24 +138,30 @@ def heat_map(report: dict[str, Any]) -> Figure:
     return finish(report, title, caption, alt.vconcat(*panels, spacing=18))
 
 
-def cells(report: dict[str, Any]) -> tuple[dict[str, list[Row]], list[Row]]:
-    """Planned ops by their stack of blocks, and the ops outside of stacks; a stack has two or more blocks."""
-    rows = {row["op_name"]: row for row in report["maps"]["isolated"]["ops"]}
+def places(report: dict[str, Any]) -> dict[str, tuple[str, int, str]]:
+    """{op: its stack of blocks, its block, its projection}; a stack has two or more blocks, and is empty without."""
     matches = {op["op_name"]: IN_BLOCK.fullmatch(op["op_name"]) for op in report["ops"]}
     blocks: dict[str, set[str]] = {}
     for match in filter(None, matches.values()):
         blocks.setdefault(match[1], set()).add(match[2])
+    return {
+        name: (match[1], int(match[2]), match[3]) if match and len(blocks[match[1]]) > 1 else ("", 0, name)
+        for name, match in matches.items()
+    }
+
+
+def cells(report: dict[str, Any]) -> tuple[dict[str, list[Row]], list[Row]]:
+    """Planned ops by their stack of blocks, and the ops outside of stacks."""
+    rows = {row["op_name"]: row for row in report["maps"]["isolated"]["ops"]}
+    found = places(report)
     towers: dict[str, list[Row]] = {}
     others: list[Row] = []
     for op in report["ops"]:
-        found, row = matches[op["op_name"]], rows.get(op["op_name"])
+        (stack, block, projection), row = found[op["op_name"]], rows.get(op["op_name"])
         value = row["sqnr_db"] if row else None
         cell = {"sqnr": value, "text": f"{value:.1f}" if value is not None else "–"}
         cell |= hover(row, len(rows)) if row else {"op": op["op_name"], "type": op["op_type"], "mse_value": "never ran"}
-        if found and len(blocks[found[1]]) > 1:
-            towers.setdefault(found[1], []).append(cell | {"block": int(found[2]), "projection": found[3]})
-        else:
-            others.append(cell | {"block": 0, "projection": op["op_name"]})
+        (towers.setdefault(stack, []) if stack else others).append(cell | {"block": block, "projection": projection})
     return towers, others
 
 
@@ -149,7 +177,7 @@ def heat_panel(tower: str, found: list[Row], domain: list[float], step: int, ext
     )
     legend = alt.Legend(title="SQNR (dB)", format=".3~g", tickCount=6, gradientLength=160, gradientStrokeWidth=0)
     color = alt.Color("sqnr:Q", scale=alt.Scale(scheme="viridis", domain=domain), legend=legend)
-    rect = base.mark_rect(stroke="white", strokeWidth=1, invalid=None).encode(
+    rect = base.mark_rect(stroke=PAPER, strokeWidth=1, invalid=None).encode(
         color=alt.condition("datum.sqnr === null", alt.value("#D9D9D9"), color)
     )
     layers = [rect]
@@ -164,6 +192,68 @@ def heat_panel(tower: str, found: list[Row], domain: list[float], step: int, ext
         title=alt.TitleParams(title, frame="group", limit=680),
         view=alt.ViewConfig(stroke=None),
     )
+
+
+def strips(report: dict[str, Any]) -> Figure:
+    """KL divergence of each op alone: a panel for each scheme, a row for each projection, a point for each op."""
+    title = "KL divergence of each op alone, by projection and scheme"
+    if "isolated" not in report["maps"]:
+        return finish(report, title, NO_RANKING, None)
+    schemes = {name: scheme["ops"] for name, scheme in report["schemes"].items()}
+    schemes = schemes or {INC_INT8: report["maps"]["isolated"]["ops"]}
+    rows = [(scheme, row) for scheme, ops in schemes.items() for row in ops]
+    drawn = [(scheme, row) for scheme, row in rows if row["kl_divergence"]]
+    if not drawn:
+        return finish(report, title, "No op has a KL divergence above 0.", None)
+    found = places(report)
+    blocks: dict[str, int] = {}
+    towers: dict[str, set[str]] = {}
+    for name, (stack, block, projection) in found.items():
+        blocks[stack] = max(block + 1, blocks.get(stack, 0))
+        towers.setdefault(projection, set()).add(tower_of(name))
+    points = []
+    for scheme, row in drawn:
+        stack, block, projection = found[row["op_name"]]
+        part = tower_of(row["op_name"])
+        line = f"{projection} ({part})" if len(towers[projection]) > 1 else projection
+        point = {"op": row["op_name"], "scheme": scheme, "part": part, "projection": line}
+        point |= {"value": row["kl_divergence"], "kl": kl_of(row, "nats"), "place": [*schemes].index(scheme)}
+        # From 0 to 1: the blocks of a row lie below each other, so that equal values stay apart.
+        points.append(point | {"depth": (block + 0.5) / blocks[stack]})
+    order = {name: place for place, name in enumerate(found)}
+    points.sort(key=lambda point: order[point["op"]])  # rows in the plan's order
+    caption = (
+        "Each point is one op, quantized alone. The axis is logarithmic and the same in each panel. Within a row the"
+        " first block lies at the top and the last at the bottom."
+    )
+    if missing := len(rows) - len(drawn):
+        caption += f" {counted(missing, 'value')} of 0 cannot be drawn."
+    values = [point["value"] for point in points]
+    return finish(report, title, caption, strip_chart(points, decades(min(values), max(values))))
+
+
+def strip_chart(points: list[Row], domain: list[float]) -> alt.FacetChart:
+    """The panels of `strips`, two in a row."""
+    longest = max(len(point["projection"]) for point in points)
+    extent = min(300, 12 + 6 * longest)
+    color, shape = by_part(points)
+    scale, values = alt.Scale(type="log", domain=domain, nice=False), powers(domain)
+    every = -(-len(values) // 6)
+    axis = alt.Axis(format="~e", values=values[::every], labelFlush=True)
+    # No sorting, as in `heat_panel`.
+    y_axis = alt.Axis(labelLimit=extent, minExtent=extent, ticks=False, grid=True)
+    hints = {"op": "op", "scheme": "scheme", "kl": "KL"}
+    base = alt.Chart(alt.Data(values=points), width=320, height=alt.Step(28)).mark_point(
+        filled=True, size=20, opacity=0.8
+    )
+    return base.encode(
+        x=alt.X("value:Q", title="KL divergence (nats)", scale=scale, axis=axis),
+        y=alt.Y("projection:N", sort=None, title=None, axis=y_axis),
+        yOffset=alt.YOffset("depth:Q", scale=alt.Scale(domain=[-0.25, 1.25])),  # with a gap between rows
+        color=color,
+        shape=shape,
+        tooltip=[alt.Tooltip(field=key, type="nominal", title=name) for key, name in hints.items()],
+    ).facet(alt.Facet("scheme:N", sort=alt.EncodingSortField("place", op="min"), title=None), columns=2, spacing=16)
 
 
 def ranked_ops(report: dict[str, Any]) -> Figure:
@@ -190,13 +280,14 @@ def ranked_ops(report: dict[str, Any]) -> Figure:
         for row in drawn
     ]
     spread = any(row["mse_value_std"] for row in drawn)
-    named = ranked_panel(points[:TOP], domain, spread, True).properties(
+    parts = by_part(points)  # of all, because both panels share one legend
+    named = ranked_panel(points[:TOP], domain, spread, True, parts).properties(
         title=alt.TitleParams(
             f"The {len(points[:TOP])} most sensitive" if len(points) > 1 else "The most sensitive", frame="group"
         ),
         height=22 * len(points[:TOP]),
     )
-    whole = ranked_panel(points, domain, spread, False).properties(
+    whole = ranked_panel(points, domain, spread, False, parts).properties(
         title=alt.TitleParams(of_all(len(rows), len(measured)), frame="group"),
         height=min(380, max(120, 7 * len(points))),
     )
@@ -222,7 +313,9 @@ def of_all(ops: int, measured: int) -> str:
     return "The only op" if ops == 1 else f"All {ops} ops"
 
 
-def ranked_panel(points: list[Row], domain: list[float], spread: bool, named: bool) -> Panel:
+def ranked_panel(
+    points: list[Row], domain: list[float], spread: bool, named: bool, parts: tuple[alt.Color, alt.Shape]
+) -> Panel:
     """Ops from the top down, labelled by their names (`named`) or by their ranks."""
     extent = min(360, 12 + 6 * max(len(point["op"]) for point in points)) if named else 0
     every = next(step for step in (2, 5, 10, 20, 50, 100, 200, 500, len(points)) if len(points) / step <= 9)
@@ -240,7 +333,7 @@ def ranked_panel(points: list[Row], domain: list[float], spread: bool, named: bo
     scale = alt.Scale(type="log", domain=domain, nice=False)
     base = alt.Chart(alt.Data(values=points), width=520).encode(y=y)
     value = alt.X("value:Q", scale=scale, axis=axis, title="mse_value (sum of squared errors)")
-    color, shape = by_part(points)
+    color, shape = parts
     dots = base.mark_point(filled=True, size=70 if named else 30, opacity=1).encode(
         x=value, color=color, shape=shape, tooltip=tooltip(points)
     )
@@ -261,11 +354,10 @@ def frontier(report: dict[str, Any]) -> Figure:
     points = frontier_points(report)
     if not points:
         return finish(report, title, "No choice loses anything, so there is no curve to draw.", None)
-    profiles = [
-        {"profile": name, "bits": profile["point"]["bits"], "kl": profile["point"]["kl_divergence"]}
-        for name, profile in report["profiles"]["profiles"].items()
-        if profile["point"]["kl_divergence"] > 0
-    ]
+    named: dict[tuple[float, float], list[str]] = {}
+    for name, profile in report["profiles"]["profiles"].items():
+        named.setdefault((profile["point"]["bits"], profile["point"]["kl_divergence"]), []).append(name)
+    profiles = [{"profile": ", ".join(names), "bits": bits, "kl": kl} for (bits, kl), names in named.items() if kl > 0]
     caption = (
         f"The mixed-precision model, measured on {counted(found['samples'], 'held-out sample')} with"
         f" {found['tokens']} tokens: KL divergence from the unquantized model, on a logarithmic axis. Bits count scales"
@@ -292,7 +384,7 @@ def frontier_points(report: dict[str, Any]) -> list[Row]:
                     "bits_text": f"{point['bits']:.2f}",
                     "kl_text": f"{number(point['kl_divergence'])} nats",
                     "units": mixture_of_units(report, point),
-                    "weights": megabytes(point["weight_bytes"]),
+                    "weights": in_bytes(point["weight_bytes"], 4),
                     "top1": percent(point["top1_agreement"]),
                     "accuracy": percent(point["accuracy"]),
                     "sqnr": "no error" if point["sqnr_db"] is None else f"{point['sqnr_db']:.2f} dB",
@@ -310,7 +402,10 @@ def frontier_chart(points: list[Row], profiles: list[Row]) -> Panel:
     legend = alt.Legend(title=None, orient="bottom", columns=4, symbolSize=90, symbolOpacity=1, symbolStrokeWidth=0)
     color = alt.Color("curve:N", scale=alt.Scale(domain=labels, range=colors), legend=legend)
     shape = alt.Shape("curve:N", scale=alt.Scale(domain=labels, range=shapes), legend=legend)
-    x = alt.X("bits:Q", title="bits a weight, with scales", scale=alt.Scale(zero=False, padding=12))
+    bits = [point["bits"] for point in points]
+    margin = 0.03 * (max(bits) - min(bits)) or 0.5
+    wide = alt.Scale(zero=False, domain=[min(bits) - margin, max(bits) + margin], nice=False)
+    x = alt.X("bits:Q", title="bits a weight, with scales", scale=wide)
     scale, axis = alt.Scale(type="log", domain=domain, nice=False), alt.Axis(format="~e", values=powers(domain))
     title = "KL divergence (nats per token), held-out"
     y = alt.Y("kl:Q", title=title, scale=scale, axis=axis)
@@ -325,11 +420,15 @@ def frontier_chart(points: list[Row], profiles: list[Row]) -> Panel:
         y=y, shape=shape, tooltip=[alt.Tooltip(field=key, type="nominal", title=name) for key, name in hints.items()]
     )
     named = alt.Chart(alt.Data(values=profiles)).encode(x=x, y=y)
-    rings = named.mark_point(size=220, color="#333333", strokeWidth=1.5, filled=False)
+    rings = named.mark_point(size=220, color=INK, strokeWidth=1.5, filled=False)
     names = named.mark_text(align="left", baseline="bottom", dx=8, dy=-6, fontSize=11, fontWeight="bold").encode(
         text="profile:N"
     )
-    return alt.layer(bars, line, dots, rings, names)
+    # The page puts the choice of its slider here.
+    chosen = alt.Chart(alt.Data(values=[], name="chosen")).mark_point(
+        shape="cross", size=160, color=INK, filled=True, opacity=1, clip=True
+    )
+    return alt.layer(bars, line, dots, rings, names, chosen.encode(x=x, y=y))
 
 
 def modalities(report: dict[str, Any]) -> Figure:
@@ -382,7 +481,7 @@ def modality_chart(points: list[Row], domain: list[float]) -> Panel:
     x = alt.X("text_value:Q", scale=scale, axis=axis, title="relative error at text tokens")
     y = alt.Y("image_value:Q", scale=scale, axis=axis, title="relative error at image tokens")
     ends = alt.Data(values=[{"text_value": end, "image_value": end} for end in domain])
-    diagonal = alt.Chart(ends).mark_line(color="#555555", strokeDash=[5, 4], strokeWidth=1).encode(x=x, y=y)
+    diagonal = alt.Chart(ends).mark_line(color=SOFT, strokeDash=[5, 4], strokeWidth=1).encode(x=x, y=y)
     color, shape = by_part(points)
     dots = (
         alt.Chart(alt.Data(values=points))
@@ -391,10 +490,10 @@ def modality_chart(points: list[Row], domain: list[float]) -> Panel:
     )
     note = alt.Chart(alt.Data(values=[{}]))
     sides = [
-        note.mark_text(align="left", fontSize=12, color="#555555", text="image tokens harmed more").encode(
+        note.mark_text(align="left", fontSize=12, color=SOFT, text="image tokens harmed more").encode(
             x=alt.value(8), y=alt.value(14)
         ),
-        note.mark_text(align="right", fontSize=12, color="#555555", text="text tokens harmed more").encode(
+        note.mark_text(align="right", fontSize=12, color=SOFT, text="text tokens harmed more").encode(
             x=alt.value(452), y=alt.value(446)
         ),
     ]
@@ -461,7 +560,7 @@ def finish(report: dict[str, Any], title: str, caption: str, chart: Any) -> Figu
     if chart is None:
         text = alt.Data(values=[{"text": "\n".join(textwrap.wrap(caption, 84))}])
         chart = alt.Chart(text, width=560, height=80, view=alt.ViewConfig(stroke=None))
-        chart = chart.mark_text(align="left", baseline="top", fontSize=13, lineBreak="\n", color="#333333").encode(
+        chart = chart.mark_text(align="left", baseline="top", fontSize=13, lineBreak="\n", color=INK).encode(
             text="text:N", x=alt.value(0), y=alt.value(10)
         )
     model = report["model"]

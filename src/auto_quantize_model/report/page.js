@@ -1,33 +1,226 @@
-"use strict";
 (() => {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
-  const make = (tag, text, attributes = {}) => {
+  const at = (id) => document.getElementById(id);
+  const make = (tag, content = [], attributes = {}) => {
     const element = document.createElement(tag);
-    if (text !== undefined) element.textContent = text;
+    element.append(...[content].flat());
     for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
     return element;
   };
+  const data = read("data");
+  const { maps, schemes, frontier, profiles } = data;
+  const decides = frontier.status === "measured";
+  const UNQUANTIZED = "unquantized";
 
-  // Expressions are interpreted and not compiled, so that the page needs no eval.
-  const specs = read("specs");
-  for (const [name, spec] of Object.entries(specs)) {
-    vegaEmbed("#chart-" + name, spec, { actions: false, renderer: "svg", ast: true, tooltip: { theme: "report" } }).catch(
-      (error) => {
-        document.getElementById("chart-" + name).textContent = "This picture could not be drawn: " + error.message;
-        console.error(error);
-      },
-    );
-  }
-
-  // Numbers far from 1 are shown as powers of ten.
+  // ---- Numbers as text. Those far from 1 are shown as powers of ten.
   const shown = (value, digits = 4) => {
     if (value === null || value === undefined) return "–";
     if (Number.isInteger(value) && Math.abs(value) < 1e6) return String(value);
     const size = Math.abs(value);
     return size < 1e-3 || size >= 1e6 ? value.toExponential(digits - 1) : String(Number(value.toPrecision(digits)));
   };
-  const maps = read("maps");
-  const measured = (key) => Object.values(maps).some((map) => map.ops.some((row) => row[key] !== null));
+  const percent = (value) => (value === null || value === undefined ? "–" : (100 * value).toFixed(2) + " %");
+  const inBytes = (value) => {
+    const rounded = Number(value.toPrecision(4));
+    const [unit, size] = [["GB", 1e9], ["MB", 1e6], ["kB", 1e3], ["bytes", 1]].find(([, least]) => rounded >= least || least === 1);
+    return Number((value / size).toPrecision(4)) + " " + unit;
+  };
+  const breakable = (name) => name.split(/(?<=\.)/).flatMap((part) => [part, make("wbr")]);
+  const ofKl = (row) =>
+    row.measured ? shown(row.kl_divergence) : "≈ " + shown(row.kl_divergence, 2) + " ± " + shown(row.standard_error, 1);
+  const ofSqnr = (row) => (!row.measured ? "–" : row.sqnr_db === null ? "no error" : row.sqnr_db.toFixed(2));
+
+  // ---- Copying and saving. A page that lies on a disk may have no clipboard; then the text is selected and copied.
+  const copy = async (text) => {
+    if (navigator.clipboard && window.isSecureContext) {
+      try {
+        return await navigator.clipboard.writeText(text);
+      } catch (error) {
+        if (error.name !== "NotAllowedError") throw error;
+      }
+    }
+    const area = make("textarea", [], { readonly: "" });
+    area.value = text;
+    (document.querySelector("dialog[open]") ?? document.body).append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  };
+  const save = (name, text, type) => {
+    const link = make("a", [], { download: name, href: URL.createObjectURL(new Blob([text], { type })) });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  };
+  const button = (title, act) => {
+    const found = make("button", title, { type: "button" });
+    found.addEventListener("click", act);
+    return found;
+  };
+  const tools = (copied, saved, name, title) => {
+    const copies = button("Copy", async () => {
+      await copy(copied());
+      copies.textContent = "Copied";
+      setTimeout(() => (copies.textContent = "Copy"), 1500);
+    });
+    return make("div", [copies, button(title, () => save(name, saved(), "text/plain"))], { class: "tools" });
+  };
+
+  // A spreadsheet computes a text that begins like a formula, so such a text gets a quote; a number does not.
+  const cellOf = (cell) => {
+    const text = (cell.dataset.title ?? cell.textContent).trim();
+    return /^[=+\-@\uff1d\uff0b\uff0d\uff20\t\r]/.test(text) && !Number.isFinite(Number(text)) ? "'" + text : text;
+  };
+  const cellsOf = (table) => [...table.rows].filter((row) => !row.hidden).map((row) => [...row.cells].map(cellOf));
+  const csv = (table) => cellsOf(table).map((row) => row.map((cell) => '"' + cell.replaceAll('"', '""') + '"').join(",") + "\r\n").join("");
+  const tabbed = (table) => cellsOf(table).map((row) => row.map((cell) => cell.replaceAll(/\s/g, " ")).join("\t") + "\n").join("");
+  const fileName = (text, suffix) => text.toLowerCase().replace(/[^\w.]+/g, "_") + suffix;
+  for (const region of document.querySelectorAll(".scroll:has(> table), #ops-scroll")) {
+    const table = region.querySelector("table");
+    region.before(tools(() => tabbed(table), () => csv(table), fileName(region.getAttribute("aria-label"), ".csv"), "CSV"));
+  }
+  for (const text of document.querySelectorAll("pre[data-file]")) {
+    text.before(tools(() => text.textContent, () => text.textContent, text.dataset.file, "Save"));
+  }
+
+  // ---- One op: its numbers in each scheme, and its scheme in each profile.
+  const unitOf = new Map();
+  if (decides) frontier.units.forEach((unit, index) => unit.ops.forEach((name) => unitOf.set(name, index)));
+  const given = (choice, name) => (unitOf.has(name) ? choice[unitOf.get(name)] : UNQUANTIZED);
+  const rowsOf = Object.fromEntries(
+    Object.entries(Object.keys(schemes).length ? schemes : { inc_int8: { ops: maps.isolated?.ops ?? [], refused: {} } }).map(
+      ([name, found]) => [name, { refused: found.refused, ops: new Map(found.ops.map((row) => [row.op_name, row])) }],
+    ),
+  );
+  const tableOf = (heads, rows) =>
+    make("table", [
+      make("thead", make("tr", heads.map((head) => make("th", head, { scope: "col" })))),
+      make("tbody", rows.map(([head, ...cells]) => make("tr", [make("th", head, { scope: "row" }), ...cells.map((cell) => make("td", cell))]))),
+    ]);
+  let budgeted = null; // the choice of the slider
+  const openOp = (name) => {
+    const inSchemes = Object.entries(rowsOf).map(([scheme, found]) => {
+      const row = found.ops.get(name);
+      if (!row) return [scheme, found.refused[name] ?? "not measured", "", "", "", "", ""];
+      const numbers = [ofKl(row), ofSqnr(row), row.measured ? percent(row.top1_agreement) : "–"];
+      return [scheme, ...numbers, shown(row.image_kl_divergence), shown(row.text_kl_divergence), row.measured ? "measured" : "estimated"];
+    });
+    const choices = [...Object.entries(profiles), ...(budgeted ? [["your budget", budgeted]] : [])];
+    const unit = unitOf.has(name) ? frontier.units[unitOf.get(name)] : null;
+    const close = button("Close", () => at("op").close());
+    at("op").replaceChildren(
+      make("h2", make("code", name), { id: "op-name" }),
+      make("p", (data.towers[name] ?? "") + (unit ? "; the unit " + unit.name + (unit.ops.length > 1 ? " has one scheme for " + unit.ops.length + " ops." : ".") : "; part of no decision.")),
+      make("h3", "The op alone in each scheme"),
+      make("div", tableOf(["scheme", "KL (nats)", "SQNR (dB)", "top-1", "KL at image", "KL at text", "by"], inSchemes), { class: "scroll", tabindex: "0" }),
+      ...(choices.length ? [make("h3", "Its scheme in each profile"), tableOf(["profile", "scheme"], choices.map(([title, choice]) => [title, given(choice, name)]))] : []),
+      close,
+    );
+    at("op").showModal();
+    close.focus();
+  };
+  at("op").addEventListener("click", (event) => event.target === at("op") && at("op").close());
+
+  // ---- Pictures. Expressions are interpreted and not compiled, so that the page needs no eval.
+  // The colours of `figures.py` and those of a dark screen.
+  const DARK = new Map([
+    ["#FFFFFF", "#14171B"], ["#1B1B1B", "#E8E8E8"], ["#555555", "#B4B9BF"], ["#8A8A8A", "#7D858E"], ["#E6E6E6", "#2E343B"],
+    ["#BDBDBD", "#4A525A"], ["#0072B2", "#56B4E9"], ["#D55E00", "#F0883E"], ["#009E73", "#2FC79A"], ["#5F5F5F", "#A6ADB5"],
+  ]);
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const views = {};
+  const draw = async (name) => {
+    const inDark = (key, value) => (dark.matches && DARK.has(value) ? DARK.get(value) : value);
+    const spec = JSON.parse(JSON.stringify(specs[name]), inDark);
+    if (spec.columns && innerWidth < 700) {
+      // On a narrow screen the panels stand below each other.
+      Object.assign(spec, { columns: 1 });
+      Object.assign(spec.spec, { width: 190 });
+      Object.assign(spec.spec.encoding.y.axis, { labelLimit: 130, minExtent: 130 });
+    }
+    try {
+      const options = { actions: false, renderer: "svg", ast: true, tooltip: { theme: "report" } };
+      const { view } = await vegaEmbed("#chart-" + name, spec, options);
+      view.addEventListener("click", (event, item) => {
+        if (item?.datum?.op) openOp(item.datum.op);
+        if (name === "frontier" && item?.datum?.bits) setBudget((item.datum.bits * weights) / 8 + 0.5);
+      });
+      views[name] = view;
+      if (name === "frontier") markBudget();
+    } catch (error) {
+      at("chart-" + name).textContent = "This picture could not be drawn: " + error.message;
+      console.error(error);
+    }
+  };
+  const specs = read("specs");
+  // One after another: the page answers between two pictures.
+  const drawAll = async () => {
+    for (const name of Object.keys(specs)) {
+      await draw(name);
+      await new Promise((resolve) => setTimeout(resolve));
+    }
+  };
+
+  // ---- The budget: a choice for the bytes of the slider.
+  const units = decides ? frontier.units : [];
+  const weights = units.reduce((sum, unit) => sum + unit.weights, 0);
+  const inNats = frontier.loss === "kl_divergence";
+  const uniform = decides ? frontier.controls.filter((point) => point.kind === "uniform") : [];
+  const bitsOf = (bytes) => (8 * bytes) / weights;
+  const fact = (name, text) => make("div", [make("dt", name), make("dd", text)]);
+  const markBudget = () => {
+    if (!views.frontier || !budgeted || !inNats) return;
+    const point = { bits: bitsOf(totalOf(units, budgeted, "bytes")), kl: totalOf(units, budgeted, "loss") };
+    views.frontier.data("chosen", point.kl > 0 ? [point] : []).runAsync();
+  };
+  const setBudget = (bytes) => {
+    budgeted = allocate(units, Math.floor(bytes)) ?? allocate(units, limits[0]);
+    const size = totalOf(units, budgeted, "bytes");
+    const loss = totalOf(units, budgeted, "loss");
+    const error = Math.hypot(...units.map((unit, index) => unit.error[budgeted[index]] ?? 0));
+    const all = size + frontier.other_bytes;
+    const whole = frontier.points.at(-1).weight_bytes;
+    const near = [...frontier.points, ...uniform].reduce((best, point) =>
+      Math.abs(point.weight_bytes - all) < Math.abs(best.weight_bytes - all) ? point : best,
+    );
+    const counts = [...frontier.candidates, UNQUANTIZED].map((scheme) => [scheme, budgeted.filter((name) => name === scheme).length]);
+    const interval = shown(near.kl_low) + " to " + shown(near.kl_high);
+    const answers = near.accuracy === null ? "" : "; " + percent(near.accuracy) + " of the answers are right";
+    at("budget-facts").replaceChildren(
+      fact("Size", bitsOf(size).toFixed(2) + " bits a weight; all weights take " + inBytes(all) + ", " + percent(all / whole) + " of those without quantization"),
+      fact("Predicted", (inNats ? "KL divergence " : "relative error ") + shown(loss) + (error ? " ± " + shown(error, 1) : "") + (inNats ? " nats per token" : "")),
+      fact("Units", counts.filter(([, count]) => count).map(([scheme, count]) => count + " in " + scheme).join(", ").replace("in " + UNQUANTIZED, UNQUANTIZED)),
+      fact(
+        "Nearest measured choice",
+        near.bits.toFixed(2) + " bits a weight" + (near.name ? " (" + near.name + " for all)" : "") + ", " + inBytes(near.weight_bytes) + ": KL divergence " + shown(near.kl_divergence) +
+          " nats (95 % interval " + interval + "); the most likely token stays the same at " + percent(near.top1_agreement) + " of the positions" + answers,
+      ),
+    );
+    at("bits").value = at("bits-number").value = bitsOf(size).toFixed(2);
+    at("bits").setAttribute("aria-valuetext", bitsOf(size).toFixed(2) + " bits a weight, " + inBytes(all));
+    const lines = units.map((unit, index) => {
+      const cells = [make("td", make("code", breakable(unit.name)), { class: "wrap" }), make("td", budgeted[index]), make("td", shown(unit.loss[budgeted[index]]), { class: "n" })];
+      return make("tr", cells);
+    });
+    at("units").tBodies[0].replaceChildren(...lines);
+    at("recipe").textContent = recipe(frontier, budgeted, data.linears) || "llm-compressor cannot hold INC's INT8. Use the files of a profile.";
+    markBudget();
+  };
+  const limits = decides ? [Math.min, Math.max].map((pick) => units.reduce((sum, unit) => sum + pick(...Object.values(unit.bytes)), 0)) : [];
+  if (decides) {
+    for (const input of [at("bits"), at("bits-number")]) {
+      Object.assign(input, { min: (Math.ceil(100 * bitsOf(limits[0])) / 100).toFixed(2), max: (Math.ceil(100 * bitsOf(limits[1])) / 100).toFixed(2), step: 0.01 });
+    }
+    at("bits").addEventListener("input", () => setBudget((at("bits").valueAsNumber * weights) / 8));
+    at("bits-number").addEventListener("change", () => setBudget(((at("bits-number").valueAsNumber || 0) * weights) / 8));
+    const size = (choice) => totalOf(units, choice, "bytes");
+    at("budget-profiles").append(...Object.entries(profiles).map(([name, choice]) => button(name, () => setBudget(size(choice)))));
+    setBudget(data.decided ? size(profiles[data.decided]) : (limits[0] + limits[1]) / 2);
+  }
+  drawAll();
+  dark.addEventListener("change", drawAll);
+
+  // ---- The table of all ops.
+  const measured = (key) => [maps, schemes].some((all) => Object.values(all).some((found) => found.ops.some((row) => row[key] !== null)));
   // A column without any value is left out: INC measures one sum, a text has no image, a running total has no rank.
   const optional = { rank: "rank", kl_divergence: "kl_divergence", top1_agreement: "top1_agreement" };
   Object.assign(optional, { image_relative_error: "image_relative_error", text_relative_error: "image_relative_error" });
@@ -35,6 +228,7 @@
     ["rank", "rank"],
     ["op_name", "op_name"],
     ["op_type", "op_type"],
+    ...(data.decided ? [["kept_as", "kept as"]] : []),
     ["mse_value", "mse_value"],
     ["relative_error", "relative error"],
     ["sqnr_db", "SQNR (dB)"],
@@ -43,28 +237,24 @@
     ["image_relative_error", "image error"],
     ["text_relative_error", "text error"],
   ].filter(([key]) => !(key in optional) || measured(optional[key]));
-  const texts = new Set(["op_name", "op_type"]);
-  const table = document.getElementById("ops");
-  const [head, body] = [table.tHead.rows[0], table.tBodies[0]];
-  const control = (id) => document.getElementById(id);
+  const texts = new Set(["op_name", "op_type", "kept_as"]);
+  const [head, body] = [at("ops").tHead.rows[0], at("ops").tBodies[0]];
   // Rows come with the most sensitive op first, and those of a map without ranks in the plan's order.
   const sorting = { key: "rank", sign: 1 };
+  const valueOf = (row, key) => (key === "kept_as" ? given(profiles[data.decided], row.op_name) : row[key]);
 
   for (const [key, title] of columns) {
-    const button = make("button", title, { type: "button" });
-    button.addEventListener("click", () => {
+    const sorter = button(title, () => {
       const first = texts.has(key) || key === "rank" ? 1 : -1;
       sorting.sign = sorting.key === key ? -sorting.sign : first;
       sorting.key = key;
       show();
     });
-    const cell = make("th", undefined, { scope: "col", "data-key": key, "data-title": title, class: texts.has(key) ? "" : "n" });
-    cell.append(button);
-    head.append(cell);
+    head.append(make("th", sorter, { scope: "col", "data-key": key, "data-title": title, class: texts.has(key) ? "" : "n" }));
   }
 
   const compare = (left, right) => {
-    const [a, b] = [left[sorting.key], right[sorting.key]];
+    const [a, b] = [valueOf(left, sorting.key), valueOf(right, sorting.key)];
     if (a === null || b === null) return (a === null) - (b === null) || left.rank - right.rank;
     const order = a < b ? -1 : a > b ? 1 : 0;
     return sorting.sign * order || left.rank - right.rank;
@@ -73,30 +263,35 @@
   const rowOf = (row) => {
     const line = make("tr");
     for (const [key] of columns) {
-      let text = texts.has(key) ? row[key] : shown(row[key]);
+      let text = texts.has(key) ? valueOf(row, key) : shown(row[key]);
       if (key === "rank" && row.tied) text += " =";
-      if (key === "sqnr_db" && row.measured) text = row[key] === null ? "no error" : row[key].toFixed(2);
-      if (key === "kl_divergence" && !row.measured) text = "≈ " + shown(row[key], 2) + " ± " + shown(row.standard_error, 1);
+      if (key === "sqnr_db") text = ofSqnr(row);
+      if (key === "kl_divergence") text = ofKl(row);
       if (key === "mse_value" && row.mse_value_std !== null) text += " ± " + shown(row.mse_value_std, 2);
-      const cell = make("td", key === "op_name" ? undefined : text, { class: texts.has(key) ? key : "n" });
-      if (key === "op_name") cell.append(make("code", text));
-      line.append(cell);
+      const content = key === "op_name" ? make("button", make("code", text), { type: "button" }) : text;
+      line.append(make("td", content, { class: texts.has(key) ? key : "n" }));
     }
+    line.addEventListener("click", () => getSelection().isCollapsed && openOp(row.op_name));
     return line;
   };
 
   const show = () => {
-    const map = maps[control("map").value];
-    const wanted = control("filter").value.toLowerCase().split(/\s+/);
-    const type = control("type").value;
-    const rows = [...map.ops].sort(compare);
+    // The scheme inc_int8 is the map itself, in INC's order.
+    const isolated = at("map").value === "isolated";
+    const scheme = isolated ? at("scheme").value : "";
+    at("scheme").disabled = !isolated || Object.keys(schemes).length === 0;
+    const map = maps[at("map").value];
+    const found = scheme && scheme !== "inc_int8" ? schemes[scheme].ops : map?.ops ?? [];
+    const wanted = at("filter").value.toLowerCase().split(/\s+/);
+    const [type, tower] = [at("type").value, at("tower").value];
     let count = 0;
     // All rows stay in the table, so that all of them are printed.
     body.replaceChildren(
-      ...rows.map((row) => {
+      ...[...found].sort(compare).map((row) => {
         const line = rowOf(row);
         const name = row.op_name.toLowerCase();
-        line.hidden = !wanted.every((word) => name.includes(word)) || (type !== "" && row.op_type !== type);
+        const fits = (type === "" || row.op_type === type) && (tower === "" || data.towers[row.op_name] === tower);
+        line.hidden = !wanted.every((word) => name.includes(word)) || !fits;
         count += !line.hidden;
         return line;
       }),
@@ -105,17 +300,22 @@
       const sorted = cell.dataset.key === sorting.key;
       cell.setAttribute("aria-sort", sorted ? (sorting.sign > 0 ? "ascending" : "descending") : "none");
     }
-    control("count").textContent = count + " of " + map.ops.length + " ops";
-    control("direction").textContent = map.direction;
+    at("count").textContent = count + " of " + found.length + " ops";
+    const direction = map?.direction ?? "";
+    at("direction").textContent = scheme && scheme !== "inc_int8" ? "Only this op is in " + scheme + ". The KL divergence ranks: the highest is the most sensitive." : direction;
   };
 
-  const types = new Set(Object.values(maps).flatMap((map) => map.ops.map((row) => row.op_type)));
-  for (const type of [...types].sort()) control("type").append(make("option", type, { value: type }));
-  control("filter").addEventListener("input", show);
-  control("type").addEventListener("change", show);
-  control("map").addEventListener("change", () => {
-    Object.assign(sorting, { key: "rank", sign: 1 });
-    show();
-  });
+  const choices = (id, values) => at(id).append(...values.map((value) => make("option", value, { value })));
+  choices("type", [...new Set(Object.values(maps).flatMap((map) => map.ops.map((row) => row.op_type)))].sort());
+  choices("tower", [...new Set(Object.values(data.towers))].sort());
+  choices("scheme", Object.keys(schemes).length ? Object.keys(schemes) : ["inc_int8"]);
+  at("filter").addEventListener("input", show);
+  for (const id of ["type", "tower"]) at(id).addEventListener("change", show);
+  for (const id of ["map", "scheme"]) {
+    at(id).addEventListener("change", () => {
+      Object.assign(sorting, { key: "rank", sign: 1 });
+      show();
+    });
+  }
   show();
 })();

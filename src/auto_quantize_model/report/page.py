@@ -1,14 +1,14 @@
 """The report as one HTML file that needs no network. In: the report, and links to the files of the same run.
 
-Op names are data: markup escapes them, and scripts get them as JSON that cannot end its element. `page.js` and
-`page.css` are put into the page as they are.
+Op names are data: markup escapes them, and scripts get them as JSON that cannot end its element. `allocate.js`,
+`page.js` and `page.css` are put into the page as they are.
 """
 
 import base64
 import hashlib
 import os
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,12 +18,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from auto_quantize_model.escape import printable_document
+from auto_quantize_model.models.units import tower_of
 from auto_quantize_model.report import coverage, sentences
-from auto_quantize_model.report.figures import figures
+from auto_quantize_model.report.figures import figures, strips
 
-SHOWN = 12
 TEMPLATES = Path(__file__).with_name("templates")
-SCRIPT, STYLE = (Path(__file__).with_name(name) for name in ("page.js", "page.css"))
+ALLOCATE, SCRIPT, STYLE = (Path(__file__).with_name(name) for name in ("allocate.js", "page.js", "page.css"))
 MAPS = {"isolated": "isolated: the ranking", "fallback": "fallback: the error left", "requantize": "requantize: so far"}
 
 
@@ -32,13 +32,15 @@ def render_page(report: dict[str, Any], links: dict[str, Any]) -> str:
 
     Args:
         report: as `build_report` returns it.
-        links: {files: {label: path}, exports: {profile: {tool: {files: [path], notes: [text]}}}}; paths are relative to
-            the page's folder, and either may be empty.
+        links: {files: {label: path}, exports: {profile: {tool: {files: [path], notes: [text]}}}, texts: {path: text}};
+            paths are relative to the page's folder, and each may be empty. A path of an export in `texts` is shown.
     """
     report, links = printable_document(report), printable_document(links)
-    drawn = figures(report)
-    if not sentences.has_images(report):
-        del drawn["modalities"]
+    found = figures(report)
+    drawn = {"frontier": found["frontier"], "strips": strips(report), "heat_map": found["heat_map"]}
+    drawn |= {"ranked_ops": found["ranked_ops"]}
+    if sentences.has_images(report):
+        drawn["modalities"] = found["modalities"]
     # The page has a heading of its own.
     specs = {
         name: {key: value for key, value in figure.spec.items() if key != "title"} for name, figure in drawn.items()
@@ -48,15 +50,32 @@ def render_page(report: dict[str, Any], links: dict[str, Any]) -> str:
         links=links,
         figures=drawn,
         specs=specs,
+        data=data_of(report),
         maps={name: title for name, title in MAPS.items() if name in report["maps"]},
         not_exercised=[op for op in report["ops"] if op["status"] == "not_exercised"],
-        shown=SHOWN,
         sentences=sentences,
         coverage=coverage,
         bundle=bundle(),
-        script=source(SCRIPT),
+        script=source(ALLOCATE) + source(SCRIPT),
         style=source(STYLE),
     )
+
+
+def data_of(report: dict[str, Any]) -> dict[str, Any]:
+    """What the page's script computes with and shows."""
+    decided = sentences.decided(report)
+    linears = [op["op_name"] for op in [*report["ops"], *report["excluded"]] if op["op_type"].endswith("Linear")]
+    schemes = {name: {key: found[key] for key in ("ops", "refused")} for name, found in report["schemes"].items()}
+    return {
+        "model": report["model"]["model"],
+        "maps": report["maps"],
+        "schemes": schemes,
+        "frontier": report["frontier"],
+        "profiles": {name: found["point"]["schemes"] for name, found in report["profiles"]["profiles"].items()},
+        "decided": decided[0] if decided else None,
+        "linears": linears,
+        "towers": {op["op_name"]: tower_of(op["op_name"]) for op in report["ops"]},
+    }
 
 
 @cache
@@ -69,8 +88,16 @@ def template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": sentences.number, "percent": sentences.percent, "mb": sentences.megabytes}
-    environment.filters |= {"csp_hash": csp_hash, "href": href, "breakable": breakable}
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # schemes keep the config's order
+    environment.filters |= {
+        "number": sentences.number,
+        "percent": sentences.percent,
+        "bytes": partial(coverage.in_bytes, digits=4),
+        "csp_hash": csp_hash,
+        "href": href,
+        "breakable": breakable,
+        "name": lambda path: Path(path).name,
+    }
     return environment.get_template("op_sensitivity.html.j2")
 
 

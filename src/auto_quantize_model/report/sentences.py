@@ -1,10 +1,12 @@
 """The sentences of a report, for its Markdown and its page. In: the report. Out: text without markup."""
 
+import statistics
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from auto_quantize_model.records import IncCheck
+from auto_quantize_model.report.coverage import in_bytes
 from auto_quantize_model.schemes.scheme import INC_INT8, UNQUANTIZED
 
 # How each map is read.
@@ -84,11 +86,6 @@ def joined(parts: list[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-def megabytes(value: float) -> str:
-    """Bytes as MB, or GB from 1000 MB on."""
-    return f"{value / 1e9:.4g} GB" if value >= 1e9 else f"{value / 1e6:.4g} MB"
-
-
 def sqnr(value: float | None) -> str:
     """An SQNR with its unit; null is an infinite one."""
     return "no error" if value is None else f"an SQNR of {value:.2f} dB"
@@ -151,7 +148,7 @@ def decision(report: Report) -> tuple[str, str]:
     point = profile["point"]
     only = set(point["schemes"])
     if len(only) == 1:
-        what = f"Quantize every op that can be to {only.pop()}: {point['bits']:.2f} bits a weight."
+        what = f"Quantize to {only.pop()} every op that can have this scheme: {point['bits']:.2f} bits a weight."
     else:
         what = f"Quantize to {point['bits']:.2f} bits a weight on average: {mixture(report, point)}."
     return what, f"{lost(report, point)} {weighs(report, point)} This is {PROFILES[name]}{because(report, name)}."
@@ -202,7 +199,7 @@ def weighs(report: Report, point: Mapping[str, Any]) -> str:
     """The bytes of a choice next to those of the unquantized model."""
     whole = unquantized(report)
     share = f", {percent(point['weight_bytes'] / whole['weight_bytes'])} of those without quantization" if whole else ""
-    return f"The weights take {megabytes(point['weight_bytes'])}{share}."
+    return f"The weights take {in_bytes(point['weight_bytes'], 4)}{share}."
 
 
 def because(report: Report, name: str) -> str:
@@ -336,7 +333,7 @@ def proof(frontier: dict[str, Any]) -> list[tuple[str, str]]:
     found = []
     for kind, title in RULES.items():
         if rows := [row for row in frontier["comparisons"] if row["kind"] == kind]:
-            found.append((f"Against {title}", against(rows)))
+            found.append((f"Against {title}", against(rows, title)))
     made = frontier["prediction"]
     if made["tau"] is not None:
         text = (
@@ -349,18 +346,20 @@ def proof(frontier: dict[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def against(rows: list[dict[str, Any]]) -> str:
-    """How often controls lose more than the frontier at equal bytes, and where they do not."""
+def against(rows: list[dict[str, Any]], title: str) -> str:
+    """How often controls lose more than the frontier at equal bytes, and where they lose less."""
     more = sum(row["low"] > 0 for row in rows)
-    ratios = sorted(
-        row["kl_divergence"] / row["frontier_kl_divergence"] for row in rows if row["frontier_kl_divergence"]
+    ratios = [row["kl_divergence"] / row["frontier_kl_divergence"] for row in rows if row["frontier_kl_divergence"]]
+    text = (
+        f"At equal bytes {more} of {len(rows)} {title} {'loses' if more == 1 else 'lose'} more than the frontier,"
+        " beyond the 95 % interval."
     )
-    text = f"At equal bytes {more} of {len(rows)} lose more than the frontier, beyond the 95 % interval"
     if ratios:
-        text += f"; their median divergence is {number(ratios[len(ratios) // 2])} times as large"
+        text += f" The median divergence of these controls is {number(statistics.median(ratios))} times that of the"
+        text += " frontier."
     if less := [f"{row['bits']:.2f}" for row in rows if row["high"] < 0]:
-        text += f". {counted(len(less), 'choice')} lost less, at {', '.join(less)} bits"
-    return f"{text}."
+        text += f" {len(less)} of them lost less than the frontier, at {joined(less)} bits."
+    return text
 
 
 def between(stability: dict[str, Any], ops: int, measured: int) -> list[tuple[str, str]]:
