@@ -119,9 +119,8 @@ def measure(args: argparse.Namespace) -> None:
     with cli.progress_bar("audit") as on_progress:
         audit = audit_capture(model.to("cpu"), batches, plan, captured, args.audit_ops, on_op=on_progress)
     unmeasured = NotMeasured("not_measured", "this script draws no held-out samples")
-    report = build_report(
-        manifest, calibration, plan, captured, audit, unmeasured, build_profiles(unmeasured, Target())
-    )
+    profiles = build_profiles(unmeasured, plan, Target())
+    report = build_report(manifest, calibration, plan, captured, audit, unmeasured, profiles)
     markdown, document = render(report)
     write_json(run_record, run_of_capture)
     made_from: list[Document] = []

@@ -73,12 +73,13 @@ def options_of(plan: Plan, capture: Capture, candidates: Sequence[str], spec: De
     found = []
     for unit in units:
         allowed = allowed_of(unit, candidates, spec, bytes_in(unit, ops))
-        loss, error = {UNQUANTIZED: 0.0}, {}
+        loss: dict[str, float] = {UNQUANTIZED: 0.0}
+        error: dict[str, float] = {}
         for scheme in allowed:
             if scheme == UNQUANTIZED:
                 continue
             if of_unit := scores[scheme].get(unit.name):
-                loss[scheme] = aggregated(of_unit, references)[by]
+                loss[scheme] = aggregated(of_unit, references)[by] or 0.0  # a measured score has both metrics
             elif made := estimates[scheme].get(unit.name):
                 loss[scheme], error[scheme] = made.kl_divergence, made.standard_error
             else:
