@@ -14,7 +14,8 @@ from auto_quantize_model.escape import code, prose
 from auto_quantize_model.export.llm_compressor import LM_HEAD
 from auto_quantize_model.models.snapshot import PATCH_EMBEDS
 from auto_quantize_model.records import ModelManifest, Profile
-from auto_quantize_model.report.sentences import counted, megabytes, number, percent
+from auto_quantize_model.report.coverage import in_bytes
+from auto_quantize_model.report.sentences import counted, number, percent
 
 # By the documentation of lm-evaluation-harness 0.4.11 and lmms-eval 0.4, whose vLLM backends take these options.
 TEXT = """pip install "lm_eval[vllm]"
@@ -75,7 +76,7 @@ def bytes_of(bits: float, size: Mapping[str, Any]) -> str:
     """The bits of a weight, and the bytes of the checkpoint."""
     text = (
         f"The ops take {number(bits)} bits a weight with scales, on average. In BF16, the weights of the whole model"
-        f" take {megabytes(size['promised'])}."
+        f" take {in_bytes(size['promised'], 4)}."
     )
     if not size["more"]:
         return text

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from auto_quantize_model.escape import one_line
 from auto_quantize_model.export.names import Modules, common_name
 from auto_quantize_model.records import Op, Plan, Profile
-from auto_quantize_model.report import sentences
+from auto_quantize_model.report import coverage, sentences
 from auto_quantize_model.schemes.compressed import scheme_of
 from auto_quantize_model.schemes.scheme import INC_INT8
 
@@ -81,7 +81,7 @@ class Subject:
         return [
             f"Profile {self.name} of {self.plan.model}: {', '.join(parts)}, and {kept} unquantized."
             f" A weight takes {point.bits:.2f} bits on average, and all weights take"
-            f" {sentences.megabytes(point.weight_bytes)}.",
+            f" {coverage.in_bytes(point.weight_bytes, 4)}.",
             f"On held-out samples the KL divergence is {sentences.number(point.kl_divergence, 'nats')} (95 % interval"
             f" {low} to {high}). The most likely token stays the same at {sentences.percent(point.top1_agreement)} of"
             f" the positions, and the output has {sentences.sqnr(point.sqnr_db)}.",
