@@ -76,7 +76,7 @@ def bytes_of(bits: float, size: Mapping[str, Any]) -> str:
     """The bits of a weight, and the bytes of the checkpoint."""
     text = (
         f"The ops take {number(bits)} bits a weight with scales, on average. In BF16, the weights of the whole model"
-        f" take {in_bytes(size['promised'])}."
+        f" take {in_bytes(size['promised'], 4)}."
     )
     if not size["more"]:
         return text

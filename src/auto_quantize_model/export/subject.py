@@ -81,7 +81,7 @@ class Subject:
         return [
             f"Profile {self.name} of {self.plan.model}: {', '.join(parts)}, and {kept} unquantized."
             f" A weight takes {point.bits:.2f} bits on average, and all weights take"
-            f" {coverage.in_bytes(point.weight_bytes)}.",
+            f" {coverage.in_bytes(point.weight_bytes, 4)}.",
             f"On held-out samples the KL divergence is {sentences.number(point.kl_divergence, 'nats')} (95 % interval"
             f" {low} to {high}). The most likely token stays the same at {sentences.percent(point.top1_agreement)} of"
             f" the positions, and the output has {sentences.sqnr(point.sqnr_db)}.",

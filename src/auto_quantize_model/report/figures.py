@@ -246,7 +246,7 @@ def strip_chart(points: list[Row], domain: list[float]) -> alt.FacetChart:
     base = alt.Chart(alt.Data(values=points), width=320, height=alt.Step(28)).mark_point(
         filled=True, size=20, opacity=0.8
     )
-    panel = base.encode(
+    encoded = base.encode(
         x=alt.X("value:Q", title="KL divergence (nats)", scale=scale, axis=axis),
         y=alt.Y("projection:N", sort=None, title=None, axis=y_axis),
         yOffset=alt.YOffset("depth:Q", scale=alt.Scale(domain=[-0.25, 1.25])),  # with a gap between rows
@@ -254,9 +254,8 @@ def strip_chart(points: list[Row], domain: list[float]) -> alt.FacetChart:
         shape=shape,
         tooltip=[alt.Tooltip(field=key, type="nominal", title=name) for key, name in hints.items()],
     )
-    panels: alt.FacetChart = panel.facet(
-        alt.Facet("scheme:N", sort=alt.EncodingSortField("place", op="min"), title=None), columns=2, spacing=16
-    )
+    facet = alt.Facet("scheme:N", sort=alt.EncodingSortField("place", op="min"), title=None)
+    panels: alt.FacetChart = encoded.facet(facet, columns=2, spacing=16)
     return panels
 
 
