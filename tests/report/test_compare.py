@@ -212,10 +212,23 @@ def test_the_markdown_reads_from_the_verdict_to_the_moves() -> None:
     assert found == sorted(found)
 
 
+def test_the_verdict_does_not_say_agree_where_an_op_jumped_to_the_top() -> None:
+    names = [f"op{index}" for index in range(30)]
+    found = compared(report(names), report([names[0], names[22], *names[1:22], *names[23:]]))
+    assert not found["differs"] and found["limits"] == {"tau": None, "changes": 2, "sqnr_drop": 3.0}
+    markdown = to_markdown(found)
+    assert "agree.**" not in markdown
+    verdict = (
+        "**The reports differ within the limits:** of the 3 most sensitive ops, `op22` went from rank 23 to 2, `op2`"
+    )
+    assert verdict in markdown
+
+
 def test_the_markdown_of_equal_reports_of_one_batch_is_short() -> None:
     markdown = to_markdown(compared(report(spread=None, rank_tau=None), report(spread=None, rank_tau=None)))
     for sentence in (
-        "**The reports agree.**\n\nKendall's tau is 1 over 10 common ops; batches of one run were not compared.",
+        "**The reports agree.**\n\nThe limits allow 2 ops to join the 3 most sensitive, and all-INT8 to lose 3.00 dB.",
+        "Kendall's tau is 1 over 10 common ops; batches of one run were not compared.",
         "Model, calibration set, engine, device, instruction set and versions are the same.",
         "No common op entered or left them.",
         "0 of 10 common ops moved beyond the noise, 0 within it.\n",

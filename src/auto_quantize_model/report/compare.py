@@ -73,7 +73,8 @@ def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> di
 
     Returns:
         {differs, reasons, warnings, changed, sqnr_db, profile, common, only_first, only_second, tau, noise_tau,
-        top, entered, left, new_in_top, gone_from_top, moved}. `reasons` are sentences, empty where the reports agree.
+        limits, top, entered, left, new_in_top, gone_from_top, moved}. `reasons` are sentences, empty where the reports
+        are within the limits.
         `warnings` are sentences about runs that cannot be compared number by number; they do not count as differences.
         `changed` lists differences in model, calibration set, engine and versions. `sqnr_db` is the SQNR of all-INT8 in
         each report. `profile` is the first profile that both reports have: {name, bits, schemes, only}. It holds the
@@ -109,6 +110,7 @@ def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> di
         "only_second": [name for name in everywhere[1] if name not in common],
         "tau": tau([one[name].rank for name in one], [other[name].rank for name in one]),
         "noise_tau": min((value for value in taus if value is not None), default=None),
+        "limits": {"tau": limits.tau, "changes": limits.changes, "sqnr_drop": limits.sqnr_drop},
         "top": top,
         "entered": sorted((m for m in moved if m["second"] <= top < m["first"]), key=lambda move: move["second"]),
         "left": [move for move in moved if move["first"] <= top < move["second"]],
@@ -277,10 +279,7 @@ def to_markdown(comparison: dict[str, Any], shown: int = 20) -> str:
     lines = [
         "# Two sensitivity reports compared",
         "",
-        "**The reports differ:**" if comparison["differs"] else "**The reports agree.**",
-        "",
-        *(f"- {reason}" for reason in comparison["reasons"]),
-        *([""] if comparison["reasons"] else []),
+        *_verdict_lines(comparison, shown),
         *(line for warning in comparison["warnings"] for line in (f"> **Warning:** {warning}", "")),
         f"Kendall's tau is {cell(comparison['tau'])} over {comparison['common']} common ops; batches of one run"
         + (" were not compared." if comparison["noise_tau"] is None else f" agree by {cell(comparison['noise_tau'])}."),
@@ -292,6 +291,29 @@ def to_markdown(comparison: dict[str, Any], shown: int = 20) -> str:
         *_move_lines(comparison, shown),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _verdict_lines(comparison: dict[str, Any], shown: int) -> list[str]:
+    """The verdict. Reports within the limits agree only if no op joined or left the top set beyond the noise."""
+    if comparison["differs"]:
+        return ["**The reports differ:**", "", *(f"- {reason}" for reason in comparison["reasons"]), ""]
+    limits, top = comparison["limits"], comparison["top"]
+    allowed = (
+        f"The limits allow {limits['changes']} ops to join the {top} most sensitive, and all-INT8 to lose"
+        f" {_decibels(limits['sqnr_drop'])}."
+    )
+    moves = [
+        f"{code(move['op_name'])} went from rank {move['first']} to {move['second']}"
+        for move in (*comparison["entered"], *comparison["left"])
+        if move["beyond_noise"] is not False
+    ]
+    moves += [f"{code(name)} is new" for name in comparison["new_in_top"]]
+    moves += [f"{code(name)} is gone" for name in comparison["gone_from_top"]]
+    if not moves:
+        return ["**The reports agree.**", "", allowed, ""]
+    rest = [f"{len(moves) - shown} more"] if len(moves) > shown else []
+    found = ", ".join([*moves[:shown], *rest])
+    return [f"**The reports differ within the limits:** of the {top} most sensitive ops, {found}.", "", allowed, ""]
 
 
 def _changed_lines(comparison: dict[str, Any], shown: int) -> list[str]:

@@ -91,30 +91,39 @@
       ([name, found]) => [name, { refused: found.refused, ops: new Map(found.ops.map((row) => [row.op_name, row])) }],
     ),
   );
-  const tableOf = (heads, rows) =>
-    make("table", [
-      make("thead", make("tr", heads.map((head) => make("th", head, { scope: "col" })))),
-      make("tbody", rows.map(([head, ...cells]) => make("tr", [make("th", head, { scope: "row" }), ...cells.map((cell) => make("td", cell))]))),
-    ]);
+  // A row with one cell is a remark, which takes the width of all.
+  const tableOf = (heads, rows) => {
+    const rowWith = ([head, ...cells]) => {
+      const width = cells.length === 1 && heads.length > 2 ? { colspan: heads.length - 1, class: "wrap" } : {};
+      return make("tr", [make("th", head, { scope: "row" }), ...cells.map((cell) => make("td", cell, width))]);
+    };
+    const top = make("tr", heads.map((head) => make("th", head, { scope: "col" })));
+    return make("table", [make("thead", top), make("tbody", rows.map(rowWith))]);
+  };
   let budgeted = null; // the choice of the slider
   const openOp = (name) => {
     const inSchemes = Object.entries(rowsOf).map(([scheme, found]) => {
       const row = found.ops.get(name);
-      if (!row) return [scheme, found.refused[name] ?? "not measured", "", "", "", "", ""];
+      if (!row) return [scheme, found.refused[name] ?? "not measured"];
       const numbers = [ofKl(row), ofSqnr(row), row.measured ? percent(row.top1_agreement) : "–"];
-      return [scheme, ...numbers, shown(row.image_kl_divergence), shown(row.text_kl_divergence), row.measured ? "measured" : "estimated"];
+      const parts = [shown(row.image_kl_divergence), shown(row.text_kl_divergence)];
+      return [scheme, ...numbers, ...parts, row.measured ? "measured" : "estimated"];
     });
     const choices = [...Object.entries(profiles), ...(budgeted ? [["your budget", budgeted]] : [])];
     const unit = unitOf.has(name) ? frontier.units[unitOf.get(name)] : null;
+    const shares = unit && unit.ops.length > 1 ? "Its " + unit.ops.length + " ops have one scheme." : "";
     const close = button("Close", () => at("op").close());
     at("op").replaceChildren(
       make("h2", make("code", name), { id: "op-name" }),
-      make("p", (data.towers[name] ?? "") + (unit ? "; the unit " + unit.name + (unit.ops.length > 1 ? " has one scheme for " + unit.ops.length + " ops." : ".") : "; part of no decision.")),
+      make("p", "Tower: " + (data.towers[name] ?? "–") + ". " + (unit ? "Unit: " + unit.name + ". " + shares : "The op is part of no decision.")),
       make("h3", "The op alone in each scheme"),
       make("div", tableOf(["scheme", "KL (nats)", "SQNR (dB)", "top-1", "KL at image", "KL at text", "by"], inSchemes), { class: "scroll", tabindex: "0" }),
-      ...(choices.length ? [make("h3", "Its scheme in each profile"), tableOf(["profile", "scheme"], choices.map(([title, choice]) => [title, given(choice, name)]))] : []),
-      close,
     );
+    if (choices.length > 0) {
+      const rows = choices.map(([title, choice]) => [title, given(choice, name)]);
+      at("op").append(make("h3", "Its scheme in each profile"), tableOf(["profile", "scheme"], rows));
+    }
+    at("op").append(close);
     at("op").showModal();
     close.focus();
   };
@@ -172,28 +181,43 @@
     const point = { bits: bitsOf(totalOf(units, budgeted, "bytes")), kl: totalOf(units, budgeted, "loss") };
     views.frontier.data("chosen", point.kl > 0 ? [point] : []).runAsync();
   };
+  const ofSize = (size) => {
+    const all = size + frontier.other_bytes;
+    const share = percent(all / frontier.points.at(-1).weight_bytes);
+    return bitsOf(size).toFixed(2) + " bits a weight; all weights take " + inBytes(all) + ", " + share + " of those without quantization";
+  };
+  const ofLoss = (choice) => {
+    const loss = shown(totalOf(units, choice, "loss"));
+    const error = Math.hypot(...units.map((unit, index) => unit.error[choice[index]] ?? 0));
+    const text = loss + (error ? " ± " + shown(error, 1) : "");
+    return inNats ? "KL divergence " + text + " nats per token" : "relative error " + text;
+  };
+  const ofUnits = (choice) =>
+    [...frontier.candidates, UNQUANTIZED]
+      .map((scheme) => [scheme, choice.filter((name) => name === scheme).length])
+      .filter(([, count]) => count > 0)
+      .map(([scheme, count]) => count + (scheme === UNQUANTIZED ? " " : " in ") + scheme)
+      .join(", ");
+  const ofNearest = (all) => {
+    const far = (point) => Math.abs(point.weight_bytes - all);
+    const near = [...frontier.points, ...uniform].reduce((best, point) => (far(point) < far(best) ? point : best));
+    const parts = [
+      near.bits.toFixed(2) + " bits a weight" + (near.name ? " (" + near.name + " for all)" : "") + ", " + inBytes(near.weight_bytes) +
+        ": KL divergence " + shown(near.kl_divergence) + " nats (95 % interval " + shown(near.kl_low) + " to " + shown(near.kl_high) + ")",
+      "the most likely token stays the same at " + percent(near.top1_agreement) + " of the positions",
+      ...(near.accuracy === null ? [] : [percent(near.accuracy) + " of the answers are right"]),
+    ];
+    return parts.join("; ");
+  };
   const setBudget = (bytes) => {
     budgeted = allocate(units, Math.floor(bytes)) ?? allocate(units, limits[0]);
     const size = totalOf(units, budgeted, "bytes");
-    const loss = totalOf(units, budgeted, "loss");
-    const error = Math.hypot(...units.map((unit, index) => unit.error[budgeted[index]] ?? 0));
     const all = size + frontier.other_bytes;
-    const whole = frontier.points.at(-1).weight_bytes;
-    const near = [...frontier.points, ...uniform].reduce((best, point) =>
-      Math.abs(point.weight_bytes - all) < Math.abs(best.weight_bytes - all) ? point : best,
-    );
-    const counts = [...frontier.candidates, UNQUANTIZED].map((scheme) => [scheme, budgeted.filter((name) => name === scheme).length]);
-    const interval = shown(near.kl_low) + " to " + shown(near.kl_high);
-    const answers = near.accuracy === null ? "" : "; " + percent(near.accuracy) + " of the answers are right";
     at("budget-facts").replaceChildren(
-      fact("Size", bitsOf(size).toFixed(2) + " bits a weight; all weights take " + inBytes(all) + ", " + percent(all / whole) + " of those without quantization"),
-      fact("Predicted", (inNats ? "KL divergence " : "relative error ") + shown(loss) + (error ? " ± " + shown(error, 1) : "") + (inNats ? " nats per token" : "")),
-      fact("Units", counts.filter(([, count]) => count).map(([scheme, count]) => count + " in " + scheme).join(", ").replace("in " + UNQUANTIZED, UNQUANTIZED)),
-      fact(
-        "Nearest measured choice",
-        near.bits.toFixed(2) + " bits a weight" + (near.name ? " (" + near.name + " for all)" : "") + ", " + inBytes(near.weight_bytes) + ": KL divergence " + shown(near.kl_divergence) +
-          " nats (95 % interval " + interval + "); the most likely token stays the same at " + percent(near.top1_agreement) + " of the positions" + answers,
-      ),
+      fact("Size", ofSize(size)),
+      fact("Predicted", ofLoss(budgeted)),
+      fact("Units", ofUnits(budgeted)),
+      fact("Nearest measured choice", ofNearest(all)),
     );
     at("bits").value = at("bits-number").value = bitsOf(size).toFixed(2);
     at("bits").setAttribute("aria-valuetext", bitsOf(size).toFixed(2) + " bits a weight, " + inBytes(all));

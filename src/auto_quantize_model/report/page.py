@@ -32,8 +32,9 @@ def render_page(report: dict[str, Any], links: dict[str, Any]) -> str:
 
     Args:
         report: as `build_report` returns it.
-        links: {files: {label: path}, exports: {profile: {tool: {files: [path], notes: [text]}}}, texts: {path: text}};
-            paths are relative to the page's folder, and each may be empty. A path of an export in `texts` is shown.
+        links: {files: {label: path}, exports: {profile: {tool: {files: [path], notes: [text]}}}, texts: {path: text}}.
+            Paths are relative to the page's folder, and each part may be empty. The page shows the text of a path in
+            `texts`.
     """
     report, links = printable_document(report), printable_document(links)
     found = figures(report)
