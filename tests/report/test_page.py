@@ -141,7 +141,7 @@ def test_a_profile_that_breaks_the_model_is_said_on_the_page():
     [
         (lambda: report_of(), "Nothing is decided."),
         (lambda: report_of(), "decide.heldout_batches is 0"),
-        (lambda: report_of(measured(), Target(min_sqnr_db=90)), "no measured choice that quantizes something reaches"),
+        (lambda: report_of(measured(), Target(min_sqnr_db=90)), "no measured choice reaches"),
         (lambda: report_of(measured(), Target(max_weight_bytes=1)), "no choice of schemes fits the budget"),
         (lambda: report_of(measured(), Target(max_kl_divergence=1)), "Quantize to W8A8 every op"),
         (lambda: report_of(measured(), Target(max_bits=15)), "This is the knee"),
