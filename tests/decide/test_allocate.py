@@ -48,8 +48,16 @@ def test_no_other_choice_within_the_budget_loses_less(units: list[Options], shar
         for other in itertools.product(*(unit.bytes for unit in units))
         if bytes_of(other, units) <= budget
     )
-    largest = max(max(unit.loss.values()) for unit in units)
-    assert loss_of(choice, units)[0] <= best + 1e-6 * largest  # HiGHS works with this precision
+    assert loss_of(choice, units)[0] <= best * (1 + 1e-5) + 1e-15  # HiGHS works with a precision of 1e-6
+
+
+def test_losses_of_any_size_are_told_apart() -> None:
+    """One unit that is ruined by its small option does not hide the differences of all others."""
+    units = [options("ruined", NVFP4=(4, 5.0))]
+    units += [options(f"op{number}", NVFP4=(4, 1e-9 * (number + 1)), W8A8=(8, 1e-12)) for number in range(9)]
+    budget = 16 + 4 * 9 + 4 * 4  # the ruined unit unquantized, and four others in their larger option
+    assert allocate(units, budget) == ("unquantized", *["NVFP4"] * 5, *["W8A8"] * 4)
+    assert set(allocate(units, 16 * 10)) == {"unquantized"}
 
 
 def test_a_budget_that_is_too_small_is_refused_with_the_smallest_one() -> None:
