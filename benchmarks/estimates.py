@@ -53,11 +53,11 @@ def main() -> int:
     return cli.run(lambda: bench(args), None)
 
 
-def loaded_run(results: Path) -> Loaded:
-    """The documents of a finished run of the pipeline on the CPU."""
+def loaded_run(results: Path, *more: str) -> Loaded:
+    """The documents of a finished run of the pipeline on the CPU: those that a model needs, and `more`."""
     names = {"manifest": results.parent / "model_manifest.json"}
     names |= {name: results / f"{name}.json" for name in ("calibration_manifest", "plan")}
-    names |= {"scales": results / "scales_cpu.json"}
+    names |= {name: results / f"{name}_cpu.json" for name in ("scales", *more)}
     sets = {f"{name}_set": results / f"calibration/{name}.parquet" for name in ("calibration", "heldout")}
     options = dict.fromkeys(DOCUMENTS) | names | sets
     return Loaded(open_run(argparse.Namespace(writes=(), **options)))
