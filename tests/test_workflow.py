@@ -473,7 +473,7 @@ def test_snakemakes_report_carries_pictures_and_tables_with_captions(
         "Tables",
         "Dark is sensitive. Grey has no value",
         "Neural Compressor itself measures a sample of ops again",
-        "A row is one keep-list",
+        "A row is one choice of schemes",
     ):
         assert text in page
 
@@ -557,8 +557,8 @@ def test_a_killed_capture_resumes_and_ends_in_the_same_bytes(finished: tuple[Pat
         ("--run-record", tmp_path / "run.json"),
     ):
         command += [option, str(path)]
-    head = json.loads((results / "capture_cpu.json").read_text())["document"]
-    command += ["--config-digest", head["made_from"]["config"]]
+    captured = json.loads((results / "capture_cpu.json").read_text())
+    command += ["--config-digest", captured["document"]["made_from"]["config"], "--candidates", *captured["candidates"]]
     # One thread, as Snakemake gave the run that it is compared with.
     environment = os.environ | {"PYTHONPATH": str(directory / "src"), "OMP_NUM_THREADS": "1"}
     killed = subprocess.Popen(command, cwd=directory, env=environment, stderr=subprocess.DEVNULL)
