@@ -1,7 +1,7 @@
 """Calibrate once: find the scale and zero_point of every op's input and output, and record what the observers saw.
 
 Each scored batch is calibrated alone, as INC does for a score. With --whole-set, all batches are calibrated together
-as well, as for a deployed model; the trade-off needs these scales.
+as well, as for a deployed model; the frontier needs these scales.
 """
 
 import argparse

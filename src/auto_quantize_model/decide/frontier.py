@@ -119,9 +119,8 @@ def allowed_of(unit: Unit, candidates: Sequence[str], spec: DecideSpec, sizes: M
 
     for scheme in matching(spec.fixed):
         if scheme not in sizes:
-            raise InputError(
-                f"decide.fixed: {unit.name} cannot have {scheme}: {unit.refused.get(scheme, 'it is no candidate')}"
-            )
+            why = unit.refused.get(scheme, "the plan has no bytes of that scheme for its ops")
+            raise InputError(f"decide.fixed: {unit.name} cannot have {scheme}: {why}; remove the pattern")
         found = {name: size for name, size in found.items() if name == scheme}
     for schemes in matching(spec.never):
         found = {name: size for name, size in found.items() if name not in schemes}

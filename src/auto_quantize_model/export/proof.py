@@ -23,7 +23,7 @@ from auto_quantize_model.files import InputError, write_text
 from auto_quantize_model.folders import atomic_folder
 from auto_quantize_model.machine import with_threads
 from auto_quantize_model.measure.heldout import compared, record_of, summary, totals
-from auto_quantize_model.measure.metrics import Reference
+from auto_quantize_model.measure.metrics import Reference, output_at
 from auto_quantize_model.measure.served_audit import with_samples
 from auto_quantize_model.models.snapshot import explained, model_class
 from auto_quantize_model.models.weights import read_object
@@ -171,8 +171,8 @@ def measure_loaded(
     records, sums = [], []
     for index, batch in enumerate(heldout):
         with unquantized(model, source):
-            reference = Reference(output_of(model, batch, source.plan.measured_op), batch.get("mm_token_type_ids"))
-        output = output_of(model, batch, source.plan.measured_op)
+            reference = Reference(output_at(model, batch, source.plan.measured_op), batch.get("mm_token_type_ids"))
+        output = output_at(model, batch, source.plan.measured_op)
         records.append(record_of(output, reference, batch, answers[index]))
         sums.append(totals(reference, index))
         on_batch(index + 1, len(heldout))
@@ -192,18 +192,6 @@ def unquantized(model: Any, source: Source) -> Iterator[None]:
             module = model.get_submodule(name)
             stack.enter_context(mock.patch.object(module, "forward", forward(name, module)))
         yield
-
-
-def output_of(model: Any, batch: Batch, measured_op: str) -> torch.Tensor:
-    """The output at the measured op: float32 (samples, tokens, vocabulary)."""
-    outputs: list[torch.Tensor] = []
-    handle = model.get_submodule(measured_op).register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
-        with torch.no_grad():
-            model(**batch)
-    finally:
-        handle.remove()
-    return outputs[-1]
 
 
 def promised_and_found(name: str, profile: Profile, found: dict[str, Any], frontier: Frontier) -> dict[str, Any]:

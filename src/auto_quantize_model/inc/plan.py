@@ -301,7 +301,7 @@ def require_same_int8(
     """Refuse a model whose state with every op in INT8 is another in INC than in the replay.
 
     A site gives FP32 to whatever follows its op. INC keeps some functions between two ops in INT8, such as tanh and
-    clamp. A state with one op in INT8 does not show that, and the trade-off would be wrong.
+    clamp. A state with one op in INT8 does not show that, and the frontier would be wrong.
 
     Raises:
         InputError: the errors differ in any bit.

@@ -16,7 +16,7 @@ from torch.ao.nn import quantized as torch_quantized
 from torch.ao.quantization import QConfig
 
 from auto_quantize_model.inc_pytorch_mse_patching import copies_sharing_parameters
-from auto_quantize_model.measure.metrics import squared_error
+from auto_quantize_model.measure.metrics import output_at, squared_error
 from auto_quantize_model.records import Op, Plan
 from auto_quantize_model.replay.model import Batch
 from auto_quantize_model.schemes.inc_int8 import build_observer
@@ -46,9 +46,8 @@ def torch_scores(
         on_op: called with map and op before each score.
     """
     modules = dict(model.named_modules())
-    measured = modules[plan.measured_op]
     with observed(modules, plan.ops) as observers:
-        reference = run(model, batch, measured)
+        reference = output_at(model, batch, plan.measured_op)
     ran = [op for op in plan.ops if op.op_name in observers]
     int8 = {op.op_name: quantized(modules[op.op_name], op, observers[op.op_name]) for op in ran}
     values: dict[str, dict[str, float]] = {}
@@ -58,7 +57,7 @@ def torch_scores(
             on_op(label, name)
             state = {modules[other]: int8[other] for other in state_of(label, name, list(int8))}
             with forwards_replaced(state):
-                values[label][name] = squared_error(reference, run(model, batch, measured))
+                values[label][name] = squared_error(reference, output_at(model, batch, plan.measured_op))
     return values
 
 
@@ -121,15 +120,3 @@ def forwards_replaced(forwards: Mapping[torch.nn.Module, Forward]) -> Iterator[N
         for module, forward in forwards.items():
             stack.enter_context(mock.patch.object(module, "forward", forward))
         yield
-
-
-def run(model: torch.nn.Module, batch: Batch, measured: torch.nn.Module) -> torch.Tensor:
-    """The output at the measured op for one batch."""
-    outputs: list[torch.Tensor] = []
-    handle = measured.register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
-        with torch.no_grad():
-            model(**batch)
-    finally:
-        handle.remove()
-    return outputs[-1]

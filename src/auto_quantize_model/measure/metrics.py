@@ -13,6 +13,18 @@ from auto_quantize_model.files import InputError
 ROWS_AT_ONCE = 4  # positions whose distributions are in float64 at a time; so few fit in the CPU's cache
 
 
+def output_at(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], measured_op: str) -> torch.Tensor:
+    """The output of a module in one forward of a model: for the measured op, (samples, tokens, vocabulary)."""
+    outputs: list[torch.Tensor] = []
+    handle = model.get_submodule(measured_op).register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        handle.remove()
+    return outputs[-1]
+
+
 def squared_error(reference: torch.Tensor, output: torch.Tensor) -> float:
     """INC's mse_v2 value: the **sum** of squared differences, in float32, in INC's order of operations."""
     return float((reference - output).pow(2).sum())

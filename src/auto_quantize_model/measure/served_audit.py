@@ -15,7 +15,7 @@ from compressed_tensors.quantization.lifecycle.initialize import initialize_modu
 
 from auto_quantize_model.files import InputError
 from auto_quantize_model.machine import with_threads
-from auto_quantize_model.measure.metrics import Reference
+from auto_quantize_model.measure.metrics import Reference, output_at
 from auto_quantize_model.measure.states import UNITS
 from auto_quantize_model.models.checkpoint import Checkpoint
 from auto_quantize_model.records import Capture, Plan, Scales, Score
@@ -157,11 +157,7 @@ class Library:
             else:
                 self.quantize(modules[name], name, scheme)
             with_samples(modules[name])
-        outputs: list[torch.Tensor] = []
-        modules[self.measured_op].register_forward_hook(lambda module, args, output: outputs.append(output))
-        with torch.no_grad():
-            model(**batch)
-        return outputs[-1]
+        return output_at(model, batch, self.measured_op)
 
     def quantize(self, module: torch.nn.Module, name: str, scheme: QuantizationScheme) -> None:
         """Have the library quantize a module, by the minima and maxima of weight and inputs."""

@@ -392,7 +392,7 @@ def between(stability: dict[str, Any], ops: int, measured: int) -> list[tuple[st
     if stability["additivity"] is not None and ops > 1:
         text = f"The errors of single ops add up to {stability['additivity']:.3g} times the error with every op in INT8"
         far = abs(stability["additivity"] - 1) > 0.2
-        text += ". Errors cancel or add to each other, so keep-lists must be measured." if far else ": nearly a sum."
+        text += ". Errors cancel or add to each other, so choices must be measured." if far else ": nearly a sum."
         found.append(("As a sum", text))
     ties = f"{stability['ties']} of {measured} ops share their value with another op, so their order means nothing."
     return [*found, ("Ties", ties if stability["ties"] else "None: every op has its own value.")]
