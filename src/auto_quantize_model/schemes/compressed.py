@@ -100,8 +100,9 @@ def refusal(scheme: QuantizationScheme, op_type: str, shape: tuple[int, ...]) ->
             return f"its {shape[1]} columns do not divide into blocks of {args.block_structure[1]}"
     weights = scheme.weights
     packed = weights.type == "int" and weights.num_bits == 4 and not scheme.input_activations
-    # Eight zero_points are one int32, which compressed-tensors 0.20 cannot unpack.
-    if packed and not weights.symmetric and weights.strategy == "group" and shape[0] <= 8:
+    # Eight zero_points are one int32. compressed-tensors 0.20 cannot unpack several groups of so few rows.
+    several = weights.strategy == "group" and shape[1] > weights.group_size
+    if packed and not weights.symmetric and several and shape[0] <= 8:
         return f"compressed-tensors cannot read the packed zero_points of {shape[0]} rows; it needs more than 8"
     return ""
 
