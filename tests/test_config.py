@@ -218,6 +218,8 @@ def test_reading_a_config_imports_no_torch() -> None:
         ),
         ("decide: {never: {head: [INT9]}}", "decide.never: 'INT9' is not a candidate; write one of"),
         ("decide: {at_least: {head: INT9}}", "decide.at_least: 'INT9' is not a candidate; write one of"),
+        ("decide: {seconds: {head: {INT9: 1}}}", "decide.seconds: 'INT9' is not a candidate; write one of"),
+        ("profiles: {max_seconds: 1}", "profiles.max_seconds needs the times of the ops; write a table into decide.s"),
         ("decide: {never: {'(': [NVFP4]}}", "decide.never['(']: not a regular expression"),
     ],
 )

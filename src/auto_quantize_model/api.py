@@ -217,8 +217,10 @@ def frontier(
     fixed: Mapping[str, str] | None = None,
     never: Mapping[str, Sequence[str]] | None = None,
     at_least: Mapping[str, str] | None = None,
+    seconds: Mapping[str, Mapping[str, float]] | None = None,
     max_kl_divergence: float | None = None,
     max_bits: float | None = None,
+    max_seconds: float | None = None,
     store: str | PathLike[str] | None = None,
 ) -> Frontier:
     """Choose a scheme for each unit of ops for growing budgets, and measure each choice on held-out batches.
@@ -234,8 +236,10 @@ def frontier(
         candidates: the schemes to choose from; None takes those of the capture, or `inc_int8` where it has none.
         points: how many budgets, from the smallest model to the unquantized one.
         fixed, never, at_least: what units get, by regular expressions for whole names of ops.
+        seconds: the time of an op in each scheme and `unquantized`, by regular expressions for whole names of ops.
         max_kl_divergence: also search the smallest choice that reaches this divergence, in nats per token.
         max_bits: also measure the best choice for so many bits a weight.
+        max_seconds: also measure the best choice that takes so much time, by `seconds`.
 
     Returns:
         `points` are the best choices, from the smallest to the unquantized model; `controls` are other choices.
@@ -255,8 +259,12 @@ def frontier(
         raise InputError(f"candidates: {lacking[0]} is not in the plan; its schemes are {', '.join(plan.schemes)}")
     asked = {"heldout_batches": len(unseen), "points": points, "fixed": dict(fixed or {})}
     asked |= {"never": {key: list(names) for key, names in (never or {}).items()}, "at_least": dict(at_least or {})}
+    asked |= {"seconds": {key: dict(times) for key, times in (seconds or {}).items()}}
     spec = read_block(DecideSpec, asked, "decide")
-    target = read_block(Target, {"max_kl_divergence": max_kl_divergence, "max_bits": max_bits}, "profiles")
+    limits = {"max_kl_divergence": max_kl_divergence, "max_bits": max_bits, "max_seconds": max_seconds}
+    target = read_block(Target, limits, "profiles")
+    if max_seconds is not None and not seconds:
+        raise InputError("max_seconds needs the times of the ops; give seconds too")
     spans = _answers(answers, unseen)
     with _measuring(device, "frontier") as on_progress, _store(store) as scores:
         of_model = _of_model(model, plan, calibration)
@@ -285,6 +293,7 @@ def profiles(
     min_sqnr_db: float | None = None,
     max_bits: float | None = None,
     max_weight_bytes: int | None = None,
+    max_seconds: float | None = None,
 ) -> Profiles:
     """Name measured choices: `smallest` reaches the limits of the loss, `safest` the budget, `balanced` is the knee.
 
@@ -296,6 +305,7 @@ def profiles(
         min_sqnr_db: what the output has to reach, in dB.
         max_bits: how many bits a weight may take on average.
         max_weight_bytes: what the weights of the model may take.
+        max_seconds: what the ops may take, by the table of times that the frontier was made with.
 
     Returns:
         `profiles` holds the profiles by name. `missed` says why another does not exist. `profile.assignment` is
@@ -310,6 +320,7 @@ def profiles(
         "min_sqnr_db": min_sqnr_db,
         "max_bits": max_bits,
         "max_weight_bytes": max_weight_bytes,
+        "max_seconds": max_seconds,
     }
     return build_profiles(frontier, plan, read_block(Target, asked, "profiles"))
 

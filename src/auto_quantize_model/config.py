@@ -548,6 +548,8 @@ class DecideSpec(Block):
     """Schemes that ops do not get, such as {"model.visual.*": [NVFP4]}."""
     at_least: dict[Pattern, str] = {}
     """Schemes that set the fewest bytes of ops, such as {".*down_proj": FP8_DYNAMIC}."""
+    seconds: dict[Pattern, dict[str, Annotated[float, Field(ge=0, le=10**6)]]] = {}
+    """Seconds of an op in each scheme when served, such as {".*": {NVFP4: 1e-5, unquantized: 3e-5}}."""
 
 
 class Target(Block):
@@ -563,6 +565,8 @@ class Target(Block):
     """safest: a weight may take so many bits, on average over all ops and with scales."""
     max_weight_bytes: Annotated[int, Field(ge=1, le=10**15)] | None = None
     """safest: the weights of the model may take so many bytes."""
+    max_seconds: Annotated[float, Field(gt=0, le=10**6)] | None = None
+    """safest: the ops may take so much time, by the table decide.seconds."""
 
 
 class QuantizeSpec(Block):
@@ -634,9 +638,12 @@ class Config(Block):
                 "decide.candidates: no engine serves inc_int8 together with schemes of compressed-tensors; name either"
                 " inc_int8 alone or the others"
             )
+        if self.profiles.max_seconds is not None and not self.decide.seconds:
+            yield "profiles.max_seconds needs the times of the ops; write a table into decide.seconds, or remove it"
         named = [("fixed", name) for name in self.decide.fixed.values()]
         named += [("at_least", name) for name in self.decide.at_least.values()]
         named += [("never", name) for names in self.decide.never.values() for name in names]
+        named += [("seconds", name) for times in self.decide.seconds.values() for name in times]
         for key, name in named:
             if name not in (*self.candidates, UNQUANTIZED):
                 yield (

@@ -486,6 +486,7 @@ class Options:
         bytes: {scheme: bytes in the checkpoint}.
         loss: {scheme: what the scheme costs the output}, in the unit of `Frontier.loss`.
         error: {scheme: standard error of the loss}, for the losses that are estimates.
+        seconds: {scheme: time of its ops} by the config's table; empty without one.
     """
 
     name: str
@@ -494,6 +495,7 @@ class Options:
     bytes: dict[str, int]
     loss: dict[str, float]
     error: dict[str, float]
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -515,6 +517,7 @@ class Point:
         accuracy: share of answers that are right; None without answers.
         relative_error: sum of squared errors over the sum of squares of the unquantized output.
         sqnr_db: the same in dB, None for no error; `sqnr_db_lowest` of the batch with the most error.
+        seconds: of all units by the config's table of times; None without one.
     """
 
     kind: str
@@ -536,6 +539,7 @@ class Point:
     relative_error: float
     sqnr_db: float | None
     sqnr_db_lowest: float | None
+    seconds: float | None = None
 
 
 @closed

@@ -1,7 +1,9 @@
 """The best choice within a budget is the best of all choices; controls fill the same budget."""
 
 import itertools
+import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from build import options
@@ -15,6 +17,7 @@ from auto_quantize_model.decide.allocate import (
     bytes_of,
     edges_first,
     loss_of,
+    seconds_of,
     smallest,
     uniform,
 )
@@ -66,6 +69,32 @@ def test_a_budget_that_is_too_small_is_refused_with_the_smallest_one() -> None:
         allocate(units, 15)
     assert allocate(units, 16) == ("W8A8", "W8A8") and allocate(units, 24) == ("W8A8", "unquantized")
     assert allocate(units, 31) == ("W8A8", "unquantized") and allocate(units, 32) == ("unquantized", "unquantized")
+
+
+@given(units=tables(), share=st.floats(0, 1), speed=st.floats(0, 1), seed=st.integers(0, 99))
+def test_no_other_choice_within_bytes_and_time_loses_less(
+    units: list[Options], share: float, speed: float, seed: int
+) -> None:
+    draw = random.Random(seed)
+    units = [replace(unit, seconds={scheme: draw.uniform(1e-6, 1e-3) for scheme in unit.bytes}) for unit in units]
+    all_choices = list(itertools.product(*(unit.bytes for unit in units)))
+    budget = bytes_of(smallest(units), units) + round(share * sum(max(unit.bytes.values()) for unit in units))
+    times = sorted(time for choice in all_choices if (time := seconds_of(choice, units)))
+    seconds = times[int(speed * (len(times) - 1))] * (1 + 1e-5)
+    able = [choice for choice in all_choices if bytes_of(choice, units) <= budget]
+    able = [choice for choice in able if (seconds_of(choice, units) or 0) <= seconds]
+    if not able:
+        with pytest.raises(InputError, match=r"^no choice of schemes fits in \d+ bytes and .* s; the fastest"):
+            allocate(units, budget, seconds)
+        return
+    choice = allocate(units, budget, seconds)
+    assert choice in able
+    best = min(loss_of(other, units)[0] for other in able)
+    assert loss_of(choice, units)[0] <= best * (1 + 1e-5) + 1e-15
+
+
+def test_a_choice_without_a_table_has_no_time() -> None:
+    assert seconds_of(("W8A8",), [options("a", W8A8=(8, 0.1))]) is None
 
 
 def test_budgets_grow_by_equal_ratios_from_the_smallest_choice_to_the_largest() -> None:

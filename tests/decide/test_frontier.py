@@ -87,6 +87,24 @@ def measure(model: torch.nn.Module, plan: Plan, capture: Capture, scales: Scales
     return run
 
 
+def test_a_limit_of_the_time_is_kept_where_the_config_has_times(measure: Measure) -> None:
+    """NVFP4 is fast here, and FP8_DYNAMIC is as slow as an unquantized op; two ops of a unit take twice the time."""
+    times = {".*": {"NVFP4": 1.0, "FP8_DYNAMIC": 3.0, "unquantized": 3.0}}
+    found = measure(seconds=times, target=Target(max_seconds=15.5))
+    ops = sum(len(unit.ops) for unit in found.units)
+    assert found.points[-1].seconds == 3.0 * ops and {unit.seconds["NVFP4"] for unit in found.units} == {1.0, 2.0}
+    fast = [point for point in found.points if point.seconds is not None and point.seconds <= 15.5]
+    best = min(fast, key=lambda point: point.predicted)
+    whole = [unit.bytes[scheme] for unit, scheme in zip(found.units, best.schemes, strict=True)]
+    assert best.seconds > 12 and "unquantized" in best.schemes and sum(whole) + found.other_bytes == best.weight_bytes
+    assert measure(seconds=times, target=Target(max_seconds=1.0)).points[0].seconds == 1.0 * ops
+
+
+def test_an_op_without_a_time_is_named(measure: Measure) -> None:
+    with pytest.raises(InputError, match=r"^decide.seconds: no time for lm_head in FP8_DYNAMIC; each op needs one"):
+        measure(seconds={"model.*": {"NVFP4": 1.0, "FP8_DYNAMIC": 2.0, "unquantized": 3.0}, ".*": {"NVFP4": 1.0}})
+
+
 def test_a_unit_has_the_loss_of_its_ops_together_and_their_bytes(plan: Plan, capture: Capture) -> None:
     by, units = options_of(plan, capture, CANDIDATES, DecideSpec())
     assert by == "kl_divergence" and [unit.name for unit in units][0] == UNIT and len(units) == 5

@@ -16,6 +16,7 @@ from auto_quantize_model.records import Options
 from auto_quantize_model.schemes.scheme import UNQUANTIZED
 
 Choice = tuple[str, ...]
+TOLERANCE = 2e-6  # more than HiGHS lets a constraint be exceeded by
 IN_STACK = re.compile(r"(.*?)\.(\d+)\.")
 
 
@@ -35,23 +36,31 @@ def smallest(units: Sequence[Options]) -> Choice:
     return tuple(min(unit.bytes, key=lambda scheme: (unit.bytes[scheme], unit.loss[scheme])) for unit in units)
 
 
-def allocate(units: Sequence[Options], budget: int) -> Choice:
-    """The choice with the least sum of losses that takes at most `budget` bytes.
+def seconds_of(choice: Choice, units: Sequence[Options]) -> float | None:
+    """The time of all units by the config's table; None without a table."""
+    times = [unit.seconds.get(scheme) for unit, scheme in zip(units, choice, strict=True)]
+    return None if None in times else sum(time for time in times if time)
+
+
+def allocate(units: Sequence[Options], budget: int, seconds: float | None = None) -> Choice:
+    """The choice with the least sum of losses that takes at most `budget` bytes, and at most `seconds` if given.
 
     This is a multiple-choice knapsack, solved by HiGHS through `scipy.optimize.milp`. HiGHS stops within 1e-6 of the
     optimum, in units of the objective. So the losses are divided by the best sum that is known, and the problem is
     solved again until the sum falls no more. An option that alone loses more than that sum is left out.
 
     Raises:
-        InputError: no choice fits; the message has the fewest bytes that are possible.
+        InputError: no choice fits; the message has the fewest bytes or the least time that is possible.
     """
     choice = smallest(units)
     fewest = bytes_of(choice, units)
     if budget < fewest:
         raise InputError(f"no choice of schemes fits in {budget} bytes; the smallest takes {fewest} bytes")
+    if seconds is not None and not (seconds_of(choice, units) or 0.0) <= seconds:
+        choice = solved(units, budget, seconds, sum(max(unit.loss.values()) for unit in units) or 1.0)
     known, _ = loss_of(choice, units)
     while known > 0:
-        better = solved(units, budget, known)
+        better = solved(units, budget, seconds, known)
         found, _ = loss_of(better, units)
         if found < known:
             choice = better
@@ -61,7 +70,7 @@ def allocate(units: Sequence[Options], budget: int) -> Choice:
     return choice
 
 
-def solved(units: Sequence[Options], budget: int, known: float) -> Choice:
+def solved(units: Sequence[Options], budget: int, seconds: float | None, known: float) -> Choice:
     """The solver's choice, among the options that lose no more than a sum that a choice within the budget has."""
     columns = [
         (index, scheme) for index, unit in enumerate(units) for scheme in unit.bytes if unit.loss[scheme] <= known
@@ -70,29 +79,46 @@ def solved(units: Sequence[Options], budget: int, known: float) -> Choice:
     sizes = np.array([float(units[index].bytes[scheme]) for index, scheme in columns])
     rows = [index for index, _ in columns]
     one_each = csr_array((np.ones(len(columns)), (rows, np.arange(len(columns)))))
+    # In units of the budget, because HiGHS has absolute tolerances.
+    limits = [LinearConstraint(one_each, 1, 1), LinearConstraint(sizes[None] / budget, -np.inf, 1)]
+    if seconds is not None:
+        times = np.array([units[index].seconds[scheme] for index, scheme in columns])
+        limits.append(LinearConstraint(times[None] / seconds, -np.inf, 1 - TOLERANCE))
     found = milp(
         losses / known,
         integrality=np.ones(len(columns)),
         bounds=Bounds(0, 1),
-        # In units of the budget, because HiGHS has absolute tolerances.
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes[None] / budget, -np.inf, 1)],
+        constraints=limits,
         options={"mip_rel_gap": 0},
     )
     if found.x is None:
-        raise InputError(f"the solver found no choice of schemes within {budget} bytes: {found.message}")
+        raise InputError(f"no choice of schemes fits in {budget} bytes{within_time(units, seconds)}: {found.message}")
     choice = tuple(scheme for (_, scheme), taken in zip(columns, found.x, strict=True) if taken > 0.5)
     return within(choice, units, budget)
 
 
+def within_time(units: Sequence[Options], seconds: float | None) -> str:
+    """The limit of the time and the least that is possible, as the end of a message; empty without a limit."""
+    if seconds is None:
+        return ""
+    least = sum(min(unit.seconds[scheme] for scheme in unit.bytes) for unit in units)
+    return f" and {seconds:g} s; the fastest choice takes {least:g} s"
+
+
 def within(choice: Choice, units: Sequence[Options], budget: int) -> Choice:
-    """A choice that a solver's tolerance let exceed the budget by a few bytes, with the cheapest step back."""
+    """A choice that a solver's tolerance let exceed the budget by a few bytes, with the cheapest step back.
+
+    A step back never takes more time.
+    """
     while (over := bytes_of(choice, units) - budget) > 0:
         steps = [
             ((unit.loss[other] - unit.loss[scheme]) / min(over, unit.bytes[scheme] - unit.bytes[other]), index, other)
             for index, (unit, scheme) in enumerate(zip(units, choice, strict=True))
             for other in unit.bytes
-            if unit.bytes[other] < unit.bytes[scheme]
+            if unit.bytes[other] < unit.bytes[scheme] and unit.seconds.get(other, 0) <= unit.seconds.get(scheme, 0)
         ]
+        if not steps:
+            raise InputError(f"no choice of schemes was found in {budget} bytes; change the budget by a few bytes")
         _, index, other = min(steps)
         choice = (*choice[:index], other, *choice[index + 1 :])
     return choice

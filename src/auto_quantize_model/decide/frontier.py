@@ -6,7 +6,7 @@ measured points.
 
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +21,7 @@ from auto_quantize_model.decide.allocate import (
     bytes_of,
     edges_first,
     loss_of,
+    seconds_of,
     smallest,
     uniform,
 )
@@ -89,9 +90,28 @@ def options_of(plan: Plan, capture: Capture, candidates: Sequence[str], spec: De
                 )
         weights = [ops[name].weight_bytes // 4 for name in unit.ops]
         size = weights[0] if unit.tied else sum(weights)
-        found.append(Options(unit.name, unit.ops, size, allowed, {name: loss[name] for name in allowed}, error))
+        losses = {name: loss[name] for name in allowed}
+        found.append(Options(unit.name, unit.ops, size, allowed, losses, error, times_of(unit, allowed, spec)))
     require_matches(spec, units)
     return by, found
+
+
+def times_of(unit: Unit, schemes: Iterable[str], spec: DecideSpec) -> dict[str, float]:
+    """The seconds of a unit's ops in each scheme, by the first pattern that matches an op; empty without a table.
+
+    Raises:
+        InputError: the table has no time for an op in a scheme that the op can get.
+    """
+    found: dict[str, float] = {}
+    for name in unit.ops if spec.seconds else ():
+        of_op = next((times for pattern, times in spec.seconds.items() if re.fullmatch(pattern, name)), {})
+        for scheme in schemes:
+            if scheme not in of_op:
+                raise InputError(
+                    f"decide.seconds: no time for {name} in {scheme}; each op needs one for every scheme it can get"
+                )
+            found[scheme] = found.get(scheme, 0.0) + of_op[scheme]
+    return found
 
 
 def bytes_in(unit: Unit, ops: Mapping[str, Op]) -> dict[str, int]:
@@ -141,7 +161,7 @@ def require_matches(spec: DecideSpec, units: Sequence[Unit]) -> None:
         InputError: the message names the pattern.
     """
     names = [name for unit in units for name in unit.ops]
-    for key in ("fixed", "never", "at_least"):
+    for key in ("fixed", "never", "at_least", "seconds"):
         for pattern in getattr(spec, key):
             if not any(re.fullmatch(pattern, name) for name in names):
                 raise InputError(
@@ -255,8 +275,18 @@ class Decision:
         fewest = bytes_of(smallest(self.units), self.units)
         asked = [budget for budget in self.within(target) if budget >= fewest]
         found = [allocate(self.units, budget) for budget in sorted([*budgets(self.units, spec.points), *asked])]
+        if target.max_seconds is not None:
+            most = min(asked, default=bytes_of(uniform(self.units, UNQUANTIZED), self.units))
+            found += self.in_time(most, target.max_seconds)
         found.append(uniform(self.units, UNQUANTIZED))
         return [("frontier", "", choice) for choice in dict.fromkeys(found)]
+
+    def in_time(self, budget: int, seconds: float) -> list[Choice]:
+        """The best choice within bytes and seconds; nothing where none fits, as `build_profiles` then says."""
+        try:
+            return [allocate(self.units, budget, seconds)]
+        except InputError:
+            return []
 
     def controls(self, candidates: Sequence[str], spec: DecideSpec) -> list[State]:
         """Uniform schemes; and for some budgets random choices, and the first and last layers first; each once."""
@@ -290,6 +320,7 @@ class Decision:
         """A measured choice."""
         size = bytes_of(choice, self.units)
         loss, error = loss_of(choice, self.units)
+        metrics = {**metrics, "seconds": seconds_of(choice, self.units)}
         return Point(kind, name, choice, size + self.other_bytes, 8 * size / self.weights, loss, error, **metrics)
 
     def between(self, points: Sequence[Point], target: Target) -> State | None:

@@ -66,7 +66,7 @@ def smallest(points: Sequence[Point], unquantized: Point, target: Target) -> Poi
 
 def safest(points: Sequence[Point], target: Target) -> Point | None:
     """The point with the least divergence within the budget; None without a budget or such a point."""
-    if target.max_bits is None and target.max_weight_bytes is None:
+    if not has_budget(target):
         return None
     return min((point for point in points if fits(point, target)), key=lambda point: point.kl_divergence, default=None)
 
@@ -74,6 +74,11 @@ def safest(points: Sequence[Point], target: Target) -> Point | None:
 def has_loss_target(target: Target) -> bool:
     """Whether the target limits what the output may lose."""
     return any(value is not None for value in (target.max_kl_divergence, target.max_accuracy_drop, target.min_sqnr_db))
+
+
+def has_budget(target: Target) -> bool:
+    """Whether the target limits what the weights may take."""
+    return any(value is not None for value in (target.max_bits, target.max_weight_bytes, target.max_seconds))
 
 
 def reaches(point: Point, unquantized: Point, target: Target) -> bool:
@@ -92,6 +97,8 @@ def reaches(point: Point, unquantized: Point, target: Target) -> bool:
 def fits(point: Point, target: Target) -> bool:
     """Whether a choice is within the budget in every part that is set."""
     if target.max_bits is not None and point.bits > target.max_bits:
+        return False
+    if target.max_seconds is not None and not (point.seconds is not None and point.seconds <= target.max_seconds):
         return False
     return target.max_weight_bytes is None or point.weight_bytes <= target.max_weight_bytes
 
@@ -135,12 +142,15 @@ def without_smallest(points: Sequence[Point], frontier: Frontier, target: Target
 
 def without_safest(points: Sequence[Point], target: Target) -> str:
     """Why there is no safest profile, as a clause."""
-    if target.max_bits is None and target.max_weight_bytes is None:
+    if not has_budget(target):
         return "the config's profiles block sets no budget"
     fewest = min(points, key=lambda point: point.weight_bytes, default=None)
-    nearest = (
-        "" if fewest is None else f"; the smallest has {fewest.bits:.2f} bits a weight, {fewest.weight_bytes} bytes"
-    )
+    if fewest is None:
+        nearest = ""
+    else:
+        nearest = f"; the smallest has {fewest.bits:.2f} bits a weight, {fewest.weight_bytes} bytes"
+        times = [point.seconds for point in points if point.seconds is not None]
+        nearest += f", and the fastest measured one takes {min(times):g} s" if times else ""
     return f"no choice of schemes fits the budget ({described(target, budget=True)}){nearest}"
 
 
@@ -152,8 +162,9 @@ def described(target: Target, budget: bool = False) -> str:
         "min_sqnr_db": "an SQNR of at least {} dB",
         "max_bits": "at most {} bits a weight",
         "max_weight_bytes": "at most {} bytes",
+        "max_seconds": "at most {} seconds",
     }
-    of_budget = ("max_bits", "max_weight_bytes")
+    of_budget = ("max_bits", "max_weight_bytes", "max_seconds")
     asked = target.model_dump(exclude_none=True)
     return " and ".join(
         text.format(asked[name]) for name, text in texts.items() if name in asked and (name in of_budget) == budget

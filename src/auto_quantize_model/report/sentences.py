@@ -128,6 +128,11 @@ def has_images(report: Report) -> bool:
     return any(batch["image_tokens"] for batch in report["batches"])
 
 
+def has_times(report: Report) -> bool:
+    """Whether the config has a table of times."""
+    return report["frontier"]["status"] == "measured" and report["frontier"]["points"][0]["seconds"] is not None
+
+
 def tokens(report: Report) -> str:
     """The number of tokens in the scored batches, and of image tokens among them if there are any."""
     of_images, of_all = (sum(batch[key] for batch in report["batches"]) for key in ("image_tokens", "tokens"))
@@ -199,12 +204,14 @@ def weighs(report: Report, point: Mapping[str, Any]) -> str:
     """The bytes of a choice next to those of the unquantized model."""
     whole = unquantized(report)
     share = f", {percent(point['weight_bytes'] / whole['weight_bytes'])} of those without quantization" if whole else ""
-    return f"The weights take {in_bytes(point['weight_bytes'], 4)}{share}."
+    time = "" if point["seconds"] is None else f" By the config's table the ops take {point['seconds']:.3g} s."
+    return f"The weights take {in_bytes(point['weight_bytes'], 4)}{share}.{time}"
 
 
 def because(report: Report, name: str) -> str:
     """The target or the budget that a profile stands for, in brackets; empty for the knee."""
-    of_loss, of_budget = ("max_kl_divergence", "max_accuracy_drop", "min_sqnr_db"), ("max_bits", "max_weight_bytes")
+    of_loss = ("max_kl_divergence", "max_accuracy_drop", "min_sqnr_db")
+    of_budget = ("max_bits", "max_weight_bytes", "max_seconds")
     keys = {"smallest": of_loss, "safest": of_budget}
     asked = report["profiles"]["target"]
     parts = [f"{key} {asked[key]:g}" for key in keys.get(name, ()) if asked.get(key) is not None]
