@@ -60,6 +60,6 @@ def remark(coverage: Coverage) -> list[str]:
         return []
     weights = sum(group["weights"] for group in groups)
     return [
-        "Left alone, because the plan has no INT8 for these modules and nothing was measured of them"
+        "Left alone, because the plan has no op for these modules and nothing was measured of them"
         f" ({share_of(weights, coverage)} of the weights): {left_out(coverage, len(groups))}."
     ]
