@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from build import a_plan, an_op
@@ -12,7 +13,7 @@ from auto_quantize_model.decide.stability import tau
 from auto_quantize_model.files import InputError
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.metrics import Reference
-from auto_quantize_model.measure.probes import estimates, fisher_direction, probe
+from auto_quantize_model.measure.probes import estimates, fisher_direction, joined, probe
 from auto_quantize_model.measure.states import UNITS
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.records import Unit
@@ -62,17 +63,51 @@ def test_estimates_come_near_the_exact_divergence_of_every_op_and_scheme():
 
 
 def test_a_standard_error_and_a_split_half_are_those_of_the_probes():
-    of_batch = [[{"W8A8": {"op": value}} for value in (1.0, 2.0, 3.0, 6.0)]]
+    """A single row: the square of the sum is the sum of the squares."""
+    of_batch = [[{"W8A8": {"op": [value, value]}} for value in (1.0, 2.0, 3.0, 6.0)]]
     (made,) = estimates(of_batch)
     assert (made.kl_divergence, made.split_half) == (3.0, 2.0)
-    assert math.isclose(made.standard_error, math.sqrt(14 / 3) / 2)
+    # The mean ratio of one op has the same error as the op.
+    assert math.isclose(made.standard_error, math.sqrt(2) * math.sqrt(14 / 3) / 2)
 
 
 def test_an_op_counts_on_the_batches_on_which_it_ran():
-    first = [{"W8A8": {"a": 1.0, "b": 2.0}}, {"W8A8": {"a": 1.0, "b": 4.0}}]
-    second = [{"W8A8": {"a": 3.0}}, {"W8A8": {"a": 3.0}}]
+    first = [{"W8A8": {"a": [1.0, 1.0], "b": [2.0, 2.0]}}, {"W8A8": {"a": [1.0, 1.0], "b": [4.0, 4.0]}}]
+    second = [{"W8A8": {"a": [3.0, 3.0]}}, {"W8A8": {"a": [3.0, 3.0]}}]
     found = {made.op_name: made.kl_divergence for made in estimates([first, second])}
-    assert found == {"a": 2.0, "b": 3.0}
+    assert found == pytest.approx({"a": 2.0, "b": 3.0})
+
+
+def drawn(ratios, probes=16, rows=256, draws=40):
+    """Squared sums and sums of squares of ops with true divergences and the ratios of the two: (draws, ops, probes)."""
+    generator = np.random.default_rng(0)
+    sizes = np.exp(generator.normal(0, 1, len(ratios)))
+    shape = (draws, len(ratios), probes)
+    whole = (sizes * ratios)[:, None] * generator.normal(0, 1, shape) ** 2
+    return sizes * ratios, whole, sizes[:, None] * generator.chisquare(rows, shape) / rows
+
+
+@pytest.mark.parametrize(("spread", "share"), [(0.0, 0.3), (0.2, 0.6), (1.0, 1.01)])
+def test_the_two_values_of_a_probe_together_are_nearer_the_truth_than_the_first(spread, share):
+    """Whether the rows of all ops act alike, or each op has a nature of its own."""
+    ratios = 1.3 * np.exp(np.random.default_rng(1).normal(0, spread, 60))
+    truth, whole, apart = drawn(ratios)
+
+    def off(values):
+        return float(np.mean((values.mean(-1) / truth - 1) ** 2) ** 0.5)
+
+    both = [joined(*pair) for pair in zip(whole, apart, strict=True)]
+    errors = np.array([np.sqrt(values.var(1, ddof=1) / values.shape[1] + unseen) for values, unseen in both])
+    values = np.stack([values for values, _ in both])
+    assert off(values) < share * off(whole)
+    stated = float(np.mean((errors / truth) ** 2) ** 0.5)
+    assert 0.9 * off(values) < stated < 1.7 * off(values)
+
+
+def test_ops_without_a_gradient_have_no_divergence():
+    assert [made.kl_divergence for made in estimates([[{"W8A8": {"a": [0.0, 0.0]}}] * 2])] == [0.0]
+    values, unseen = joined(np.array([[0.0, 0.0], [1.0, 2.0]]), np.array([[0.0, 0.0], [1.0, 1.0]]))
+    assert values[0].tolist() == [0.0, 0.0] and unseen[0] == 0.0
 
 
 def planned():
@@ -111,8 +146,8 @@ def test_probes_are_resumed_and_do_not_depend_on_their_number(tmp_path):
         replay.begin(batches[0])
         one, (_, two) = (probe(replay, alone(plan.op_names), seeds) for seeds in ([7], [3, 7]))
     for scheme, values in one[0].items():
-        for name, value in values.items():
-            assert math.isclose(value, two[scheme][name], rel_tol=1e-4)
+        for name, pair in values.items():
+            assert pair == pytest.approx(two[scheme][name], rel=1e-4)
 
 
 def test_a_measured_op_that_stays_in_fp32_is_no_obstacle(tmp_path):

@@ -78,7 +78,7 @@ def products_of(model, batch, head="lm_head"):
 def require_close(expected, found):
     assert found.keys() == expected.keys()
     for name, values in expected.items():
-        torch.testing.assert_close(found[name].sum(-1), values, rtol=1e-3, atol=1e-4 * float(values.abs().max()))
+        torch.testing.assert_close(found[name].sum((-2, -1)), values, rtol=1e-3, atol=1e-4 * float(values.abs().max()))
 
 
 def test_products_are_those_of_a_backward_through_the_whole_model():
@@ -100,7 +100,8 @@ def test_samples_of_a_batch_are_kept_apart():
     model = few_ops_model()
     together = {"input_ids": torch.cat([first["input_ids"], second["input_ids"]])}
     _, found = products_of(model, together)
-    assert {values.shape for values in found.values()} == {(3, DIRECTIONS, 2), (1, DIRECTIONS, 2)}
+    tokens = first["input_ids"].shape[1]
+    assert {values.shape for values in found.values()} == {(count, DIRECTIONS, 2, tokens) for count in (1, 3)}
 
 
 def test_a_measured_op_inside_of_a_block_is_refused():

@@ -349,8 +349,8 @@ class ByReplay:
                 found = probe(self.replay, wanted, [seeds[key] for key in missing], on_block)
                 for key, values in zip(missing, found, strict=True):
                     for scheme, estimated in values.items():
-                        for name, value in estimated.items():
-                            require_finite({"estimated KL divergence": value}, index, "isolated", name, scheme)
+                        for name, pair in estimated.items():
+                            require_finite({"estimated KL divergence": pair[0]}, index, "isolated", name, scheme)
                     shelf.add(key, values)
             self.step(before + runs - self.done)
             return [shelf.records[key] for key in keys]

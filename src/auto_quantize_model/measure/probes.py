@@ -1,16 +1,20 @@
 """Estimates of every op's KL divergence in every scheme at once, by random directions with the Fisher covariance.
 
-In: a replay with a batch. Out: for each scheme and op, one value for each probe; their mean estimates the divergence.
+In: a replay with a batch. Out: for each scheme and op, two values for each probe; the estimate comes from their means.
 
 For a small error e of the logits the divergence is e' F e / 2. F = diag(p) - p p' is the Fisher matrix of the softmax
 p. With r standard normal, v = sqrt(p) r - p <sqrt(p), r> has the covariance F. So <v, e> squared has the mean e' F e.
 The backward pass of v gives the gradient g at each op's output, and <g, q(output) - output> is <v, e> to first order.
 One set of gradients serves every op and scheme. Large errors are underestimated, because the first order misses them.
+
+The product is a sum over the rows of the op's output, its tokens or patches. The square of the sum has the right mean,
+but a probe gives one draw of it. The sum of the squares has as many draws as rows, and lacks what errors of different
+rows do together. `estimates` joins the two.
 """
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from auto_quantize_model.records import Estimate
@@ -18,7 +22,7 @@ from auto_quantize_model.replay.backward import Backward
 from auto_quantize_model.replay.model import Replay
 
 ROWS_AT_ONCE = 64  # positions whose distributions are in memory at a time
-Values = dict[str, dict[str, float]]  # of one probe: {scheme: {name: nats}}
+Values = dict[str, dict[str, list[float]]]  # of one probe: {scheme: {name: nats of all rows together, and apart}}
 Wanted = tuple[Sequence[str], Sequence[str]]  # ops that are quantized together, and their schemes
 
 
@@ -48,7 +52,7 @@ def probe(
     seeds: Sequence[int],
     on_block: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Values]:
-    """One value for each probe, scheme and op or unit, by one backward pass for each probe.
+    """Two values for each probe, scheme and op or unit, by one backward pass for each probe.
 
     Args:
         replay: with a batch begun and scales set.
@@ -57,7 +61,8 @@ def probe(
         on_block: called after each block with the number done and the total.
 
     Returns:
-        For each probe {scheme: {name: nats per position}}. The mean over probes estimates the divergence.
+        For each probe {scheme: {name: two values in nats per position}}: the squared sum over the rows of each sample,
+        whose mean over probes estimates the divergence, and the sum of the squares.
 
     Raises:
         InputError: the measured op runs inside of a block.
@@ -78,19 +83,20 @@ def probe(
                 continue
             # An op that has no part in the output has no gradient, and a divergence of 0.
             parts = [products[op][ready[op].index(scheme)] for op in able if op in products]
-            halves = together(parts).double().pow(2).sum(-1) / (2 * positions) if parts else torch.zeros(len(seeds))
-            for index, values in enumerate(found):
-                values.setdefault(scheme, {})[name] = float(halves[index])
+            product = (together(parts) if parts else torch.zeros(len(seeds), 1, 1)).double()
+            both = product.sum(-1).pow(2).sum(-1), product.pow(2).sum((-2, -1))
+            for values, *pair in zip(found, *(side.tolist() for side in both), strict=True):
+                values.setdefault(scheme, {})[name] = [value / (2 * positions) for value in pair]
     return found
 
 
 def together(products: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The products of ops that are quantized together, (directions, samples): to first order their errors add up.
+    """The products of ops that are quantized together, (directions, samples, rows): to first order errors add up.
 
-    Where one op does not keep samples apart, the last dimension is 1 and holds the sum over the samples.
+    Where the ops do not have the same rows, one row holds the sum over all.
     """
-    if len({product.shape[-1] for product in products}) > 1:
-        products = [product.sum(-1, keepdim=True) for product in products]
+    if len({product.shape for product in products}) > 1:
+        products = [product.sum((-2, -1), keepdim=True) for product in products]
     return sum(products[1:], products[0])
 
 
@@ -103,17 +109,47 @@ def estimates(of_batches: Sequence[Sequence[Values]]) -> list[Estimate]:
     Returns:
         The mean over batches, then over probes. An op or unit counts on the batches on which it ran.
     """
-    by_probe: dict[tuple[str, str], list[list[float]]] = {}
+    by_probe: dict[str, dict[str, list[list[list[float]]]]] = {}
     for batch in of_batches:
         for index, values in enumerate(batch):
             for scheme, ops in values.items():
-                for name, value in ops.items():
-                    rows = by_probe.setdefault((scheme, name), [[] for _ in batch])
-                    rows[index].append(value)
+                for name, pair in ops.items():
+                    rows = by_probe.setdefault(scheme, {}).setdefault(name, [[] for _ in batch])
+                    rows[index].append(pair)
     found = []
-    for (scheme, name), rows in by_probe.items():
-        means = [statistics.fmean(row) for row in rows]
-        error = statistics.stdev(means) / len(means) ** 0.5
-        halves = [statistics.fmean(means[start::2]) for start in (0, 1)]
-        found.append(Estimate(scheme, name, statistics.fmean(means), error, abs(halves[0] - halves[1])))
+    for scheme, of_scheme in by_probe.items():
+        means = np.array([[np.mean(pairs, 0) for pairs in rows] for rows in of_scheme.values()])  # (ops, probes, 2)
+        values, unseen = joined(means[..., 0], means[..., 1])
+        spread = values.var(1, ddof=1) / values.shape[1]
+        halves = [values[:, start::2].mean(1) for start in (0, 1)]
+        columns = (values.mean(1), np.sqrt(spread + unseen), abs(halves[0] - halves[1]))
+        rows = zip(of_scheme, *(column.tolist() for column in columns), strict=True)
+        found += [Estimate(scheme, *row) for row in rows]
     return found
+
+
+def joined(whole: np.ndarray, apart: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One value of each op and probe in a scheme, from the squared sums and the sums of squares, each (ops, probes).
+
+    The ratio of the two differs between ops by chance and by their nature. The variance of the squared sums over the
+    probes says how much is chance. The more of it is chance, the nearer the logarithm of an op's ratio is brought to
+    the mean of all ops (James and Stein, "Estimation with Quadratic Loss", 1961).
+
+    Returns:
+        The values, (ops, probes), and a variance of each op that the values do not show, (ops,): of the mean ratio, and
+        of the part of an op's nature that is lost.
+    """
+    values, unseen = whole.copy(), np.zeros(len(whole))
+    ran = (whole.mean(1) > 0) & (apart.mean(1) > 0)
+    if not ran.any():
+        return values, unseen
+    whole, apart = whole[ran], apart[ran]
+    means, sizes = whole.mean(1), apart.mean(1)
+    chance = (whole.var(1, ddof=1) / whole.shape[1] / means**2).mean()
+    common = np.log((means / sizes).mean())
+    nature = max(0.0, ((np.log(means / sizes) - common) ** 2).mean() - chance)
+    weight = nature / (nature + chance) if chance else 1.0  # of an op's own ratio
+    found = np.exp(weight * np.log(means) + (1 - weight) * (common + np.log(sizes)))
+    values[ran] = found[:, None] * (weight * whole / means[:, None] + (1 - weight) * apart / sizes[:, None])
+    unseen[ran] = found**2 * (1 - weight) ** 2 * (nature + chance / len(found))
+    return values, unseen

@@ -1,7 +1,8 @@
 """Backward passes through a model under replay, block by block, with the gradient at the output of every op.
 
 In: a replay with a batch, and directions at the measured op's output. Out: for each op and scheme, the product of that
-gradient with the error that the scheme makes at the op's output. A first forward keeps the inputs of each block alone.
+gradient with the error that the scheme makes at each row of the op's output. A row is a token or an image patch. A
+first forward keeps the inputs of each block alone.
 The backward runs one block again at a time, so the graph of one block is the most that memory holds.
 """
 
@@ -19,6 +20,22 @@ from auto_quantize_model.replay.ops import Site
 
 Direction = Callable[[torch.Tensor, int], torch.Tensor]  # (measured output, index) -> gradient of the same shape
 Gradients = Sequence[torch.Tensor | None]  # of one tensor, one for each direction
+
+
+@dataclass
+class Seen:
+    """One execution of an op in the block that runs again.
+
+    Attributes:
+        output: of the op, as a leaf or with its history.
+        errors: float32 (schemes, *shape of the output).
+        products: float32 (schemes, directions, samples, rows), filled direction by direction; None without a gradient.
+    """
+
+    name: str
+    output: torch.Tensor
+    errors: torch.Tensor
+    products: torch.Tensor | None = None
 
 
 @dataclass
@@ -55,9 +72,9 @@ class Backward:
         self.samples = replay.measured.shape[0]
         self.recording = False
         self.visits: list[Visit] = []
-        self.seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # op, its output, its errors by scheme
+        self.seen: list[Seen] = []  # of the block that runs again
         self.gradients: dict[int, list[torch.Tensor | None]] = {}  # of leaves, by their id
-        self.products: dict[str, torch.Tensor] = {}
+        self.products: dict[str, list[torch.Tensor]] = {}  # of each execution
 
     def run(self, direction: Direction, on_block: Callable[[int, int], None]) -> dict[str, torch.Tensor]:
         """The products of gradients and errors.
@@ -67,9 +84,9 @@ class Backward:
             on_block: called after each block with the number done and the total.
 
         Returns:
-            {op_name: float32 (schemes, directions, samples)}. Where an op's output does not keep samples apart, as in a
-            vision tower, the last dimension is 1 and holds the sum over the samples. An op that has no part in the
-            output is absent.
+            {op_name: float32 (schemes, directions, samples, rows)}, with the rows of all executions. Where an op's
+            output does not keep samples apart, as in a vision tower, one sample has all rows. An op that has no part in
+            the output is absent.
 
         Raises:
             InputError: the measured op runs inside of a block.
@@ -84,7 +101,7 @@ class Backward:
                     self._back(visit, gradients, direction if visit is last else None)
                 on_block(done, len(self.visits))
                 visit.inputs, visit.incoming, visit.outputs = [], {}, []
-        return self.products
+        return {name: joined(executions) for name, executions in self.products.items()}
 
     def _measured(self) -> Visit:
         found = [visit for visit in self.visits if visit.block == self.replay.measured_op]
@@ -125,7 +142,7 @@ class Backward:
             for error, scheme in zip(errors, schemes, strict=True):
                 torch.sub(site.in_scheme(scheme, x), output, out=error)
         kept = output if output.requires_grad else output.detach().requires_grad_()
-        self.seen.append((site.name, kept, errors))
+        self.seen.append(Seen(site.name, kept, errors))
         return kept.clone()  # code behind the op may write into its output
 
     def _back(self, visit: Visit, gradients: Sequence[Any], direction: Direction | None) -> None:
@@ -139,7 +156,7 @@ class Backward:
         outputs = [tensor for tensor in tree_flatten(output)[0] if _is_floating(tensor)]
         pairs = [(out, gradient) for out, gradient in zip(outputs, gradients, strict=True) if gradient or direction]
         heads = [out for out, _ in pairs if out.requires_grad]
-        targets = [*(kept for _, kept, _ in self.seen), *fresh.values()]
+        targets = [*(seen.output for seen in self.seen), *fresh.values()]
         if not heads or not targets:
             return
         into: list[list[torch.Tensor | None]] = [[] for _ in fresh]
@@ -150,28 +167,26 @@ class Backward:
                 if out.requires_grad
             ]
             found = torch.autograd.grad(heads, targets, ends, retain_graph=index + 1 < self.count, allow_unused=True)
-            for (name, _, errors), gradient in zip(self.seen, found, strict=False):
-                self._add(name, index, errors, gradient)
+            for seen, gradient in zip(self.seen, found, strict=False):
+                self._add(seen, index, gradient)
             for known, gradient in zip(into, found[len(self.seen) :], strict=True):
                 known.append(gradient)
+        for seen in self.seen:
+            if seen.products is not None:
+                self.products.setdefault(seen.name, []).append(seen.products)
         self.seen = []
         self._propagate(list(visit.incoming.values()), into)
 
-    def _add(self, name: str, index: int, errors: torch.Tensor, gradient: torch.Tensor | None) -> None:
-        """Add the products of one execution of an op."""
+    def _add(self, seen: Seen, index: int, gradient: torch.Tensor | None) -> None:
+        """Set the products of one execution of an op in one direction."""
         if gradient is None:
             return
         apart = gradient.ndim > 2 and gradient.shape[0] == self.samples
-        rows = self.samples if apart else 1
-        product = errors.reshape(len(errors), rows, -1).transpose(0, 1) @ gradient.reshape(rows, -1, 1)
-        product = product.squeeze(-1).T  # (schemes, rows)
-        known = self.products.get(name)
-        if known is None:
-            known = self.products[name] = product.new_zeros(len(errors), self.count, rows)
-        if known.shape[-1] != rows:  # executions that keep samples apart, and others that do not
-            known, product = known.sum(-1, keepdim=True), product.sum(-1, keepdim=True)
-            self.products[name] = known
-        known[:, index] += product
+        shape = (self.samples if apart else 1, -1, gradient.shape[-1])
+        products = torch.stack([(error * gradient).reshape(shape).sum(-1) for error in seen.errors])
+        if seen.products is None:
+            seen.products = products.new_zeros(len(products), self.count, *products.shape[1:])
+        seen.products[:, index] = products
 
     def _propagate(self, incoming: list[torch.Tensor], into: Sequence[Gradients]) -> None:
         """Take gradients at a block's inputs back to the outputs of earlier blocks, through what lies between."""
@@ -187,6 +202,13 @@ class Backward:
                     so_far = self.gradients.setdefault(id(leaf), [None] * self.count)
                     before = so_far[index]
                     so_far[index] = gradient if before is None else before + gradient
+
+
+def joined(executions: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The products of an op's executions, with the rows of all."""
+    if len({products.shape[-2] for products in executions}) > 1:  # some keep samples apart, and others do not
+        executions = [products.flatten(-2).unsqueeze(-2) for products in executions]
+    return torch.cat(list(executions), -1)
 
 
 def leaves_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
