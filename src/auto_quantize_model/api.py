@@ -279,7 +279,7 @@ def frontier(
             scores,
             spec,
             target,
-            len(calibration),
+            calibration,
             on_progress,
         )
 

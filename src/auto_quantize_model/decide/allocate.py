@@ -25,6 +25,12 @@ def bytes_of(choice: Choice, units: Sequence[Options]) -> int:
     return sum(unit.bytes[scheme] for unit, scheme in zip(units, choice, strict=True))
 
 
+def state_of(choice: Choice, units: Sequence[Options]) -> dict[str, str]:
+    """A choice as a state of the model: {op_name: scheme}, without the unquantized ops."""
+    chosen = [(unit, scheme) for unit, scheme in zip(units, choice, strict=True) if scheme != UNQUANTIZED]
+    return {name: scheme for unit, scheme in chosen for name in unit.ops}
+
+
 def loss_of(choice: Choice, units: Sequence[Options]) -> tuple[float, float]:
     """The sum of the losses, and its standard error."""
     chosen = [(unit.loss[scheme], unit.error.get(scheme, 0.0)) for unit, scheme in zip(units, choice, strict=True)]

@@ -23,10 +23,12 @@ from auto_quantize_model.decide.allocate import (
     loss_of,
     seconds_of,
     smallest,
+    state_of,
     uniform,
 )
 from auto_quantize_model.decide.profiles import reaches
 from auto_quantize_model.decide.ranking import aggregated
+from auto_quantize_model.decide.refine import Refinement
 from auto_quantize_model.escape import quoted
 from auto_quantize_model.files import InputError
 from auto_quantize_model.measure.capture import arithmetic
@@ -35,7 +37,7 @@ from auto_quantize_model.measure.states import UNITS
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.records import Capture, Frontier, Op, Options, Plan, Point, Scales, Unit
 from auto_quantize_model.replay.model import Batch
-from auto_quantize_model.schemes.scheme import INC_INT8, UNQUANTIZED, assigned
+from auto_quantize_model.schemes.scheme import INC_INT8, UNQUANTIZED
 
 SEEDS = 3  # random choices for each budget with controls
 CONTROLLED = 4  # budgets with controls, evenly among the points between the smallest and the unquantized model
@@ -181,10 +183,12 @@ def measure_frontier(
     store: ScoreStore,
     spec: DecideSpec,
     target: Target,
-    calibration_batches: int = 0,
+    calibration: Sequence[Batch] = (),
     on_progress: Progress = lambda done, total: None,
 ) -> Frontier:
     """Choose for growing budgets, and measure each choice and the controls on the held-out batches.
+
+    Each choice is refined on the first calibration batches, where divergences are summed.
 
     More choices are measured between the smallest one that reaches the target and the next smaller one. So the profile
     `smallest` is the smallest.
@@ -194,12 +198,13 @@ def measure_frontier(
         plan: as `inc.plan.build_plan` returns it.
         capture: of the plan, with the candidates.
         candidates: the schemes to choose from.
-        scales: of all calibration batches together, and `calibration_batches` how many these are.
+        scales: of all calibration batches together.
         heldout: batches that no calibration has used.
         answers: for each sample of each held-out batch, the positions of its answer's tokens; None without an answer.
         store: keeps the record of each forward; a record in the store is not measured again.
         spec: the config's block decide.
         target: the config's block profiles.
+        calibration: the batches that set the scales; without them no choice is refined.
         on_progress: called after each forward.
 
     Raises:
@@ -217,9 +222,11 @@ def measure_frontier(
     def on_forward() -> None:
         on_progress(next(done), total)
 
+    refined = calibration if by == "kl_divergence" else ()
     with HeldOut(model, plan, scales, heldout, answers, store, on_forward) as on_heldout:
-        decision = Decision(units, other, on_heldout)
-        states = [*decision.frontier(spec, target), *decision.controls(candidates, spec)]
+        decision = Decision(units, other, on_heldout, Refinement(units, on_heldout, refined), on_progress)
+        states = decision.frontier(spec, target)
+        states += decision.controls(candidates, spec, [choice for _, _, choice in states])
         total = len({choice for _, _, choice in states}) * len(heldout)
         points = decision.measured(states)
         for _ in range(STEPS):
@@ -235,7 +242,7 @@ def measure_frontier(
         loss=by,
         units=tuple(units),
         other_bytes=other,
-        calibration_batches=calibration_batches,
+        calibration_batches=len(calibration),
         batches=len(heldout),
         samples=sum(len(batch["input_ids"]) for batch in heldout),
         tokens=positions,
@@ -255,10 +262,20 @@ class Decision:
         units: with their options.
         other_bytes: of all weights outside of the units.
         heldout: measures states.
+        refinement: makes a choice better.
+        on_progress: called after each refined choice.
     """
 
-    def __init__(self, units: Sequence[Options], other_bytes: int, heldout: HeldOut) -> None:
+    def __init__(
+        self,
+        units: Sequence[Options],
+        other_bytes: int,
+        heldout: HeldOut,
+        refinement: Refinement,
+        on_progress: Progress,
+    ) -> None:
         self.units, self.other_bytes, self.heldout = units, other_bytes, heldout
+        self.refinement, self.on_progress = refinement, on_progress
         self.weights = sum(unit.weights for unit in units)
 
     def within(self, target: Target) -> list[int]:
@@ -270,31 +287,46 @@ class Decision:
             found.append(target.max_weight_bytes - self.other_bytes)
         return found
 
+    def best(self, budget: int, seconds: float | None = None) -> Choice:
+        """The best choice within bytes and time: by the sum of losses, then refined.
+
+        Raises:
+            InputError: no choice fits.
+        """
+        choice = allocate(self.units, budget, seconds)
+        return self.refinement.better(choice, lambda units: allocate(units, budget, seconds))
+
     def frontier(self, spec: DecideSpec, target: Target) -> list[State]:
         """The best choice for each budget, each once, and last the one with the least loss of all."""
         fewest = bytes_of(smallest(self.units), self.units)
-        asked = [budget for budget in self.within(target) if budget >= fewest]
-        found = [allocate(self.units, budget) for budget in sorted([*budgets(self.units, spec.points), *asked])]
+        within = [budget for budget in self.within(target) if budget >= fewest]
+        asked: list[tuple[int, float | None]] = [
+            (size, None) for size in sorted([*budgets(self.units, spec.points), *within])
+        ]
         if target.max_seconds is not None:
-            most = min(asked, default=bytes_of(uniform(self.units, UNQUANTIZED), self.units))
-            found += self.in_time(most, target.max_seconds)
+            asked.append(
+                (min(within, default=bytes_of(uniform(self.units, UNQUANTIZED), self.units)), target.max_seconds)
+            )
+        found = []
+        for done, (budget, seconds) in enumerate(asked, start=1):
+            try:
+                found.append(self.best(budget, seconds))
+            except InputError:
+                if seconds is None:
+                    raise
+                # Nothing is within the time; `build_profiles` says so.
+            self.on_progress(done, len(asked))
         found.append(uniform(self.units, UNQUANTIZED))
         return [("frontier", "", choice) for choice in dict.fromkeys(found)]
 
-    def in_time(self, budget: int, seconds: float) -> list[Choice]:
-        """The best choice within bytes and seconds; nothing where none fits, as `build_profiles` then says."""
-        try:
-            return [allocate(self.units, budget, seconds)]
-        except InputError:
-            return []
-
-    def controls(self, candidates: Sequence[str], spec: DecideSpec) -> list[State]:
-        """Uniform schemes; and for some budgets random choices, and the first and last layers first; each once."""
+    def controls(self, candidates: Sequence[str], spec: DecideSpec, frontier: Sequence[Choice]) -> list[State]:
+        """Uniform schemes; and for the bytes of some points random choices, and the first and last layers first."""
         found = [("uniform", scheme, uniform(self.units, scheme)) for scheme in candidates]
+        sizes = [bytes_of(choice, self.units) for choice in frontier]
         inner = budgets(self.units, spec.points)[1:-1]
         step = max(1, len(inner) // CONTROLLED)
-        for budget in inner[::step][:CONTROLLED]:
-            budget = bytes_of(allocate(self.units, budget), self.units)
+        for asked in inner[::step][:CONTROLLED]:
+            budget = max(size for size in sizes if size <= asked)
             found += [("random", f"random_{seed}", at_random(self.units, budget, seed)) for seed in range(SEEDS)]
             found.append(("edges", "first and last layers", edges_first(self.units, budget)))
         known: dict[Choice, State] = {}
@@ -305,16 +337,10 @@ class Decision:
     def measured(self, states: Sequence[State]) -> list[Point]:
         """The points of choices; a choice of several states is measured once."""
         choices = list(dict.fromkeys(choice for _, _, choice in states))
-        metrics = dict(zip(choices, self.heldout.measure([self.assignment(choice) for choice in choices]), strict=True))
+        metrics = dict(
+            zip(choices, self.heldout.measure([state_of(choice, self.units) for choice in choices]), strict=True)
+        )
         return [self.point(kind, name, choice, metrics[choice]) for kind, name, choice in states]
-
-    def assignment(self, choice: Choice) -> dict[str, str]:
-        """A choice as a state of the model."""
-        found: dict[str, str] = {}
-        for unit, scheme in zip(self.units, choice, strict=True):
-            if scheme != UNQUANTIZED:
-                found |= assigned(unit.ops, scheme)
-        return found
 
     def point(self, kind: str, name: str, choice: Choice, metrics: Mapping[str, Any]) -> Point:
         """A measured choice."""
@@ -333,5 +359,5 @@ class Decision:
         low = max(point.weight_bytes for point in known if point.weight_bytes < high)
         if high - low <= NEAR * high:
             return None
-        choice = allocate(self.units, (low + high) // 2 - self.other_bytes)
+        choice = self.best((low + high) // 2 - self.other_bytes)
         return None if any(point.schemes == choice for point in known) else ("frontier", "", choice)

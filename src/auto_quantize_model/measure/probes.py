@@ -15,6 +15,7 @@ rows do together. `estimates` joins the two.
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from auto_quantize_model.records import Estimate
@@ -23,6 +24,7 @@ from auto_quantize_model.replay.model import Replay
 
 ROWS_AT_ONCE = 64  # positions whose distributions are in memory at a time
 Values = dict[str, dict[str, list[float]]]  # of one probe: {scheme: {name: nats of all rows together, and apart}}
+Array = npt.NDArray[np.float64]
 Wanted = tuple[Sequence[str], Sequence[str]]  # ops that are quantized together, and their schemes
 
 
@@ -119,16 +121,18 @@ def estimates(of_batches: Sequence[Sequence[Values]]) -> list[Estimate]:
     found = []
     for scheme, of_scheme in by_probe.items():
         means = np.array([[np.mean(pairs, 0) for pairs in rows] for rows in of_scheme.values()])  # (ops, probes, 2)
-        values, unseen = joined(means[..., 0], means[..., 1])
-        spread = values.var(1, ddof=1) / values.shape[1]
-        halves = [values[:, start::2].mean(1) for start in (0, 1)]
-        columns = (values.mean(1), np.sqrt(spread + unseen), abs(halves[0] - halves[1]))
-        rows = zip(of_scheme, *(column.tolist() for column in columns), strict=True)
-        found += [Estimate(scheme, *row) for row in rows]
+        both, unseen = joined(means[..., 0], means[..., 1])
+        spread = both.var(1, ddof=1) / both.shape[1]
+        halves = [both[:, start::2].mean(1) for start in (0, 1)]
+        columns = (both.mean(1), np.sqrt(spread + unseen), abs(halves[0] - halves[1]))
+        found += [
+            Estimate(scheme, name, *row)
+            for name, *row in zip(of_scheme, *(column.tolist() for column in columns), strict=True)
+        ]
     return found
 
 
-def joined(whole: np.ndarray, apart: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def joined(whole: Array, apart: Array) -> tuple[Array, Array]:
     """One value of each op and probe in a scheme, from the squared sums and the sums of squares, each (ops, probes).
 
     The ratio of the two differs between ops by chance and by their nature. The variance of the squared sums over the

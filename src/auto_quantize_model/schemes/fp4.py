@@ -30,7 +30,7 @@ def _can(x: torch.Tensor) -> bool:
     return _IN_USE.get() and x.device.type == "cpu" and x.dtype == torch.float32
 
 
-@ImplBackend.register("cast_to_fp4", _can, 0)
+@ImplBackend.register("cast_to_fp4", _can, 0)  # type: ignore[untyped-decorator]
 def round_to_fp4(x: torch.Tensor) -> torch.Tensor:
     """The nearest E2M1 values (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives), ties to the even code.
 
