@@ -31,14 +31,15 @@ from auto_quantize_model import cli
 from auto_quantize_model.commands.loaded import Loaded
 from auto_quantize_model.config import DecideSpec
 from auto_quantize_model.data.batches import load_samples
-from auto_quantize_model.decide.allocate import Choice, allocate, at_random, edges_first, loss_of, uniform
+from auto_quantize_model.decide.allocate import Choice, at_random, edges_first, loss_of, state_of, uniform
 from auto_quantize_model.decide.frontier import options_of
+from auto_quantize_model.decide.refine import BATCHES, Refinement
 from auto_quantize_model.files import InputError, read_json, write_json
 from auto_quantize_model.measure.aggregate import interval
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.heldout import HeldOut
 from auto_quantize_model.measure.store import ScoreStore
-from auto_quantize_model.records import Options, Plan, digest_of_record
+from auto_quantize_model.records import Plan, digest_of_record
 from auto_quantize_model.replay.scales import ALL_BATCHES
 from auto_quantize_model.schemes.scheme import UNQUANTIZED, Assignment
 
@@ -50,8 +51,8 @@ SEEDS = 3  # random choices for each budget
 OURS = "this project"
 NAMES = {"modelopt": "ModelOpt `auto_quantize`", "auto_round": "AutoRound AutoScheme"}
 PACKAGES = {"modelopt": ["nvidia-modelopt==0.47.0", "requests==2.34.2"], "auto_round": ["auto-round==0.16.1"]}
-# Samples to score: the defaults of the rivals, and for ModelOpt also as many as this project calibrates by.
-COUNTS = {"modelopt": [32, 128], "auto_round": [16]}
+# Samples to score: the defaults of the rivals, and for ModelOpt also as many as this project scores or calibrates by.
+COUNTS = {"modelopt": [4, 32, 128], "auto_round": [16]}
 CALIBRATE = 8  # samples by which ModelOpt sets the range of NVFP4's inputs
 Found = dict[str, dict[str, Any]]  # {samples scored: {choices: {budget: state}, seconds}}
 
@@ -89,12 +90,15 @@ def bench(args: argparse.Namespace) -> None:
     cli.say(f"\n{machine()}\n")
     loaded = loaded_run(args.results, "capture")
     units = options_of(loaded.run.plan, loaded.run.capture, CANDIDATES, DecideSpec())[1]
-    space = Space(loaded.run.plan, units)
-    methods = [*space.by_ours(ours(loaded, space)), *space.by_rules()]
-    for rival in NAMES:
-        if rival not in args.without:
-            methods += space.by_rival(NAMES[rival], rivals_choices(rival, loaded))
-    rows = judged(loaded, space, methods)
+    batches, answers = loaded.heldout(HELDOUT)
+    scales, store = loaded.scales[ALL_BATCHES], ScoreStore(FOLDER / "scores")
+    with HeldOut(loaded.model(), loaded.run.plan, scales, batches, answers, store) as heldout:
+        space = Space(loaded.run.plan, Refinement(units, heldout, loaded.batches(BATCHES)))
+        methods = [*space.by_ours(ours(loaded, space)), *space.by_rules()]
+        for rival in NAMES:
+            if rival not in args.without:
+                methods += space.by_rival(NAMES[rival], rivals_choices(rival, loaded))
+        rows = judged(heldout, space, methods)
     write_json(FOLDER / "rivals.json", {"machine": machine(), "without": args.without, "rows": rows})
     cli.say(table(rows))
 
@@ -102,18 +106,18 @@ def bench(args: argparse.Namespace) -> None:
 class Space:
     """The choices that are possible: which op can have which scheme, and the bytes."""
 
-    def __init__(self, plan: Plan, units: Sequence[Options]) -> None:
-        self.units, self.ops = units, {op.op_name: op for op in plan.ops}
-        self.names = [name for unit in units for name in unit.ops]
-        self.weights = sum(unit.weights for unit in units)
+    def __init__(self, plan: Plan, refinement: Refinement) -> None:
+        self.refinement, self.units = refinement, refinement.units
+        self.ops = {op.op_name: op for op in plan.ops}
+        self.names = [name for unit in self.units for name in unit.ops]
+        self.weights = sum(unit.weights for unit in self.units)
 
     def budget(self, bits: float) -> int:
         return int(bits * self.weights / 8)
 
     def state(self, choice: Choice) -> Assignment:
         """A choice for each unit as an assignment."""
-        by_op = {name: scheme for unit, scheme in zip(self.units, choice, strict=True) for name in unit.ops}
-        return {name: scheme for name, scheme in by_op.items() if scheme != UNQUANTIZED}
+        return state_of(choice, self.units)
 
     def bytes(self, state: Assignment) -> int:
         """The bytes of all weights that are decided, with scales; unquantized ones are BF16."""
@@ -132,7 +136,7 @@ class Space:
 
     def equal(self, state: Assignment) -> Assignment:
         """This project's choice for the bytes of another one."""
-        return self.state(allocate(self.units, self.bytes(state)))
+        return self.state(self.refinement.best(self.bytes(state)))
 
     def by_ours(self, found: Found) -> list[Method]:
         return [
@@ -173,32 +177,35 @@ def ours(loaded: Loaded, space: Space) -> Found:
     ops = tuple(replace(op, schemes=tuple(name for name in op.schemes if name in CANDIDATES)) for op in plan.ops)
     plan = replace(plan, ops=ops, schemes={name: plan.schemes[name] for name in CANDIDATES})
 
-    def choices(units: Sequence[Options]) -> dict[str, Assignment]:
-        return {str(bits): space.state(allocate(units, space.budget(bits))) for bits in BITS}
+    def choices(refinement: Refinement) -> dict[str, Assignment]:
+        return {str(bits): space.state(refinement.best(space.budget(bits))) for bits in BITS}
 
     def score(task: Path, made: Path) -> None:
         model, batches, scales = loaded.model(), loaded.batches(plan.confidence_batches), loaded.scales_of_batches()
         started = time.process_time()
         with TemporaryDirectory() as folder, cli.progress_bar("scores") as on_progress:
+            store = ScoreStore(Path(folder))
             capture, _ = capture_sensitivity(
                 model,
                 batches,
                 plan,
-                ScoreStore(Path(folder)),
+                store,
                 scales,
                 on_progress,
                 of_all=loaded.scales[ALL_BATCHES],
                 exact=loaded.run.capture.effort.exact,
                 candidates=CANDIDATES,
             )
-        units = options_of(plan, capture, CANDIDATES, DecideSpec())[1]
-        of_count = {"choices": choices(units), "seconds": time.process_time() - started}
+            units = options_of(plan, capture, CANDIDATES, DecideSpec())[1]
+            with HeldOut(model, plan, loaded.scales[ALL_BATCHES], (), (), store) as alone:
+                chosen = choices(Refinement(units, alone, loaded.batches(BATCHES)))
+        of_count = {"choices": chosen, "seconds": time.process_time() - started}
         write_json(made, {str(plan.confidence_batches * loaded.run.calibration.batch_size): of_count})
 
     task = {"plan": digest_of_record(plan), "exact": loaded.run.capture.effort.exact, "bits": list(BITS)}
     found = kept("ours", task, score)
     for of_count in found.values():
-        if of_count["choices"] != choices(space.units):
+        if of_count["choices"] != choices(space.refinement):
             raise InputError("the scores of the candidates alone give other choices than the capture of the run")
     return found
 
@@ -269,25 +276,14 @@ def run(command: Sequence[str | Path], log: Path) -> None:
         raise InputError(f"{' '.join(map(str, command[:3]))} ... failed; see {log}")
 
 
-def judged(loaded: Loaded, space: Space, methods: Sequence[Method]) -> list[dict[str, Any]]:
+def judged(heldout: HeldOut, space: Space, methods: Sequence[Method]) -> list[dict[str, Any]]:
     """A row for each method: the held-out KL of its choice, and how much more this is than its partner's."""
     states = [state for method in methods for state in (method.state, method.partner) if state is not None]
     states = list({frozenset(state.items()): state for state in states}.values())
-    batches, answers = loaded.heldout(HELDOUT)
-    scales, store = loaded.scales[ALL_BATCHES], ScoreStore(FOLDER / "scores")
     done = iter(range(1, len(states) * HELDOUT + 1))
     with cli.progress_bar("held-out passages") as show:
-        heldout = HeldOut(
-            loaded.model(),
-            loaded.run.plan,
-            scales,
-            batches,
-            answers,
-            store,
-            lambda: show(next(done), len(states) * HELDOUT),
-        )
-        with heldout:
-            found = dict(zip((frozenset(state.items()) for state in states), heldout.measure(states), strict=True))
+        heldout.on_forward = lambda: show(next(done), len(states) * HELDOUT)
+        found = dict(zip((frozenset(state.items()) for state in states), heldout.measure(states), strict=True))
     rows = []
     for method in methods:
         row = {"method": method.name, "budget": method.budget, "samples": method.samples, "seconds": method.seconds}

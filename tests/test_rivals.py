@@ -6,6 +6,7 @@ import pytest
 import rivals
 
 from auto_quantize_model.files import InputError, write_json
+from auto_quantize_model.decide.refine import Refinement
 from auto_quantize_model.records import Options
 
 SIZES = {"NVFP4": 57, "FP8_DYNAMIC": 101, "unquantized": 200}  # of 100 weights
@@ -20,7 +21,7 @@ def space() -> rivals.Space:
         for name, names, loss in (("a+b", "ab", losses["a+b"]), ("c", "c", losses["c"]))
     ]
     ops = [SimpleNamespace(op_name=name, stored_bytes=SIZES, weight_bytes=400) for name in "abc"]
-    return rivals.Space(SimpleNamespace(ops=ops), units)
+    return rivals.Space(SimpleNamespace(ops=ops), Refinement(units, None, []))
 
 
 def test_a_state_takes_the_bytes_of_its_options():

@@ -15,7 +15,6 @@ import torch
 from auto_quantize_model.config import DecideSpec, Target
 from auto_quantize_model.decide.allocate import (
     Choice,
-    allocate,
     at_random,
     budgets,
     bytes_of,
@@ -287,15 +286,6 @@ class Decision:
             found.append(target.max_weight_bytes - self.other_bytes)
         return found
 
-    def best(self, budget: int, seconds: float | None = None) -> Choice:
-        """The best choice within bytes and time: by the sum of losses, then refined.
-
-        Raises:
-            InputError: no choice fits.
-        """
-        choice = allocate(self.units, budget, seconds)
-        return self.refinement.better(choice, lambda units: allocate(units, budget, seconds))
-
     def frontier(self, spec: DecideSpec, target: Target) -> list[State]:
         """The best choice for each budget, each once, and last the one with the least loss of all."""
         fewest = bytes_of(smallest(self.units), self.units)
@@ -310,7 +300,7 @@ class Decision:
         found = []
         for done, (budget, seconds) in enumerate(asked, start=1):
             try:
-                found.append(self.best(budget, seconds))
+                found.append(self.refinement.best(budget, seconds))
             except InputError:
                 if seconds is None:
                     raise
@@ -359,5 +349,5 @@ class Decision:
         low = max(point.weight_bytes for point in known if point.weight_bytes < high)
         if high - low <= NEAR * high:
             return None
-        choice = self.best((low + high) // 2 - self.other_bytes)
+        choice = self.refinement.best((low + high) // 2 - self.other_bytes)
         return None if any(point.schemes == choice for point in known) else ("frontier", "", choice)

@@ -8,11 +8,11 @@ better choice. That is repeated while the measured divergence falls.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 
-from auto_quantize_model.decide.allocate import Choice, state_of
+from auto_quantize_model.decide.allocate import Choice, allocate, state_of
 from auto_quantize_model.measure.heldout import HeldOut
 from auto_quantize_model.measure.slopes import Slopes, kept_slopes
 from auto_quantize_model.records import Options
@@ -20,7 +20,6 @@ from auto_quantize_model.replay.model import Batch
 
 ROUNDS = 4  # choices that are measured for one budget
 BATCHES = 4  # calibration batches that a choice is refined on
-Solve = Callable[[Sequence[Options]], Choice]  # the best choice within a budget
 
 
 class Refinement:
@@ -36,8 +35,13 @@ class Refinement:
         self.units, self.heldout, self.batches = units, heldout, batches[:BATCHES]
         self.wanted = {unit.name: (list(unit.ops), list(unit.bytes)) for unit in units if len(unit.bytes) > 1}
 
-    def better(self, choice: Choice, solve: Solve) -> Choice:
-        """The measured choice with the least divergence, of the given one and of those that follow from it."""
+    def best(self, budget: int, seconds: float | None = None) -> Choice:
+        """The best choice within bytes and time: by the sum of losses first, then refined.
+
+        Raises:
+            InputError: no choice fits.
+        """
+        choice = allocate(self.units, budget, seconds)
         if not self.batches or not self.wanted:
             return choice
         best, least = choice, math.inf
@@ -46,7 +50,7 @@ class Refinement:
             if divergence >= least:
                 return best
             best, least = choice, divergence
-            if done == ROUNDS or (choice := solve(self.around(best, found))) == best:
+            if done == ROUNDS or (choice := allocate(self.around(best, found), budget, seconds)) == best:
                 return best
         raise AssertionError  # count does not end
 
