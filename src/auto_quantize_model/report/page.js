@@ -186,11 +186,12 @@
     const share = percent(all / frontier.points.at(-1).weight_bytes);
     return bitsOf(size).toFixed(2) + " bits a weight; all weights take " + inBytes(all) + ", " + share + " of those without quantization";
   };
-  const ofLoss = (choice) => {
+  const ofLoss = ({ choice, above }) => {
     const loss = shown(totalOf(units, choice, "loss"));
     const error = Math.hypot(...units.map((unit, index) => unit.error[choice[index]] ?? 0));
     const text = loss + (error ? " ± " + shown(error, 1) : "");
-    return inNats ? "KL divergence " + text + " nats per token" : "relative error " + text;
+    const least = above ? ". The least possible sum is at most " + shown(above, 2) + " lower" : ", the least for these bytes";
+    return (inNats ? "KL divergence " + text + " nats per token" : "relative error " + text) + least;
   };
   const ofUnits = (choice) =>
     [...frontier.candidates, UNQUANTIZED]
@@ -210,12 +211,13 @@
     return parts.join("; ");
   };
   const setBudget = (bytes) => {
-    budgeted = allocate(units, Math.floor(bytes)) ?? allocate(units, limits[0]);
+    const found = allocate(units, Math.floor(bytes)) ?? allocate(units, limits[0]);
+    budgeted = found.choice;
     const size = totalOf(units, budgeted, "bytes");
     const all = size + frontier.other_bytes;
     at("budget-facts").replaceChildren(
       fact("Size", ofSize(size)),
-      fact("Predicted", ofLoss(budgeted)),
+      fact("Predicted", ofLoss(found)),
       fact("Units", ofUnits(budgeted)),
       fact("Nearest measured choice", ofNearest(all)),
     );
