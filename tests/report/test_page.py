@@ -219,8 +219,10 @@ def opened(browser, tmp_path):
         page.on("request", lambda request: asked.append(request.url))
         page.goto(path.as_uri())
         pictures = ("frontier", "strips", "heat_map", "ranked_ops", *["modalities"] * sentences.has_images(report))
-        for name in pictures:
+        for name in pictures:  # a picture is drawn when it comes near the view
+            page.locator(f"#chart-{name}").scroll_into_view_if_needed()
             page.wait_for_selector(f"#chart-{name} svg", state="attached")
+        page.evaluate("scrollTo(0, 0)")
         return page
 
     yield at

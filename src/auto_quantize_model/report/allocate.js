@@ -1,4 +1,3 @@
-"use strict";
 // The choice of a scheme for each unit within a budget of bytes, and llm-compressor's recipe of a choice.
 // `decide/allocate.py` solves the same task by a solver. Here a choice takes milliseconds, so that a slider can move.
 
@@ -108,8 +107,8 @@ function within(options, budget, rate, limit, partial) {
   return { chosen, all };
 }
 
-// In: the frontier with `fields` of each scheme, a choice, and the names of all Linears. Out: YAML; "" for INC's INT8.
-function recipe(frontier, choice, linears) {
+// In: the frontier with `fields` of each scheme, a choice, and the patterns of all Linears. Out: YAML; "" for INC's INT8.
+function recipe(frontier, choice, patterns) {
   const groups = new Map();
   frontier.units.forEach((unit, index) => {
     const ops = groups.get(choice[index]) ?? [];
@@ -122,25 +121,30 @@ function recipe(frontier, choice, linears) {
   if (groups.size === 0) lines[3] += " {}";
   for (const [scheme, ops] of groups) {
     lines.push("        " + scalar(scheme) + ":", "          targets:");
-    lines.push(...ops.map((name) => "          - " + scalar(pattern(name, linears))));
+    lines.push(...ops.map((name) => "          - " + scalar(patterns.get(name))));
     for (const [side, fields] of Object.entries(frontier.fields[scheme] ?? {})) {
       const stated = Object.entries(fields ?? {}).filter(([, value]) => value !== null);
       if (stated.length > 0) lines.push("          " + side + ":");
       lines.push(...stated.map(([key, value]) => "            " + key + ": " + scalar(value)));
     }
   }
-  const ignored = linears.filter((name) => !quantized.has(name));
+  const ignored = [...patterns.keys()].filter((name) => !quantized.has(name));
   lines.push("      ignore:" + (ignored.length === 0 ? " []" : ""));
-  lines.push(...ignored.map((name) => "      - " + scalar(pattern(name, linears))));
+  lines.push(...ignored.map((name) => "      - " + scalar(patterns.get(name))));
   return lines.join("\n") + "\n";
 }
 
-// A name under any of the prefixes of transformers, checkpoints and vLLM; the whole name where that is ambiguous.
-function pattern(name, names) {
-  const common = name.replace(/^(model\.)?(language_model\.)?(model\.)?/, "");
-  const unique = names.every((other) => other === name || !(other + ".").includes(common + "."));
+// {name: its pattern}: the name under any of the prefixes of transformers, checkpoints and vLLM, and the whole name where
+// that is ambiguous.
+function patternsOf(names) {
+  const all = names.map((name) => name + ".\n").join("");
   const escaped = (text) => text.replace(/[()[\]{}?*+\-|^$\\.&~# \t\n\r\v\f]/g, "\\$&");
-  return unique ? "re:(.*\\.)?" + escaped(common) + "$" : "re:" + escaped(name) + "$";
+  const pattern = (name) => {
+    const common = name.replace(/^(model\.)?(language_model\.)?(model\.)?/, "");
+    const unique = all.indexOf(common + ".") === all.lastIndexOf(common + ".");
+    return unique ? "re:(.*\\.)?" + escaped(common) + "$" : "re:" + escaped(name) + "$";
+  };
+  return new Map(names.map((name) => [name, pattern(name)]));
 }
 
 // A value in YAML. JSON is YAML, and single quotes keep the backslashes of patterns readable.
