@@ -1,4 +1,3 @@
-"use strict";
 // What the pages share: elements, numbers as text, copying and saving, and pictures.
 const ui = (() => {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);

@@ -14,7 +14,7 @@ from auto_quantize_model.models.units import tower_of
 from auto_quantize_model.report import compare_text, coverage, sentences
 from auto_quantize_model.report.compare import Ranking, rankings
 from auto_quantize_model.report.figures import GREY, INK, SOFT, VERMILION, Figure, Row, finish
-from auto_quantize_model.report.page import COMMON, STYLE, bundle, source, specs_of, template
+from auto_quantize_model.report.page import COMMON, STYLE, bundle, source, specs_of, template, together
 from auto_quantize_model.report.sentences import PROFILES
 
 SCRIPT = Path(__file__).with_name("compare.js")
@@ -55,7 +55,7 @@ def render_comparison(comparison: dict[str, Any], first: dict[str, Any], second:
         coverage=coverage,
         sentences=sentences,
         bundle=bundle(),
-        script=source(COMMON) + source(SCRIPT),
+        script=together(COMMON, SCRIPT),
         style=source(STYLE),
     )
 
@@ -79,7 +79,9 @@ def units_of(profiles: list[str], first: dict[str, Any], second: dict[str, Any])
     for report in (first, second):
         units = [unit["name"] for unit in report["frontier"].get("units", [])]
         chosen = {name: found["point"]["schemes"] for name, found in report["profiles"]["profiles"].items()}
-        sides.append({name: dict(zip(units, chosen[name], strict=True)) for name in chosen} | {"": dict.fromkeys(units)})
+        sides.append(
+            {name: dict(zip(units, chosen[name], strict=True)) for name in chosen} | {"": dict.fromkeys(units)}
+        )
     found = []
     for unit in dict.fromkeys([*sides[0][""], *sides[1][""]]):
         pairs = [
@@ -97,7 +99,9 @@ def ops_of(comparison: dict[str, Any], ranks: list[Ranking]) -> list[dict[str, A
         one = ranks[0][name]
         sides = {"first": one.rank, "second": other.rank, "first_range": one.range, "second_range": other.range}
         beyond = compare_text.BEYOND[moved[name]["beyond_noise"]] if name in moved else "no"
-        found.append({"op_name": name, "tower": tower_of(name), "beyond": beyond, "move": one.rank - other.rank, **sides})
+        found.append(
+            {"op_name": name, "tower": tower_of(name), "beyond": beyond, "move": one.rank - other.rank, **sides}
+        )
     for run in RUNS:
         for name in comparison[f"only_{run}"]:
             found.append({"op_name": name, "tower": tower_of(name), "beyond": f"only in the {run} run", "move": None})
@@ -137,7 +141,7 @@ def rank_plot(comparison: dict[str, Any], report: dict[str, Any], ranks: list[Ra
 
 
 def labels(points: list[Row], count: int) -> list[Row]:
-    """The names of points, each at a height where no other name stands; a name stands on the wider side of its point."""
+    """The names of points, each at a height where no other name stands, on the wider side of its point."""
     step = LINE / SIDE * math.log(count + 1)
     found: list[Row] = []
     for point in sorted(points, key=lambda point: point["second"]):
@@ -165,15 +169,17 @@ def rank_chart(points: list[Row], names: list[Row], top: int, count: int) -> alt
     legend = alt.Legend(title=None, orient="top", symbolSize=80, symbolOpacity=1, symbolStrokeWidth=0)
     color = alt.Color("kind:N", scale=alt.Scale(domain=kinds, range=[VERMILION, GREY]), legend=legend)
     shape = alt.Shape("kind:N", scale=alt.Scale(domain=kinds, range=["triangle-up", "circle"]), legend=legend)
-    hints = {"op": "op", "first": "first", "second": "second"}
+    size = alt.Size("kind:N", scale=alt.Scale(domain=kinds, range=[110, 35]), legend=None)
+    hints = {"op": "op", "first": "first rank", "second": "second rank"}
     dots = (
         alt.Chart(alt.Data(values=points))
-        .mark_point(filled=True, size=45, opacity=0.8)
+        .mark_point(filled=True, opacity=0.8)
         .encode(
             x=x,
             y=y,
             color=color,
             shape=shape,
+            size=size,
             tooltip=[alt.Tooltip(field=key, type="nominal", title=name) for key, name in hints.items()],
         )
     )

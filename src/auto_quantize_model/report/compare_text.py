@@ -1,6 +1,6 @@
 """A comparison of two reports as text. In: what `compare` returns. Out: the sentences of its Markdown and its page.
 
-The sentences take the function that writes a name: `code` for Markdown, and `str` for the page, which escapes by itself.
+The sentences take the function that writes a name: `code` for Markdown, and `str` for the page, which escapes all text.
 """
 
 import math
@@ -72,7 +72,11 @@ def of_tau(comparison: dict[str, Any]) -> str:
     """How far the two rankings agree, and the batches of one run."""
     return (
         f"Kendall's tau is {number(comparison['tau'])} over {comparison['common']} common ops; batches of one run"
-        + (" were not compared." if comparison["noise_tau"] is None else f" agree by {number(comparison['noise_tau'])}.")
+        + (
+            " were not compared."
+            if comparison["noise_tau"] is None
+            else f" agree by {number(comparison['noise_tau'])}."
+        )
     )
 
 

@@ -56,14 +56,16 @@ def render_page(report: dict[str, Any], links: dict[str, Any]) -> str:
         sentences=sentences,
         coverage=coverage,
         bundle=bundle(),
-        script=source(COMMON) + source(ALLOCATE) + source(SCRIPT),
+        script=together(COMMON, ALLOCATE, SCRIPT),
         style=source(STYLE),
     )
 
 
 def specs_of(drawn: Mapping[str, Figure]) -> dict[str, Any]:
     """The charts as specifications without a title, because the page has a heading for each."""
-    return {name: {key: value for key, value in figure.spec.items() if key != "title"} for name, figure in drawn.items()}
+    return {
+        name: {key: value for key, value in figure.spec.items() if key != "title"} for name, figure in drawn.items()
+    }
 
 
 def data_of(report: dict[str, Any]) -> dict[str, Any]:
@@ -109,6 +111,11 @@ def template(name: str) -> Template:
 def source(path: Path) -> Markup:
     """A file of this folder as markup, unchanged: what the page holds is what its hash is computed from."""
     return Markup(path.read_text(encoding="utf-8"))  # noqa: S704  our own source
+
+
+def together(*scripts: Path) -> Markup:
+    """Scripts as one, in a block of its own: the names of the Vega bundle are global."""
+    return Markup('"use strict";\n{\n') + Markup("").join(map(source, scripts)) + Markup("}\n")
 
 
 @cache
