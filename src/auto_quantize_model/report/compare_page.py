@@ -13,7 +13,7 @@ from auto_quantize_model.escape import printable_document
 from auto_quantize_model.models.units import tower_of
 from auto_quantize_model.report import compare_text, coverage, sentences
 from auto_quantize_model.report.compare import Ranking, rankings
-from auto_quantize_model.report.figures import GREY, INK, SOFT, VERMILION, Figure, Row, finish
+from auto_quantize_model.report.figures import GREY, INK, PAPER, SOFT, VERMILION, Figure, Row, finish
 from auto_quantize_model.report.page import COMMON, STYLE, bundle, source, specs_of, template, together
 from auto_quantize_model.report.sentences import PROFILES
 
@@ -23,6 +23,7 @@ NAMED = 12  # so many jumped ops get their names in the picture
 SIDE = 520  # of the picture, in pixels
 LINE = 15  # between the names of two ops, in pixels
 ABSENT = "not in this run"
+KINDS = ["joined or left the top", "other op"]
 
 
 def render_comparison(comparison: dict[str, Any], first: dict[str, Any], second: dict[str, Any]) -> str:
@@ -122,7 +123,8 @@ def rank_plot(comparison: dict[str, Any], report: dict[str, Any], ranks: list[Ra
             "op": name,
             "first": ranks[0][name].rank,
             "second": ranks[1][name].rank,
-            "kind": "joined or left the top" if name in jumped else "other op",
+            "kind": KINDS[name not in jumped],
+            "size": 110 if name in jumped else 35,
         }
         for name in ranks[0]
     ]
@@ -165,11 +167,10 @@ def rank_chart(points: list[Row], names: list[Row], top: int, count: int) -> alt
     diagonal = alt.Chart(ends).mark_line(color=SOFT, strokeDash=[5, 4], strokeWidth=1).encode(x=x, y=y)
     edge = alt.Chart(alt.Data(values=[{"first": top + 0.5, "second": top + 0.5}] if top < count else []))
     edges = [edge.mark_rule(color=SOFT, strokeDash=[2, 3]).encode(**side) for side in ({"x": x}, {"y": y})]
-    kinds = ["joined or left the top", "other op"]
     legend = alt.Legend(title=None, orient="top", symbolSize=80, symbolOpacity=1, symbolStrokeWidth=0)
-    color = alt.Color("kind:N", scale=alt.Scale(domain=kinds, range=[VERMILION, GREY]), legend=legend)
-    shape = alt.Shape("kind:N", scale=alt.Scale(domain=kinds, range=["triangle-up", "circle"]), legend=legend)
-    size = alt.Size("kind:N", scale=alt.Scale(domain=kinds, range=[110, 35]), legend=None)
+    color = alt.Color("kind:N", scale=alt.Scale(domain=KINDS, range=[VERMILION, GREY]), legend=legend)
+    shape = alt.Shape("kind:N", scale=alt.Scale(domain=KINDS, range=["triangle-up", "circle"]), legend=legend)
+    size = alt.Size("size:Q", scale=None, legend=None)
     hints = {"op": "op", "first": "first rank", "second": "second rank"}
     dots = (
         alt.Chart(alt.Data(values=points))
@@ -183,10 +184,12 @@ def rank_chart(points: list[Row], names: list[Row], top: int, count: int) -> alt
             tooltip=[alt.Tooltip(field=key, type="nominal", title=name) for key, name in hints.items()],
         )
     )
+    # Paper behind a name keeps the name readable where it crosses a point.
     beside = [
         alt.Chart(alt.Data(values=[name for name in names if name["left"] is left]))
-        .mark_text(align="right" if left else "left", dx=-9 if left else 9, fontSize=11, color=INK)
+        .mark_text(align="right" if left else "left", dx=-10 if left else 10, fontSize=11, **ink)
         .encode(x=x, y=alt.Y("height:Q", title="rank in the second run", scale=down, axis=axis), text="op:N")
+        for ink in ({"color": PAPER, "stroke": PAPER, "strokeWidth": 4}, {"color": INK})
         for left in (True, False)
     ]
     return alt.layer(diagonal, *edges, dots, *beside).properties(width=SIDE, height=SIDE)
