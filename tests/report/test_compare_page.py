@@ -24,7 +24,8 @@ def html_of(first: dict[str, Any], second: dict[str, Any]) -> str:
 
 
 def said(first: dict[str, Any], second: dict[str, Any]) -> str:
-    text: str = Elements(html_of(first, second)).said()
+    """The visible text, with a space after each cell of a table."""
+    text: str = Elements(html_of(first, second).replace("</t", " </t")).said()
     return text
 
 
