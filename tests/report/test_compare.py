@@ -14,7 +14,8 @@ from test_document import parts
 
 from auto_quantize_model.commands import compare_sensitivity
 from auto_quantize_model.files import InputError
-from auto_quantize_model.report.compare import Limits, compare, standings, to_markdown
+from auto_quantize_model.report.compare import Limits, compare, standings
+from auto_quantize_model.report.compare_text import to_markdown
 from auto_quantize_model.report.document import build_report, of_frontier, of_profiles
 
 ROOT = Path(__file__).parents[2]

@@ -1,6 +1,6 @@
 """Compare two JSON reports: what changed, which ops moved, and whether the reports still agree.
 
-    python scripts/compare_sensitivity.py A.json B.json [--markdown OUT.md] [--json OUT.json]
+    python scripts/compare_sensitivity.py A.json B.json [--markdown OUT.md] [--html OUT.html] [--json OUT.json]
 
 The reports differ if one of three things holds. Kendall's tau of the rankings is below --tau. More than --top-changes
 ops joined or left the --top most sensitive. All-INT8 lost more than --sqnr-drop.
@@ -21,10 +21,11 @@ from auto_quantize_model.documents import HEAD, read_document
 from auto_quantize_model.files import InputError, read_json, write_json, write_text
 
 UNEXPECTED = 3
+WRITES = ("markdown", "html", "json")
 
 
 def parser() -> argparse.ArgumentParser:
-    made = options.parser(__doc__, writes=["markdown", "json"], optional=["markdown", "json"])
+    made = options.parser(__doc__, writes=WRITES, optional=WRITES)
     made.add_argument("first", type=cli.user_path, help="a JSON report")
     made.add_argument("second", type=cli.user_path, help="the JSON report to compare it with")
     made.add_argument("--top", type=int, default=10, help="size of the sets of most sensitive ops, from 1 (10)")
@@ -47,13 +48,19 @@ def parser() -> argparse.ArgumentParser:
 
 def comparison(args: argparse.Namespace) -> bool:
     """Write and print the comparison; whether the reports differ."""
-    from auto_quantize_model.report.compare import Limits, compare, to_markdown
+    from auto_quantize_model.report.compare import Limits, compare
+    from auto_quantize_model.report.compare_text import to_markdown
 
     limits = Limits(args.top, args.tau, args.top_changes, args.sqnr_drop)
-    found = compare(read_report(args.first), read_report(args.second), limits)
+    reports = read_report(args.first), read_report(args.second)
+    found = compare(*reports, limits)
     markdown = to_markdown(found)
     if args.markdown:
         write_text(args.markdown, markdown)
+    if args.html:
+        from auto_quantize_model.report.compare_page import render_comparison
+
+        write_text(args.html, render_comparison(found, *reports))
     if args.json:
         write_json(args.json, found)
     cli.say(markdown)

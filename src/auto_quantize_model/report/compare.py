@@ -1,6 +1,6 @@
 """Two reports of the same model family: which ops moved further than the noise of their own batches allows.
 
-In: two JSON reports. Out: what changed about the runs, rank moves, changes of the top set, and Markdown of it.
+In: two JSON reports. Out: what changed about the runs, rank moves, and changes of the top set.
 """
 
 import math
@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from auto_quantize_model.decide.stability import tau
-from auto_quantize_model.escape import code
 from auto_quantize_model.files import InputError
-from auto_quantize_model.report.document import markdown_cell
-from auto_quantize_model.report.sentences import PROFILES
+from auto_quantize_model.report.sentences import PROFILES, number
+from auto_quantize_model.schemes.scheme import INC_INT8
 
 USUAL_TAU = 0.8
 IDENTITY = {
@@ -33,6 +32,9 @@ class Standing(NamedTuple):
 
     rank: int
     range: tuple[int, int] | None  # first and last; None where one batch gives no spread
+
+
+Ranking = dict[str, Standing]
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,8 @@ def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> di
             the other has no KL divergence to compare them with.
     """
     top = limits.top
-    rows = [_rows(report) for report in (first, second)]
-    by = _ranks_by(rows)
-    everywhere = [standings(of_one, by) for of_one in rows]
-    common = everywhere[0].keys() & everywhere[1].keys()
-    if len(common) < 2:
-        raise InputError("the reports have fewer than two measured ops in common; compare reports of one model family")
-    one, other = (standings([row for row in of_one if row["op_name"] in common], by) for of_one in rows)
+    everywhere, (one, other) = rankings(first, second)
+    common = one.keys()
     moved = [_move(name, one[name], other[name]) for name in one if one[name].rank != other[name].rank]
     taus = [report["stability"]["rank_tau"] for report in (first, second)]
     found = {
@@ -122,6 +119,21 @@ def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> di
     return {"differs": bool(reasons), "reasons": reasons} | found
 
 
+def rankings(first: dict[str, Any], second: dict[str, Any]) -> tuple[list[Ranking], list[Ranking]]:
+    """The ranking of each report, and the rankings of the ops that both have.
+
+    Raises:
+        InputError: as `compare` says.
+    """
+    rows = [_rows(report) for report in (first, second)]
+    by = _ranks_by(rows)
+    everywhere = [standings(of_one, by) for of_one in rows]
+    common = everywhere[0].keys() & everywhere[1].keys()
+    if len(common) < 2:
+        raise InputError("the reports have fewer than two measured ops in common; compare reports of one model family")
+    return everywhere, [standings([row for row in of_one if row["op_name"] in common], by) for of_one in rows]
+
+
 def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     if "isolated" not in report["maps"]:
         raise InputError(f"the report of {report['model']['model']} has no isolated map; measure it (sensitivity.maps)")
@@ -142,7 +154,7 @@ def _ranks_by(rows: list[list[dict[str, Any]]]) -> str:
 SPREADS = {"mse_value": "mse_value_std", "kl_divergence": "standard_error"}
 
 
-def standings(rows: list[dict[str, Any]], by: str = "mse_value") -> dict[str, Standing]:
+def standings(rows: list[dict[str, Any]], by: str = "mse_value") -> Ranking:
     """The rank of each op among the `rows` of an isolated map, the most sensitive first.
 
     The range of an op holds the ranks that it would get with its value one spread higher or lower, all others at their
@@ -196,7 +208,7 @@ def _of_measurement(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
 
 def _of_ranking(found: dict[str, Any], limits: Limits) -> list[str]:
     """Whether the rankings as a whole differ by more than the batches of one run do."""
-    agreement, noise, cell = found["tau"], found["noise_tau"], markdown_cell
+    agreement, noise = found["tau"], found["noise_tau"]
     least, what = limits.tau, "asked for"
     if least is None:
         least, what = USUAL_TAU, "usual between runs"
@@ -205,7 +217,7 @@ def _of_ranking(found: dict[str, Any], limits: Limits) -> list[str]:
     # Equal rankings can have a tau slightly below 1, because of rounding.
     if not found["moved"] or agreement >= least:
         return []
-    return [f"Kendall's tau is {cell(agreement)}, below the {cell(least)} {what}."]
+    return [f"Kendall's tau is {number(agreement)}, below the {number(least)} {what}."]
 
 
 def _of_top(found: dict[str, Any], limits: Limits) -> list[str]:
@@ -236,12 +248,13 @@ def _of_sqnr(found: dict[str, Any], limits: Limits) -> list[str]:
     if second >= first - limits.sqnr_drop:
         return []
     return [
-        f"With every op in INT8 the SQNR fell from {_decibels(first)} to {_decibels(second)}; the limit is a loss"
-        f" of {_decibels(limits.sqnr_drop)}."
+        f"With every op in INT8 the SQNR fell from {decibels(first)} to {decibels(second)}; the limit is a loss"
+        f" of {decibels(limits.sqnr_drop)}."
     ]
 
 
-def _decibels(value: float) -> str:
+def decibels(value: float) -> str:
+    """An SQNR or a loss of it as text."""
     return "no error" if math.isinf(value) else f"{value:.2f} dB"
 
 
@@ -267,142 +280,9 @@ def _changed(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, st
     sides = []
     for report in (first, second):
         facts = {what: str(report[block][key]) for what, (block, key) in IDENTITY.items()}
+        facts["measured schemes"] = ", ".join(report["schemes"]) or INC_INT8
+        facts["candidate schemes"] = ", ".join(report["frontier"].get("candidates", ["none"]))
         sides.append(facts | report["versions"])
     names = dict.fromkeys([*sides[0], *sides[1]])
     pairs = [(name, sides[0].get(name, "none"), sides[1].get(name, "none")) for name in names]
     return [{"what": name, "first": one, "second": other} for name, one, other in pairs if one != other]
-
-
-def to_markdown(comparison: dict[str, Any], shown: int = 20) -> str:
-    """The comparison as Markdown: the verdict first, then the changes, the top set, and the largest moves."""
-    cell = markdown_cell
-    lines = [
-        "# Two sensitivity reports compared",
-        "",
-        *_verdict_lines(comparison, shown),
-        *(line for warning in comparison["warnings"] for line in (f"> **Warning:** {warning}", "")),
-        f"Kendall's tau is {cell(comparison['tau'])} over {comparison['common']} common ops; batches of one run"
-        + (" were not compared." if comparison["noise_tau"] is None else f" agree by {cell(comparison['noise_tau'])}."),
-        "",
-        *_changed_lines(comparison, shown),
-        "",
-        *_top_lines(comparison, shown),
-        "",
-        *_move_lines(comparison, shown),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _verdict_lines(comparison: dict[str, Any], shown: int) -> list[str]:
-    """The verdict. Reports within the limits agree only if no op joined or left the top set beyond the noise."""
-    if comparison["differs"]:
-        return ["**The reports differ:**", "", *(f"- {reason}" for reason in comparison["reasons"]), ""]
-    limits, top = comparison["limits"], comparison["top"]
-    allowed = (
-        f"The limits allow {limits['changes']} ops to join the {top} most sensitive, and all-INT8 to lose"
-        f" {_decibels(limits['sqnr_drop'])}."
-    )
-    moves = [
-        f"{code(move['op_name'])} went from rank {move['first']} to {move['second']}"
-        for move in (*comparison["entered"], *comparison["left"])
-        if move["beyond_noise"] is not False
-    ]
-    moves += [f"{code(name)} is new" for name in comparison["new_in_top"]]
-    moves += [f"{code(name)} is gone" for name in comparison["gone_from_top"]]
-    if not moves:
-        return ["**The reports agree.**", "", allowed, ""]
-    rest = [f"{len(moves) - shown} more"] if len(moves) > shown else []
-    found = ", ".join([*moves[:shown], *rest])
-    return [f"**The reports differ within the limits:** of the {top} most sensitive ops, {found}.", "", allowed, ""]
-
-
-def _changed_lines(comparison: dict[str, Any], shown: int) -> list[str]:
-    cell = markdown_cell
-    rows = [f"| {cell(row['what'])} | {cell(row['first'])} | {cell(row['second'])} |" for row in comparison["changed"]]
-    unchanged = ["Model, calibration set, engine, device, instruction set and versions are the same."]
-    return [
-        "## What changed",
-        "",
-        *(["| changed | first | second |", "|---|---|---|", *rows] if rows else unchanged),
-        "",
-        "With every op in INT8: "
-        + ", then ".join(_decibels(math.inf if value is None else value) for value in comparison["sqnr_db"])
-        + f" (SQNR). {_profile_line(comparison['profile'], shown)}",
-        "",
-        f"Only in the first: {_listed(comparison['only_first'], shown)}. Only in the second:"
-        f" {_listed(comparison['only_second'], shown)}.",
-    ]
-
-
-def _profile_line(profile: dict[str, Any] | None, shown: int) -> str:
-    if profile is None:
-        return "The reports have no profile in common."
-    first, second = profile["bits"]
-    sizes = f"The profile {profile['name']} has {first:.2f} bits a weight in the first and {second:.2f} in the second"
-    alone = [unit for side in profile["only"] for unit in side]
-    others = f" Units of one report alone: {_listed(alone, shown)}." if alone else ""
-    if not profile["schemes"]:
-        return f"{sizes}. Each {'common unit' if alone else 'unit'} has the same scheme.{others}"
-    moves = [
-        f"{code(unit)} from {markdown_cell(one)} to {markdown_cell(other)}"
-        for unit, (one, other) in profile["schemes"].items()
-    ]
-    rest = [f"{len(moves) - shown} more"] if len(moves) > shown else []
-    return f"{sizes}. Units with another scheme: {', '.join([*moves[:shown], *rest])}.{others}"
-
-
-def _top_lines(comparison: dict[str, Any], shown: int) -> list[str]:
-    moves = [(change, move) for change in ("entered", "left") for move in comparison[change]]
-    return [
-        f"## The {comparison['top']} most sensitive",
-        "",
-        *(_move_table(moves) if moves else ["No common op entered or left them."]),
-        "",
-        f"New in the second report and among its {comparison['top']}: {_listed(comparison['new_in_top'], shown)}. Of"
-        f" the {comparison['top']} of the first and not in the second: {_listed(comparison['gone_from_top'], shown)}.",
-    ]
-
-
-def _move_lines(comparison: dict[str, Any], shown: int) -> list[str]:
-    """The moves that noise does not or may not explain, as a table; the other moves as a number."""
-    flags = [move["beyond_noise"] for move in comparison["moved"]]
-    listed = [move for move in comparison["moved"] if move["beyond_noise"] is not False]
-    unknown = f", {flags.count(None)} by unknown noise (one batch has no spread)" if None in flags else ""
-    largest = f" The largest {shown}:" if len(listed) > shown else ""
-    table = _move_table([("up" if move["second"] < move["first"] else "down", move) for move in listed[:shown]])
-    legend = (
-        "Ranks are counted among the common ops; 1 is the most sensitive. In brackets: the ranks that the op would get"
-        " with its `mse_value` one standard deviation (between batches) higher or lower. A move is beyond the noise"
-        " where the two ranges share no rank."
-    )
-    return [
-        "## Moves",
-        "",
-        f"{flags.count(True)} of {comparison['common']} common ops moved beyond the noise{unknown},"
-        f" {flags.count(False)} within it.{largest}",
-        *(["", *table] if listed else []),
-        *(["", legend] if flags else []),
-    ]
-
-
-def _move_table(moves: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    answers = {True: "yes", False: "no", None: "unknown"}
-    return [
-        "| op_name | move | first rank | second rank | beyond the noise |",
-        "|---|---|---:|---:|---|",
-        *(
-            f"| {code(move['op_name'])} | {how} | {_rank(move, 'first')} | {_rank(move, 'second')}"
-            f" | {answers[move['beyond_noise']]} |"
-            for how, move in moves
-        ),
-    ]
-
-
-def _rank(move: dict[str, Any], which: str) -> str:
-    first, last = move[f"{which}_range"] or (None, None)
-    return str(move[which]) if first == last else f"{move[which]} ({first}–{last})"
-
-
-def _listed(names: list[str], shown: int) -> str:
-    rest = [f"{len(names) - shown} more"] if len(names) > shown else []
-    return ", ".join([*(code(name) for name in names[:shown]), *rest]) or "none"

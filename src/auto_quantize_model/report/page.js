@@ -1,86 +1,14 @@
+// The page of a report: the budget, the table of all ops, and the panel of one op.
 (() => {
-  const read = (id) => JSON.parse(document.getElementById(id).textContent);
-  const at = (id) => document.getElementById(id);
-  const make = (tag, content = [], attributes = {}) => {
-    const element = document.createElement(tag);
-    element.append(...[content].flat());
-    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    return element;
-  };
+  const { at, breakable, button, drawNear, inBytes, make, percent, read, shown, views, withTools } = ui;
   const data = read("data");
   const { maps, schemes, frontier, profiles } = data;
   const decides = frontier.status === "measured";
   const UNQUANTIZED = "unquantized";
 
-  // ---- Numbers as text. Those far from 1 are shown as powers of ten.
-  const shown = (value, digits = 4) => {
-    if (value === null || value === undefined) return "–";
-    if (Number.isInteger(value) && Math.abs(value) < 1e6) return String(value);
-    const size = Math.abs(value);
-    return size < 1e-3 || size >= 1e6 ? value.toExponential(digits - 1) : String(Number(value.toPrecision(digits)));
-  };
-  const percent = (value) => (value === null || value === undefined ? "–" : (100 * value).toFixed(2) + " %");
-  const inBytes = (value) => {
-    const rounded = Number(value.toPrecision(4));
-    const [unit, size] = [["GB", 1e9], ["MB", 1e6], ["kB", 1e3], ["bytes", 1]].find(([, least]) => rounded >= least || least === 1);
-    return Number((value / size).toPrecision(4)) + " " + unit;
-  };
-  const breakable = (name) => name.split(/(?<=\.)/).flatMap((part) => [part, make("wbr")]);
   const ofKl = (row) =>
     row.measured ? shown(row.kl_divergence) : "≈ " + shown(row.kl_divergence, 2) + " ± " + shown(row.standard_error, 1);
   const ofSqnr = (row) => (!row.measured ? "–" : row.sqnr_db === null ? "no error" : row.sqnr_db.toFixed(2));
-
-  // ---- Copying and saving. A page that lies on a disk may have no clipboard; then the text is selected and copied.
-  const copy = async (text) => {
-    if (navigator.clipboard && window.isSecureContext) {
-      try {
-        return await navigator.clipboard.writeText(text);
-      } catch (error) {
-        if (error.name !== "NotAllowedError") throw error;
-      }
-    }
-    const area = make("textarea", [], { readonly: "" });
-    area.value = text;
-    (document.querySelector("dialog[open]") ?? document.body).append(area);
-    area.select();
-    document.execCommand("copy");
-    area.remove();
-  };
-  const save = (name, text, type) => {
-    const link = make("a", [], { download: name, href: URL.createObjectURL(new Blob([text], { type })) });
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-  };
-  const button = (title, act) => {
-    const found = make("button", title, { type: "button" });
-    found.addEventListener("click", act);
-    return found;
-  };
-  const tools = (copied, saved, name, title) => {
-    const copies = button("Copy", async () => {
-      await copy(copied());
-      copies.textContent = "Copied";
-      setTimeout(() => (copies.textContent = "Copy"), 1500);
-    });
-    return make("div", [copies, button(title, () => save(name, saved(), "text/plain"))], { class: "tools" });
-  };
-
-  // A spreadsheet computes a text that begins like a formula, so such a text gets a quote; a number does not.
-  const cellOf = (cell) => {
-    const text = (cell.dataset.title ?? cell.textContent).trim();
-    return /^[=+\-@\uff1d\uff0b\uff0d\uff20\t\r]/.test(text) && !Number.isFinite(Number(text)) ? "'" + text : text;
-  };
-  const cellsOf = (table) => [...table.rows].filter((row) => !row.hidden).map((row) => [...row.cells].map(cellOf));
-  const csv = (table) => cellsOf(table).map((row) => row.map((cell) => '"' + cell.replaceAll('"', '""') + '"').join(",") + "\r\n").join("");
-  const tabbed = (table) => cellsOf(table).map((row) => row.map((cell) => cell.replaceAll(/\s/g, " ")).join("\t") + "\n").join("");
-  const fileName = (text, suffix) => text.toLowerCase().replace(/[^\w.]+/g, "_") + suffix;
-  for (const region of document.querySelectorAll(".scroll:has(> table), #ops-scroll")) {
-    const table = region.querySelector("table");
-    region.before(tools(() => tabbed(table), () => csv(table), fileName(region.getAttribute("aria-label"), ".csv"), "CSV"));
-  }
-  for (const text of document.querySelectorAll("pre[data-file]")) {
-    text.before(tools(() => text.textContent, () => text.textContent, text.dataset.file, "Save"));
-  }
 
   // ---- One op: its numbers in each scheme, and its scheme in each profile.
   const unitOf = new Map();
@@ -129,49 +57,10 @@
   };
   at("op").addEventListener("click", (event) => event.target === at("op") && at("op").close());
 
-  // ---- Pictures. Expressions are interpreted and not compiled, so that the page needs no eval.
-  // The colours of `figures.py` and those of a dark screen.
-  const DARK = new Map([
-    ["#FFFFFF", "#14171B"], ["#1B1B1B", "#E8E8E8"], ["#555555", "#B4B9BF"], ["#8A8A8A", "#7D858E"], ["#E6E6E6", "#2E343B"],
-    ["#BDBDBD", "#4A525A"], ["#0072B2", "#56B4E9"], ["#D55E00", "#F0883E"], ["#009E73", "#2FC79A"], ["#5F5F5F", "#A6ADB5"],
-  ]);
-  const dark = matchMedia("(prefers-color-scheme: dark)");
-  const views = {};
-  const draw = async (name) => {
-    const inDark = (key, value) => (dark.matches && DARK.has(value) ? DARK.get(value) : value);
-    const spec = JSON.parse(JSON.stringify(specs[name]), inDark);
-    if (spec.columns && innerWidth < 700) {
-      // On a narrow screen the panels stand below each other.
-      Object.assign(spec, { columns: 1 });
-      Object.assign(spec.spec, { width: 190 });
-      Object.assign(spec.spec.encoding.y.axis, { labelLimit: 130, minExtent: 130 });
-    }
-    try {
-      const options = { actions: false, renderer: "svg", ast: true, tooltip: { theme: "report" } };
-      const { view } = await vegaEmbed("#chart-" + name, spec, options);
-      view.addEventListener("click", (event, item) => {
-        if (item?.datum?.op) openOp(item.datum.op);
-        if (name === "frontier" && item?.datum?.bits) setBudget((item.datum.bits * weights) / 8 + 0.5);
-      });
-      views[name] = view;
-      if (name === "frontier") markBudget();
-    } catch (error) {
-      at("chart-" + name).textContent = "This picture could not be drawn: " + error.message;
-      console.error(error);
-    }
-  };
-  const specs = read("specs");
-  // One after another: the page answers between two pictures.
-  const drawAll = async () => {
-    for (const name of Object.keys(specs)) {
-      await draw(name);
-      await new Promise((resolve) => setTimeout(resolve));
-    }
-  };
-
   // ---- The budget: a choice for the bytes of the slider.
   const units = decides ? frontier.units : [];
   const weights = units.reduce((sum, unit) => sum + unit.weights, 0);
+  const patterns = patternsOf(data.linears);
   const inNats = frontier.loss === "kl_divergence";
   const uniform = decides ? frontier.controls.filter((point) => point.kind === "uniform") : [];
   const bitsOf = (bytes) => (8 * bytes) / weights;
@@ -186,11 +75,12 @@
     const share = percent(all / frontier.points.at(-1).weight_bytes);
     return bitsOf(size).toFixed(2) + " bits a weight; all weights take " + inBytes(all) + ", " + share + " of those without quantization";
   };
-  const ofLoss = (choice) => {
+  const ofLoss = ({ choice, above }) => {
     const loss = shown(totalOf(units, choice, "loss"));
     const error = Math.hypot(...units.map((unit, index) => unit.error[choice[index]] ?? 0));
     const text = loss + (error ? " ± " + shown(error, 1) : "");
-    return inNats ? "KL divergence " + text + " nats per token" : "relative error " + text;
+    const least = above ? ". The least possible sum is at most " + shown(above, 2) + " lower" : ", the least for these bytes";
+    return (inNats ? "KL divergence " + text + " nats per token" : "relative error " + text) + least;
   };
   const ofUnits = (choice) =>
     [...frontier.candidates, UNQUANTIZED]
@@ -210,23 +100,26 @@
     return parts.join("; ");
   };
   const setBudget = (bytes) => {
-    budgeted = allocate(units, Math.floor(bytes)) ?? allocate(units, limits[0]);
+    const found = allocate(units, Math.floor(bytes)) ?? allocate(units, limits[0]);
+    budgeted = found.choice;
     const size = totalOf(units, budgeted, "bytes");
     const all = size + frontier.other_bytes;
     at("budget-facts").replaceChildren(
       fact("Size", ofSize(size)),
-      fact("Predicted", ofLoss(budgeted)),
+      fact("Predicted", ofLoss(found)),
       fact("Units", ofUnits(budgeted)),
       fact("Nearest measured choice", ofNearest(all)),
     );
     at("bits").value = at("bits-number").value = bitsOf(size).toFixed(2);
     at("bits").setAttribute("aria-valuetext", bitsOf(size).toFixed(2) + " bits a weight, " + inBytes(all));
-    const lines = units.map((unit, index) => {
-      const cells = [make("td", make("code", breakable(unit.name)), { class: "wrap" }), make("td", budgeted[index]), make("td", shown(unit.loss[budgeted[index]]), { class: "n" })];
-      return make("tr", cells);
+    const rows = at("units").tBodies[0].rows;
+    units.forEach((unit, index) => {
+      const [, scheme, loss] = rows[index].cells;
+      if (scheme.textContent === budgeted[index]) return;
+      scheme.textContent = budgeted[index];
+      loss.textContent = shown(unit.loss[budgeted[index]]);
     });
-    at("units").tBodies[0].replaceChildren(...lines);
-    at("recipe").textContent = recipe(frontier, budgeted, data.linears) || "llm-compressor cannot hold INC's INT8. Use the files of a profile.";
+    at("recipe").textContent = recipe(frontier, budgeted, patterns) || "llm-compressor cannot hold INC's INT8. Use the files of a profile.";
     markBudget();
   };
   const limits = decides ? [Math.min, Math.max].map((pick) => units.reduce((sum, unit) => sum + pick(...Object.values(unit.bytes)), 0)) : [];
@@ -236,12 +129,22 @@
     }
     at("bits").addEventListener("input", () => setBudget((at("bits").valueAsNumber * weights) / 8));
     at("bits-number").addEventListener("change", () => setBudget(((at("bits-number").valueAsNumber || 0) * weights) / 8));
+    at("units").tBodies[0].append(
+      ...units.map((unit) => make("tr", [make("td", make("code", breakable(unit.name)), { class: "wrap" }), make("td"), make("td", [], { class: "n" })])),
+    );
     const size = (choice) => totalOf(units, choice, "bytes");
     at("budget-profiles").append(...Object.entries(profiles).map(([name, choice]) => button(name, () => setBudget(size(choice)))));
     setBudget(data.decided ? size(profiles[data.decided]) : (limits[0] + limits[1]) / 2);
   }
-  drawAll();
-  dark.addEventListener("change", drawAll);
+
+  withTools();
+  drawNear((name, view) => {
+    view.addEventListener("click", (event, item) => {
+      if (item?.datum?.op) openOp(item.datum.op);
+      if (name === "frontier" && item?.datum?.bits) setBudget((item.datum.bits * weights) / 8 + 0.5);
+    });
+    if (name === "frontier") markBudget();
+  });
 
   // ---- The table of all ops.
   const measured = (key) => [maps, schemes].some((all) => Object.values(all).some((found) => found.ops.some((row) => row[key] !== null)));
@@ -284,8 +187,11 @@
     return sorting.sign * order || left.rank - right.rank;
   };
 
+  const lines = new Map(); // of each row, made once
   const rowOf = (row) => {
+    if (lines.has(row)) return lines.get(row);
     const line = make("tr");
+    lines.set(row, line);
     for (const [key] of columns) {
       let text = texts.has(key) ? valueOf(row, key) : shown(row[key]);
       if (key === "rank" && row.tied) text += " =";

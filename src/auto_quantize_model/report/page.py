@@ -1,13 +1,14 @@
 """The report as one HTML file that needs no network. In: the report, and links to the files of the same run.
 
-Op names are data: markup escapes them, and scripts get them as JSON that cannot end its element. `allocate.js`,
-`page.js` and `page.css` are put into the page as they are.
+Op names are data: markup escapes them, and scripts get them as JSON that cannot end its element. The scripts and
+`page.css` are put into the page as they are. The page of a comparison is made with them too.
 """
 
 import base64
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from markupsafe import Markup, escape
 from auto_quantize_model.escape import printable_document
 from auto_quantize_model.models.units import tower_of
 from auto_quantize_model.report import coverage, sentences
-from auto_quantize_model.report.figures import figures, strips
+from auto_quantize_model.report.figures import Figure, figures, strips
 
 TEMPLATES = Path(__file__).with_name("templates")
-ALLOCATE, SCRIPT, STYLE = (Path(__file__).with_name(name) for name in ("allocate.js", "page.js", "page.css"))
+COMMON, ALLOCATE, SCRIPT, STYLE = (
+    Path(__file__).with_name(name) for name in ("common.js", "allocate.js", "page.js", "page.css")
+)
 MAPS = {"isolated": "isolated: the ranking", "fallback": "fallback: the error left", "requantize": "requantize: so far"}
 
 
@@ -42,24 +45,27 @@ def render_page(report: dict[str, Any], links: dict[str, Any]) -> str:
     drawn |= {"ranked_ops": found["ranked_ops"]}
     if sentences.has_images(report):
         drawn["modalities"] = found["modalities"]
-    # The page has a heading of its own.
-    specs = {
-        name: {key: value for key, value in figure.spec.items() if key != "title"} for name, figure in drawn.items()
-    }
-    return template().render(
+    return template("op_sensitivity.html.j2").render(
         report=report,
         links=links,
         figures=drawn,
-        specs=specs,
+        specs=specs_of(drawn),
         data=data_of(report),
         maps={name: title for name, title in MAPS.items() if name in report["maps"]},
         not_exercised=[op for op in report["ops"] if op["status"] == "not_exercised"],
         sentences=sentences,
         coverage=coverage,
         bundle=bundle(),
-        script=source(ALLOCATE) + source(SCRIPT),
+        script=together(COMMON, ALLOCATE, SCRIPT),
         style=source(STYLE),
     )
+
+
+def specs_of(drawn: Mapping[str, Figure]) -> dict[str, Any]:
+    """The charts as specifications without a title, because the page has a heading for each."""
+    return {
+        name: {key: value for key, value in figure.spec.items() if key != "title"} for name, figure in drawn.items()
+    }
 
 
 def data_of(report: dict[str, Any]) -> dict[str, Any]:
@@ -80,8 +86,8 @@ def data_of(report: dict[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def template() -> Template:
-    """The template of the page, compiled once."""
+def template(name: str) -> Template:
+    """The template of a page, compiled once."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
@@ -99,12 +105,17 @@ def template() -> Template:
         "breakable": breakable,
         "name": lambda path: Path(path).name,
     }
-    return environment.get_template("op_sensitivity.html.j2")
+    return environment.get_template(name)
 
 
 def source(path: Path) -> Markup:
     """A file of this folder as markup, unchanged: what the page holds is what its hash is computed from."""
     return Markup(path.read_text(encoding="utf-8"))  # noqa: S704  our own source
+
+
+def together(*scripts: Path) -> Markup:
+    """Scripts as one, in a block of its own: the names of the Vega bundle are global."""
+    return Markup('"use strict";\n{\n') + Markup("").join(map(source, scripts)) + Markup("}\n")
 
 
 @cache
