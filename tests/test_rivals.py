@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import rivals
 
-from auto_quantize_model.files import InputError, write_json
 from auto_quantize_model.decide.refine import Refinement
+from auto_quantize_model.files import InputError, write_json
 from auto_quantize_model.records import Options
 
 SIZES = {"NVFP4": 57, "FP8_DYNAMIC": 101, "unquantized": 200}  # of 100 weights
