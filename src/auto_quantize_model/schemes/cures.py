@@ -1,0 +1,79 @@
+"""Cures of a scheme that cost no bytes: smoothing, and ranges of a weight that leave out its largest values.
+
+In: a weight, and the ranges of its inputs. Out: the tensors with which `schemes.compressed` then quantizes. Both cures
+compute as llm-compressor 0.14 does, so that its recipe gives what was measured.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.utils import maybe_pad_tensor_for_block_quant
+
+from auto_quantize_model.schemes.compressed import IN_GROUPS, quantized_weight, weight_parameters
+
+# The search of llm-compressor's observer `memoryless_mse`, by its default values.
+STEPS, GRID, NORM, PATIENCE = 20, 100, 2.4, 5
+LEAST_SCALE = 1e-5  # llm-compressor's MINIMUM_SMOOTHING_SCALE
+
+
+def smoothing_scale(
+    low: torch.Tensor, high: torch.Tensor, weights: Sequence[torch.Tensor], strength: float
+) -> torch.Tensor:
+    """The scale s of SmoothQuant: inputs are divided by s, and the columns of the weights are multiplied by s.
+
+    Xiao et al., "SmoothQuant", 2023, equation 4, as llm-compressor's `SmoothQuantModifier` computes s: by the range of
+    each channel, and twice the largest weight of its column.
+
+    Args:
+        low, high: minimum and maximum of each input channel, (columns,).
+        weights: of all ops that have this input, (rows, columns) each.
+        strength: 0 to 1; a higher one moves more of the inputs' range into the weights.
+    """
+    inputs = high - low
+    columns = 2.0 * torch.stack([weight.detach().abs().amax(0) for weight in weights]).amax(0)
+    scale = torch.where(columns > 0, inputs.pow(strength) / columns.pow(1 - strength), inputs)
+    return scale.clamp(min=LEAST_SCALE)
+
+
+def narrowed(weight: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
+    """The weight times a factor for each range that shares a scale. Quantize the weight itself by the ranges of this.
+
+    The factor is the one of 1, 0.99, ... 0.81 with the least sum of |error|^2.4. It narrows the range, so that the
+    largest values are clipped and all others have a finer step.
+
+    Args:
+        weight: (rows, columns).
+    """
+    weight = weight.detach()
+    if args.strategy == "tensor_group":  # the scales are rounded and shared later, as in llm-compressor's search
+        args = args.model_copy(update={"strategy": "group", "scale_dtype": None})
+    best = torch.full_like(weight, torch.inf)
+    found, idle = weight.clone(), 0
+    for step in range(STEPS):
+        factor = 1 - step / GRID
+        shrunk = weight * factor
+        served = quantized_weight(weight, args, weight_parameters(shrunk, args))
+        error = summed((served - weight).abs().pow(NORM), args)
+        better = error < best
+        best, found = torch.where(better, error, best), torch.where(better, shrunk, found)
+        idle = 0 if better.any() else idle + 1
+        if idle == PATIENCE:
+            break
+    return found
+
+
+def summed(values: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
+    """At each value of a weight (rows, columns), the sum over all values that share its scale."""
+    if args.strategy == "tensor":
+        return values.sum().expand_as(values)
+    if args.strategy == "channel":
+        return values.sum(-1, keepdim=True).expand_as(values)
+    if args.strategy in IN_GROUPS:
+        groups = values.unflatten(-1, (-1, args.group_size))
+        return groups.sum(-1, keepdim=True).expand_as(groups).flatten(-2)
+    height, width = args.block_structure
+    blocks = maybe_pad_tensor_for_block_quant(values, args.block_structure)
+    blocks = blocks.unflatten(1, (-1, width)).unflatten(0, (-1, height))
+    whole = blocks.sum((1, 3), keepdim=True).expand_as(blocks).flatten(2).flatten(0, 1)
+    return whole[: values.shape[0], : values.shape[1]]
