@@ -781,20 +781,28 @@ class Cause:
 
 @dataclass(frozen=True)
 class Cured:
-    """A profile with the chosen cures of its units together, on the held-out samples.
+    """A profile with cures of its units, on all held-out samples.
 
     Attributes:
-        units: those that have a cure.
-        kl_divergence: nats, mean over positions; `before` without the cures.
-        regained: nats, as a mean over the samples; `low` and `high` are its 95 % interval.
+        tried: the units whose cure helps each of them alone.
+        units: those whose cures together have the least divergence on the calibration batches; empty where the profile
+            without cures has less.
+        before: nats of the profile; `kl_divergence` with the cures. None without any.
+        regained: nats, as a mean over the samples; `low` and `high` are its 95 % interval. None without cures.
     """
 
+    tried: tuple[str, ...]
     units: tuple[str, ...]
-    kl_divergence: float
     before: float
-    regained: float
-    low: float
-    high: float
+    kl_divergence: float | None = None
+    regained: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether the cures regain something on held-out samples, beyond the interval."""
+        return self.low is not None and self.low > 0
 
 
 @closed
@@ -805,7 +813,7 @@ class Why:
     Attributes:
         calibration_batches: those that were scored; `heldout_batches` the held-out ones, with so many samples.
         causes: the largest loss first.
-        cured: {profile: the profile with its cures}; profiles without cures are absent.
+        cured: {profile: the profile with cures}; a profile is absent where no cure helps a unit of it.
         skipped: remarks on what was not explained.
     """
 
