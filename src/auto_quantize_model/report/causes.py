@@ -129,6 +129,12 @@ def of_change(cure: Row, before: float, many: bool) -> str:
     return f"show{'' if many else 's'} no sure gain on {number(before, 'nats')} {interval}"
 
 
+def best_of(cause: Row) -> Row | None:
+    """The cure that regains most on held-out samples, beyond its interval; None where no cure helps."""
+    helping = [cure for cure in cause["cures"] if cure["low"] is not None and cure["low"] > 0]
+    return max(helping, key=lambda cure: cure["regained"], default=None)
+
+
 def of_decibels(cause: Row, cure: Row) -> str:
     """The change of the SQNR on held-out samples, next to what the treated side costs."""
     before, after = (decibels(cause["whole"]), decibels(cure["damage"]))
