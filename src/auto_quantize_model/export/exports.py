@@ -21,13 +21,13 @@ from auto_quantize_model.files import InputError, write_text
 from auto_quantize_model.folders import atomic_folder
 from auto_quantize_model.records import NotMeasured, Op, Plan, Profiles, Why, digest_of_record
 from auto_quantize_model.report import coverage
+from auto_quantize_model.report.causes import NOT_EXPLAINED
 from auto_quantize_model.report.sentences import counted
 from auto_quantize_model.schemes.scheme import INC_INT8
 
 ONLY_INC = (
     "INC's INT8 is the arithmetic of INC; choose from schemes of compressed-tensors (decide.candidates) for this tool"
 )
-NOTHING_TRIED = NotMeasured("not_measured", "no cure was tried")
 NO_SCHEMES = "the tool has an INT8 of its own and no scheme of compressed-tensors"
 
 
@@ -164,7 +164,7 @@ def export(
     published: Collection[str],
     calibration_samples: int,
     made_from: Iterable[Document] = (),
-    why: Why | NotMeasured = NOTHING_TRIED,
+    why: Why | NotMeasured = NOT_EXPLAINED,
 ) -> dict[str, Any]:
     """Write every profile for every tool (DIRECTORY/PROFILE/FILE), and DIRECTORY/index.json, which lists them.
 

@@ -16,18 +16,18 @@ from auto_quantize_model.export.subject import Subject, header
 from auto_quantize_model.records import Cause, Op, body_of
 from auto_quantize_model.report import causes
 from auto_quantize_model.schemes.compressed import fields_of
+from auto_quantize_model.schemes.cures import SEARCH
 
 RECIPE = "llm_compressor_recipe.yaml"
 CURED = "llm_compressor_with_cures.yaml"
 # What a cure of the ranges changes in a config group: the side, and its fields.
 RANGES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mse_weight": ("weights", {"observer": "memoryless_mse"}),
+    "mse_weight": ("weights", {"observer": "memoryless_mse", "observer_kwargs": dict(SEARCH)}),
     "asymmetric_inputs": ("input_activations", {"symmetric": False}),
 }
 CURES = (
     "The cures were measured with the arithmetic of SmoothQuantModifier and of the observer memoryless_mse of"
-    " llm-compressor 0.14 on a CPU. On a GPU its observer stops each search by another rule. Give oneshot the"
-    " calibration samples as a dataset. Keep the pipeline independent, which is the default: each modifier then sees"
+    " llm-compressor 0.14. Give oneshot the calibration samples as a dataset. Keep the pipeline independent, which is the default: each modifier then sees"
     " the model that the modifier before it has left. A smoothing scale that folds into a Linear was measured as a"
     " division of the inputs."
 )

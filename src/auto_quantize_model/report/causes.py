@@ -7,10 +7,12 @@ markup.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from auto_quantize_model.records import NotMeasured
 from auto_quantize_model.report.coverage import in_bytes
 from auto_quantize_model.report.sentences import counted, joined, number, percent
 
 Row = Mapping[str, Any]
+NOT_EXPLAINED = NotMeasured("not_measured", "no cure was tried")
 NAMES = {
     "smoothing": "smoothing {}",
     "mse_weight": "MSE ranges of the weight",

@@ -62,7 +62,7 @@ def build_report(
     audit: Audit,
     frontier: Frontier | NotMeasured,
     profiles: Profiles,
-    why: Why | NotMeasured,
+    why: Why | NotMeasured = causes.NOT_EXPLAINED,
 ) -> dict[str, Any]:
     """The report as a JSON-able document that its published schema describes.
 
