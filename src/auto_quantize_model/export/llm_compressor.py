@@ -27,9 +27,9 @@ RANGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CURES = (
     "The cures were measured with the arithmetic of SmoothQuantModifier and of the observer memoryless_mse of"
-    " llm-compressor 0.14. Give oneshot the calibration samples as a dataset. Keep the pipeline independent, which is the default: each modifier then sees"
-    " the model that the modifier before it has left. A smoothing scale that folds into a Linear was measured as a"
-    " division of the inputs."
+    " llm-compressor 0.14. Give oneshot the calibration samples as a dataset. Keep the pipeline independent, which is"
+    " the default: each modifier then sees the model that the modifier before it has left. A smoothing scale that folds"
+    " into a Linear was measured as a division of the inputs."
 )
 TITLE = "llm-compressor and vLLM"
 REMARK = (
