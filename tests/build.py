@@ -327,7 +327,7 @@ def a_cause(ops: Sequence[str] = ("a",), scheme: str = "W8A8", **changes: Any) -
         "strengths": {"0.5": 0.02, "0.8": 0.011},
         "chosen": "smoothing",
     }
-    return Cause(ops[0], tuple(ops), scheme, **fields | changes)
+    return Cause(changes.pop("unit", ops[0]), tuple(ops), scheme, **fields | changes)
 
 
 def a_why(*causes: Cause, **cured: Cured) -> Why:

@@ -20,6 +20,7 @@ NAMES = {
     "asymmetric_inputs": "asymmetric inputs",
 }
 MOST = 2.0  # a side that alone costs so many times the other breaks the unit
+SMALL_DB = 0.05  # a smaller change of the SQNR is none
 HEAVY = 3.0  # excess kurtosis, from which on a weight has heavy tails
 
 
@@ -44,13 +45,13 @@ def of_cause(cause: Row) -> list[str]:
 
 
 def of_loss(cause: Row) -> str:
-    """What the unit alone costs."""
-    whole = cause["whole"]
-    used = f" The profiles {joined(cause['profiles'])} hold it so." if cause["profiles"] else " No profile holds it so."
+    """What the unit alone costs, and which profiles have it so."""
+    whole, held = cause["whole"], cause["profiles"]
+    used = f"The {'profile' if len(held) == 1 else 'profiles'} {joined(held)} {'has' if len(held) == 1 else 'have'}"
     return (
         f"Alone in {cause['scheme']} the unit costs {number(nats(whole))} nats on held-out samples and"
         f" {number(nats(whole, 'calibration'))} on calibration samples."
-        f"{used.replace('profiles', 'profile') if len(cause['profiles']) == 1 else used}"
+        f" {used if held else 'No profile has'} the unit in this scheme."
     )
 
 
@@ -86,8 +87,8 @@ def of_inputs(cause: Row) -> Iterator[str]:
     )
     ranges = {part: found[f"{part}_range"] for part in ("image", "text") if found[f"{part}_range"]}
     if len(ranges) == 2:
-        parts = [f"{part} positions from {ends[0]:.3g} to {ends[1]:.3g}" for part, ends in ranges.items()]
-        yield f"On held-out samples they have, at {joined(parts)}."
+        parts = [f"from {low:.3g} to {high:.3g} at {part} positions" for part, (low, high) in ranges.items()]
+        yield f"On held-out samples the inputs reach {joined(parts)}."
 
 
 def of_weight(cause: Row) -> Iterator[str]:
@@ -109,26 +110,29 @@ def name_of(cure: Row) -> str:
 def of_cure(cause: Row, cure: Row) -> str:
     """What a cure regains, in nats and in dB, and what it costs; or why it cannot be applied."""
     if cure["reason"]:
-        name = NAMES[cure["kind"]].format("").strip()
+        name = NAMES[cure["kind"]].format("").replace("percentile ", "percentile").strip()
         return f"{name[:1].upper()}{name[1:]}: not applicable, because {cure['reason']}."
     name, many = name_of(cure), len(cure["settings"]) > 1 or cure["kind"] != "smoothing"
     change = of_change(cure, nats(cause["whole"]), many)
-    told = f"{name[:1].upper()}{name[1:]} {change}{of_decibels(cause, cure)}, for {in_bytes(cure['extra_bytes'])}."
+    told = f"{name[:1].upper()}{name[1:]} {change}, for {in_bytes(cure['extra_bytes'])}. {of_decibels(cause, cure)}"
     if cure["folds_into"]:
         told += f" The scale folds into {cure['folds_into']}."
     if cure["at_run_time"]:
         told += f" But {cure['at_run_time']}."
-    return told
+    return told.replace("  ", " ").strip()
 
 
 def of_change(cure: Row, before: float, many: bool) -> str:
     """What a cure regains of a loss on held-out samples, beyond the interval or not."""
-    interval = f"(95 % interval {number(cure['low'])} to {number(cure['high'])})"
+    end = "" if many else "s"
     if cure["low"] > 0:
-        return f"regain{'' if many else 's'} {number(cure['regained'])} of {number(before, 'nats')} {interval}"
+        interval = f"(95 % interval {number(cure['low'])} to {number(cure['high'])})"
+        return f"regain{end} {number(cure['regained'])} of {number(before, 'nats')} {interval}"
     if cure["high"] < 0:
-        return f"cost{'' if many else 's'} {number(-cure['regained'])} nats more than the {number(before)} {interval}"
-    return f"show{'' if many else 's'} no sure gain on {number(before, 'nats')} {interval}"
+        interval = f"(95 % interval {number(-cure['high'])} to {number(-cure['low'])})"
+        return f"cost{end} {number(-cure['regained'])} nats more than the {number(before)} before {interval}"
+    interval = f"(95 % interval {number(cure['low'])} to {number(cure['high'])})"
+    return f"show{end} no sure gain on {number(before, 'nats')} {interval}"
 
 
 def best_of(cause: Row) -> Row | None:
@@ -139,17 +143,17 @@ def best_of(cause: Row) -> Row | None:
 
 def of_decibels(cause: Row, cure: Row) -> str:
     """The change of the SQNR on held-out samples, next to what the treated side costs."""
-    before, after = (decibels(cause["whole"]), decibels(cure["damage"]))
-    other = decibels(cause["inputs_alone" if set(cure["settings"]) == {"mse_weight"} else "weight_alone"])
-    if before is None or after is None:
-        return ""
-    side = "weight costs" if set(cure["settings"]) == {"mse_weight"} else "inputs cost"
-    change = after - before
-    if change < 0:
-        return f", and the SQNR falls by {-change:.1f} dB"
-    if other is None or other <= before or len(cure["settings"]) > 1:
-        return f" and {change:.1f} dB"
-    return f" and {change:.1f} of the {other - before:.1f} dB that the {side}"
+    of_weight = set(cure["settings"]) == {"mse_weight"}
+    before, after = decibels(cause["whole"]), decibels(cure["damage"])
+    other = decibels(cause["inputs_alone" if of_weight else "weight_alone"])
+    if before is None or after is None or abs(after - before) < SMALL_DB:
+        return "The SQNR stays the same."
+    if after < before:
+        return f"The SQNR falls by {before - after:.1f} dB."
+    if other is None or other - before < SMALL_DB or len(cure["settings"]) > 1:
+        return f"The SQNR rises by {after - before:.1f} dB."
+    side = "the quantized weight costs" if of_weight else "the quantized inputs cost"
+    return f"The SQNR regains {after - before:.1f} of the {other - before:.1f} dB that {side}."
 
 
 def instead(report: Row, cause: Row) -> str:

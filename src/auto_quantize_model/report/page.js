@@ -116,7 +116,7 @@
       return drawn("rect", { x: 8 * index, y: tall - height, width: 7, height });
     });
     const name = title + ": counts on a logarithmic scale, from " + shown(low, 3) + " to " + shown(high, 3);
-    const picture = drawn("svg", { viewBox: "0 0 " + wide + " " + tall, role: "img", "aria-label": name }, bars);
+    const picture = drawn("svg", { viewBox: "0 0 " + wide + " " + tall, preserveAspectRatio: "none", role: "img", "aria-label": name }, bars);
     return make("figure", [picture, make("figcaption", title + ", " + shown(low, 3) + " to " + shown(high, 3))]);
   };
   const barsOf = (sides) => {
@@ -131,7 +131,7 @@
     data.why.filter((cause) => cause.ops.includes(name)).flatMap((cause) => [
       make("h3", "Why it breaks in " + cause.scheme),
       barsOf(cause.sides),
-      make("p", cause.sentences.join(" ")),
+      make("ul", cause.sentences.map((sentence) => make("li", sentence))),
       make("div", [histogramOf("Inputs", cause.histograms.inputs), histogramOf("Weight", cause.histograms.weight)], { class: "histograms" }),
       make("h4", "What regains the loss"),
       make("ul", cause.cures.map((cure) => make("li", cure))),
