@@ -672,8 +672,8 @@ class InputFacts:
 
     Attributes:
         range: minimum and maximum; `calibration_range` is that of all calibration batches.
-        image_range, text_range: the same at the positions of images and of other tokens; None without such positions,
-            or where the op's positions are not those of the tokens.
+        image_range, text_range: the same at the positions of images and of other tokens. None without such positions;
+            also None where the op's positions are not those of the tokens.
         clipped: the share of values outside of the calibration's range.
         outliers: the channels with the largest ratios, the largest first; `outlier_count` is how many there are.
         histogram: over the calibration's range.

@@ -136,7 +136,7 @@ def skipped(plan: Plan, frontier: Frontier) -> tuple[str, ...]:
 
 
 def cured_states(profile: Profile, name: str, causes: Sequence[Cause]) -> dict[tuple[str, ...], dict[str, str]]:
-    """The states of a profile by the units that have their chosen cure: none of them, all, and each one alone."""
+    """The states of a profile by the units that have their chosen cure: no unit, all units, and each one alone."""
     able = {cause.unit: cause for cause in causes if name in cause.profiles and cause.cure}
     sets = dict.fromkeys([(), tuple(able), *((unit,) for unit in able)])
     found = {}

@@ -23,8 +23,8 @@ def smoothing_scale(
 ) -> torch.Tensor:
     """The scale s of SmoothQuant: inputs are divided by s, and the columns of the weights are multiplied by s.
 
-    Xiao et al., "SmoothQuant", 2023, equation 4, as llm-compressor's `SmoothQuantModifier` computes s: by the range of
-    each channel, and twice the largest weight of its column.
+    Xiao et al., "SmoothQuant", 2023, equation 4. As in llm-compressor's `SmoothQuantModifier`, the range of a channel
+    stands for its inputs, and twice the largest weight of a column for its weights.
 
     Args:
         low, high: minimum and maximum of each input channel, (columns,).
