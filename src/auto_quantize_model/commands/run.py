@@ -117,7 +117,7 @@ class Run:
 
 def either(kind: type[Record], document: Document) -> Record | NotMeasured:
     """The record of a document, or the record that says why nothing was measured."""
-    return as_record(NotMeasured if document.get("status") == "not_measured" else kind, document)
+    return as_record(NotMeasured, document) if document.get("status") == "not_measured" else as_record(kind, document)
 
 
 def open_run(args: argparse.Namespace) -> Run:
