@@ -170,9 +170,9 @@ def test_cures_that_help_the_whole_profile_have_a_recipe_of_their_own(
     head = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
     assert "the cures of qkv, gate_up and lm_head regain 0.028 of 0.04 nats" in head
     assert "qkv in W4A16_G32, alone: Smoothing 0.8 and MSE ranges of the weight regain 0.03 of 0.04 nats" in head
-    stage = yaml.safe_load(text)["quant_stage"]
-    assert list(stage) == ["smoothing_0_modifiers", "quant_modifiers"]  # in the order in which they run
-    smoothing = stage["smoothing_0_modifiers"]["SmoothQuantModifier"]
+    assert 'Before that, use oneshot(model=model, recipe="llm_compressor_smoothing.yaml"' in head
+    before_that = yaml.safe_load((folder / "llm_compressor_smoothing.yaml").read_text())
+    smoothing = before_that["smoothing_stage"]["smoothing_0_modifiers"]["SmoothQuantModifier"]
     ((balanced, before),) = smoothing["mappings"]
     assert smoothing["smoothing_strength"] == 0.8
     named = [name for name in modules if re.match(before.removeprefix("re:"), name)]
@@ -182,7 +182,7 @@ def test_cures_that_help_the_whole_profile_have_a_recipe_of_their_own(
         K_PROJ,
         V_PROJ,
     ]
-    modifier = stage["quant_modifiers"]["QuantizationModifier"]
+    modifier = yaml.safe_load(text)["quant_stage"]["quant_modifiers"]["QuantizationModifier"]
     model = load_model(tiny_snapshot)
     apply_quantization_config(model, QuantizationConfig(**modifier))
     given = {
