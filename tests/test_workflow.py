@@ -306,7 +306,7 @@ USERS = {
     "measure/store.py": MEASURING - {"plan_quantization", "calibrate_scales"},
     "decide/causes.py": {"explain_units"},
     "schemes/cures.py": {"explain_units", "export_profiles", "quantize_model"},
-    "report/causes.py": {"render_report", "render_page", "export_profiles", "quantize_model"},
+    "report/explanations.py": {"render_report", "render_page", "export_profiles", "quantize_model"},
     "models/snapshot.py": MEASURING | {"get_model", "extract_calibration", "export_profiles"},
     "cli.py": EVERYTHING | {"quantize_model"},
     "api.py": set(),  # the package hands it out lazily, and no command uses it

@@ -26,7 +26,7 @@ from auto_quantize_model.export.names import common_name, regular_expressions
 from auto_quantize_model.files import InputError
 from auto_quantize_model.models.snapshot import load_model, module_types, tensor_names
 from auto_quantize_model.records import Cured, Unit
-from auto_quantize_model.report.causes import NOT_EXPLAINED
+from auto_quantize_model.report.explanations import NOT_EXPLAINED
 from auto_quantize_model.schemes.compressed import PRESETS, fields_of, scheme_of
 from auto_quantize_model.schemes.scheme import assigned
 

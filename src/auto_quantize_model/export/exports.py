@@ -21,7 +21,7 @@ from auto_quantize_model.files import InputError, write_text
 from auto_quantize_model.folders import atomic_folder
 from auto_quantize_model.records import NotMeasured, Op, Plan, Profiles, Why, digest_of_record
 from auto_quantize_model.report import coverage
-from auto_quantize_model.report.causes import NOT_EXPLAINED
+from auto_quantize_model.report.explanations import NOT_EXPLAINED
 from auto_quantize_model.report.sentences import counted
 from auto_quantize_model.schemes.scheme import INC_INT8
 

@@ -14,7 +14,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from auto_quantize_model.export.names import regular_expressions
 from auto_quantize_model.export.subject import Subject, header
 from auto_quantize_model.records import Cause, Op, body_of
-from auto_quantize_model.report import causes
+from auto_quantize_model.report import explanations
 from auto_quantize_model.schemes.compressed import fields_of
 from auto_quantize_model.schemes.cures import SEARCH
 
@@ -62,7 +62,7 @@ def notes(subject: Subject) -> list[str]:
     found = [LM_HEAD] if any(name.rpartition(".")[2] == "lm_head" for name in subject.profile.assignment) else []
     if not subject.cured:
         return found
-    text = causes.of_cured(body_of(subject.cured))
+    text = explanations.of_cured(body_of(subject.cured))
     return [*found, f"{text} {CURED} has these cures." if subject.cured.is_confirmed else text]
 
 
@@ -75,7 +75,12 @@ def files(subject: Subject, above: str) -> dict[str, str]:
     if subject.cured and subject.cured.is_confirmed:
         cured = {cause.unit: cause for cause in subject.causes if cause.unit in subject.cured.units}
         smoothed = smoothing(subject, cured.values())
-        told = [*subject.described(), causes.of_cured(body_of(subject.cured)), *map(of_exported, cured.values()), CURES]
+        told = [
+            *subject.described(),
+            explanations.of_cured(body_of(subject.cured)),
+            *map(of_exported, cured.values()),
+            CURES,
+        ]
         told += [USE_CURES, *([FIRST] if smoothed else [])]
         found[CURED] = commented(header(told), {"quant_stage": {"quant_modifiers": quantization(subject, cured)}})
         if smoothed:
@@ -85,7 +90,7 @@ def files(subject: Subject, above: str) -> dict[str, str]:
 
 def of_exported(cause: Cause) -> str:
     """What the cure of one unit regains alone."""
-    return f"{cause.unit} in {cause.scheme}, alone: {causes.of_cure(body_of(cause), body_of(cause.cure))}"
+    return f"{cause.unit} in {cause.scheme}, alone: {explanations.of_cure(body_of(cause), body_of(cause.cure))}"
 
 
 def commented(above: str, recipe: dict[str, Any]) -> str:

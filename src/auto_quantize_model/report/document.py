@@ -38,7 +38,7 @@ from auto_quantize_model.records import (
     body_of,
     digest_of_record,
 )
-from auto_quantize_model.report import causes, coverage, sentences
+from auto_quantize_model.report import coverage, explanations, sentences
 from auto_quantize_model.schemes.scheme import UNQUANTIZED, without_places
 
 SCHEMA = Path(__file__).with_name("schema.json")
@@ -62,7 +62,7 @@ def build_report(
     audit: Audit,
     frontier: Frontier | NotMeasured,
     profiles: Profiles,
-    why: Why | NotMeasured = causes.NOT_EXPLAINED,
+    why: Why | NotMeasured = explanations.NOT_EXPLAINED,
 ) -> dict[str, Any]:
     """The report as a JSON-able document that its published schema describes.
 
@@ -270,7 +270,7 @@ def render(report: dict[str, Any]) -> tuple[str, str]:
         raise error
     markdown, document = (
         environment.get_template(f"op_sensitivity.{kind}.j2").render(
-            report=report, sentences=sentences, coverage=coverage, causes=causes
+            report=report, sentences=sentences, coverage=coverage, explanations=explanations
         )
         for kind, environment in environments().items()
     )

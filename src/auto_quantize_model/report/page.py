@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 
 from auto_quantize_model.escape import printable_document
 from auto_quantize_model.models.units import tower_of
-from auto_quantize_model.report import causes, coverage, sentences
+from auto_quantize_model.report import coverage, explanations, sentences
 from auto_quantize_model.report.figures import figures, strips
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -56,7 +56,7 @@ def render_page(report: dict[str, Any], links: dict[str, Any]) -> str:
         not_exercised=[op for op in report["ops"] if op["status"] == "not_exercised"],
         sentences=sentences,
         coverage=coverage,
-        causes=causes,
+        explanations=explanations,
         bundle=bundle(),
         script=source(ALLOCATE) + source(SCRIPT),
         style=source(STYLE),
@@ -83,13 +83,13 @@ def data_of(report: dict[str, Any]) -> dict[str, Any]:
 
 def told(report: dict[str, Any], cause: dict[str, Any]) -> dict[str, Any]:
     """Why a unit breaks, as the panel of one of its ops shows it: sentences, both sides alone, and histograms."""
-    more = causes.instead(report, cause)
-    cures = [causes.of_cure(cause, cure) for cure in cause["cures"]]
+    more = explanations.instead(report, cause)
+    cures = [explanations.of_cure(cause, cure) for cure in cause["cures"]]
     return {
         "ops": cause["ops"],
         "scheme": cause["scheme"],
-        "sentences": causes.of_cause(cause),
-        "sides": {side: causes.nats(cause[side]) for side in ("whole", "weight_alone", "inputs_alone")},
+        "sentences": explanations.of_cause(cause),
+        "sides": {side: explanations.nats(cause[side]) for side in ("whole", "weight_alone", "inputs_alone")},
         "cures": [*cures, more] if more else cures,
         "histograms": {side: cause[side]["histogram"] for side in ("inputs", "weight")},
     }

@@ -10,7 +10,7 @@ from test_document import parts
 
 from auto_quantize_model.config import Target
 from auto_quantize_model.records import Cause, Cured, NotMeasured, Why, body_of
-from auto_quantize_model.report import causes
+from auto_quantize_model.report import explanations
 from auto_quantize_model.report.document import build_report, render
 from auto_quantize_model.report.page import render_page
 
@@ -23,7 +23,7 @@ def report_with(why: Why | NotMeasured) -> dict[str, Any]:
 
 def told(cause: Cause, kind: str) -> str:
     row = body_of(cause)
-    return causes.of_cure(row, next(cure for cure in row["cures"] if cure["kind"] == kind))
+    return explanations.of_cure(row, next(cure for cure in row["cures"] if cure["kind"] == kind))
 
 
 def test_a_cure_that_helps_says_how_much_of_the_loss_in_nats_and_decibels_for_how_many_bytes() -> None:
@@ -64,7 +64,7 @@ def test_decibels_are_told_as_they_are(sqnr_db: float, sentence: str) -> None:
 
 
 def test_the_cause_names_the_side_the_channel_and_the_row() -> None:
-    text = " ".join(causes.of_cause(body_of(a_cause())))
+    text = " ".join(explanations.of_cause(body_of(a_cause())))
     for part in (
         "Alone in W8A8 the unit costs 0.04 nats on held-out samples and 0.044 on calibration samples.",
         "The profile smallest has the unit in this scheme.",
@@ -76,7 +76,7 @@ def test_the_cause_names_the_side_the_channel_and_the_row() -> None:
     ):
         assert part in text
     alone = body_of(a_cause(inputs_alone=a_damage(0.0, None)))
-    assert causes.of_sides(alone) == "The scheme leaves inputs unquantized, so the weight costs all."
+    assert explanations.of_sides(alone) == "The scheme leaves inputs unquantized, so the weight costs all."
 
 
 def test_the_report_and_the_page_hold_causes_and_cures() -> None:
@@ -98,7 +98,7 @@ def test_what_was_not_explained_has_a_reason() -> None:
 
 
 def test_cures_that_do_not_help_the_whole_are_not_promised() -> None:
-    none = causes.of_cured(body_of(Cured(("a", "b"), (), 0.04)))
+    none = explanations.of_cured(body_of(Cured(("a", "b"), (), 0.04)))
     assert none.startswith("Cures help a and b alone. In the whole profile they do not help")
-    unsure = causes.of_cured(body_of(replace(CURED, low=-0.01)))
+    unsure = explanations.of_cured(body_of(replace(CURED, low=-0.01)))
     assert "shows no sure gain" in unsure and unsure.endswith(", so nothing is exported.")
