@@ -13,10 +13,10 @@ from auto_quantize_model.schemes.scheme import INC_INT8
 
 
 def parser() -> argparse.ArgumentParser:
-    reads = ("manifest", "calibration_manifest", "calibration_set", "heldout_set", "plan", "scales")
-    reads += ("frontier", "profiles")
+    samples = ("manifest", "calibration_manifest", "calibration_set", "heldout_set")
+    reads = ("plan", "scales", "frontier", "profiles")
     settings = ("score_store", "device", "threads", "tf32", "nondeterministic", "config_digest", "log")
-    return options.parser(__doc__, *reads, *settings, writes=["why"])
+    return options.parser(__doc__, *samples, *reads, *settings, writes=["why"])
 
 
 def explain_units(args: argparse.Namespace) -> None:

@@ -87,6 +87,7 @@ def explain(
         on_progress(next(done), total)
 
     inputs = watch_inputs(model, [subject.unit.ops[0] for subject in subjects], calibration, few, on_forward)
+    subjects = [subject for subject in subjects if subject.unit.ops[0] in inputs]  # the others did not run
     device = next(model.parameters()).device
     first = {name: tensor.to(device) for name, tensor in calibration[0].items()}
     folds = {subject.unit.name: folding_of(model, subject.unit.ops, plan.measured_op, first) for subject in subjects}

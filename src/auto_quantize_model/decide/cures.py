@@ -130,17 +130,13 @@ class UnitCures:
         before, reason = self.fold
         weights = [module.weight for module in self.modules.values()]
         columns = weights[0].shape[1]
-        cost = (
-            {"folds_into": before}
-            if before
-            else {"extra_bytes": 2 * columns, "at_run_time": f"{MULTIPLIED}, because {reason}"}
-        )
+        costs = (0, before, "") if before else (2 * columns, "", f"{MULTIPLIED}, because {reason}")
         return [
             Trial(
                 SMOOTHING,
                 {SMOOTHING: f"{strength:g}"},
                 replace(self.whole, scale=smoothing_scale(self.inputs.low, self.inputs.high, weights, strength)),
-                **cost,  # type: ignore[arg-type]
+                *costs,
             )
             for strength in STRENGTHS
         ]
@@ -204,8 +200,13 @@ class UnitCures:
             return
         alteration = self.whole
         for trial in helping:
-            changes = {SMOOTHING: {"scale": trial.alteration.scale}, MSE: {"narrow": True}}
-            alteration = replace(alteration, **changes.get(trial.kind, {"inputs": trial.alteration.inputs}))
+            own = trial.alteration
+            if trial.kind == SMOOTHING:
+                alteration = replace(alteration, scale=own.scale)
+            elif trial.kind == MSE:
+                alteration = replace(alteration, narrow=True)
+            else:
+                alteration = replace(alteration, inputs=own.inputs)
         self.together = Trial(
             TOGETHER,
             {kind: setting for trial in helping for kind, setting in trial.settings.items()},

@@ -6,6 +6,7 @@ module is found by trying: with its output divided and the columns of the ops mu
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -94,15 +95,15 @@ def outputs_of(
 
 
 @contextmanager
-def folded(before: torch.nn.Module, ops: Sequence[torch.nn.Module], factors: torch.Tensor) -> Iterator[None]:
+def folded(before: torch.nn.Module, ops: Sequence[Any], factors: torch.Tensor) -> Iterator[None]:
     """Within this context, the parameters of a module are divided by factors, and the ops' columns multiplied."""
-    changed = [*before.parameters(), *(op.weight for op in ops)]
+    changed: list[torch.Tensor] = [*before.parameters(), *(op.weight for op in ops)]
     kept = [parameter.detach().clone() for parameter in changed]
     try:
         for parameter in before.parameters():
             parameter.div_(factors if parameter.ndim == 1 else factors.view(-1, 1))
         for op in ops:
-            op.weight.mul_(factors)  # type: ignore[operator]
+            op.weight.mul_(factors)
         yield
     finally:
         for parameter, value in zip(changed, kept, strict=True):

@@ -5,6 +5,7 @@ In: the unquantized model, and batches. Out: facts about units, which explain a 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ def watch_inputs(
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}
             kinds = on_device.get("mm_token_type_ids")
             image = None if kinds is None else kinds != 0
-            with hooked(model, {name: lambda x, of=of, step=step: step(of, x, image) for name, of in found.items()}):  # noqa: B023
+            with hooked(model, {name: partial(step, of, image=image) for name, of in found.items()}):
                 model(**on_device)
             on_forward()
     return {name: of for name, of in found.items() if of.low.numel() and of.largest.numel()}

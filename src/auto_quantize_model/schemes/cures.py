@@ -68,9 +68,10 @@ def summed(values: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
         return values.sum(-1, keepdim=True).expand_as(values)
     if args.strategy in IN_GROUPS:
         groups = values.unflatten(-1, (-1, args.group_size))
-        return groups.sum(-1, keepdim=True).expand_as(groups).flatten(-2)
+        of_groups: torch.Tensor = groups.sum(-1, keepdim=True).expand_as(groups).flatten(-2)
+        return of_groups
     height, width = args.block_structure
     blocks = maybe_pad_tensor_for_block_quant(values, args.block_structure)
     blocks = blocks.unflatten(1, (-1, width)).unflatten(0, (-1, height))
-    whole = blocks.sum((1, 3), keepdim=True).expand_as(blocks).flatten(2).flatten(0, 1)
+    whole: torch.Tensor = blocks.sum((1, 3), keepdim=True).expand_as(blocks).flatten(2).flatten(0, 1)
     return whole[: values.shape[0], : values.shape[1]]
