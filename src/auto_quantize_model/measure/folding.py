@@ -106,5 +106,5 @@ def folded(before: torch.nn.Module, ops: Sequence[Any], factors: torch.Tensor) -
             op.weight.mul_(factors)
         yield
     finally:
-        for parameter, value in zip(changed, kept, strict=True):
-            parameter.copy_(value)
+        for tensor, value in zip(changed, kept, strict=True):
+            tensor.copy_(value)
