@@ -328,6 +328,7 @@ WRITTEN = {
     "audit_capture.py": {"--audit"},
     "measure_frontier.py": {"--frontier"},
     "build_profiles.py": {"--profiles"},
+    "explain_units.py": {"--why"},
     "render_report.py": {"--json", "--markdown"},
     "archive_results.py": {"--checksums", "--archive"},
     "publish_summary.py": {"--into-json", "--into-markdown"},

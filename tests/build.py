@@ -11,11 +11,19 @@ from auto_quantize_model.records import (
     Audit,
     CalibrationManifest,
     Capture,
+    Cause,
+    Channel,
+    Cure,
+    Cured,
+    Damage,
+    Distance,
     Effort,
     Estimate,
     Excluded,
     Frontier,
+    Histogram,
     IncInt8,
+    InputFacts,
     ModelManifest,
     Op,
     Options,
@@ -28,6 +36,8 @@ from auto_quantize_model.records import (
     ScoredBatch,
     Side,
     Unit,
+    WeightFacts,
+    Why,
     digest_of_record,
 )
 
@@ -275,6 +285,54 @@ def two_units(**changes: Any) -> Frontier:
 def a_profile(point: Point, **changes: Any) -> Profile:
     """A profile of a point whose units are not told."""
     return Profile(point, **{"assignment": {}, "kept": (), **changes})
+
+
+def a_damage(heldout: float, sqnr_db: float | None = 30.0) -> Damage:
+    """A state with so many nats on held-out samples, and a tenth more on calibration samples."""
+    return Damage(Distance(1.1 * heldout, sqnr_db), Distance(heldout, sqnr_db))
+
+
+def a_cure(kind: str, kl_divergence: float = 0.01, **changes: Any) -> Cure:
+    """A cure that leaves so many of 0.04 nats."""
+    gain = 0.04 - kl_divergence
+    fields: dict[str, Any] = {
+        "settings": {kind: "0.8" if kind == "smoothing" else ""},
+        "damage": a_damage(kl_divergence, 35.1),
+        "regained": gain,
+        "low": gain - 0.005,
+        "high": gain + 0.005,
+        "folds_into": "norm" if kind == "smoothing" else "",
+    }
+    return Cure(kind, **fields | changes)
+
+
+def a_cause(ops: Sequence[str] = ("a",), scheme: str = "W8A8", **changes: Any) -> Cause:
+    """A unit that its inputs break, by the outlier channel 3, and that smoothing cures."""
+    histogram = Histogram(-1.0, 1.0, (1, 0, 1000, 2))
+    fields: dict[str, Any] = {
+        "profiles": ("smallest",),
+        "whole": a_damage(0.04),
+        "weight_alone": a_damage(0.002, 36.0),
+        "inputs_alone": a_damage(0.038, 30.5),
+        "inputs": InputFacts(
+            (-1.5, 1.0), (-1.0, 1.0), (-1.5, 1.0), (-1.0, 0.5), 0.01, (Channel(3, 40.0),), 1, histogram
+        ),
+        "weight": WeightFacts(4.0, 20.0, ops[0], 7, 0.0, histogram),
+        "cures": (
+            a_cure("smoothing"),
+            a_cure("mse_weight", 0.05),
+            a_cure("percentile_inputs", reason="each input has its own scale, so the calibration sets no range"),
+            a_cure("asymmetric_inputs", 0.041),
+        ),
+        "strengths": {"0.5": 0.02, "0.8": 0.011},
+        "chosen": "smoothing",
+    }
+    return Cause(changes.pop("unit", ops[0]), tuple(ops), scheme, **fields | changes)
+
+
+def a_why(*causes: Cause, **cured: Cured) -> Why:
+    """Causes, and {profile: the profile with cures}."""
+    return Why(calibration_batches=2, heldout_batches=2, heldout_samples=4, causes=causes, cured=cured)
 
 
 def profiles_of(profiles: Mapping[str, Profile], missed: Mapping[str, str] = MappingProxyType({})) -> Profiles:

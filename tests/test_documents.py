@@ -35,8 +35,9 @@ READS: dict[str, tuple[str, ...]] = {
     "audit": ("model_manifest", "calibration_manifest", "plan", "scales", "capture"),
     "frontier": ("model_manifest", "calibration_manifest", "plan", "scales", "capture"),
     "profiles": ("plan", "frontier"),
-    "exports": ("model_manifest", "calibration_manifest", "plan", "profiles"),
-    "report": ("model_manifest", "calibration_manifest", "plan", "capture", "audit", "frontier", "profiles"),
+    "why": ("model_manifest", "calibration_manifest", "plan", "scales", "frontier", "profiles"),
+    "exports": ("model_manifest", "calibration_manifest", "plan", "profiles", "why"),
+    "report": ("model_manifest", "calibration_manifest", "plan", "capture", "audit", "frontier", "profiles", "why"),
     "quantized": ("model_manifest", "calibration_manifest", "plan", "scales", "frontier", "profiles", "exports"),
 }
 # Each script with the kinds that its options name; its other arguments stand in OTHERS.
@@ -45,7 +46,7 @@ OPTIONS = {
     "calibration_manifest": "--calibration-manifest",
     "exports": "--exports",
     "report": "--report",
-} | {kind: f"--{kind}" for kind in ("plan", "scales", "capture", "audit", "frontier", "profiles")}
+} | {kind: f"--{kind}" for kind in ("plan", "scales", "capture", "audit", "frontier", "profiles", "why")}
 SCRIPTS = {
     "extract_calibration": READS["calibration_manifest"],
     "plan_quantization": READS["plan"],
@@ -54,6 +55,7 @@ SCRIPTS = {
     "audit_capture": READS["audit"],
     "measure_frontier": READS["frontier"],
     "build_profiles": READS["profiles"],
+    "explain_units": READS["why"],
     "export_profiles": READS["exports"],
     "render_report": READS["report"],
     "draw_figures": ("report",),
@@ -72,6 +74,7 @@ OTHERS = {
     "measure_frontier": [*SETS, "--heldout-set", "b.parquet", "--spec", "{}", "--target", "{}", "--candidates", "W8A8"]
     + ["--frontier", "made.json"],
     "build_profiles": ["--target", "{}", "--profiles", "made.json"],
+    "explain_units": [*SETS, "--heldout-set", "b.parquet", "--why", "made.json"],
     "export_profiles": ["--directory", "made"],
     "render_report": ["--markdown", "made.md", "--json", "made.json"]
     + [f"--{table}-table={table}.csv" for table in ("ranking", "frontier", "profiles")],

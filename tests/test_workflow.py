@@ -45,6 +45,7 @@ EVERYTHING = {
     "audit_capture",
     "measure_frontier",
     "build_profiles",
+    "explain_units",
     "export_profiles",
     "render_report",
     "draw_figures",
@@ -55,7 +56,8 @@ EVERYTHING = {
 FROM_PAGE = {"render_page", "archive_results"}
 FROM_REPORT = FROM_PAGE | {"render_report", "draw_figures", "publish_summary"}
 FROM_AUDIT = FROM_REPORT | {"audit_capture"}
-FROM_PROFILES = FROM_REPORT | {"build_profiles", "export_profiles"}
+FROM_WHY = FROM_REPORT | {"explain_units", "export_profiles"}
+FROM_PROFILES = FROM_WHY | {"build_profiles"}
 FROM_FRONTIER = FROM_PROFILES | {"measure_frontier"}
 FROM_CAPTURE = FROM_AUDIT | FROM_FRONTIER | {"capture_sensitivity"}
 FROM_SCALES = FROM_CAPTURE | {"calibrate_scales"}
@@ -206,7 +208,7 @@ def test_the_workflow_passes_snakemakes_own_linter_and_its_formatter(checkout: P
 def test_the_threads_of_the_config_reach_each_step_that_measures(checkout: Path) -> None:
     told = dry_run(checkout, "--printshellcmds", "--config", "sensitivity={threads: 3}").stdout
     steps = re.findall(r"exec python scripts/(\w+)\.py [^\n]* --threads 3 ", told)
-    assert sorted(steps) == ["calibrate_scales", "capture_sensitivity", "measure_frontier"]
+    assert sorted(steps) == ["calibrate_scales", "capture_sensitivity", "explain_units", "measure_frontier"]
 
 
 def test_a_bad_config_ends_before_any_job_with_a_line_for_each_problem_and_no_traceback(
@@ -281,7 +283,7 @@ def test_the_shipped_snapshot_counts_by_its_content_and_not_by_its_times(
 
 # Of files of the library, the rules that use them, as their own code and not by way of other rules.
 MEASURING = {"plan_quantization", "calibrate_scales", "capture_sensitivity", "audit_capture", "measure_frontier"}
-MEASURING |= {"quantize_model"}
+MEASURING |= {"explain_units", "quantize_model"}
 USERS = {
     "archive.py": {"archive_results"},
     "report/page.py": {"render_page"},
@@ -300,8 +302,11 @@ USERS = {
     "measure/served_audit.py": {"audit_capture", "quantize_model"},
     "schemes/compressed.py": MEASURING | {"export_profiles"},
     "measure/heldout.py": {"measure_frontier", "quantize_model"},
-    "inc/plan.py": MEASURING - {"calibrate_scales", "measure_frontier"},
-    "measure/store.py": {"capture_sensitivity", "audit_capture", "measure_frontier", "quantize_model"},
+    "inc/plan.py": MEASURING - {"calibrate_scales", "measure_frontier", "explain_units"},
+    "measure/store.py": MEASURING - {"plan_quantization", "calibrate_scales"},
+    "decide/causes.py": {"explain_units"},
+    "schemes/cures.py": {"explain_units", "export_profiles", "quantize_model"},
+    "report/explanations.py": {"render_report", "render_page", "export_profiles", "quantize_model"},
     "models/snapshot.py": MEASURING | {"get_model", "extract_calibration", "export_profiles"},
     "cli.py": EVERYTHING | {"quantize_model"},
     "api.py": set(),  # the package hands it out lazily, and no command uses it
@@ -813,6 +818,7 @@ def away(path: Path) -> Iterator[None]:
         ("figures_cpu/frontier.svg", FROM_PAGE | {"draw_figures"}),
         ("exports_cpu/smallest/llm_compressor_recipe.yaml", FROM_PAGE | {"export_profiles"}),
         ("exports_cpu/index.json", FROM_PAGE | {"export_profiles"}),
+        ("why_cpu.json", FROM_WHY),
         ("profiles_cpu.json", FROM_PROFILES),
         ("scales_cpu.safetensors", FROM_SCALES),
         ("audit_cpu.json", FROM_AUDIT),

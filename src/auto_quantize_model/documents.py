@@ -32,6 +32,7 @@ RULES = {
     "audit": "audit_capture",
     "frontier": "measure_frontier",
     "profiles": "build_profiles",
+    "why": "explain_units",
     "exports": "export_profiles",
     "report": "render_report",
     "quantized": "quantize_model",

@@ -25,6 +25,7 @@ FILES = {
     "audit": ("the audit of the capture", ".json"),
     "frontier": ("the measured frontier", ".json"),
     "profiles": ("the profiles", ".json"),
+    "why": ("what breaks the worst units, and what regains their loss", ".json"),
     "exports": ("the index of the exported profiles", ".json"),
     "record": ("the comparison of the quantized model with its profile", ".json"),
     "report": ("the report as data", ".json"),

@@ -630,6 +630,202 @@ class Profiles:
     missed: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Distance:
+    """How far one state is from the unquantized model: KL divergence in nats, mean over positions, and SQNR in dB.
+
+    `sqnr_db` is that of the measured output; None for no error.
+    """
+
+    kl_divergence: float
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What a state costs on the calibration batches that were scored, and on held-out ones; None where not measured."""
+
+    calibration: Distance
+    heldout: Distance | None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of values in equal bins from `low` to `high`. The outer bins also count what lies beyond."""
+
+    low: float
+    high: float
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Channel:
+    """An input channel, and how many times its largest magnitude is that of the median channel."""
+
+    index: int
+    ratio: float
+
+
+@dataclass(frozen=True)
+class InputFacts:
+    """The inputs of a unit on held-out batches.
+
+    Attributes:
+        range: minimum and maximum; `calibration_range` is that of all calibration batches.
+        image_range, text_range: the same at the positions of images and of other tokens. None without such positions;
+            also None where the op's positions are not those of the tokens.
+        clipped: the share of values outside of the calibration's range.
+        outliers: the channels with the largest ratios, the largest first; `outlier_count` is how many there are.
+        histogram: over the calibration's range.
+    """
+
+    range: tuple[float, float]
+    calibration_range: tuple[float, float]
+    image_range: tuple[float, float] | None
+    text_range: tuple[float, float] | None
+    clipped: float
+    outliers: tuple[Channel, ...]
+    outlier_count: int
+    histogram: Histogram
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """The weight of a unit, the rows of its ops together.
+
+    Attributes:
+        kurtosis: excess kurtosis of all values, 0 for a normal distribution.
+        worst_kurtosis: of the row with the highest one: row `worst_row` of the op `worst_op`.
+        clipped: the share of values beyond the largest value that their scale can represent.
+        histogram: over the range of the weight.
+    """
+
+    kurtosis: float
+    worst_kurtosis: float
+    worst_op: str
+    worst_row: int
+    clipped: float
+    histogram: Histogram
+
+
+@dataclass(frozen=True)
+class Cure:
+    """One way to regain a part of the loss of a unit in a scheme.
+
+    Attributes:
+        kind: `smoothing`, `mse_weight`, `percentile_inputs`, `asymmetric_inputs`, or `together` for several of them.
+        settings: {kind: its setting}, such as a smoothing strength; of `together` those of all its cures.
+        reason: why the cure cannot be applied; empty where it was measured.
+        damage: of the unit with the cure; None where it cannot be applied.
+        regained: nats that the cure regains on held-out samples, as a mean over them; `low` and `high` are its 95 %
+            interval. None where only calibration batches were measured.
+        extra_bytes: what the checkpoint stores besides.
+        folds_into: the module that takes the smoothing scale up; empty for none.
+        at_run_time: what must be computed besides, in words; empty for nothing.
+    """
+
+    kind: str
+    settings: dict[str, str]
+    reason: str = ""
+    damage: Damage | None = None
+    regained: float | None = None
+    low: float | None = None
+    high: float | None = None
+    extra_bytes: int = 0
+    folds_into: str = ""
+    at_run_time: str = ""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the cure costs neither bytes nor time."""
+        return not self.reason and not self.extra_bytes and not self.at_run_time
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether the cure regains something on held-out samples, beyond the interval."""
+        return self.low is not None and self.low > 0
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why a unit breaks in a scheme, and what regains its loss. In each state, only this unit is quantized.
+
+    Attributes:
+        unit: its name, and `ops` its ops.
+        scheme: its name.
+        profiles: those in which the unit has the scheme.
+        whole: the unit in the scheme; `weight_alone` and `inputs_alone` with one side in the scheme.
+        cures: the best setting of each kind, by the calibration batches.
+        strengths: {smoothing strength: KL divergence on the calibration batches}, for all that were tried.
+        chosen: the kind of the cure that is exported: free, confirmed, and the best of these; empty for none.
+    """
+
+    unit: str
+    ops: tuple[str, ...]
+    scheme: str
+    profiles: tuple[str, ...]
+    whole: Damage
+    weight_alone: Damage
+    inputs_alone: Damage
+    inputs: InputFacts
+    weight: WeightFacts
+    cures: tuple[Cure, ...]
+    strengths: dict[str, float]
+    chosen: str
+
+    @property
+    def cure(self) -> Cure | None:
+        """The cure that is chosen."""
+        return next((cure for cure in self.cures if cure.kind == self.chosen), None)
+
+
+@dataclass(frozen=True)
+class Cured:
+    """A profile with cures of its units, on all held-out samples.
+
+    Attributes:
+        tried: the units whose cure helps each of them alone.
+        units: those whose cures together have the least divergence on the calibration batches; empty where the profile
+            without cures has less.
+        before: nats of the profile; `kl_divergence` with the cures. None without any.
+        regained: nats, as a mean over the samples; `low` and `high` are its 95 % interval. None without cures.
+    """
+
+    tried: tuple[str, ...]
+    units: tuple[str, ...]
+    before: float
+    kl_divergence: float | None = None
+    regained: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether the cures regain something on held-out samples, beyond the interval."""
+        return self.low is not None and self.low > 0
+
+
+@closed
+@dataclass(frozen=True, kw_only=True)
+class Why:
+    """Why the worst units break, and what regains their loss at no cost; see `decide.causes.explain`.
+
+    Attributes:
+        calibration_batches: those that were scored; `heldout_batches` the held-out ones, with so many samples.
+        causes: the largest loss first.
+        cured: {profile: the profile with cures}; a profile is absent where no cure helps a unit of it.
+        skipped: remarks on what was not explained.
+    """
+
+    status: Literal["measured"] = "measured"
+    calibration_batches: int
+    heldout_batches: int
+    heldout_samples: int
+    causes: tuple[Cause, ...]
+    cured: dict[str, Cured]
+    skipped: tuple[str, ...] = ()
+
+
 def body_of(record: Any) -> dict[str, Any]:
     """A record as the body of a document, with lists in place of tuples, as in JSON."""
     body: dict[str, Any] = asdict(record, dict_factory=_with_lists)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from build import a_plan, a_point, a_profile, an_op, profiles_of
+from build import a_cause, a_cure, a_plan, a_point, a_profile, a_why, an_op, profiles_of
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
 from markdown_it import MarkdownIt
 from test_standin import write_snapshot
@@ -25,7 +25,8 @@ from auto_quantize_model.export.exports import NO_SCHEMES, ONLY_INC, TOOLS, expo
 from auto_quantize_model.export.names import common_name, regular_expressions
 from auto_quantize_model.files import InputError
 from auto_quantize_model.models.snapshot import load_model, module_types, tensor_names
-from auto_quantize_model.records import Unit
+from auto_quantize_model.records import Cured, Unit
+from auto_quantize_model.report.explanations import NOT_EXPLAINED
 from auto_quantize_model.schemes.compressed import PRESETS, fields_of, scheme_of
 from auto_quantize_model.schemes.scheme import assigned
 
@@ -57,6 +58,7 @@ def written(
     modules: Any,
     published: Any = (),
     kept: Sequence[str] = (),
+    why: Any = NOT_EXPLAINED,
     **plan: Any,
 ) -> tuple[Path, dict[str, Any]]:
     """The folder of an exported profile, and its part of the index."""
@@ -65,7 +67,7 @@ def written(
     point = a_point(kl_divergence=0.0123, bits=4.75, weight_bytes=3_000_000, top1_agreement=0.75, sqnr_db=31.0)
     profile = a_profile(point, assignment=dict(assignment), kept=tuple(kept))
     made_for = a_plan(ops, **{"schemes": schemes, "units": UNITS, **plan})
-    index = export(folder / "exports", profiles_of({"balanced": profile}), made_for, modules, published, 2)
+    index = export(folder / "exports", profiles_of({"balanced": profile}), made_for, modules, published, 2, (), why)
     return folder / "exports" / "balanced", index["profiles"]["balanced"]
 
 
@@ -122,6 +124,90 @@ def test_llm_compressor_gives_each_module_the_scheme_of_the_assignment(mixed: An
     for name, scheme in given.items():
         assert fields_of(scheme) == fields_of(SCHEMES[SERVED[name]]), name
     assert mixed[1]["llm_compressor"]["quantized"] == SERVED
+
+
+NORM = f"{LAYER}.input_layernorm"
+ALL_CURED = Cured(("qkv", "gate_up", "lm_head"), ("qkv", "gate_up", "lm_head"), 0.04, 0.012, 0.028, 0.02, 0.03)
+
+
+def causes_of(cured: Cured) -> Any:
+    """The query, key and value are smoothed with other ranges; two more units have one cure each."""
+    together = {"smoothing": "0.8", "mse_weight": ""}
+    smoothed = (a_cure("together", settings=together, folds_into=NORM),)
+    members = {"profiles": ("balanced",)}
+    return a_why(
+        a_cause((Q_PROJ, K_PROJ, V_PROJ), "W4A16_G32", unit="qkv", cures=smoothed, chosen="together", **members),
+        a_cause(
+            (GATE_PROJ, UP_PROJ),
+            "FP8_DYNAMIC",
+            unit="gate_up",
+            cures=(a_cure("mse_weight"),),
+            chosen="mse_weight",
+            **members,
+        ),
+        a_cause(
+            ("lm_head",),
+            "W8A8",
+            unit="lm_head",
+            cures=(a_cure("asymmetric_inputs"),),
+            chosen="asymmetric_inputs",
+            **members,
+        ),
+        balanced=cured,
+    )
+
+
+def test_cures_that_help_the_whole_profile_have_a_recipe_of_their_own(
+    tmp_path: Path, tiny_snapshot: Path, modules: Any
+) -> None:
+    folder, index = written(tmp_path, SERVED, modules, tensor_names(tiny_snapshot), [PATCHES], causes_of(ALL_CURED))
+    plain, text = (
+        (folder / "llm_compressor_recipe.yaml").read_text(),
+        (folder / "llm_compressor_with_cures.yaml").read_text(),
+    )
+    assert "memoryless_mse" not in plain and "SmoothQuant" not in plain
+    assert "exports/balanced/llm_compressor_with_cures.yaml" in index["llm_compressor"]["files"]
+    head = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+    assert "the cures of qkv, gate_up and lm_head regain 0.028 of 0.04 nats" in head
+    assert "qkv in W4A16_G32, alone: Smoothing 0.8 and MSE ranges of the weight regain 0.03 of 0.04 nats" in head
+    assert 'Before that, use oneshot(model=model, recipe="llm_compressor_smoothing.yaml"' in head
+    before_that = yaml.safe_load((folder / "llm_compressor_smoothing.yaml").read_text())
+    smoothing = before_that["smoothing_stage"]["smoothing_0_modifiers"]["SmoothQuantModifier"]
+    ((balanced, before),) = smoothing["mappings"]
+    assert smoothing["smoothing_strength"] == 0.8
+    named = [name for name in modules if re.match(before.removeprefix("re:"), name)]
+    assert named == [NORM] and len(balanced) == 3
+    assert [name for name in modules if any(re.match(one.removeprefix("re:"), name) for one in balanced)] == [
+        Q_PROJ,
+        K_PROJ,
+        V_PROJ,
+    ]
+    modifier = yaml.safe_load(text)["quant_stage"]["quant_modifiers"]["QuantizationModifier"]
+    model = load_model(tiny_snapshot)
+    apply_quantization_config(model, QuantizationConfig(**modifier))
+    given = {
+        name: module.quantization_scheme
+        for name, module in model.named_modules()
+        if hasattr(module, "quantization_scheme")
+    }
+    assert set(given) == set(SERVED)
+    observers = {name: scheme.weights.observer for name, scheme in given.items()}
+    assert {name for name, own in observers.items() if own == "memoryless_mse"} == {
+        Q_PROJ,
+        K_PROJ,
+        V_PROJ,
+        GATE_PROJ,
+        UP_PROJ,
+    }
+    assert given[Q_PROJ].weights.observer_kwargs == {"maxshrink": 0.8, "grid": 25, "patience": 20, "norm": 2.0}
+    assert given["lm_head"].input_activations.symmetric is False and given["lm_head"].weights.symmetric
+    assert fields_of(given[O_PROJ]) == fields_of(SCHEMES["NVFP4"])
+
+
+def test_cures_that_do_not_help_the_whole_profile_have_no_recipe(tmp_path: Path, modules: Any) -> None:
+    folder, index = written(tmp_path, SERVED, modules, kept=[PATCHES], why=causes_of(Cured(("qkv",), (), 0.04)))
+    assert not (folder / "llm_compressor_with_cures.yaml").exists()
+    assert any(note.startswith("Cures help qkv alone.") for note in index["llm_compressor"]["notes"])
 
 
 @pytest.mark.parametrize("preset", PRESETS)

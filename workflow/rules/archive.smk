@@ -18,6 +18,7 @@ rule archive_results:
         audit=rules.audit_capture.output.audit,
         frontier=rules.measure_frontier.output.frontier,
         profiles=rules.build_profiles.output.profiles,
+        why=rules.explain_units.output.why,
         exports=rules.export_profiles.output.index,
         report=rules.render_report.output.json,
         texts=[

@@ -160,6 +160,7 @@ ASKED = {
     "audit_capture": config["sensitivity"]["audit_ops"],
     "measure_frontier": [config["decide"], config["profiles"], CANDIDATES, DEVICE, replay_flags()],
     "build_profiles": config["profiles"],
+    "explain_units": [DEVICE, replay_flags()],
     "quantize_model": config["quantize"],
 }
 

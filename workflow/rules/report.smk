@@ -25,6 +25,40 @@ rule build_profiles:
         " --log {log:q}"
 
 
+rule explain_units:
+    """Explain why the worst units break, and measure the cures that cost no bytes.
+
+    A cause is one unit in one scheme: each side alone, outlier channels, clipped values, kurtosis, and what each cure
+    regains on held-out samples. The score store keeps the record of each forward, so a killed run resumes.
+    """
+    input:
+        **MEASURED,
+        stale=made_again_where_stale("explain_units"),
+        heldout_set=rules.extract_calibration.output.heldout_set,
+        frontier=rules.measure_frontier.output.frontier,
+        profiles=rules.build_profiles.output.profiles,
+    output:
+        why=f"{RUN}/why_{DEVICE}.json",
+    log:
+        f"{RUN}/logs/explain_units.log",
+    benchmark:
+        f"{RUN}/benchmarks/explain_units.tsv"
+    threads: 64
+    resources:
+        gpu=1 if DEVICE == "cuda" else 0,
+    params:
+        **REPLAYED,
+        code=code_digest("scripts/explain_units.py"),
+        files=file_options,
+        config_digest=config_digest("explain_units"),
+    shell:
+        "exec python scripts/explain_units.py {params.files}"
+        " --device {params.device}"
+        " {params.flags}"
+        " --config-digest {params.config_digest}"
+        " --log {log:q}"
+
+
 rule export_profiles:
     """Write each profile as files for the tools that apply it, checked against the model's module names.
 
@@ -35,6 +69,7 @@ rule export_profiles:
         stale=made_again_where_stale("export_profiles"),
         plan=rules.plan_quantization.output.plan,
         profiles=rules.build_profiles.output.profiles,
+        why=rules.explain_units.output.why,
     output:
         # A file: Snakemake empties an output that is a folder, before a job and after a job that failed.
         index=f"{RUN}/exports_{DEVICE}/index.json",
@@ -62,6 +97,7 @@ rule render_report:
         audit=rules.audit_capture.output.audit,
         frontier=rules.measure_frontier.output.frontier,
         profiles=rules.build_profiles.output.profiles,
+        why=rules.explain_units.output.why,
     output:
         markdown=report(f"{REPORT}.md", caption="../report/report.rst", category="Report"),
         json=f"{REPORT}.json",

@@ -10,7 +10,7 @@ from auto_quantize_model.folders import require_own_folder
 
 
 def parser() -> argparse.ArgumentParser:
-    reads = ("manifest", "calibration_manifest", "plan", "profiles")
+    reads = ("manifest", "calibration_manifest", "plan", "profiles", "why")
     return options.parser(__doc__, *reads, "directory", "log")
 
 
@@ -25,7 +25,7 @@ def export_profiles(args: argparse.Namespace) -> None:
     modules, published = module_types(snapshot), tensor_names(snapshot)
     samples, size = len(run.calibration.samples["calibration"]), run.calibration.batch_size
     in_whole_batches = samples - samples % size
-    index = export(args.directory, run.profiles, run.plan, modules, published, in_whole_batches, run.documents)
+    index = export(args.directory, run.profiles, run.plan, modules, published, in_whole_batches, run.documents, run.why)
     for name, reason in index["missed"].items():
         cli.say(f"no profile {name}: {reason}")
     for name, tools in index["profiles"].items():

@@ -13,7 +13,7 @@ TABLES = ("ranking", "frontier", "profiles")
 
 
 def parser() -> argparse.ArgumentParser:
-    reads = ("manifest", "calibration_manifest", "plan", "capture", "audit", "frontier", "profiles")
+    reads = ("manifest", "calibration_manifest", "plan", "capture", "audit", "frontier", "profiles", "why")
     writes = ("markdown", "json", *(f"{name}_table" for name in TABLES))
     return options.parser(__doc__, *reads, "log", writes=writes)
 
@@ -23,7 +23,8 @@ def render_report(args: argparse.Namespace) -> None:
     from auto_quantize_model.report import coverage, sentences
     from auto_quantize_model.report.document import build_report, render, tables, top_table
 
-    report = build_report(run.manifest, run.calibration, run.plan, run.capture, run.audit, run.frontier, run.profiles)
+    made_from = run.manifest, run.calibration, run.plan, run.capture, run.audit, run.frontier, run.profiles, run.why
+    report = build_report(*made_from)
     markdown, document = render(report)
     texts = {args.markdown: markdown}
     texts |= {getattr(args, f"{name}_table"): table.to_csv(index=False) for name, table in tables(report).items()}

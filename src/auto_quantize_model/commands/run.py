@@ -21,6 +21,8 @@ from auto_quantize_model.records import (
     NotMeasured,
     Plan,
     Profiles,
+    Record,
+    Why,
     as_record,
     body_of,
 )
@@ -35,6 +37,7 @@ DOCUMENTS = {
     "audit": "audit",
     "frontier": "frontier",
     "profiles": "profiles",
+    "why": "why",
     "exports": "exports",
     "report": "report",
 }
@@ -78,14 +81,15 @@ class Run:
 
     @cached_property
     def frontier(self) -> Frontier | NotMeasured:
-        document = self.document("frontier")
-        if document.get("status") == "not_measured":
-            return as_record(NotMeasured, document)
-        return as_record(Frontier, document)
+        return either(Frontier, self.document("frontier"))
 
     @cached_property
     def profiles(self) -> Profiles:
         return as_record(Profiles, self.document("profiles"))
+
+    @cached_property
+    def why(self) -> Why | NotMeasured:
+        return either(Why, self.document("why"))
 
     @property
     def exports(self) -> Document:
@@ -109,6 +113,11 @@ class Run:
         """Write a record or a body as a document that is made from the step's documents and its part of the config."""
         body = record if isinstance(record, Mapping) else body_of(record)
         write_document(path, kind, body, self.documents, self.options.config_digest, files)
+
+
+def either(kind: type[Record], document: Document) -> Record | NotMeasured:
+    """The record of a document, or the record that says why nothing was measured."""
+    return as_record(NotMeasured, document) if document.get("status") == "not_measured" else as_record(kind, document)
 
 
 def open_run(args: argparse.Namespace) -> Run:

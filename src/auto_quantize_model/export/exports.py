@@ -19,8 +19,9 @@ from auto_quantize_model.export.names import Modules, listed
 from auto_quantize_model.export.subject import Subject, header
 from auto_quantize_model.files import InputError, write_text
 from auto_quantize_model.folders import atomic_folder
-from auto_quantize_model.records import Op, Plan, Profiles, digest_of_record
+from auto_quantize_model.records import NotMeasured, Op, Plan, Profiles, Why, digest_of_record
 from auto_quantize_model.report import coverage
+from auto_quantize_model.report.explanations import NOT_EXPLAINED
 from auto_quantize_model.report.sentences import counted
 from auto_quantize_model.schemes.scheme import INC_INT8
 
@@ -163,6 +164,7 @@ def export(
     published: Collection[str],
     calibration_samples: int,
     made_from: Iterable[Document] = (),
+    why: Why | NotMeasured = NOT_EXPLAINED,
 ) -> dict[str, Any]:
     """Write every profile for every tool (DIRECTORY/PROFILE/FILE), and DIRECTORY/index.json, which lists them.
 
@@ -174,6 +176,7 @@ def export(
         published: as `snapshot.tensor_names` returns it.
         calibration_samples: number of samples that set the profiles' scales.
         made_from: the documents that the profiles were made from, for the head of index.json.
+        why: the causes of losses, with cures.
 
     Returns:
         {model, plan_digest, profiles: {profile: {tool: ...}}, missed}; paths are relative to the directory's parent.
@@ -184,7 +187,10 @@ def export(
     texts: dict[str, str] = {}
     index: dict[str, Any] = {}
     for name, profile in profiles.profiles.items():
-        subject = Subject(plan, name, profile, modules, published, calibration_samples)
+        cured = (
+            (tuple(c for c in why.causes if name in c.profiles), why.cured.get(name)) if isinstance(why, Why) else ()
+        )
+        subject = Subject(plan, name, profile, modules, published, calibration_samples, *cured)
         files, index[name] = export_profile(subject)
         texts |= {f"{name}/{file}": text for file, text in files.items()}
         for tool in index[name].values():

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from auto_quantize_model.escape import one_line
 from auto_quantize_model.export.names import Modules, common_name
-from auto_quantize_model.records import Op, Plan, Profile
+from auto_quantize_model.records import Cause, Cured, Op, Plan, Profile
 from auto_quantize_model.report import coverage, sentences
 from auto_quantize_model.schemes.compressed import scheme_of
 from auto_quantize_model.schemes.scheme import INC_INT8
@@ -35,6 +35,8 @@ class Subject:
         modules: the model's, by name.
         published: names of the published checkpoint's weights.
         calibration_samples: number of samples that set the profile's scales.
+        causes: why units break, with their cures.
+        cured: the profile with cures; None where no cure helps a unit of it.
     """
 
     plan: Plan
@@ -43,6 +45,8 @@ class Subject:
     modules: Modules
     published: Collection[str]
     calibration_samples: int
+    causes: tuple[Cause, ...] = ()
+    cured: Cured | None = None
 
     @cached_property
     def groups(self) -> dict[str, list[str]]:

@@ -34,15 +34,16 @@ from auto_quantize_model.records import (
     Profiles,
     Score,
     ScoredBatch,
+    Why,
     body_of,
     digest_of_record,
 )
-from auto_quantize_model.report import coverage, sentences
+from auto_quantize_model.report import coverage, explanations, sentences
 from auto_quantize_model.schemes.scheme import UNQUANTIZED, without_places
 
 SCHEMA = Path(__file__).with_name("schema.json")
 TEMPLATES = Path(__file__).with_name("templates")
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 OF_THE_MODEL = ("model", "source", "architecture", "stand_in", "rounded", "digest")
 # Below this SQNR the all-INT8 output is mostly error, and the error that one op in FP32 removes is noise.
 FALLBACK_FLOOR_DB = 10.0
@@ -61,6 +62,7 @@ def build_report(
     audit: Audit,
     frontier: Frontier | NotMeasured,
     profiles: Profiles,
+    why: Why | NotMeasured = explanations.NOT_EXPLAINED,
 ) -> dict[str, Any]:
     """The report as a JSON-able document that its published schema describes.
 
@@ -112,6 +114,7 @@ def build_report(
         "scheme_agreements": agreements(schemes),
         "frontier": of_frontier(frontier, plan),
         "profiles": of_profiles(profiles),
+        "why": body_of(why),
         "maps": {label: {"direction": sentences.DIRECTIONS[label], "ops": rows} for label, rows in maps.items()},
         "ops": [
             {
@@ -267,7 +270,7 @@ def render(report: dict[str, Any]) -> tuple[str, str]:
         raise error
     markdown, document = (
         environment.get_template(f"op_sensitivity.{kind}.j2").render(
-            report=report, sentences=sentences, coverage=coverage
+            report=report, sentences=sentences, coverage=coverage, explanations=explanations
         )
         for kind, environment in environments().items()
     )

@@ -28,6 +28,42 @@
     const top = make("tr", heads.map((head) => make("th", head, { scope: "col" })));
     return make("table", [make("thead", top), make("tbody", rows.map(rowWith))]);
   };
+  // Why a unit breaks: sentences, a bar for each side alone, small histograms, and the cures.
+  const drawn = (tag, attributes, content = []) => {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    element.append(...content);
+    return element;
+  };
+  const histogramOf = (title, { low, high, counts }) => {
+    const [wide, tall] = [8 * counts.length, 60];
+    // By the logarithm: a single value far out must stay visible.
+    const most = Math.log1p(Math.max(...counts, 1));
+    const bars = counts.map((count, index) => {
+      const height = (tall * Math.log1p(count)) / most;
+      return drawn("rect", { x: 8 * index, y: tall - height, width: 7, height });
+    });
+    const name = title + ": counts on a logarithmic scale, from " + shown(low, 3) + " to " + shown(high, 3);
+    const picture = drawn("svg", { viewBox: "0 0 " + wide + " " + tall, preserveAspectRatio: "none", role: "img", "aria-label": name }, bars);
+    return make("figure", [picture, make("figcaption", title + ", " + shown(low, 3) + " to " + shown(high, 3))]);
+  };
+  const barsOf = (sides) => {
+    const most = Math.max(...Object.values(sides));
+    const titles = { whole: "whole unit", weight_alone: "weight alone", inputs_alone: "inputs alone" };
+    return make("div", Object.entries(sides).map(([side, value]) => {
+      const bar = make("span", [], { class: "bar", style: "width: " + (most > 0 ? (100 * value) / most : 0) + "%" });
+      return make("div", [make("span", titles[side]), make("span", bar), make("span", shown(value) + " nats", { class: "n" })]);
+    }), { class: "sides" });
+  };
+  const whyOf = (name) =>
+    data.why.filter((cause) => cause.ops.includes(name)).flatMap((cause) => [
+      make("h3", "Why it breaks in " + cause.scheme),
+      barsOf(cause.sides),
+      make("ul", cause.sentences.map((sentence) => make("li", sentence))),
+      make("div", [histogramOf("Inputs", cause.histograms.inputs), histogramOf("Weight", cause.histograms.weight)], { class: "histograms" }),
+      make("h4", "What regains the loss"),
+      make("ul", cause.cures.map((cure) => make("li", cure))),
+    ]);
   let budgeted = null; // the choice of the slider
   const openOp = (name) => {
     const inSchemes = Object.entries(rowsOf).map(([scheme, found]) => {
@@ -51,11 +87,15 @@
       const rows = choices.map(([title, choice]) => [title, given(choice, name)]);
       at("op").append(make("h3", "Its scheme in each profile"), tableOf(["profile", "scheme"], rows));
     }
-    at("op").append(close);
+    at("op").append(...whyOf(name), close);
     at("op").showModal();
     close.focus();
   };
   at("op").addEventListener("click", (event) => event.target === at("op") && at("op").close());
+
+  for (const opens of document.querySelectorAll("button[data-op]")) {
+    opens.addEventListener("click", () => openOp(opens.dataset.op));
+  }
 
   // ---- The budget: a choice for the bytes of the slider.
   const units = decides ? frontier.units : [];

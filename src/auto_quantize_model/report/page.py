@@ -20,7 +20,7 @@ from markupsafe import Markup, escape
 
 from auto_quantize_model.escape import printable_document
 from auto_quantize_model.models.units import tower_of
-from auto_quantize_model.report import coverage, sentences
+from auto_quantize_model.report import coverage, explanations, sentences
 from auto_quantize_model.report.figures import Figure, figures, strips
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -55,6 +55,7 @@ def render_page(report: dict[str, Any], links: dict[str, Any]) -> str:
         not_exercised=[op for op in report["ops"] if op["status"] == "not_exercised"],
         sentences=sentences,
         coverage=coverage,
+        explanations=explanations,
         bundle=bundle(),
         script=together(COMMON, ALLOCATE, SCRIPT),
         style=source(STYLE),
@@ -81,7 +82,22 @@ def data_of(report: dict[str, Any]) -> dict[str, Any]:
         "profiles": {name: found["point"]["schemes"] for name, found in report["profiles"]["profiles"].items()},
         "decided": decided[0] if decided else None,
         "linears": linears,
+        "why": [told(report, cause) for cause in report["why"].get("causes", ())],
         "towers": {op["op_name"]: tower_of(op["op_name"]) for op in report["ops"]},
+    }
+
+
+def told(report: dict[str, Any], cause: dict[str, Any]) -> dict[str, Any]:
+    """Why a unit breaks, as the panel of one of its ops shows it: sentences, both sides alone, and histograms."""
+    more = explanations.instead(report, cause)
+    cures = [explanations.of_cure(cause, cure) for cure in cause["cures"]]
+    return {
+        "ops": cause["ops"],
+        "scheme": cause["scheme"],
+        "sentences": explanations.of_cause(cause),
+        "sides": {side: explanations.nats(cause[side]) for side in ("whole", "weight_alone", "inputs_alone")},
+        "cures": [*cures, more] if more else cures,
+        "histograms": {side: cause[side]["histogram"] for side in ("inputs", "weight")},
     }
 
 
