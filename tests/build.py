@@ -231,6 +231,7 @@ def a_point(schemes: Sequence[str] = (), kl_divergence: float = 0.01, **changes:
         "top1_agreement": 0.9 if kl_divergence else 1.0,
         "perplexity": 10.0 + kl_divergence,
         "accuracy": None,
+        "answers_lost": None,
         "relative_error": kl_divergence,
         "sqnr_db": 30.0 if kl_divergence else None,
         "sqnr_db_lowest": 29.0 if kl_divergence else None,

@@ -257,7 +257,7 @@ class CalibrationSpec(FromSource):
     name: Name
     """Name of the calibration set. The results lie in results/MODEL/NAME/."""
     source: Literal["digits", "local", "hub"]
-    """digits: scikit-learn's digits. local: the file or folder at path. hub: a streamed data set."""
+    """digits: scikit-learn's, turned and shifted. local: the file or folder at path. hub: a streamed data set."""
     path: Location | None = None
     """local: a .jsonl, .json or .parquet file, or a folder of images."""
     prompt: Prompt = "Describe this image."
@@ -588,9 +588,9 @@ class Config(Block):
         name="digits",
         source="digits",
         num_samples=32,
-        num_heldout=64,
+        num_heldout=256,
         seed=0,
-        batch_size=2,
+        batch_size=16,
         min_pixels=56 * 56,
         max_pixels=56 * 56,
         max_tokens=512,

@@ -515,6 +515,7 @@ class Point:
         top1_agreement: share of positions.
         perplexity: of the answers' tokens, or of all text where samples have no answers; None without such tokens.
         accuracy: share of answers that are right; None without answers.
+        answers_lost: how many answers are wrong, and right without quantization; None without answers.
         relative_error: sum of squared errors over the sum of squares of the unquantized output.
         sqnr_db: the same in dB, None for no error; `sqnr_db_lowest` of the batch with the most error.
         seconds: of all units by the config's table of times; None without one.
@@ -536,6 +537,7 @@ class Point:
     top1_agreement: float
     perplexity: float | None
     accuracy: float | None
+    answers_lost: int | None
     relative_error: float
     sqnr_db: float | None
     sqnr_db_lowest: float | None

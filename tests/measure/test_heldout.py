@@ -49,8 +49,8 @@ def test_an_answer_is_found_where_the_template_puts_it(processor: Any) -> None:
 def test_an_answer_is_right_where_each_of_its_tokens_is_the_most_likely_one() -> None:
     logits = torch.eye(5)[torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]])]  # after each position the next number
     batch = {"input_ids": torch.tensor([[0, 1, 2, 3], [0, 1, 4, 3]])}
-    assert right_answers(logits, batch, [range(1, 3), range(1, 3)]) == 1
-    assert right_answers(logits, batch, [None, range(3, 4)]) == 1
+    assert right_answers(logits, batch, [range(1, 3), range(1, 3)]) == [True, False]
+    assert right_answers(logits, batch, [None, range(3, 4)]) == [True]
 
 
 def test_the_loss_of_next_tokens_is_of_the_answer_or_of_all_text() -> None:
@@ -98,7 +98,13 @@ def test_scales_are_of_all_calibration_batches_and_an_op_counts_its_runs_of_one(
 
 def a_record(error: float, divergences: list[float], **changes: Any) -> dict[str, Any]:
     """The record of a batch with four positions for each sample."""
-    fields = {"image_divergence": 0.0, "text_divergence": 4 * sum(divergences), "top1_agreement": 1.0, "right": 0}
+    fields = {
+        "image_divergence": 0.0,
+        "text_divergence": 4 * sum(divergences),
+        "top1_agreement": 1.0,
+        "right": 0,
+        "lost": 0,
+    }
     return {
         "mse_value": error,
         "divergences": divergences,

@@ -207,14 +207,14 @@ def _open_source(
     splits draw from all rows, one after the other.
     """
     if spec.source == "digits":
-        from auto_quantize_model.data.digits import DIGITS, digit_samples, digits_split
+        from auto_quantize_model.data.digits import DIGITS, MAX_SHIFT, MAX_TURN, digits_split, varied_samples
 
         split = model_manifest.details.get("training", {}).get("split") or {"seed": 0, **digits_split(0)}
 
         def read(numbers: Sequence[int]) -> Iterator[Callable[[], tuple[Sample, str | None]]]:
-            return (functools.partial(lambda sample: (sample, None), sample) for sample in digit_samples(numbers))
+            return (functools.partial(lambda sample: (sample, None), sample) for sample in varied_samples(numbers))
 
-        return split, Source(DIGITS, read, {"split_seed": split["seed"]})
+        return split, Source(DIGITS, read, {"split_seed": split["seed"], "max_turn": MAX_TURN, "max_shift": MAX_SHIFT})
     if spec.source == "local":
         if spec.path is None:
             raise InputError(

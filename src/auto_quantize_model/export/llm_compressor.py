@@ -17,6 +17,9 @@ REMARK = (
     'Use: oneshot(model=model, recipe="llm_compressor_recipe.yaml"), then model.save_pretrained(folder,'
     " save_compressed=True). Give oneshot a dataset too if a scheme has static inputs, as FP8 and NVFP4 have."
 )
+# Ranges as `schemes.compressed` finds them. Without a name, llm-compressor takes a moving average over the batches of
+# inputs.
+OBSERVERS = {"weights": "memoryless_minmax", "input_activations": "static_minmax"}
 # The first release whose `CompressedTensorsConfig.get_quant_method` has a branch for `ParallelLMHead`
 # (vllm-project/vllm#37291). The failures: vllm-project/vllm#48856 and #52434.
 LM_HEAD = (
@@ -39,7 +42,7 @@ def files(subject: Subject, above: str) -> dict[str, str]:
     """The recipe. It ignores the other Linears by name, because vLLM asks for the scheme of each one not ignored."""
     groups: dict[str, Any] = {}
     for scheme, names in subject.groups.items():
-        sides = {side: stated(fields) for side, fields in fields_of(subject.schemes[scheme]).items() if fields}
+        sides = {side: stated(side, fields) for side, fields in fields_of(subject.schemes[scheme]).items() if fields}
         groups[scheme] = {"targets": targets(subject, names), **sides}
     rest = [
         name
@@ -57,6 +60,7 @@ def targets(subject: Subject, names: list[str]) -> list[str]:
     return [f"re:{pattern}" for pattern in regular_expressions(subject.common(names).values())]
 
 
-def stated(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a side that have a value."""
-    return {key: value for key, value in fields.items() if value is not None}
+def stated(side: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a side that have a value, and the observer where a calibration finds the range."""
+    observer = {} if fields["dynamic"] is True else {"observer": OBSERVERS[side]}
+    return {key: value for key, value in fields.items() if value is not None} | observer
