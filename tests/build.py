@@ -73,6 +73,7 @@ def a_calibration_manifest(**changes: Any) -> CalibrationManifest:
         "samples": {"calibration": (sample, sample), "heldout": ()},
         "limits": {"min_pixels": 3136, "max_pixels": 3136, "max_tokens": 64},
         "batch_size": 1,
+        "heldout_batch_size": 1,
         "format": "chat",
         "image_backend": "pil",
         "text_only": False,

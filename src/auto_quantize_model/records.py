@@ -96,7 +96,7 @@ class CalibrationManifest:
         seed: of the draw.
         samples: of each split, `calibration` and `heldout`.
         limits: {min_pixels, max_pixels, max_tokens} of a sample.
-        batch_size: samples in a batch.
+        batch_size: samples in a batch, and `heldout_batch_size` held-out samples in a batch.
         format: `chat` or `plain`.
         image_backend: what decodes and resizes images; None for a model without images.
         text_only: whether no calibration sample has an image.
@@ -113,6 +113,7 @@ class CalibrationManifest:
     samples: dict[str, tuple[SampleEntry, ...]]
     limits: dict[str, int]
     batch_size: int
+    heldout_batch_size: int
     format: str
     image_backend: str | None
     text_only: bool

@@ -305,7 +305,7 @@ def test_one_sample_in_both_splits_is_refused(processor, tmp_path):
 
 def test_inc_can_iterate_the_loader_again_and_again(processor):
     calibration, _, manifest = extract(SPEC, processor, UNTRAINED)
-    loader = CalibrationLoader(batches_of(calibration, manifest, processor))
+    loader = CalibrationLoader(batches_of(calibration, manifest.batch_size, processor))
     assert loader.batch_size == 2
     assert [label for _ in range(2) for _, label in loader] == [None] * 4
 
@@ -319,11 +319,13 @@ def test_a_template_with_a_date_is_rendered_once(processor, tmp_path, monkeypatc
     calibration, heldout, manifest = extract(SPEC, processor, UNTRAINED)
     write_samples(tmp_path / "calibration.parquet", calibration)
     write_samples(tmp_path / "heldout.parquet", heldout)
-    extracted = batches_of(calibration, manifest, processor)
+    extracted = batches_of(calibration, manifest.batch_size, processor)
     on_the_day(monkeypatch, 2025, 12, 31)
     loaded = load_batches(tmp_path / "calibration.parquet", manifest, processor)
     held, answers = load_heldout(tmp_path / "heldout.parquet", manifest, processor, 1)
-    for batch, before in zip(loaded + held, extracted + batches_of(heldout, manifest, processor), strict=True):
+    for batch, before in zip(
+        loaded + held, extracted + batches_of(heldout, manifest.heldout_batch_size, processor), strict=True
+    ):
         assert batch.keys() == before.keys()
         assert all(torch.equal(batch[name], before[name]) for name in batch)
         assert dated.decode(batch["input_ids"][0]).startswith("26 Jul 2024<")
@@ -347,7 +349,7 @@ def test_no_later_step_renders_or_tokenizes(processor, tmp_path):
     write_samples(tmp_path / "set.parquet", heldout)
     without_words = replace(processor, tokenizer=None)
     load_heldout(tmp_path / "set.parquet", manifest, without_words, 1)
-    batches_of(calibration, manifest, without_words)
+    batches_of(calibration, manifest.batch_size, without_words)
 
 
 def test_changed_token_ids_and_answers_are_not_the_manifests(processor, tmp_path):
