@@ -590,16 +590,16 @@ class Config(Block):
         name="digits",
         source="digits",
         num_samples=32,
-        num_heldout=128,
+        num_heldout=256,
         seed=0,
         batch_size=2,
-        heldout_batch_size=16,
+        heldout_batch_size=64,
         min_pixels=56 * 56,
         max_pixels=56 * 56,
         max_tokens=512,
     )
     sensitivity: SensitivitySpec = SensitivitySpec(schemes=("inc_int8", "W8A8", "FP8_DYNAMIC", "W4A16", "NVFP4"))
-    decide: DecideSpec = DecideSpec(heldout_batches=8)
+    decide: DecideSpec = DecideSpec(heldout_batches=4)
     profiles: Target = Target(max_kl_divergence=0.001, max_bits=6.0)
     quantize: QuantizeSpec = QuantizeSpec()
 

@@ -31,7 +31,7 @@ from auto_quantize_model.data.batches import (
     remarks,
     write_samples,
 )
-from auto_quantize_model.data.digits import digit_samples, digits_split
+from auto_quantize_model.data.digits import digit_samples, digits_split, varied_samples
 from auto_quantize_model.data.local_sources import samples_digest
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.loader import CalibrationLoader
@@ -204,6 +204,24 @@ def test_samples_of_different_length_do_not_share_a_batch(processor, jsonl):
     jsonl.write_text("\n".join([json.dumps(row), *lines[1:]]) + "\n")
     with pytest.raises(InputError, match=r"Set calibration\.batch_size to 1"):
         extract(local(jsonl, num_samples=6, num_heldout=0), processor, UNTRAINED)
+    sizes = {"batch_size": 1, "heldout_batch_size": 5}
+    with pytest.raises(InputError, match="and calibration.heldout_batch_size too"):
+        extract(local(jsonl, num_samples=1, num_heldout=5, seed=1, **sizes), processor, UNTRAINED)
+
+
+def test_held_out_batches_have_a_size_of_their_own(processor, tmp_path):
+    spec = SPEC.model_copy(update={"num_heldout": 6, "heldout_batch_size": 3})
+    _, heldout, manifest = extract(spec, processor, UNTRAINED)
+    write_samples(tmp_path / "heldout.parquet", heldout)
+    batches, answers = load_heldout(tmp_path / "heldout.parquet", manifest, processor, 2)
+    assert [len(batch["input_ids"]) for batch in batches] == [3, 3] and [len(spans) for spans in answers] == [3, 3]
+    assert (manifest.batch_size, extract(SPEC, processor, UNTRAINED)[2].heldout_batch_size) == (2, 2)
+
+
+def test_a_digit_is_turned_and_shifted_in_the_same_way_whatever_the_others_are():
+    alone, together = varied_samples([7])[0], varied_samples([3, 7])[1]
+    assert alone.image.tobytes() == together.image.tobytes() and alone.answer == together.answer
+    assert alone.image.tobytes() != digit_samples([7])[0].image.tobytes()
 
 
 def test_the_image_token_in_a_prompt_is_refused(processor, tmp_path):
