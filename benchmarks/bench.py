@@ -92,7 +92,7 @@ def equality(args: argparse.Namespace) -> dict[str, Any]:
     processor, model = load_processor(DIGITS_VLM), load_model(DIGITS_VLM)
     spec = Config().calibration.model_copy(update={"num_samples": 4, "num_heldout": 0})
     samples, _, calibration = extract(spec, processor, manifest)
-    batches = batches_of(samples, calibration, processor)
+    batches = batches_of(samples, calibration.batch_size, processor)
     plan = build_plan(model, batches, PlanSpec(confidence_batches=2, maps=MAPS))
     names = plan.op_names
     compared = differing = 0

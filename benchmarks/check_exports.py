@@ -1,5 +1,7 @@
 """Load every export in its own tool, quantize the model, and check which modules the tool quantizes to how many bits.
 
+Of llm-compressor every tensor is compared too: its checkpoint and ours have the same bits.
+
     python benchmarks/check_exports.py [TOOL ...]
 
 There are two models: `digits_vlm`, so run `make run` before, and a tiny Qwen2-VL with profiles of several schemes. Each
@@ -11,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -49,6 +52,10 @@ LAYER, BLOCK = "model.language_model.layers.0", "model.visual.blocks.0"
 QKV = [f"{LAYER}.self_attn.{name}_proj" for name in "qkv"]
 GROUPS = {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}
 ZERO_POINTS = {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False}}
+STATIC = {
+    "weights": {"num_bits": 8, "strategy": "channel"},
+    "input_activations": {"num_bits": 8, "strategy": "tensor", "symmetric": False},
+}
 PROFILES = {
     "int8": dict.fromkeys([f"{LAYER}.self_attn.k_proj", f"{LAYER}.mlp.up_proj", "lm_head"], "inc_int8"),
     "integers": dict.fromkeys(QKV, "W4A16_G32")
@@ -56,6 +63,9 @@ PROFILES = {
     "fp8": dict.fromkeys(QKV, "FP8_DYNAMIC") | {f"{LAYER}.mlp.down_proj": "FP8", f"{BLOCK}.mlp.fc1": "FP8"},
     "static_fp8": {f"{LAYER}.mlp.down_proj": "FP8", "lm_head": "FP8"},
     "fp4": {f"{LAYER}.self_attn.o_proj": "NVFP4", f"{LAYER}.mlp.down_proj": "MXFP8", f"{BLOCK}.mlp.fc1": "MXFP4"},
+    "mixed": dict.fromkeys([*QKV, f"{LAYER}.self_attn.o_proj", f"{BLOCK}.attn.qkv"], "NVFP4")
+    | dict.fromkeys([f"{LAYER}.mlp.gate_proj", f"{LAYER}.mlp.up_proj"], "NVFP4A16")
+    | {f"{LAYER}.mlp.down_proj": "FP8", f"{BLOCK}.attn.proj": "W4A16_G32", f"{BLOCK}.mlp.fc1": "STATIC_INT8"},
 }
 Bits = dict[str, tuple[int, int]]  # {module: bits of its weight and of its input}
 
@@ -73,23 +83,24 @@ def main() -> int:
 
 
 def keep_batch() -> None:
-    """Write one calibration batch of `digits_vlm` and the bits of its schemes for the tools' environments."""
+    """Write the calibration batches and our checkpoints of `digits_vlm`, and the bits of its schemes."""
     from auto_quantize_model.data.batches import load_batches
     from auto_quantize_model.documents import read_document
     from auto_quantize_model.models.snapshot import load_processor
-    from auto_quantize_model.records import CalibrationManifest, Plan, as_record
+    from auto_quantize_model.records import CalibrationManifest, Plan, Profiles, as_record
 
     calibration = as_record(CalibrationManifest, read_document(RUN / "calibration_manifest.json"))
     processor = load_processor(MODELS["digits_vlm"][0], calibration.image_backend)
     batches = load_batches(RUN / "calibration" / "calibration.parquet", calibration, processor)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    torch.save(batches[0], FOLDER / "digits_vlm.pt")
+    torch.save(batches, FOLDER / "digits_vlm.pt")
     plan = as_record(Plan, read_document(RUN / "plan.json"))
+    write_ours("digits_vlm", plan, as_record(Profiles, read_document(RUN / "profiles_cpu.json")), batches)
     expect("digits_vlm", {name: fields for name, fields in plan.schemes.items() if "checkpoint" not in fields})
 
 
 def make_qwen2_vl() -> None:
-    """A tiny Qwen2-VL, a batch, and exports of its profiles, whose other Linears are all kept."""
+    """A tiny Qwen2-VL, batches, and exports and checkpoints of its profiles, whose other Linears are all kept."""
     import transformers
 
     from auto_quantize_model.export.exports import export
@@ -110,13 +121,15 @@ def make_qwen2_vl() -> None:
     model.save_pretrained(snapshot)
     ids = torch.tensor([[5, 3, 1, 1, 1, 1, 4, 6]])  # 4 x 4 patches make 2 x 2 image tokens
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 1).long()}
-    batch |= {"pixel_values": torch.randn(16, 3 * 2 * 14 * 14), "image_grid_thw": torch.tensor([[1, 4, 4]])}
-    torch.save(batch, FOLDER / "qwen2_vl.pt")
+    batch |= {"image_grid_thw": torch.tensor([[1, 4, 4]])}
+    # Several batches, since a moving average over one batch is its minimum and maximum.
+    batches = [batch | {"pixel_values": size * torch.randn(16, 3 * 2 * 14 * 14)} for size in (1, 2, 1)]
+    torch.save(batches, FOLDER / "qwen2_vl.pt")
     modules = dict(model.named_modules())
     linears = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
     as_inc = IncInt8("a", "Linear", Side({}), Side({}))
     ops = [replace(inventoried(name, "Linear", modules, as_inc), executions=(1,)) for name in linears]
-    own = {"W4A16_G32": GROUPS, "W4A16_ASYM_G32": ZERO_POINTS}
+    own = {"W4A16_G32": GROUPS, "W4A16_ASYM_G32": ZERO_POINTS, "STATIC_INT8": STATIC}
     served = {scheme for name, profile in PROFILES.items() if name != "int8" for scheme in profile.values()}
     plan = Plan(
         model="qwen2_vl",
@@ -135,13 +148,57 @@ def make_qwen2_vl() -> None:
         inc_check={"status": "reproduces_fp32"},
         versions={},
     )
-    point = Point("frontier", "", (), 0, 8, 0, 0, 0, 0, 0, None, None, (), 1, None, None, 0, None, None)
+    point = Point("frontier", "", (), 0, 8, 0, 0, 0, 0, 0, None, None, (), 1, None, None, None, 0, None, None)
     profiles = {
         name: Profile(point, given, tuple(op for op in linears if op not in given)) for name, given in PROFILES.items()
     }
     types = {name: type(module) for name, module in modules.items()}
     export(exports, Profiles({}, profiles, {}), plan, types, set(model.state_dict()), 1)
+    write_ours("qwen2_vl", plan, Profiles({}, profiles, {}), batches)
     expect("qwen2_vl", plan.schemes)
+
+
+def write_ours(subject: str, plan: Any, profiles: Any, batches: Any) -> None:
+    """Our checkpoint of each profile, with the ranges that llm-compressor's calibration sees.
+
+    It calibrates with eager attention, whatever attention the model was loaded with. That sums in another order than
+    SDPA, so the last bits of the inputs differ.
+    """
+    from auto_quantize_model.export.checkpoint import Source, write_checkpoint
+    from auto_quantize_model.models.snapshot import load_model
+    from auto_quantize_model.records import ObservedRange, OpScales
+
+    snapshot = MODELS[subject][0]
+    model = load_model(snapshot)
+    model.set_attn_implementation("eager")
+    seen: dict[str, tuple[float, float]] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: Any, inputs: Any) -> None:
+            low, high = (end.item() for end in inputs[0].aminmax())
+            known = seen.get(name, (low, high))
+            seen[name] = min(low, known[0]), max(high, known[1])
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(watch(name))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    scales = {name: OpScales(input=ObservedRange(*ends)) for name, ends in seen.items()}
+    for name, profile in profiles.profiles.items():
+        if "inc_int8" not in profile.assignment.values():
+            folder = ours(subject, name)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            write_checkpoint(Source(snapshot, plan, profile.assignment, scales), folder)
+
+
+def ours(subject: str, profile: str) -> Path:
+    """Where our checkpoint of a profile lies."""
+    return FOLDER / f"{subject}_{profile}"
 
 
 def expect(subject: str, schemes: dict[str, Any]) -> None:
@@ -188,7 +245,7 @@ def check(tool: str) -> int:
     import transformers
 
     for subject, (snapshot, exports) in MODELS.items():
-        batch = torch.load(FOLDER / f"{subject}.pt")
+        batches = torch.load(FOLDER / f"{subject}.pt")
         bits = json.loads((FOLDER / f"{subject}_bits.json").read_text())
         for profile, tools in json.loads((exports / "index.json").read_text())["profiles"].items():
             entry = tools[INDEX_OF.get(tool, tool)]
@@ -205,9 +262,10 @@ def check(tool: str) -> int:
             if tool == "nncf":  # it quantizes what no file names, too
                 linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
                 expected |= {name: (8, 8) for name in linears if name not in entry["kept"]}
-            found = CHECKS[tool](model, exports / profile, batch)
+            found = CHECKS[tool](model, exports / profile, batches)
             assert found == expected, sorted(found.items() ^ expected.items())  # noqa: S101
-            print(f"{about}: {len(found)} modules quantized, each to its bits")
+            same = f", all {same_tensors(ours(subject, profile))} tensors as ours" if tool == "llmcompressor" else ""
+            print(f"{about}: {len(found)} modules quantized, each to its bits{same}")
     return 0
 
 
@@ -219,7 +277,26 @@ def imported(path: Path) -> Any:
     return module
 
 
-def by_compressed_tensors(model: torch.nn.Module, folder: Path, batch: Any) -> Bits:
+def same_tensors(mine: Path) -> int:
+    """How many tensors the checkpoint of llm-compressor has, all of them with the bits of our checkpoint."""
+    from safetensors.torch import load_file
+
+    one, other = (load_file(folder / "model.safetensors") for folder in (mine, FOLDER / "compressed"))
+    different = sorted(
+        name
+        for name in one.keys() | other.keys()
+        if name not in one or name not in other or in_bits(one[name]) != in_bits(other[name])
+    )
+    assert not different, different  # noqa: S101
+    return len(one)
+
+
+def in_bits(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """A tensor as what can be compared: NaN and the sign of 0 count too."""
+    return tensor.dtype, tensor.shape, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def by_compressed_tensors(model: torch.nn.Module, folder: Path, batches: Any) -> Bits:
     """The recipe as compressed-tensors applies it, which is what a checkpoint carries."""
     import yaml
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
@@ -230,12 +307,12 @@ def by_compressed_tensors(model: torch.nn.Module, folder: Path, batch: Any) -> B
     return with_scheme(model)
 
 
-def by_llmcompressor(model: torch.nn.Module, folder: Path, batch: Any) -> Bits:
+def by_llmcompressor(model: torch.nn.Module, folder: Path, batches: Any) -> Bits:
     """The recipe applied by llm-compressor as its comment says. The checkpoint has scales of these modules alone."""
     from llmcompressor import oneshot
     from safetensors import safe_open
 
-    data = torch.utils.data.DataLoader([batch], batch_size=None)
+    data = torch.utils.data.DataLoader(batches, batch_size=None)
     # It asks for a processor, and does not call it where the data are batches already.
     recipe = str(folder / "llm_compressor_recipe.yaml")
     oneshot(model=model, processor=torch.nn.Identity(), recipe=recipe, dataset=data, pipeline="basic")
@@ -260,8 +337,8 @@ def with_scheme(model: torch.nn.Module) -> Bits:
     }
 
 
-def by_modelopt(model: torch.nn.Module, folder: Path, batch: Any) -> Bits:
-    quantized = imported(folder / "modelopt_quantize.py").quantize(model, lambda model: model(**batch))
+def by_modelopt(model: torch.nn.Module, folder: Path, batches: Any) -> Bits:
+    quantized = imported(folder / "modelopt_quantize.py").quantize(model, lambda model: model(**batches[0]))
     modules = dict(quantized.named_modules())
     enabled = {name for name, module in modules.items() if getattr(module, "is_enabled", False)}
     weights = {name.removesuffix(".weight_quantizer") for name in enabled if name.endswith(".weight_quantizer")}
@@ -276,10 +353,11 @@ def by_modelopt(model: torch.nn.Module, folder: Path, batch: Any) -> Bits:
     return found
 
 
-def by_nncf(model: torch.nn.Module, folder: Path, batch: Any) -> Bits:
+def by_nncf(model: torch.nn.Module, folder: Path, batches: Any) -> Bits:
     import nncf
     from nncf.torch.function_hook import get_hook_storage
 
+    batch = batches[0]
     scope = imported(folder / "nncf_ignored_scope.py").ignored_scope(model, batch)
     # The name of a node depends on the other nodes of that name, so each module's node is asked for alone.
     node_of = {}
@@ -296,8 +374,8 @@ def by_nncf(model: torch.nn.Module, folder: Path, batch: Any) -> Bits:
     return dict.fromkeys(found, (8, 8))
 
 
-def by_torchao(model: torch.nn.Module, folder: Path, batch: Any) -> Bits:
-    in_bfloat16 = {key: value.bfloat16() if value.is_floating_point() else value for key, value in batch.items()}
+def by_torchao(model: torch.nn.Module, folder: Path, batches: Any) -> Bits:
+    in_bfloat16 = {key: value.bfloat16() if value.is_floating_point() else value for key, value in batches[0].items()}
     imported(folder / "torchao_quantize.py").quantize(model, lambda model: model(**in_bfloat16))
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     weights = {name: module.weight.data for name, module in linears.items()}
@@ -316,7 +394,7 @@ def in_torchao(weight: Any) -> tuple[int, int]:
     return own, own if weight.act_quant_kwargs is not None else 16
 
 
-def by_autoround(model: torch.nn.Module, folder: Path, batch: Any) -> Bits:
+def by_autoround(model: torch.nn.Module, folder: Path, batches: Any) -> Bits:
     """The layer_config as AutoRound resolves it, before any tuning."""
     from auto_round.compressors.config_resolution.contracts import ResolvedScheme
     from auto_round.compressors.layer_config_resolver import resolve_layer_config

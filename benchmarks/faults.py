@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("tmp/faults")
 CONFIG: dict[str, Any] = {
     "model": {"name": "tiny", "source": "local", "path": "resources/models/tiny"},
-    "calibration": {"num_samples": 4, "num_heldout": 4},
+    "calibration": {"num_samples": 4, "num_heldout": 4, "heldout_batch_size": 2},
     "sensitivity": {"confidence_batches": 1, "audit_ops": 2},
     "decide": {"heldout_batches": 1, "points": 3},
 }

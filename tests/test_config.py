@@ -208,7 +208,7 @@ def test_reading_a_config_imports_no_torch() -> None:
             "sensitivity: {confidence_batches: 17}",
             "sensitivity.confidence_batches (17) times calibration.batch_size (2)",
         ),
-        ("decide: {heldout_batches: 33}", "decide.heldout_batches (33) times calibration.batch_size (2)"),
+        ("decide: {heldout_batches: 33}", "decide.heldout_batches (33) times calibration.heldout_batch_size (64)"),
         ("decide: {candidates: [MXFP4]}", "decide.candidates: 'MXFP4' is not in sensitivity.schemes; add it there"),
         ("decide: {candidates: []}", "decide.candidates is empty; name a scheme, or set decide.heldout_batches to 0"),
         ("decide: {candidates: [inc_int8, NVFP4]}", "decide.candidates: no engine serves inc_int8 together with"),

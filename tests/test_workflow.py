@@ -70,6 +70,7 @@ TINY = {
         "num_samples": 2,
         "num_heldout": 1,
         "batch_size": 1,
+        "heldout_batch_size": 1,
     },
     "sensitivity": {"confidence_batches": 1, "audit_ops": 2},
     "decide": {"heldout_batches": 1, "points": 3},

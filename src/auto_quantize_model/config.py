@@ -257,7 +257,7 @@ class CalibrationSpec(FromSource):
     name: Name
     """Name of the calibration set. The results lie in results/MODEL/NAME/."""
     source: Literal["digits", "local", "hub"]
-    """digits: scikit-learn's digits. local: the file or folder at path. hub: a streamed data set."""
+    """digits: scikit-learn's, turned and shifted. local: the file or folder at path. hub: a streamed data set."""
     path: Location | None = None
     """local: a .jsonl, .json or .parquet file, or a folder of images."""
     prompt: Prompt = "Describe this image."
@@ -279,6 +279,8 @@ class CalibrationSpec(FromSource):
     """Seed of the draw of the samples."""
     batch_size: Count
     """Samples in a batch. They must have equal lengths: nothing is padded."""
+    heldout_batch_size: Count | None = None
+    """Held-out samples in a batch; larger batches take less time. null: batch_size."""
     min_pixels: Pixels
     """Smaller images are enlarged to this area."""
     max_pixels: Pixels
@@ -588,28 +590,29 @@ class Config(Block):
         name="digits",
         source="digits",
         num_samples=32,
-        num_heldout=64,
+        num_heldout=256,
         seed=0,
         batch_size=2,
+        heldout_batch_size=64,
         min_pixels=56 * 56,
         max_pixels=56 * 56,
         max_tokens=512,
     )
     sensitivity: SensitivitySpec = SensitivitySpec(schemes=("inc_int8", "W8A8", "FP8_DYNAMIC", "W4A16", "NVFP4"))
-    decide: DecideSpec = DecideSpec(heldout_batches=16)
+    decide: DecideSpec = DecideSpec(heldout_batches=4)
     profiles: Target = Target(max_kl_divergence=0.001, max_bits=6.0)
     quantize: QuantizeSpec = QuantizeSpec()
 
     def contradictions(self) -> Iterator[str]:
-        size = self.calibration.batch_size
-        for drawn, measured in (
-            ("calibration.num_samples", "sensitivity.confidence_batches"),
-            ("calibration.num_heldout", "decide.heldout_batches"),
+        of_heldout = "heldout_batch_size" if self.calibration.heldout_batch_size else "batch_size"
+        for drawn, measured, key in (
+            ("calibration.num_samples", "sensitivity.confidence_batches", "batch_size"),
+            ("calibration.num_heldout", "decide.heldout_batches", of_heldout),
         ):
-            samples, batches = self.value(drawn), self.value(measured)
+            samples, batches, size = self.value(drawn), self.value(measured), getattr(self.calibration, key)
             if batches * size > samples:
                 yield (
-                    f"{measured} ({batches}) times calibration.batch_size ({size}) is more than {drawn} ({samples});"
+                    f"{measured} ({batches}) times calibration.{key} ({size}) is more than {drawn} ({samples});"
                     f" raise {drawn.partition('.')[2]}, or lower {measured.partition('.')[2]}"
                 )
         yield from self.of_candidates()

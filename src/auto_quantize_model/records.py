@@ -96,7 +96,7 @@ class CalibrationManifest:
         seed: of the draw.
         samples: of each split, `calibration` and `heldout`.
         limits: {min_pixels, max_pixels, max_tokens} of a sample.
-        batch_size: samples in a batch.
+        batch_size: samples in a batch, and `heldout_batch_size` held-out samples in a batch.
         format: `chat` or `plain`.
         image_backend: what decodes and resizes images; None for a model without images.
         text_only: whether no calibration sample has an image.
@@ -113,6 +113,7 @@ class CalibrationManifest:
     samples: dict[str, tuple[SampleEntry, ...]]
     limits: dict[str, int]
     batch_size: int
+    heldout_batch_size: int
     format: str
     image_backend: str | None
     text_only: bool
@@ -515,6 +516,7 @@ class Point:
         top1_agreement: share of positions.
         perplexity: of the answers' tokens, or of all text where samples have no answers; None without such tokens.
         accuracy: share of answers that are right; None without answers.
+        answers_lost: how many answers are wrong, and right without quantization; None without answers.
         relative_error: sum of squared errors over the sum of squares of the unquantized output.
         sqnr_db: the same in dB, None for no error; `sqnr_db_lowest` of the batch with the most error.
         seconds: of all units by the config's table of times; None without one.
@@ -536,6 +538,7 @@ class Point:
     top1_agreement: float
     perplexity: float | None
     accuracy: float | None
+    answers_lost: int | None
     relative_error: float
     sqnr_db: float | None
     sqnr_db_lowest: float | None

@@ -31,7 +31,7 @@ from auto_quantize_model.data.batches import (
     remarks,
     write_samples,
 )
-from auto_quantize_model.data.digits import digit_samples, digits_split
+from auto_quantize_model.data.digits import digit_samples, digits_split, varied_samples
 from auto_quantize_model.data.local_sources import samples_digest
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.loader import CalibrationLoader
@@ -204,6 +204,24 @@ def test_samples_of_different_length_do_not_share_a_batch(processor, jsonl):
     jsonl.write_text("\n".join([json.dumps(row), *lines[1:]]) + "\n")
     with pytest.raises(InputError, match=r"Set calibration\.batch_size to 1"):
         extract(local(jsonl, num_samples=6, num_heldout=0), processor, UNTRAINED)
+    sizes = {"batch_size": 1, "heldout_batch_size": 5}
+    with pytest.raises(InputError, match="and calibration.heldout_batch_size too"):
+        extract(local(jsonl, num_samples=1, num_heldout=5, seed=1, **sizes), processor, UNTRAINED)
+
+
+def test_held_out_batches_have_a_size_of_their_own(processor, tmp_path):
+    spec = SPEC.model_copy(update={"num_heldout": 6, "heldout_batch_size": 3})
+    _, heldout, manifest = extract(spec, processor, UNTRAINED)
+    write_samples(tmp_path / "heldout.parquet", heldout)
+    batches, answers = load_heldout(tmp_path / "heldout.parquet", manifest, processor, 2)
+    assert [len(batch["input_ids"]) for batch in batches] == [3, 3] and [len(spans) for spans in answers] == [3, 3]
+    assert (manifest.batch_size, extract(SPEC, processor, UNTRAINED)[2].heldout_batch_size) == (2, 2)
+
+
+def test_a_digit_is_turned_and_shifted_in_the_same_way_whatever_the_others_are():
+    alone, together = varied_samples([7])[0], varied_samples([3, 7])[1]
+    assert alone.image.tobytes() == together.image.tobytes() and alone.answer == together.answer
+    assert alone.image.tobytes() != digit_samples([7])[0].image.tobytes()
 
 
 def test_the_image_token_in_a_prompt_is_refused(processor, tmp_path):
@@ -305,7 +323,7 @@ def test_one_sample_in_both_splits_is_refused(processor, tmp_path):
 
 def test_inc_can_iterate_the_loader_again_and_again(processor):
     calibration, _, manifest = extract(SPEC, processor, UNTRAINED)
-    loader = CalibrationLoader(batches_of(calibration, manifest, processor))
+    loader = CalibrationLoader(batches_of(calibration, manifest.batch_size, processor))
     assert loader.batch_size == 2
     assert [label for _ in range(2) for _, label in loader] == [None] * 4
 
@@ -319,11 +337,13 @@ def test_a_template_with_a_date_is_rendered_once(processor, tmp_path, monkeypatc
     calibration, heldout, manifest = extract(SPEC, processor, UNTRAINED)
     write_samples(tmp_path / "calibration.parquet", calibration)
     write_samples(tmp_path / "heldout.parquet", heldout)
-    extracted = batches_of(calibration, manifest, processor)
+    extracted = batches_of(calibration, manifest.batch_size, processor)
     on_the_day(monkeypatch, 2025, 12, 31)
     loaded = load_batches(tmp_path / "calibration.parquet", manifest, processor)
     held, answers = load_heldout(tmp_path / "heldout.parquet", manifest, processor, 1)
-    for batch, before in zip(loaded + held, extracted + batches_of(heldout, manifest, processor), strict=True):
+    for batch, before in zip(
+        loaded + held, extracted + batches_of(heldout, manifest.heldout_batch_size, processor), strict=True
+    ):
         assert batch.keys() == before.keys()
         assert all(torch.equal(batch[name], before[name]) for name in batch)
         assert dated.decode(batch["input_ids"][0]).startswith("26 Jul 2024<")
@@ -347,7 +367,7 @@ def test_no_later_step_renders_or_tokenizes(processor, tmp_path):
     write_samples(tmp_path / "set.parquet", heldout)
     without_words = replace(processor, tokenizer=None)
     load_heldout(tmp_path / "set.parquet", manifest, without_words, 1)
-    batches_of(calibration, manifest, without_words)
+    batches_of(calibration, manifest.batch_size, without_words)
 
 
 def test_changed_token_ids_and_answers_are_not_the_manifests(processor, tmp_path):

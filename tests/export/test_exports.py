@@ -122,7 +122,11 @@ def test_llm_compressor_gives_each_module_the_scheme_of_the_assignment(mixed: An
     }
     assert set(given) == set(SERVED)
     for name, scheme in given.items():
-        assert fields_of(scheme) == fields_of(SCHEMES[SERVED[name]]), name
+        given_fields, measured = (
+            {side: fields and fields | {"observer": None} for side, fields in fields_of(of).items()}
+            for of in (scheme, SCHEMES[SERVED[name]])
+        )
+        assert given_fields == measured, name
     assert mixed[1]["llm_compressor"]["quantized"] == SERVED
 
 
@@ -208,6 +212,15 @@ def test_cures_that_do_not_help_the_whole_profile_have_no_recipe(tmp_path: Path,
     folder, index = written(tmp_path, SERVED, modules, kept=[PATCHES], why=causes_of(Cured(("qkv",), (), 0.04)))
     assert not (folder / "llm_compressor_with_cures.yaml").exists()
     assert any(note.startswith("Cures help qkv alone.") for note in index["llm_compressor"]["notes"])
+
+
+def test_llm_compressor_is_asked_for_the_ranges_that_were_measured() -> None:
+    own = {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8, "strategy": "tensor", "observer": "minmax"}}
+    for name, scheme in {**SCHEMES, "own": scheme_of("own", own)}.items():
+        for side, fields in fields_of(scheme).items():
+            if fields:
+                observer = None if fields["dynamic"] is True else llm_compressor.OBSERVERS[side]
+                assert llm_compressor.stated(side, fields).get("observer") == observer, name
 
 
 @pytest.mark.parametrize("preset", PRESETS)

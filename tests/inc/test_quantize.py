@@ -108,7 +108,7 @@ def test_the_saved_and_loaded_model_has_the_error_of_its_profile(
     reference = reference_of(model, heldout)
     quantize(model, batches, op_name_dict(profile.kept), tmp_path)
     assert (tmp_path / WEIGHTS).is_file()
-    loaded = load_quantized(tmp_path, load_model(tiny_snapshot))
+    loaded = load_quantized(tmp_path, tiny_snapshot)
     found = measure_error([reference], loaded, [heldout], ANSWERS)
     record = compared(name, profile, found, frontier)
     assert record["status"] == "bit_identical"
@@ -121,7 +121,7 @@ def test_another_keep_list_has_another_error(
     model = load_model(tiny_snapshot)
     reference = reference_of(model, heldout)
     quantize(model, batches, op_name_dict(profiles["safest"].kept[1:]), tmp_path)
-    found = measure_error([reference], load_quantized(tmp_path, load_model(tiny_snapshot)), [heldout], ANSWERS)
+    found = measure_error([reference], load_quantized(tmp_path, tiny_snapshot), [heldout], ANSWERS)
     with pytest.raises(InputError, match="profile safest: kl_divergence was measured as .* do not use this profile"):
         compared("safest", profiles["safest"], found, frontier)
 

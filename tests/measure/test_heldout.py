@@ -14,8 +14,8 @@ from quick_inc import few_ops_model, token_batches
 
 from auto_quantize_model.data.digits import LIMITS, digit_samples
 from auto_quantize_model.files import InputError
-from auto_quantize_model.measure.aggregate import interval
-from auto_quantize_model.measure.heldout import HeldOut, in_words, summary, totals
+from auto_quantize_model.measure.aggregate import interval, interval_of_count
+from auto_quantize_model.measure.heldout import HeldOut, in_words, record_of, summary, totals
 from auto_quantize_model.measure.metrics import Reference, next_token_loss, right_answers
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.encode import Sample, answer_span, encode
@@ -49,8 +49,8 @@ def test_an_answer_is_found_where_the_template_puts_it(processor: Any) -> None:
 def test_an_answer_is_right_where_each_of_its_tokens_is_the_most_likely_one() -> None:
     logits = torch.eye(5)[torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]])]  # after each position the next number
     batch = {"input_ids": torch.tensor([[0, 1, 2, 3], [0, 1, 4, 3]])}
-    assert right_answers(logits, batch, [range(1, 3), range(1, 3)]) == 1
-    assert right_answers(logits, batch, [None, range(3, 4)]) == 1
+    assert right_answers(logits, batch, [range(1, 3), range(1, 3)]) == [True, False]
+    assert right_answers(logits, batch, [None, range(3, 4)]) == [True]
 
 
 def test_the_loss_of_next_tokens_is_of_the_answer_or_of_all_text() -> None:
@@ -98,7 +98,13 @@ def test_scales_are_of_all_calibration_batches_and_an_op_counts_its_runs_of_one(
 
 def a_record(error: float, divergences: list[float], **changes: Any) -> dict[str, Any]:
     """The record of a batch with four positions for each sample."""
-    fields = {"image_divergence": 0.0, "text_divergence": 4 * sum(divergences), "top1_agreement": 1.0, "right": 0}
+    fields = {
+        "image_divergence": 0.0,
+        "text_divergence": 4 * sum(divergences),
+        "top1_agreement": 1.0,
+        "right": 0,
+        "lost": 0,
+    }
     return {
         "mse_value": error,
         "divergences": divergences,
@@ -131,6 +137,20 @@ def test_an_interval_holds_the_mean_and_is_the_same_each_time(values: list[float
     weights = [1.0] * len(values)
     low, high = interval(values, weights)
     assert min(values) - 1e-12 <= low <= high <= max(values) + 1e-12 and (low, high) == interval(values, weights)
+
+
+def test_an_interval_of_a_count_is_that_of_clopper_and_pearson() -> None:
+    # 0 of 30: 1 - 0.025 ** (1 / 30) = 0.1157; 4 of 189: 0.0058 and 0.0533, as in tables.
+    assert (interval_of_count(0, 30), interval_of_count(4, 189)) == ((0, 4), (1, 11))
+    assert interval_of_count(30, 30) == (26, 30)
+
+
+def test_a_lost_answer_was_right_in_the_reference() -> None:
+    right, wrong = torch.tensor([[0.0, 9.0]] * 2), torch.tensor([[9.0, 0.0]] * 2)
+    before, now = torch.stack([right, right, wrong]), torch.stack([right, wrong, right])
+    batch = {"input_ids": torch.ones(3, 2, dtype=torch.long)}
+    record = record_of(now, Reference(before, None), batch, [range(1, 2)] * 3)
+    assert (record["right"], record["lost"]) == (2, 1)
 
 
 def test_an_interval_covers_the_mean_about_as_often_as_it_says() -> None:

@@ -33,7 +33,11 @@ DRAWN = {}  # SVG by specification
 def choice(quantized, kl_divergence, **changes):
     """A choice with the first so many of the four ops in W8A8."""
     schemes = ["W8A8"] * quantized + ["unquantized"] * (4 - quantized)
-    return a_point(schemes, kl_divergence, **{"accuracy": 0.8 if quantized == 4 else 0.9, **changes})
+    return a_point(
+        schemes,
+        kl_divergence,
+        **{"accuracy": 0.8 if quantized == 4 else 0.9, "answers_lost": int(quantized == 4), **changes},
+    )
 
 
 def measured(points=None, controls=None, **changes):
@@ -41,8 +45,15 @@ def measured(points=None, controls=None, **changes):
     points = points or [choice(*pair) for pair in ((4, 0.08), (3, 0.01), (2, 0.008), (1, 0.004), (0, 0.0))]
     controls = controls or [
         choice(4, 0.08, kind="uniform", name="W8A8"),
-        a_point(["unquantized", *["W8A8"] * 3], 0.03, accuracy=0.9, kind="random", name="random_0"),
-        a_point(["unquantized", "W8A8", "W8A8", "unquantized"], 0.006, accuracy=0.9, kind="edges", name="edges"),
+        a_point(["unquantized", *["W8A8"] * 3], 0.03, accuracy=0.9, answers_lost=0, kind="random", name="random_0"),
+        a_point(
+            ["unquantized", "W8A8", "W8A8", "unquantized"],
+            0.006,
+            accuracy=0.9,
+            answers_lost=0,
+            kind="edges",
+            name="edges",
+        ),
     ]
     return a_frontier(NAMES, points, controls, **{"answers": 10, **changes})
 

@@ -17,7 +17,7 @@ def rendered(report):
 def of_mixed(kl_divergence=0.02, **changes):
     """A frontier of two schemes; its smallest choice mixes both."""
     mixed = ["NVFP4", "NVFP4", "W8A8", "unquantized"]
-    points = [a_point(mixed, kl_divergence, **{"accuracy": 0.8, **changes}), choice(0, 0.0)]
+    points = [a_point(mixed, kl_divergence, **{"accuracy": 0.8, "answers_lost": 1, **changes}), choice(0, 0.0)]
     return measured(points, candidates=("W8A8", "NVFP4"))
 
 
@@ -25,9 +25,10 @@ def test_the_decision_names_each_scheme_and_says_the_loss_before_the_bytes():
     headline, why = sentences.decision(report_of(of_mixed(weight_bytes=82), Target(max_kl_divergence=0.05)))
     assert headline == "Quantize to 10.00 bits a weight on average: 1 op in W8A8, 2 ops in NVFP4 and 1 unquantized."
     assert why == (
-        "On held-out samples the KL divergence from the unquantized model is 0.02 nats per token (95 % interval 0.01 to"
-        " 0.04). The most likely token stays the same at 90.00 % of the positions. 8 of 10 answers are right, and 9"
-        " without quantization. The weights take 82 bytes, 50.00 % of those without quantization. This is the smallest"
+        "Of 9 answers that are right without quantization, 1 is lost (95 % interval 0 to 5). On held-out samples the KL"
+        " divergence from the unquantized model is 0.02 nats per token (95 % interval 0.01 to 0.04). The most likely"
+        " token stays the same at 90.00 % of the positions. The weights take 82 bytes, 50.00 % of those"
+        " without quantization. This is the smallest"
         " measured choice that reaches the target (max_kl_divergence 0.05)."
     )
 
@@ -73,24 +74,30 @@ def test_where_nothing_is_decided_each_reason_is_said_once():
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "whole", "sentence"),
+    ("accuracy", "lost", "whole", "sentence"),
     [
-        (0.9, 0.9, "No answer is lost: 9 of 10 are right, and 9 without quantization."),
-        (1.0, 0.9, "No answer is lost: 10 of 10 are right, and 9 without quantization."),
-        (0.5, 0.9, "5 of 10 answers are right, and 9 without quantization."),
-        (0.4, 0.4, "The unquantized model itself gives only 4 of 10 answers right, too few to judge by."),
+        (0.9, 0, 0.9, "Of 9 answers that are right without quantization, none is lost (95 % interval 0 to 4). On"),
+        (1.0, 0, 0.9, "without quantization, none is lost (95 % interval 0 to 4). 1 wrong one becomes right. On"),
+        (0.7, 3, 0.9, "without quantization, 3 are lost (95 % interval 0 to 7). 1 wrong one becomes right. On"),
+        (0.5, 4, 0.9, "Of 9 answers that are right without quantization, 4 are lost (95 % interval 1 to 8). On"),
+        (0.4, 0, 0.4, "The unquantized model itself gives only 4 of 10 answers right, too few to judge by."),
     ],
 )
-def test_answers_are_judged_only_where_the_unquantized_model_has_enough_right(accuracy, whole, sentence):
-    points = [choice(4, 0.08, accuracy=accuracy), choice(0, 0.0, accuracy=whole)]
+def test_answers_are_judged_only_where_the_unquantized_model_has_enough_right(accuracy, lost, whole, sentence):
+    points = [choice(4, 0.08, accuracy=accuracy, answers_lost=lost), choice(0, 0.0, accuracy=whole, answers_lost=0)]
     assert sentence in sentences.decision(report_of(measured(points), Target(max_kl_divergence=1)))[1]
 
 
+def test_a_choice_that_loses_fewer_answers_is_compared_with_the_smallest():
+    report = report_of(measured(), Target(max_kl_divergence=0.05))
+    assert "The smallest measured choice, with 8.00 bits, loses 1." in sentences.decision(report)[1]
+
+
 def test_without_answers_nothing_is_said_of_them():
-    points = [choice(4, 0.08, accuracy=None), choice(0, 0.0, accuracy=None)]
+    points = [choice(*pair, accuracy=None, answers_lost=None) for pair in ((4, 0.08), (0, 0.0))]
     report = report_of(measured(points, answers=0), Target(max_kl_divergence=1))
-    assert "answer" not in sentences.decision(report)[1] and "answers right" not in rendered(report)
-    assert "| answers right |" in rendered(report_of(measured()))
+    assert "answer" not in sentences.decision(report)[1] and "answers lost" not in rendered(report)
+    assert "| answers lost | answers right |" in rendered(report_of(measured()))
 
 
 def test_each_profile_has_a_line_and_each_that_is_missing_a_reason():

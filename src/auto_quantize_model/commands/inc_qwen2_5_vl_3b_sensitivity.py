@@ -105,7 +105,7 @@ def measure(args: argparse.Namespace) -> None:
     samples, _, calibration = extract(draw, processor, manifest)
     for remark in remarks(calibration):
         cli.say(f"calibration: {remark}")
-    batches = batches_of(samples, calibration, processor)
+    batches = batches_of(samples, calibration.batch_size, processor)
     model: Any = load_model(args.model)
     plan = identify(build_plan(model, batches, spec), manifest, calibration, digest_of(spec.model_dump()))
     store = ScoreStore(args.output / "scores")

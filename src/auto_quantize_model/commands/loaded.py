@@ -55,7 +55,10 @@ class Loaded:
     def logits(self) -> int:
         """The bytes of the output on a batch of the longest samples; 0 where the vocabulary is unknown."""
         tokens = max(sample.tokens for samples in self.run.calibration.samples.values() for sample in samples)
-        return 4 * self.run.calibration.batch_size * tokens * (self.processor.vocabulary or 0)
+        calibration = self.run.calibration
+        return (
+            4 * max(calibration.batch_size, calibration.heldout_batch_size) * tokens * (self.processor.vocabulary or 0)
+        )
 
     @cached_property
     def processor(self) -> Processor:

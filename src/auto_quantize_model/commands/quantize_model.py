@@ -84,8 +84,8 @@ def by_inc(run: Run, profile: Profile, frontier: Frontier, beside: Sequence[str]
 
     loaded = Loaded(run)
     require_inc(run.plan)
-    # Reloading needs memory for INC's model, for the FP32 model that receives it, and for the file.
-    needed = 4 * loaded.parameters + 2 * profile.point.weight_bytes + WORKING_BYTES
+    # The FP32 model and INC's are in memory together. Loaded back, INC's model and its file take less.
+    needed = 4 * loaded.parameters + profile.point.weight_bytes + WORKING_BYTES
     require_free(needed, "quantizing this model, and loading the result back,")
     batches = loaded.batches()
     heldout, answers = loaded.heldout(frontier.batches)
@@ -94,9 +94,9 @@ def by_inc(run: Run, profile: Profile, frontier: Frontier, beside: Sequence[str]
         references = [Reference(logits(model, batch), batch.get("mm_token_type_ids")) for batch in heldout]
         with atomic_folder(directory, beside=beside) as folder:
             quantize(model, batches, op_name_dict, folder)
-        del model  # before the next one is loaded
+        del model  # before INC's is loaded
         release()
-        quantized = load_quantized(directory, loaded.model())
+        quantized = load_quantized(directory, loaded.directory)
         with cli.progress_bar("INC's INT8 model") as on_batch:
             found = measure_error(references, quantized, heldout, answers, on_batch)
     return {"kind": INC_INT8, **compared(name, profile, found, frontier)}, [directory / WEIGHTS]

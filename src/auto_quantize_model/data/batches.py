@@ -107,7 +107,8 @@ def extract_into(
     pools, source = _open_source(spec, model_manifest, progress)
     split_of = _draw(spec, pools)
     entries: dict[str, list[SampleEntry]] = {split: [] for split in SPLITS}
-    shapes: list[tuple[int, bool]] = []
+    shapes: dict[str, list[tuple[int, bool]]] = {split: [] for split in SPLITS}
+    sizes = {"calibration": spec.batch_size, "heldout": spec.heldout_batch_size or spec.batch_size}
     first_frames: list[str] = []
 
     def take(item: tuple[int, Callable[[], tuple[Sample, str | None]]]) -> None:
@@ -118,8 +119,7 @@ def extract_into(
         split = split_of[number]
         entries[split].append(_describe(prepared, processor))
         first_frames.extend([first_frame] if first_frame else [])
-        if split == "calibration":
-            shapes.append((encoded["input_ids"].shape[1], "pixel_values" in encoded))
+        shapes[split].append((encoded["input_ids"].shape[1], "pixel_values" in encoded))
         stores[split](prepared)
 
     with limited_renderer(processor.tokenizer) as render:
@@ -128,8 +128,9 @@ def extract_into(
     if read < len(numbers):  # a stream that ended early
         _draw(spec, dict.fromkeys(SPLITS, range(read)))
     _refuse_shared(entries, spec.place)
-    for start in range(0, len(shapes), spec.batch_size):
-        require_equal(shapes[start : start + spec.batch_size])
+    for split, size in sizes.items():
+        for start in range(0, len(shapes[split]), size):
+            require_equal(shapes[split][start : start + size])
     made = CalibrationManifest(
         calibration=spec.name,
         source=spec.source,
@@ -138,7 +139,8 @@ def extract_into(
         seed=spec.seed,
         samples={split: tuple(entries[split]) for split in SPLITS},
         limits=asdict(limits),
-        batch_size=spec.batch_size,
+        batch_size=sizes["calibration"],
+        heldout_batch_size=sizes["heldout"],
         format=spec.format,
         image_backend=processor.image_backend,
         text_only=not any(entry.image_tokens for entry in entries["calibration"]),
@@ -207,14 +209,14 @@ def _open_source(
     splits draw from all rows, one after the other.
     """
     if spec.source == "digits":
-        from auto_quantize_model.data.digits import DIGITS, digit_samples, digits_split
+        from auto_quantize_model.data.digits import DIGITS, MAX_SHIFT, MAX_TURN, digits_split, varied_samples
 
         split = model_manifest.details.get("training", {}).get("split") or {"seed": 0, **digits_split(0)}
 
         def read(numbers: Sequence[int]) -> Iterator[Callable[[], tuple[Sample, str | None]]]:
-            return (functools.partial(lambda sample: (sample, None), sample) for sample in digit_samples(numbers))
+            return (functools.partial(lambda sample: (sample, None), sample) for sample in varied_samples(numbers))
 
-        return split, Source(DIGITS, read, {"split_seed": split["seed"]})
+        return split, Source(DIGITS, read, {"split_seed": split["seed"], "max_turn": MAX_TURN, "max_shift": MAX_SHIFT})
     if spec.source == "local":
         if spec.path is None:
             raise InputError(
@@ -342,7 +344,7 @@ def load_batches(
         InputError: the set is not the one that the manifest describes.
     """
     samples = None if count is None else count * manifest.batch_size
-    return batches_of(load_samples(path, manifest, processor, "calibration", samples), manifest, processor)
+    return batches_of(load_samples(path, manifest, processor, "calibration", samples), manifest.batch_size, processor)
 
 
 def load_samples(
@@ -370,15 +372,14 @@ def load_heldout(
     Raises:
         InputError: the samples are not those that the manifest describes.
     """
-    size = manifest.batch_size
+    size = manifest.heldout_batch_size
     samples = load_samples(path, manifest, processor, "heldout", count * size)
     spans = [sample.answer_span for sample in samples]
     answers = [spans[start : start + size] for start in range(0, len(spans), size)]
-    return batches_of(samples, manifest, processor), answers
+    return batches_of(samples, size, processor), answers
 
 
-def batches_of(samples: Sequence[Prepared], manifest: CalibrationManifest, processor: Processor) -> list[Batch]:
-    """Samples in batches of the manifest's size; an incomplete last batch is left out."""
-    size = manifest.batch_size
+def batches_of(samples: Sequence[Prepared], size: int, processor: Processor) -> list[Batch]:
+    """Samples in batches of `size` samples; an incomplete last batch is left out."""
     encoded = [tensors(sample, processor) for sample in samples]
     return [collate(encoded[start : start + size]) for start in range(0, len(encoded) - size + 1, size)]

@@ -44,6 +44,9 @@ REMARK = (
     'Use: oneshot(model=model, recipe="llm_compressor_recipe.yaml"), then model.save_pretrained(folder,'
     " save_compressed=True). Give oneshot a dataset too if a scheme has static inputs, as FP8 and NVFP4 have."
 )
+# Ranges as `schemes.compressed` finds them. Without a name, llm-compressor takes a moving average over the batches of
+# inputs.
+OBSERVERS = {"weights": "memoryless_minmax", "input_activations": "static_minmax"}
 # The first release whose `CompressedTensorsConfig.get_quant_method` has a branch for `ParallelLMHead`
 # (vllm-project/vllm#37291). The failures: vllm-project/vllm#48856 and #52434.
 LM_HEAD = (
@@ -109,7 +112,7 @@ def quantization(subject: Subject, cured: Mapping[str, Cause]) -> dict[str, Any]
     of_op = {name: cause for cause in cured.values() for name in cause.ops}
     groups: dict[str, Any] = {}
     for scheme, names in subject.groups.items():
-        sides = {side: stated(fields) for side, fields in fields_of(subject.schemes[scheme]).items() if fields}
+        sides = {side: stated(side, fields) for side, fields in fields_of(subject.schemes[scheme]).items() if fields}
         members: dict[str, list[str]] = {}
         for name in names:
             kinds = of_op[name].cure.settings.keys() & RANGES.keys() if name in of_op else set()  # type: ignore[union-attr]
@@ -148,6 +151,7 @@ def targets(subject: Subject, names: list[str]) -> list[str]:
     return [f"re:{pattern}" for pattern in regular_expressions(subject.common(names).values())]
 
 
-def stated(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a side that have a value."""
-    return {key: value for key, value in fields.items() if value is not None}
+def stated(side: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a side that have a value, and the observer where a calibration finds the range."""
+    observer = {} if fields["dynamic"] is True else {"observer": OBSERVERS[side]}
+    return {key: value for key, value in fields.items() if value is not None} | observer

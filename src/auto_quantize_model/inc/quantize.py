@@ -21,6 +21,7 @@ from auto_quantize_model.inc.loader import CalibrationLoader
 from auto_quantize_model.inc_pytorch_mse_patching import copies_sharing_parameters, temporary_workspace
 from auto_quantize_model.measure.heldout import record_of, summary, totals
 from auto_quantize_model.measure.metrics import Reference
+from auto_quantize_model.models.snapshot import zero_model
 from auto_quantize_model.replay.model import Batch
 
 WEIGHTS = "best_model.pt"  # INC's name of the file that it saves
@@ -81,9 +82,16 @@ def release() -> None:
     gc.collect()
 
 
-def load_quantized(directory: Path, model: torch.nn.Module) -> torch.nn.Module:
-    """INC's saved model, put into the modules of the FP32 `model`, which cannot be used afterwards."""
-    loaded: torch.nn.Module = load(str(directory), model)
+def load_quantized(directory: Path, snapshot: Path) -> torch.nn.Module:
+    """INC's saved model, put into the modules of a snapshot whose weights are not read.
+
+    The file holds every weight, those that stay in FP32 as well. INC only needs modules, and quantizes what they hold
+    before the file replaces it. Zeros serve for that.
+
+    Raises:
+        InputError: as `models.snapshot.empty_model` says.
+    """
+    loaded: torch.nn.Module = load(str(directory), zero_model(snapshot))
     return loaded
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import binomtest
 
 DRAWS = 1000  # of samples, for an interval
 
@@ -41,3 +42,13 @@ def interval(values: Sequence[float], weights: Sequence[float]) -> tuple[float, 
     means = (value * weight)[drawn].sum(1) / weight[drawn].sum(1)
     low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
+
+
+def interval_of_count(found: int, of: int) -> tuple[int, int]:
+    """The 95 % interval of how many of `of` samples show what `found` of them showed; each end is rounded outwards.
+
+    Clopper and Pearson, "The use of confidence or fiducial limits illustrated in the case of the binomial", 1934. It is
+    exact for samples that are independent. For 0 of 200 it is 0 to 4, where a bootstrap would say 0 to 0.
+    """
+    share = binomtest(found, of).proportion_ci(method="exact")
+    return math.floor(share.low * of), math.ceil(share.high * of)

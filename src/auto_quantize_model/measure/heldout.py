@@ -101,12 +101,20 @@ def record_of(
 
     Returns:
         The metrics of `Reference.compare`, `divergences` (the mean of each sample), `next_token_loss` (the sum in nats
-        over `next_tokens` tokens), and `right` (how many answers are right).
+        over `next_tokens` tokens), `right` (how many answers are right), and `lost` (how many are wrong here, and right
+        in the reference).
     """
     record, divergences = reference.compare_samples(output)
     loss, tokens = next_token_loss(output, batch, answers)
-    right = right_answers(output, batch, answers)
-    return {**record, "divergences": divergences, "next_token_loss": loss, "next_tokens": tokens, "right": right}
+    right, before = (right_answers(logits, batch, answers) for logits in (output, reference.output))
+    return {
+        **record,
+        "divergences": divergences,
+        "next_token_loss": loss,
+        "next_tokens": tokens,
+        "right": sum(right),
+        "lost": sum(was and not now for was, now in zip(before, right, strict=True)),
+    }
 
 
 def totals(reference: Reference, index: int) -> dict[str, float]:
@@ -152,6 +160,7 @@ def summary(records: Sequence[Record], totals: Sequence[Mapping[str, float]], as
         "top1_agreement": weighted([record["top1_agreement"] for record in records], positions),
         "perplexity": math.exp(loss / tokens) if tokens else None,
         "accuracy": sum(record["right"] for record in records) / asked if asked else None,
+        "answers_lost": sum(record["lost"] for record in records) if asked else None,
         "relative_error": relative,
         "sqnr_db": decibels(relative),
         "sqnr_db_lowest": decibels(worst),

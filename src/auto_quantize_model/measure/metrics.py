@@ -167,18 +167,18 @@ def next_token_loss(
     return total, len(rows[1])
 
 
-def right_answers(output: torch.Tensor, batch: Mapping[str, torch.Tensor], spans: Sequence[range | None]) -> int:
-    """How many samples of a batch have every token of their answer as the most likely one, given those before it.
+def right_answers(output: torch.Tensor, batch: Mapping[str, torch.Tensor], spans: Sequence[range | None]) -> list[bool]:
+    """Whether each sample that has an answer has every token of it as the most likely one, given those before it.
 
     Args:
         output: (samples, tokens, vocabulary) logits.
         batch: its `input_ids`, int64 (samples, tokens).
         spans: for each sample, the positions of its answer's tokens.
     """
-    right = 0
+    right = []
     for row, span in enumerate(spans):
         if span is not None:
             expected = batch["input_ids"][row, span.start : span.stop].to(output.device)
             predicted = output[row, span.start - 1 : span.stop - 1].argmax(-1)
-            right += bool(torch.equal(predicted, expected))
+            right.append(bool(torch.equal(predicted, expected)))
     return right

@@ -362,5 +362,5 @@ def require_equal(shapes: Sequence[tuple[int, bool]]) -> None:
         lengths = sorted({length for length, _ in shapes})
         raise InputError(
             f"samples of {lengths} tokens, or with and without image, cannot share a batch without padding, which the"
-            " error would count. Set calibration.batch_size to 1"
+            " error would count. Set calibration.batch_size to 1, and calibration.heldout_batch_size too"
         )

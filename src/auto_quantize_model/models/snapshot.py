@@ -26,6 +26,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -433,12 +434,35 @@ def empty_model(directory: Path) -> PreTrainedModel:
     Raises:
         InputError: `check_snapshot` refuses the snapshot, or transformers refuses its config.json.
     """
+    with torch.device("meta"):
+        return _of_config(directory)
+
+
+def zero_model(directory: Path) -> PreTrainedModel:
+    """The model as `load_model` returns it, with zeros for weights.
+
+    The operating system gives memory to a page of zeros when the page is written. So this model takes next to none.
+
+    Raises:
+        InputError: as `empty_model` says.
+    """
+    with no_init_weights():
+        model = _of_config(directory)
+    for parameter in model.parameters():
+        parameter.data = torch.zeros_like(parameter)
+    make_fx_safe(model)
+    model.eval().requires_grad_(False)
+    return model
+
+
+def _of_config(directory: Path) -> PreTrainedModel:
+    """The model that a snapshot's config.json describes, in FP32."""
     factory = model_class(check_snapshot(directory))
-    with explained(directory / "config.json"), torch.device("meta"):
+    with explained(directory / "config.json"):
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         build = factory.from_config if factory is AutoModelForCausalLM else factory._from_config
-        empty: PreTrainedModel = build(config, dtype=torch.float32)
-        return empty
+        made: PreTrainedModel = build(config, dtype=torch.float32)
+        return made
 
 
 def module_types(directory: Path) -> dict[str, type[torch.nn.Module]]:

@@ -389,6 +389,7 @@ def frontier_points(report: dict[str, Any]) -> list[Row]:
                     "units": mixture_of_units(report, point),
                     "weights": in_bytes(point["weight_bytes"], 4),
                     "top1": percent(point["top1_agreement"]),
+                    "lost": number(point["answers_lost"]),
                     "accuracy": percent(point["accuracy"]),
                     "sqnr": "no error" if point["sqnr_db"] is None else f"{point['sqnr_db']:.2f} dB",
                 }
@@ -418,7 +419,13 @@ def frontier_chart(points: list[Row], profiles: list[Row]) -> Panel:
     )
     line = base.transform_filter(f"datum.curve === '{KINDS['frontier'][0]}'").mark_line(strokeWidth=2).encode(y=y)
     hints = {"curve": "kind", "choice": "choice", "bits_text": "bits a weight", "kl_text": "KL", "top1": "top-1"}
-    hints |= {"accuracy": "answers right", "sqnr": "SQNR", "units": "units", "weights": "weights"}
+    hints |= {
+        "lost": "answers lost",
+        "accuracy": "answers right",
+        "sqnr": "SQNR",
+        "units": "units",
+        "weights": "weights",
+    }
     dots = base.mark_point(filled=True, size=60, opacity=1).encode(
         y=y, shape=shape, tooltip=[alt.Tooltip(field=key, type="nominal", title=name) for key, name in hints.items()]
     )

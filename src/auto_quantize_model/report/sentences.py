@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from auto_quantize_model.measure.aggregate import interval_of_count
 from auto_quantize_model.records import IncCheck
 from auto_quantize_model.report.coverage import in_bytes
 from auto_quantize_model.schemes.scheme import INC_INT8, UNQUANTIZED
@@ -185,19 +186,37 @@ def lost(report: Report, point: Mapping[str, Any]) -> str:
         f" token (95 % interval {low} to {high}).",
         f"The most likely token stays the same at {percent(point['top1_agreement'])} of the positions.",
     ]
+    return " ".join([*answers_lost(report, point), *parts])
+
+
+def right_before(report: Report) -> int | None:
+    """How many answers are right without quantization; None where no answer was measured."""
     whole = unquantized(report)
-    if whole and point["accuracy"] is not None:
-        answers = report["frontier"]["answers"]
-        right, before = (round(state["accuracy"] * answers) for state in (point, whole))
-        if before < FEW_RIGHT:
-            parts.append(
-                f"The unquantized model itself gives only {before} of {answers} answers right, too few to judge by."
-            )
-        elif right >= before:
-            parts.append(f"No answer is lost: {right} of {answers} are right, and {before} without quantization.")
-        else:
-            parts.append(f"{right} of {answers} answers are right, and {before} without quantization.")
-    return " ".join(parts)
+    return (
+        None if whole is None or whole["accuracy"] is None else round(whole["accuracy"] * report["frontier"]["answers"])
+    )
+
+
+def answers_lost(report: Report, point: Mapping[str, Any]) -> list[str]:
+    """How many answers a choice loses, next to the smallest measured choice; no sentence without answers."""
+    before, lost = right_before(report), point["answers_lost"]
+    if before is None or lost is None:
+        return []
+    answers = report["frontier"]["answers"]
+    if before < FEW_RIGHT:
+        return [f"The unquantized model itself gives only {before} of {answers} answers right, too few to judge by."]
+    low, high = interval_of_count(lost, before)
+    now = round(point["accuracy"] * answers)
+    what = (
+        f"Of {before} answers that are right without quantization, {lost or 'none'} {'is' if lost < 2 else 'are'} lost"
+    )
+    found = [f"{what} (95 % interval {low} to {high})."]
+    if gained := now - before + lost:
+        found.append(f"{gained} wrong {'one becomes' if gained == 1 else 'ones become'} right.")
+    least = report["frontier"]["points"][0]
+    if least["weight_bytes"] < point["weight_bytes"] and least["answers_lost"] > lost:
+        found.append(f"The smallest measured choice, with {least['bits']:.2f} bits, loses {least['answers_lost']}.")
+    return found
 
 
 def weighs(report: Report, point: Mapping[str, Any]) -> str:
