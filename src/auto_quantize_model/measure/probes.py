@@ -137,7 +137,7 @@ def joined(whole: Array, apart: Array) -> tuple[Array, Array]:
 
     The ratio of the two differs between ops by chance and by their nature. The variance of the squared sums over the
     probes says how much is chance. The more of it is chance, the nearer the logarithm of an op's ratio is brought to
-    the mean of all ops (James and Stein, "Estimation with Quadratic Loss", 1961).
+    the mean of all ops. So do James and Stein, "Estimation with Quadratic Loss", 1961.
 
     Returns:
         The values, (ops, probes), and a variance of each op that the values do not show, (ops,): of the mean ratio, and
