@@ -157,14 +157,15 @@ class Space:
         return methods
 
     def by_rules(self) -> list[Method]:
-        """Choices without scores, each next to this project's for the same bytes."""
+        """Choices without scores, each next to this project's for the same budget, which they fill."""
         found = [(f"all {scheme}", None, uniform(self.units, scheme)) for scheme in CANDIDATES]
         for bits in BITS:
             budget = self.budget(bits)
             found.append(("first and last layers", bits, edges_first(self.units, budget)))
             found += [(f"random {seed}", bits, at_random(self.units, budget, seed)) for seed in range(SEEDS)]
         states = [(name, bits, self.state(choice)) for name, bits, choice in found]
-        return [Method(name, bits, state, self.equal(state) if bits else None) for name, bits, state in states]
+        partners = {bits: self.state(self.refinement.best(self.budget(bits))) for bits in BITS}
+        return [Method(name, bits, state, partners.get(bits) if bits else None) for name, bits, state in states]
 
 
 def ours(loaded: Loaded, space: Space) -> Found:
