@@ -33,7 +33,6 @@ class Refinement:
 
     def __init__(self, units: Sequence[Options], heldout: HeldOut, batches: Sequence[Batch]) -> None:
         self.units, self.heldout, self.batches = units, heldout, batches[:BATCHES]
-        self.wanted = {unit.name: (list(unit.ops), list(unit.bytes)) for unit in units if len(unit.bytes) > 1}
 
     def best(self, budget: int, seconds: float | None = None) -> Choice:
         """The best choice within bytes and time: by the sum of losses first, then refined.
@@ -42,7 +41,7 @@ class Refinement:
             InputError: no choice fits.
         """
         choice = allocate(self.units, budget, seconds)
-        if not self.batches or not self.wanted:
+        if not self.batches:
             return choice
         best, least = choice, math.inf
         for done in count(1):
@@ -57,10 +56,14 @@ class Refinement:
     def at(self, choice: Choice) -> tuple[float, Slopes]:
         """The mean divergence of a choice over the batches, and the mean slopes."""
         state = state_of(choice, self.units)
-        found = [kept_slopes(self.heldout, *pair, state, self.wanted) for pair in zip(self.batches, count())]
+        wanted = {
+            unit.name: (list(unit.ops), [scheme for scheme in unit.bytes if scheme != now])
+            for unit, now in zip(self.units, choice, strict=True)
+        }
+        found = [kept_slopes(self.heldout, *pair, state, wanted) for pair in zip(self.batches, count())]
         means = {
             unit: {scheme: math.fsum(slopes[unit][scheme] for _, slopes in found) / len(found) for scheme in schemes}
-            for unit, (_, schemes) in self.wanted.items()
+            for unit, (_, schemes) in wanted.items()
         }
         return math.fsum(divergence for divergence, _ in found) / len(found), means
 

@@ -57,11 +57,11 @@ def slopes(replay: Replay, batch: Batch, state: Assignment, wanted: Wanted) -> t
                 able = [name for name in schemes if name == UNQUANTIZED or replay.sites[op].ready(name)]
                 asked[op] = [*dict.fromkeys([*asked.get(op, []), *able])]
     products = Backward(replay, asked, 1, state).run(direction, lambda done, total: None)
-    found: Slopes = {}
+    found: Slopes = {unit: {} for unit in wanted}
     for unit, (ops, schemes) in wanted.items():
         for scheme in schemes:
             parts = [products[op][asked[op].index(scheme)] for op in ops if op in products and scheme in asked[op]]
-            found.setdefault(unit, {})[scheme] = float(sum(part.sum() for part in parts))
+            found[unit][scheme] = float(sum(part.sum() for part in parts))
     return divergence, found
 
 
