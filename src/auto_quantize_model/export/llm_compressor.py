@@ -3,6 +3,7 @@
 A second recipe has the cures of units as well, where these regain a loss of the whole profile on held-out samples.
 """
 
+import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -136,7 +137,8 @@ def smoothing(subject: Subject, cured: Iterable[Cause]) -> dict[str, Any]:
     mappings: dict[str, list[Any]] = {}
     for cause in cured:
         if cause.cure and (strength := cause.cure.settings.get("smoothing")):
-            (before,) = targets(subject, [cause.cure.folds_into])
+            # The whole name: the last part alone, such as `norm`, may stand in the names of other modules.
+            before = f"re:{re.escape(cause.cure.folds_into)}$"
             mappings.setdefault(strength, []).append([targets(subject, list(cause.ops)), before])
     return {
         f"smoothing_{number}_modifiers": {
