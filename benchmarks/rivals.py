@@ -33,7 +33,7 @@ from auto_quantize_model.config import DecideSpec
 from auto_quantize_model.data.batches import load_samples
 from auto_quantize_model.decide.allocate import Choice, at_random, edges_first, loss_of, state_of, uniform
 from auto_quantize_model.decide.frontier import options_of
-from auto_quantize_model.decide.refine import BATCHES, Refinement
+from auto_quantize_model.decide.refine import Refinement
 from auto_quantize_model.files import InputError, read_json, write_json
 from auto_quantize_model.measure.aggregate import interval
 from auto_quantize_model.measure.capture import capture_sensitivity
@@ -93,7 +93,7 @@ def bench(args: argparse.Namespace) -> None:
     batches, answers = loaded.heldout(HELDOUT)
     scales, store = loaded.scales[ALL_BATCHES], ScoreStore(FOLDER / "scores")
     with HeldOut(loaded.model(), loaded.run.plan, scales, batches, answers, store) as heldout:
-        space = Space(loaded.run.plan, Refinement(units, heldout, loaded.batches(BATCHES)))
+        space = Space(loaded.run.plan, Refinement(units, heldout, ()))
         methods = [*space.by_ours(ours(loaded, space)), *space.by_rules()]
         for rival in NAMES:
             if rival not in args.without:
@@ -199,7 +199,7 @@ def ours(loaded: Loaded, space: Space) -> Found:
             )
             units = options_of(plan, capture, CANDIDATES, DecideSpec())[1]
             with HeldOut(model, plan, loaded.scales[ALL_BATCHES], (), (), store) as alone:
-                chosen = choices(Refinement(units, alone, loaded.batches(BATCHES)))
+                chosen = choices(Refinement(units, alone, ()))
         of_count = {"choices": chosen, "seconds": time.process_time() - started}
         write_json(made, {str(plan.confidence_batches * loaded.run.calibration.batch_size): of_count})
 
