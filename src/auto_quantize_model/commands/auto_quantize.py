@@ -21,6 +21,7 @@ COMMANDS = (
     "audit_capture",
     "measure_frontier",
     "build_profiles",
+    "explain_units",
     "export_profiles",
     "render_report",
     "draw_figures",

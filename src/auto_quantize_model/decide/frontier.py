@@ -187,8 +187,6 @@ def measure_frontier(
 ) -> Frontier:
     """Choose for growing budgets, and measure each choice and the controls on the held-out batches.
 
-    Each choice is refined on the first calibration batches, where divergences are summed.
-
     More choices are measured between the smallest one that reaches the target and the next smaller one. So the profile
     `smallest` is the smallest.
 

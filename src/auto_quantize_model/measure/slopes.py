@@ -5,7 +5,7 @@ each unit and scheme the change of the divergence to first order.
 
 In a mixed model the errors of the units meet: some add up, others cancel. A sum over units that were quantized alone
 knows nothing of this. The gradient of the divergence, taken where all units have their schemes, does. Its product with
-the change of an op's output is the change of the divergence. A quantized op hands a gradient on as the unquantized op does.
+the change of an op's output is the change of the divergence. A quantized op hands a gradient on as an unquantized one.
 This is the straight-through estimator of Bengio, Léonard and Courville, "Estimating or Propagating Gradients Through
 Stochastic Neurons for Conditional Computation", 2013.
 """
