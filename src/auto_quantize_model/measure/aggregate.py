@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import binomtest
 
 DRAWS = 1000  # of samples, for an interval
 
@@ -50,5 +49,7 @@ def interval_of_count(found: int, of: int) -> tuple[int, int]:
     Clopper and Pearson, "The use of confidence or fiducial limits illustrated in the case of the binomial", 1934. It is
     exact for samples that are independent. For 0 of 200 it is 0 to 4, where a bootstrap would say 0 to 0.
     """
+    from scipy.stats import binomtest  # here, because the commands tell their options without heavy libraries
+
     share = binomtest(found, of).proportion_ci(method="exact")
     return math.floor(share.low * of), math.ceil(share.high * of)
