@@ -31,15 +31,14 @@ from auto_quantize_model import cli
 from auto_quantize_model.commands.loaded import Loaded
 from auto_quantize_model.config import DecideSpec
 from auto_quantize_model.data.batches import load_samples
-from auto_quantize_model.decide.allocate import Choice, at_random, edges_first, loss_of, state_of, uniform
+from auto_quantize_model.decide.allocate import Choice, allocate, at_random, edges_first, loss_of, state_of, uniform
 from auto_quantize_model.decide.frontier import options_of
-from auto_quantize_model.decide.refine import Refinement
 from auto_quantize_model.files import InputError, read_json, write_json
 from auto_quantize_model.measure.aggregate import interval
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.heldout import HeldOut
 from auto_quantize_model.measure.store import ScoreStore
-from auto_quantize_model.records import Plan, digest_of_record
+from auto_quantize_model.records import Options, Plan, digest_of_record
 from auto_quantize_model.replay.scales import ALL_BATCHES
 from auto_quantize_model.schemes.scheme import UNQUANTIZED, Assignment
 
@@ -90,15 +89,12 @@ def bench(args: argparse.Namespace) -> None:
     cli.say(f"\n{machine()}\n")
     loaded = loaded_run(args.results, "capture")
     units = options_of(loaded.run.plan, loaded.run.capture, CANDIDATES, DecideSpec())[1]
-    batches, answers = loaded.heldout(HELDOUT)
-    scales, store = loaded.scales[ALL_BATCHES], ScoreStore(FOLDER / "scores")
-    with HeldOut(loaded.model(), loaded.run.plan, scales, batches, answers, store) as heldout:
-        space = Space(loaded.run.plan, Refinement(units, heldout, ()))
-        methods = [*space.by_ours(ours(loaded, space)), *space.by_rules()]
-        for rival in NAMES:
-            if rival not in args.without:
-                methods += space.by_rival(NAMES[rival], rivals_choices(rival, loaded))
-        rows = judged(heldout, space, methods)
+    space = Space(loaded.run.plan, units)
+    methods = [*space.by_ours(ours(loaded, space)), *space.by_rules()]
+    for rival in NAMES:
+        if rival not in args.without:
+            methods += space.by_rival(NAMES[rival], rivals_choices(rival, loaded))
+    rows = judged(loaded, space, methods)
     write_json(FOLDER / "rivals.json", {"machine": machine(), "without": args.without, "rows": rows})
     cli.say(table(rows))
 
@@ -106,11 +102,10 @@ def bench(args: argparse.Namespace) -> None:
 class Space:
     """The choices that are possible: which op can have which scheme, and the bytes."""
 
-    def __init__(self, plan: Plan, refinement: Refinement) -> None:
-        self.refinement, self.units = refinement, refinement.units
-        self.ops = {op.op_name: op for op in plan.ops}
-        self.names = [name for unit in self.units for name in unit.ops]
-        self.weights = sum(unit.weights for unit in self.units)
+    def __init__(self, plan: Plan, units: Sequence[Options]) -> None:
+        self.units, self.ops = units, {op.op_name: op for op in plan.ops}
+        self.names = [name for unit in units for name in unit.ops]
+        self.weights = sum(unit.weights for unit in units)
 
     def budget(self, bits: float) -> int:
         return int(bits * self.weights / 8)
@@ -136,7 +131,7 @@ class Space:
 
     def equal(self, state: Assignment) -> Assignment:
         """This project's choice for the bytes of another one."""
-        return self.state(self.refinement.best(self.bytes(state)))
+        return self.state(allocate(self.units, self.bytes(state)))
 
     def by_ours(self, found: Found) -> list[Method]:
         return [
@@ -157,15 +152,14 @@ class Space:
         return methods
 
     def by_rules(self) -> list[Method]:
-        """Choices without scores, each next to this project's for the same budget, which they fill."""
+        """Choices without scores, each next to this project's for the same bytes."""
         found = [(f"all {scheme}", None, uniform(self.units, scheme)) for scheme in CANDIDATES]
         for bits in BITS:
             budget = self.budget(bits)
             found.append(("first and last layers", bits, edges_first(self.units, budget)))
             found += [(f"random {seed}", bits, at_random(self.units, budget, seed)) for seed in range(SEEDS)]
         states = [(name, bits, self.state(choice)) for name, bits, choice in found]
-        partners = {bits: self.state(self.refinement.best(self.budget(bits))) for bits in BITS}
-        return [Method(name, bits, state, partners.get(bits) if bits else None) for name, bits, state in states]
+        return [Method(name, bits, state, self.equal(state) if bits else None) for name, bits, state in states]
 
 
 def ours(loaded: Loaded, space: Space) -> Found:
@@ -178,35 +172,32 @@ def ours(loaded: Loaded, space: Space) -> Found:
     ops = tuple(replace(op, schemes=tuple(name for name in op.schemes if name in CANDIDATES)) for op in plan.ops)
     plan = replace(plan, ops=ops, schemes={name: plan.schemes[name] for name in CANDIDATES})
 
-    def choices(refinement: Refinement) -> dict[str, Assignment]:
-        return {str(bits): space.state(refinement.best(space.budget(bits))) for bits in BITS}
+    def choices(units: Sequence[Options]) -> dict[str, Assignment]:
+        return {str(bits): space.state(allocate(units, space.budget(bits))) for bits in BITS}
 
     def score(task: Path, made: Path) -> None:
         model, batches, scales = loaded.model(), loaded.batches(plan.confidence_batches), loaded.scales_of_batches()
         started = time.process_time()
         with TemporaryDirectory() as folder, cli.progress_bar("scores") as on_progress:
-            store = ScoreStore(Path(folder))
             capture, _ = capture_sensitivity(
                 model,
                 batches,
                 plan,
-                store,
+                ScoreStore(Path(folder)),
                 scales,
                 on_progress,
                 of_all=loaded.scales[ALL_BATCHES],
                 exact=loaded.run.capture.effort.exact,
                 candidates=CANDIDATES,
             )
-            units = options_of(plan, capture, CANDIDATES, DecideSpec())[1]
-            with HeldOut(model, plan, loaded.scales[ALL_BATCHES], (), (), store) as alone:
-                chosen = choices(Refinement(units, alone, ()))
-        of_count = {"choices": chosen, "seconds": time.process_time() - started}
+        units = options_of(plan, capture, CANDIDATES, DecideSpec())[1]
+        of_count = {"choices": choices(units), "seconds": time.process_time() - started}
         write_json(made, {str(plan.confidence_batches * loaded.run.calibration.batch_size): of_count})
 
     task = {"plan": digest_of_record(plan), "exact": loaded.run.capture.effort.exact, "bits": list(BITS)}
     found = kept("ours", task, score)
     for of_count in found.values():
-        if of_count["choices"] != choices(space.refinement):
+        if of_count["choices"] != choices(space.units):
             raise InputError("the scores of the candidates alone give other choices than the capture of the run")
     return found
 
@@ -277,14 +268,25 @@ def run(command: Sequence[str | Path], log: Path) -> None:
         raise InputError(f"{' '.join(map(str, command[:3]))} ... failed; see {log}")
 
 
-def judged(heldout: HeldOut, space: Space, methods: Sequence[Method]) -> list[dict[str, Any]]:
+def judged(loaded: Loaded, space: Space, methods: Sequence[Method]) -> list[dict[str, Any]]:
     """A row for each method: the held-out KL of its choice, and how much more this is than its partner's."""
     states = [state for method in methods for state in (method.state, method.partner) if state is not None]
     states = list({frozenset(state.items()): state for state in states}.values())
+    batches, answers = loaded.heldout(HELDOUT)
+    scales, store = loaded.scales[ALL_BATCHES], ScoreStore(FOLDER / "scores")
     done = iter(range(1, len(states) * HELDOUT + 1))
     with cli.progress_bar("held-out passages") as show:
-        heldout.on_forward = lambda: show(next(done), len(states) * HELDOUT)
-        found = dict(zip((frozenset(state.items()) for state in states), heldout.measure(states), strict=True))
+        heldout = HeldOut(
+            loaded.model(),
+            loaded.run.plan,
+            scales,
+            batches,
+            answers,
+            store,
+            lambda: show(next(done), len(states) * HELDOUT),
+        )
+        with heldout:
+            found = dict(zip((frozenset(state.items()) for state in states), heldout.measure(states), strict=True))
     rows = []
     for method in methods:
         row = {"method": method.name, "budget": method.budget, "samples": method.samples, "seconds": method.seconds}

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import rivals
 
-from auto_quantize_model.decide.refine import Refinement
 from auto_quantize_model.files import InputError, write_json
 from auto_quantize_model.records import Options
 
@@ -21,7 +20,7 @@ def space() -> rivals.Space:
         for name, names, loss in (("a+b", "ab", losses["a+b"]), ("c", "c", losses["c"]))
     ]
     ops = [SimpleNamespace(op_name=name, stored_bytes=SIZES, weight_bytes=400) for name in "abc"]
-    return rivals.Space(SimpleNamespace(ops=ops), Refinement(units, None, []))
+    return rivals.Space(SimpleNamespace(ops=ops), units)
 
 
 def test_a_state_takes_the_bytes_of_its_options():

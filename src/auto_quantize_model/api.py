@@ -279,7 +279,7 @@ def frontier(
             scores,
             spec,
             target,
-            calibration,
+            len(calibration),
             on_progress,
         )
 

@@ -82,7 +82,7 @@ def measure(model: torch.nn.Module, plan: Plan, capture: Capture, scales: Scales
         asked = DecideSpec(heldout_batches=2, **{"points": 4, **spec})
         answers: list[list[range | None]] = [[range(3, 5)], [None]]
         data = (model, plan, capture, candidates, scales, token_batches(3)[1:], answers, store, asked, target)
-        return measure_frontier(*data, token_batches(1), given)
+        return measure_frontier(*data, 1, given)
 
     return run
 

@@ -56,7 +56,7 @@ def measure_frontier(args: argparse.Namespace) -> None:
             ScoreStore(args.score_store),
             spec,
             target,
-            loaded.batches(),
+            len(run.calibration.samples["calibration"]) // run.calibration.batch_size,
             on_progress,
         )
     run.write("frontier", args.frontier, found)

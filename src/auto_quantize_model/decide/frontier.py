@@ -15,6 +15,7 @@ import torch
 from auto_quantize_model.config import DecideSpec, Target
 from auto_quantize_model.decide.allocate import (
     Choice,
+    allocate,
     at_random,
     budgets,
     bytes_of,
@@ -27,7 +28,6 @@ from auto_quantize_model.decide.allocate import (
 )
 from auto_quantize_model.decide.profiles import reaches
 from auto_quantize_model.decide.ranking import aggregated
-from auto_quantize_model.decide.refine import Refinement
 from auto_quantize_model.escape import quoted
 from auto_quantize_model.files import InputError
 from auto_quantize_model.measure.capture import arithmetic
@@ -182,7 +182,7 @@ def measure_frontier(
     store: ScoreStore,
     spec: DecideSpec,
     target: Target,
-    calibration: Sequence[Batch] = (),
+    calibration_batches: int = 0,
     on_progress: Progress = lambda done, total: None,
 ) -> Frontier:
     """Choose for growing budgets, and measure each choice and the controls on the held-out batches.
@@ -195,13 +195,12 @@ def measure_frontier(
         plan: as `inc.plan.build_plan` returns it.
         capture: of the plan, with the candidates.
         candidates: the schemes to choose from.
-        scales: of all calibration batches together.
+        scales: of all calibration batches together, and `calibration_batches` how many these are.
         heldout: batches that no calibration has used.
         answers: for each sample of each held-out batch, the positions of its answer's tokens; None without an answer.
         store: keeps the record of each forward; a record in the store is not measured again.
         spec: the config's block decide.
         target: the config's block profiles.
-        calibration: the batches that set the scales; without them no choice is refined.
         on_progress: called after each forward.
 
     Raises:
@@ -219,11 +218,9 @@ def measure_frontier(
     def on_forward() -> None:
         on_progress(next(done), total)
 
-    refined: Sequence[Batch] = ()  # on held-out passages of SmolLM2 refined choices lost more, so none is refined
     with HeldOut(model, plan, scales, heldout, answers, store, on_forward) as on_heldout:
-        decision = Decision(units, other, on_heldout, Refinement(units, on_heldout, refined), on_progress)
-        states = decision.frontier(spec, target)
-        states += decision.controls(candidates, spec, [choice for _, _, choice in states])
+        decision = Decision(units, other, on_heldout)
+        states = [*decision.frontier(spec, target), *decision.controls(candidates, spec)]
         total = len({choice for _, _, choice in states}) * len(heldout)
         points = decision.measured(states)
         for _ in range(STEPS):
@@ -239,7 +236,7 @@ def measure_frontier(
         loss=by,
         units=tuple(units),
         other_bytes=other,
-        calibration_batches=len(calibration),
+        calibration_batches=calibration_batches,
         batches=len(heldout),
         samples=sum(len(batch["input_ids"]) for batch in heldout),
         tokens=positions,
@@ -259,20 +256,10 @@ class Decision:
         units: with their options.
         other_bytes: of all weights outside of the units.
         heldout: measures states.
-        refinement: makes a choice better.
-        on_progress: called after each refined choice.
     """
 
-    def __init__(
-        self,
-        units: Sequence[Options],
-        other_bytes: int,
-        heldout: HeldOut,
-        refinement: Refinement,
-        on_progress: Progress,
-    ) -> None:
+    def __init__(self, units: Sequence[Options], other_bytes: int, heldout: HeldOut) -> None:
         self.units, self.other_bytes, self.heldout = units, other_bytes, heldout
-        self.refinement, self.on_progress = refinement, on_progress
         self.weights = sum(unit.weights for unit in units)
 
     def within(self, target: Target) -> list[int]:
@@ -287,34 +274,28 @@ class Decision:
     def frontier(self, spec: DecideSpec, target: Target) -> list[State]:
         """The best choice for each budget, each once, and last the one with the least loss of all."""
         fewest = bytes_of(smallest(self.units), self.units)
-        within = [budget for budget in self.within(target) if budget >= fewest]
-        asked: list[tuple[int, float | None]] = [
-            (size, None) for size in sorted([*budgets(self.units, spec.points), *within])
-        ]
+        asked = [budget for budget in self.within(target) if budget >= fewest]
+        found = [allocate(self.units, budget) for budget in sorted([*budgets(self.units, spec.points), *asked])]
         if target.max_seconds is not None:
-            asked.append(
-                (min(within, default=bytes_of(uniform(self.units, UNQUANTIZED), self.units)), target.max_seconds)
-            )
-        found = []
-        for done, (budget, seconds) in enumerate(asked, start=1):
-            try:
-                found.append(self.refinement.best(budget, seconds))
-            except InputError:
-                if seconds is None:
-                    raise
-                # Nothing is within the time; `build_profiles` says so.
-            self.on_progress(done, len(asked))
+            most = min(asked, default=bytes_of(uniform(self.units, UNQUANTIZED), self.units))
+            found += self.in_time(most, target.max_seconds)
         found.append(uniform(self.units, UNQUANTIZED))
         return [("frontier", "", choice) for choice in dict.fromkeys(found)]
 
-    def controls(self, candidates: Sequence[str], spec: DecideSpec, frontier: Sequence[Choice]) -> list[State]:
-        """Uniform schemes; and for the bytes of some points random choices, and the first and last layers first."""
+    def in_time(self, budget: int, seconds: float) -> list[Choice]:
+        """The best choice within bytes and seconds; nothing where none fits, as `build_profiles` then says."""
+        try:
+            return [allocate(self.units, budget, seconds)]
+        except InputError:
+            return []
+
+    def controls(self, candidates: Sequence[str], spec: DecideSpec) -> list[State]:
+        """Uniform schemes; and for some budgets random choices, and the first and last layers first; each once."""
         found = [("uniform", scheme, uniform(self.units, scheme)) for scheme in candidates]
-        sizes = [bytes_of(choice, self.units) for choice in frontier]
         inner = budgets(self.units, spec.points)[1:-1]
         step = max(1, len(inner) // CONTROLLED)
-        for asked in inner[::step][:CONTROLLED]:
-            budget = max(size for size in sizes if size <= asked)
+        for budget in inner[::step][:CONTROLLED]:
+            budget = bytes_of(allocate(self.units, budget), self.units)
             found += [("random", f"random_{seed}", at_random(self.units, budget, seed)) for seed in range(SEEDS)]
             found.append(("edges", "first and last layers", edges_first(self.units, budget)))
         known: dict[Choice, State] = {}
@@ -347,5 +328,5 @@ class Decision:
         low = max(point.weight_bytes for point in known if point.weight_bytes < high)
         if high - low <= NEAR * high:
             return None
-        choice = self.refinement.best((low + high) // 2 - self.other_bytes)
+        choice = allocate(self.units, (low + high) // 2 - self.other_bytes)
         return None if any(point.schemes == choice for point in known) else ("frontier", "", choice)
