@@ -16,8 +16,8 @@ from auto_quantize_model.measure.why import watch_inputs
 from auto_quantize_model.records import Cause, Cured, Frontier, Options, Plan, Profile, Profiles, Scales, Why
 from auto_quantize_model.replay.model import Batch
 
-WORST = 4  # units that are explained in their worst scheme
-OF_PROFILE = 2  # units of each profile that are explained in the scheme that they have there
+WORST = 3  # units that are explained in their worst scheme
+OF_PROFILE = 1  # units of each profile that are explained in the scheme that they have there
 HELDOUT = 8  # held-out batches that say whether a cure of one unit helps
 Progress = Callable[[int, int], None]  # done and total, in forwards
 States = Mapping[str, dict[str, str]]  # assignments by name

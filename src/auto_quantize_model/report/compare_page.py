@@ -192,4 +192,4 @@ def rank_chart(points: list[Row], names: list[Row], top: int, count: int) -> alt
         for ink in ({"color": PAPER, "stroke": PAPER, "strokeWidth": 4}, {"color": INK})
         for left in (True, False)
     ]
-    return alt.layer(diagonal, *edges, dots, *beside).properties(width=SIDE, height=SIDE)
+    return alt.LayerChart(layer=[diagonal, *edges, dots, *beside]).properties(width=SIDE, height=SIDE)
