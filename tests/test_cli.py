@@ -336,7 +336,7 @@ def test_an_input_of_another_user_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize("body", ["def work(): print('x' * 100_000)", "def work(): raise KeyError('weight')"])
 def test_a_log_on_a_full_disk_costs_no_traceback(body: str) -> None:
-    for settings in ({}, {"PIPELINE_QUIET": "1"}):
+    for settings in ({}, {"PIPELINE_QUIET": "1"}, {"PYTHONUNBUFFERED": ""}, {"PYTHONUNBUFFERED": "1"}):
         ended = run_script(body, "/dev/full", **settings)
         assert ended.returncode in (1, 2)
         assert len(ended.stderr.splitlines()) == 1 and "/dev/full" in ended.stderr

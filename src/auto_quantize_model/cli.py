@@ -232,7 +232,7 @@ def _guarded(work: Callable[[], None], log: Path | None) -> int:
         _report(f"error: {error}", log)
         return 2
     except BrokenPipeError:  # the reader of the output has ended, such as `head`; the buffered rest is dropped
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_output(1)
         return 128 + signal.SIGPIPE
     except Exception as error:  # the outermost frame: the log gets the full traceback, the terminal one line
         # Errors of outputs name the output. All other files are the log and the temporary files of libraries.
@@ -245,6 +245,14 @@ def _guarded(work: Callable[[], None], log: Path | None) -> int:
         _report(f"error: {type(error).__name__}: {error}{where}", log)
         return 1
     return 0
+
+
+def _drop_output(*descriptors: int) -> None:
+    """Send all later output of these file descriptors nowhere, with what their buffers hold."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in descriptors:
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def _report(message: str, log: Path | None) -> None:
@@ -306,9 +314,12 @@ def _chatter_into(log: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # C's own buffer too: its content would otherwise appear on the terminal at exit. The log's disk may be full.
+        # C's own buffer too: its content would otherwise appear on the terminal at exit.
         for flush in (sys.stdout.flush, sys.stderr.flush, lambda: ctypes.CDLL(None).fflush(None)):
-            with contextlib.suppress(OSError):
+            try:
+                flush()
+            except OSError:  # the log's disk is full, and the buffer keeps what does not fit
+                _drop_output(1, 2)
                 flush()
         _terminal.clear()
         os.dup2(saved[0], 1)

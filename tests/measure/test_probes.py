@@ -66,7 +66,8 @@ def test_a_standard_error_and_a_split_half_are_those_of_the_probes():
     """A single row: the square of the sum is the sum of the squares."""
     of_batch = [[{"W8A8": {"op": [value, value]}} for value in (1.0, 2.0, 3.0, 6.0)]]
     (made,) = estimates(of_batch)
-    assert (made.kl_divergence, made.split_half) == (3.0, 2.0)
+    # Exponentials of logarithms: their last bit differs between processors.
+    assert (made.kl_divergence, made.split_half) == pytest.approx((3.0, 2.0), rel=1e-14)
     # The mean ratio of one op has the same error as the op.
     assert math.isclose(made.standard_error, math.sqrt(2) * math.sqrt(14 / 3) / 2)
 
