@@ -5,9 +5,10 @@
 
 Each weight can have NVFP4, FP8_DYNAMIC or BF16. ModelOpt's `auto_quantize` and AutoRound's AutoScheme run in virtual
 environments in tmp/, with one thread. Each choice is run on the held-out passages in this project's arithmetic. Rivals
-count bytes in their own ways. So this project also chooses for exactly a rival's bytes, and the choices are compared
-passage by passage. Seconds are those of the CPU, so other work on the machine does not count. For its own seconds this
-project scores the two candidates again. A killed run resumes, with what tmp/bench/rivals holds.
+count bytes in their own ways. So this project chooses for the bytes of the rival that takes the fewest, and the choices
+are compared passage by passage. Seconds are those of the CPU, so other work on the machine does not count. For its own
+seconds this project scores the two candidates again, and refines its choices. A killed run resumes, with what
+tmp/bench/rivals holds.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import groupby
@@ -33,6 +34,7 @@ from auto_quantize_model.config import DecideSpec
 from auto_quantize_model.data.batches import load_samples
 from auto_quantize_model.decide.allocate import Choice, allocate, at_random, edges_first, loss_of, state_of, uniform
 from auto_quantize_model.decide.frontier import options_of
+from auto_quantize_model.decide.refine import CODE, Budget, Refinement
 from auto_quantize_model.files import InputError, read_json, write_json
 from auto_quantize_model.measure.aggregate import interval
 from auto_quantize_model.measure.capture import capture_sensitivity
@@ -47,13 +49,15 @@ CANDIDATES = ("NVFP4", "FP8_DYNAMIC")
 BITS = (5.0, 6.0)  # budgets, on average over the weights that can be decided, with their scales
 HELDOUT = 16  # passages of 256 tokens
 SEEDS = 3  # random choices for each budget
-OURS = "this project"
+OURS, UNREFINED = "this project", "this project, not refined"
+REFINE = 16  # calibration passages on which this project refines a choice
 NAMES = {"modelopt": "ModelOpt `auto_quantize`", "auto_round": "AutoRound AutoScheme"}
 PACKAGES = {"modelopt": ["nvidia-modelopt==0.47.0", "requests==2.34.2"], "auto_round": ["auto-round==0.16.1"]}
 # Samples to score: the defaults of the rivals, and for ModelOpt also as many as this project scores or calibrates by.
 COUNTS = {"modelopt": [4, 32, 128], "auto_round": [16]}
 CALIBRATE = 8  # samples by which ModelOpt sets the range of NVFP4's inputs
-Found = dict[str, dict[str, Any]]  # {samples scored: {choices: {budget: state}, seconds}}
+Found = dict[str, dict[str, Any]]  # {samples scored, or own method: {choices: {budget: state}, seconds}}
+Partners = Mapping[float | None, Assignment]  # this project's choices by their budgets
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Method:
         name: of the method.
         budget: bits; None for a choice without a budget.
         state: {op_name: scheme}.
-        partner: this project's choice for the same bytes; None without a comparison.
+        partner: this project's choice for the same budget; None without a comparison.
         samples: how many were scored, in `seconds` of the CPU; None for a rule without scores.
     """
 
@@ -90,10 +94,12 @@ def bench(args: argparse.Namespace) -> None:
     loaded = loaded_run(args.results, "capture")
     units = options_of(loaded.run.plan, loaded.run.capture, CANDIDATES, DecideSpec())[1]
     space = Space(loaded.run.plan, units)
-    methods = [*space.by_ours(ours(loaded, space)), *space.by_rules()]
-    for rival in NAMES:
-        if rival not in args.without:
-            methods += space.by_rival(NAMES[rival], rivals_choices(rival, loaded))
+    found = {rival: rivals_choices(rival, loaded) for rival in NAMES if rival not in args.without}
+    own = space.by_ours(ours(loaded, space, space.sizes(found.values())), loaded.run.plan.confidence_batches)
+    partners = {method.budget: method.state for method in own if method.name == OURS}
+    methods = [*own, *space.by_rules(partners)]
+    for rival, of_rival in found.items():
+        methods += space.by_rival(NAMES[rival], of_rival, partners)
     rows = judged(loaded, space, methods)
     write_json(FOLDER / "rivals.json", {"machine": machine(), "without": args.without, "rows": rows})
     cli.say(table(rows))
@@ -129,41 +135,44 @@ class Space:
             return None
         return loss_of(tuple(scheme for (scheme,) in by_unit), self.units)[0]
 
-    def equal(self, state: Assignment) -> Assignment:
-        """This project's choice for the bytes of another one."""
-        return self.state(allocate(self.units, self.bytes(state)))
+    def sizes(self, found: Iterable[Found]) -> dict[str, int]:
+        """The bytes of each budget, and no more than the choice of any rival for the budget takes."""
+        choices = [of_count["choices"] for of_rival in found for of_count in of_rival.values()]
+        return {
+            str(bits): min([self.budget(bits), *(self.bytes(of_budget[str(bits)]) for of_budget in choices)])
+            for bits in BITS
+        }
 
-    def by_ours(self, found: Found) -> list[Method]:
+    def by_ours(self, found: Found, passages: int) -> list[Method]:
         return [
-            Method(OURS, float(bits), state, None, int(count), of_count["seconds"])
-            for count, of_count in found.items()
-            for bits, state in of_count["choices"].items()
+            Method(name, float(bits), state, None, passages, of_method["seconds"])
+            for name, of_method in found.items()
+            for bits, state in of_method["choices"].items()
         ]
 
-    def by_rival(self, name: str, found: Found) -> list[Method]:
-        """A rival's choices, each next to this project's for the same bytes."""
+    def by_rival(self, name: str, found: Found, partners: Partners) -> list[Method]:
+        """A rival's choices, each next to this project's for the same budget."""
         methods = []
         for count, of_count in found.items():
             for bits, state in of_count["choices"].items():
                 if strange := set(state) - set(self.names):
                     raise InputError(f"{name} quantized {min(strange)}, which cannot be decided here")
-                partner = self.equal(state)
+                partner = partners[float(bits)]
                 methods.append(Method(name, float(bits), state, partner, int(count), of_count["seconds"]))
         return methods
 
-    def by_rules(self) -> list[Method]:
-        """Choices without scores, each next to this project's for the same bytes."""
+    def by_rules(self, partners: Partners) -> list[Method]:
+        """Choices without scores, each next to this project's for the same budget."""
         found = [(f"all {scheme}", None, uniform(self.units, scheme)) for scheme in CANDIDATES]
         for bits in BITS:
             budget = self.budget(bits)
             found.append(("first and last layers", bits, edges_first(self.units, budget)))
             found += [(f"random {seed}", bits, at_random(self.units, budget, seed)) for seed in range(SEEDS)]
-        states = [(name, bits, self.state(choice)) for name, bits, choice in found]
-        return [Method(name, bits, state, self.equal(state) if bits else None) for name, bits, state in states]
+        return [Method(name, bits, self.state(choice), partners.get(bits)) for name, bits, choice in found]
 
 
-def ours(loaded: Loaded, space: Space) -> Found:
-    """This project's choices by the scores of the run, and the seconds of scoring the two candidates alone again.
+def ours(loaded: Loaded, space: Space, sizes: Mapping[str, int]) -> Found:
+    """This project's choices for so many bytes, refined and not; the two candidates alone are scored for them again.
 
     Raises:
         InputError: the scores give other choices than those of the run.
@@ -172,33 +181,39 @@ def ours(loaded: Loaded, space: Space) -> Found:
     ops = tuple(replace(op, schemes=tuple(name for name in op.schemes if name in CANDIDATES)) for op in plan.ops)
     plan = replace(plan, ops=ops, schemes={name: plan.schemes[name] for name in CANDIDATES})
 
-    def choices(units: Sequence[Options]) -> dict[str, Assignment]:
-        return {str(bits): space.state(allocate(units, space.budget(bits))) for bits in BITS}
-
     def score(task: Path, made: Path) -> None:
-        model, batches, scales = loaded.model(), loaded.batches(plan.confidence_batches), loaded.scales_of_batches()
+        model, batches, scales = loaded.model(), loaded.batches(), loaded.scales_of_batches()
         started = time.process_time()
         with TemporaryDirectory() as folder, cli.progress_bar("scores") as on_progress:
+            store, of_all = ScoreStore(Path(folder)), loaded.scales[ALL_BATCHES]
             capture, _ = capture_sensitivity(
                 model,
-                batches,
+                batches[: plan.confidence_batches],
                 plan,
-                ScoreStore(Path(folder)),
+                store,
                 scales,
                 on_progress,
-                of_all=loaded.scales[ALL_BATCHES],
+                of_all=of_all,
                 exact=loaded.run.capture.effort.exact,
                 candidates=CANDIDATES,
             )
-        units = options_of(plan, capture, CANDIDATES, DecideSpec())[1]
-        of_count = {"choices": choices(units), "seconds": time.process_time() - started}
-        write_json(made, {str(plan.confidence_batches * loaded.run.calibration.batch_size): of_count})
+            units = options_of(plan, capture, CANDIDATES, DecideSpec())[1]
+            first = {bits: allocate(units, size) for bits, size in sizes.items()}
+            scored = time.process_time() - started
+            with HeldOut(model, plan, of_all, [], [], store) as heldout:
+                refinement = Refinement(units, heldout, batches[:REFINE])
+                refined = {bits: refinement.refined(choice, Budget(sizes[bits])) for bits, choice in first.items()}
+            seconds = {UNREFINED: scored, OURS: time.process_time() - started}
+        choices = {UNREFINED: first, OURS: refined}
+        write_json(made, {name: of_method(choices[name], seconds[name]) for name in choices})
 
-    task = {"plan": digest_of_record(plan), "exact": loaded.run.capture.effort.exact, "bits": list(BITS)}
-    found = kept("ours", task, score)
-    for of_count in found.values():
-        if of_count["choices"] != choices(space.units):
-            raise InputError("the scores of the candidates alone give other choices than the capture of the run")
+    def of_method(choices: Mapping[str, Choice], seconds: float) -> dict[str, Any]:
+        return {"choices": {bits: space.state(choice) for bits, choice in choices.items()}, "seconds": seconds}
+
+    task = {"plan": digest_of_record(plan), "exact": loaded.run.capture.effort.exact, "sizes": dict(sizes)}
+    found = kept("ours", task | {"refine": REFINE, "code": CODE}, score)
+    if found[UNREFINED]["choices"] != {bits: space.state(allocate(space.units, size)) for bits, size in sizes.items()}:
+        raise InputError("the scores of the candidates alone give other choices than the capture of the run")
     return found
 
 
@@ -296,7 +311,7 @@ def judged(loaded: Loaded, space: Space, methods: Sequence[Method]) -> list[dict
             partner = found[frozenset(method.partner.items())]
             more = [mine - theirs for mine, theirs in zip(row["kl_by_sample"], partner["kl_by_sample"], strict=True)]
             low, high = interval(more, [1.0] * len(more))
-            row |= {"partner": partner["kl_divergence"], "partner_bits": space.bits(method.partner)}
+            row |= {"partner_bits": space.bits(method.partner)}
             row |= {"more": sum(more) / len(more), "more_low": low, "more_high": high}
         rows.append(row | {"state": method.state})
     return rows
@@ -309,7 +324,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         lines += ["", f"At {budget} bits:" if budget else "Without a budget:", ""]
         lines.append(
             "| method | samples scored | CPU seconds | bits | KL by this project's scores | held-out KL |"
-            " 95 % interval | this project with these bytes | more than that |"
+            " 95 % interval | this project's bits | more than this project |"
         )
         lines.append("|---|---:|---:|---:|---:|---:|---|---:|---|")
         for row in sorted(of_budget, key=lambda row: row["kl_divergence"]):
@@ -323,7 +338,11 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     found += [f"{row['kl_divergence']:.4f}", f"{row['kl_low']:.4f} to {row['kl_high']:.4f}"]
     if "more" not in row:
         return [*found, "", ""]
-    return [*found, f"{row['partner']:.4f}", f"{row['more']:+.4f} ({row['more_low']:+.4f} to {row['more_high']:+.4f})"]
+    return [
+        *found,
+        f"{row['partner_bits']:.4f}",
+        f"{row['more']:+.4f} ({row['more_low']:+.4f} to {row['more_high']:+.4f})",
+    ]
 
 
 if __name__ == "__main__":

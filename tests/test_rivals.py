@@ -35,17 +35,32 @@ def test_a_unit_in_two_schemes_has_no_predicted_loss():
     assert space().predicted({"a": "NVFP4"}) is None
 
 
-def test_a_rival_is_compared_with_the_best_choice_for_its_bytes():
-    choice = {"a": "FP8_DYNAMIC", "b": "FP8_DYNAMIC", "c": "NVFP4"}
-    (method,) = space().by_rival("rival", {"32": {"choices": {"5.0": choice}, "seconds": 7.0}})
+def test_this_project_takes_no_more_bytes_than_any_rival():
+    few, many = {"a": "NVFP4", "b": "NVFP4", "c": "NVFP4"}, {"a": "FP8_DYNAMIC", "b": "FP8_DYNAMIC", "c": "NVFP4"}
+    found = {"32": {"choices": {"5.0": few, "6.0": many}, "seconds": 7.0}}
+    assert space().sizes([found]) == {"5.0": 3 * 57, "6.0": int(6.0 * 300 / 8)}
+    assert space().sizes([]) == {"5.0": int(5.0 * 300 / 8), "6.0": int(6.0 * 300 / 8)}
+
+
+def test_a_rival_is_compared_with_this_projects_choice_for_the_budget():
+    choice, own = {"a": "FP8_DYNAMIC", "b": "FP8_DYNAMIC", "c": "NVFP4"}, {"c": "FP8_DYNAMIC"}
+    found = {"32": {"choices": {"5.0": choice}, "seconds": 7.0}}
+    (method,) = space().by_rival("rival", found, {5.0: own, 6.0: {}})
     assert (method.budget, method.samples, method.seconds, method.state) == (5.0, 32, 7.0, choice)
-    assert method.partner == {"a": "NVFP4", "b": "NVFP4", "c": "FP8_DYNAMIC"}
-    assert space().bytes(method.partner) <= space().bytes(choice)
+    assert method.partner == own
+
+
+def test_rules_without_a_budget_have_no_partner():
+    rules = space().by_rules({5.0: {"c": "NVFP4"}, 6.0: {}})
+    assert {rule.name: rule.partner for rule in rules if rule.budget is None} == dict.fromkeys(
+        ("all NVFP4", "all FP8_DYNAMIC")
+    )
+    assert {rule.budget for rule in rules if rule.partner == {"c": "NVFP4"}} == {5.0}
 
 
 def test_a_rival_that_quantizes_another_module_is_refused():
     with pytest.raises(InputError, match="rival quantized lm_head"):
-        space().by_rival("rival", {"32": {"choices": {"5.0": {"lm_head": "NVFP4"}}, "seconds": 7.0}})
+        space().by_rival("rival", {"32": {"choices": {"5.0": {"lm_head": "NVFP4"}}, "seconds": 7.0}}, {})
 
 
 def test_the_same_task_is_not_done_again(tmp_path, monkeypatch):
@@ -62,9 +77,9 @@ def test_the_same_task_is_not_done_again(tmp_path, monkeypatch):
 
 def test_the_table_has_the_best_choice_first_and_the_difference():
     row = {"budget": 5.0, "samples": 2, "seconds": 9.4, "bits": 5.0, "predicted": 0.2, "kl_low": 0.1, "kl_high": 0.3}
-    worse = row | {"method": "rival", "kl_divergence": 0.25, "partner": 0.2}
+    worse = row | {"method": "rival", "kl_divergence": 0.25, "partner_bits": 4.99}
     worse |= {"more": 0.05, "more_low": 0.04, "more_high": 0.06}
     lines = rivals.table([worse, row | {"method": "ours", "kl_divergence": 0.2}]).splitlines()
     assert lines[1] == "At 5.0 bits:"
     assert lines[-2] == "| ours | 2 | 9 | 5.0000 | 0.2000 | 0.2000 | 0.1000 to 0.3000 |  |  |"
-    assert lines[-1].endswith("| 0.2000 | +0.0500 (+0.0400 to +0.0600) |")
+    assert lines[-1].endswith("| 4.9900 | +0.0500 (+0.0400 to +0.0600) |")

@@ -214,6 +214,7 @@ def frontier(
     answers: Sequence[Sequence[range | None]] | None = None,
     candidates: Sequence[str] | None = None,
     points: int = 12,
+    refine_batches: int = 0,
     fixed: Mapping[str, str] | None = None,
     never: Mapping[str, Sequence[str]] | None = None,
     at_least: Mapping[str, str] | None = None,
@@ -235,6 +236,7 @@ def frontier(
         answers: for each held-out batch, of each sample, the positions of its answer's tokens in `input_ids`, or None.
         candidates: the schemes to choose from; None takes those of the capture, or `inc_int8` where it has none.
         points: how many budgets, from the smallest model to the unquantized one.
+        refine_batches: the choices for `max_bits` and `max_seconds` are refined on so many calibration batches.
         fixed, never, at_least: what units get, by regular expressions for whole names of ops.
         seconds: the time of an op in each scheme and `unquantized`, by regular expressions for whole names of ops.
         max_kl_divergence: also search the smallest choice that reaches this divergence, in nats per token.
@@ -257,7 +259,8 @@ def frontier(
     chosen = list(candidates or capture.candidates or [INC_INT8])
     if lacking := [name for name in chosen if name not in plan.schemes]:
         raise InputError(f"candidates: {lacking[0]} is not in the plan; its schemes are {', '.join(plan.schemes)}")
-    asked = {"heldout_batches": len(unseen), "points": points, "fixed": dict(fixed or {})}
+    asked: dict[str, Any] = {"heldout_batches": len(unseen), "points": points, "refine_batches": refine_batches}
+    asked |= {"fixed": dict(fixed or {})}
     asked |= {"never": {key: list(names) for key, names in (never or {}).items()}, "at_least": dict(at_least or {})}
     asked |= {"seconds": {key: dict(times) for key, times in (seconds or {}).items()}}
     spec = read_block(DecideSpec, asked, "decide")
@@ -265,6 +268,12 @@ def frontier(
     target = read_block(Target, limits, "profiles")
     if max_seconds is not None and not seconds:
         raise InputError("max_seconds needs the times of the ops; give seconds too")
+    if refine_batches > len(calibration):
+        raise InputError(f"refine_batches ({refine_batches}) is more than the {len(calibration)} batches; give more")
+    if refine_batches and INC_INT8 in chosen:
+        raise InputError("refine_batches: no choice of inc_int8 can be refined; set it to 0")
+    if refine_batches and max_bits is None and max_seconds is None:
+        raise InputError("refine_batches: there is no budget to refine a choice for; give max_bits or max_seconds")
     spans = _answers(answers, unseen)
     with _measuring(device, "frontier") as on_progress, _store(store) as scores:
         of_model = _of_model(model, plan, calibration)
@@ -279,7 +288,7 @@ def frontier(
             scores,
             spec,
             target,
-            len(calibration),
+            calibration,
             on_progress,
         )
 

@@ -544,6 +544,8 @@ class DecideSpec(Block):
     """Held-out batches on which each choice of schemes is measured. 0: nothing is decided."""
     points: Annotated[int, Field(ge=2, le=100)] = 12
     """Budgets between the smallest model and the unquantized one. For each the best choice is measured."""
+    refine_batches: CountOrNone = 0
+    """Calibration batches on which the choices for the budgets in profiles are refined. 0: no choice is refined."""
     fixed: dict[Pattern, str] = {}
     """Schemes by regular expressions for whole names of ops, such as {lm_head: unquantized}."""
     never: dict[Pattern, Names] = {}
@@ -608,6 +610,7 @@ class Config(Block):
         for drawn, measured, key in (
             ("calibration.num_samples", "sensitivity.confidence_batches", "batch_size"),
             ("calibration.num_heldout", "decide.heldout_batches", of_heldout),
+            ("calibration.num_samples", "decide.refine_batches", "batch_size"),
         ):
             samples, batches, size = self.value(drawn), self.value(measured), getattr(self.calibration, key)
             if batches * size > samples:
@@ -641,6 +644,11 @@ class Config(Block):
                 "decide.candidates: no engine serves inc_int8 together with schemes of compressed-tensors; name either"
                 " inc_int8 alone or the others"
             )
+        budgets = self.profiles.max_bits, self.profiles.max_weight_bytes, self.profiles.max_seconds
+        if self.decide.refine_batches and INC_INT8 in self.candidates:
+            yield "decide.refine_batches: no choice of inc_int8 can be refined; name other candidates, or set it to 0"
+        if self.decide.refine_batches and not any(budgets):
+            yield "decide.refine_batches: profiles has no budget to refine a choice for; set profiles.max_bits"
         if self.profiles.max_seconds is not None and not self.decide.seconds:
             yield "profiles.max_seconds needs the times of the ops; write a table into decide.seconds, or remove it"
         named = [("fixed", name) for name in self.decide.fixed.values()]

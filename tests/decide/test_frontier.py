@@ -13,6 +13,7 @@ from quick_inc import few_ops_model, token_batches
 
 from auto_quantize_model.config import DecideSpec, Target
 from auto_quantize_model.decide.frontier import measure_frontier, options_of
+from auto_quantize_model.decide.refine import Budget
 from auto_quantize_model.files import InputError
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.metrics import Reference
@@ -82,7 +83,7 @@ def measure(model: torch.nn.Module, plan: Plan, capture: Capture, scales: Scales
         asked = DecideSpec(heldout_batches=2, **{"points": 4, **spec})
         answers: list[list[range | None]] = [[range(3, 5)], [None]]
         data = (model, plan, capture, candidates, scales, token_batches(3)[1:], answers, store, asked, target)
-        return measure_frontier(*data, 1, given)
+        return measure_frontier(*data, token_batches(1), given)
 
     return run
 
@@ -98,6 +99,34 @@ def test_a_limit_of_the_time_is_kept_where_the_config_has_times(measure: Measure
     whole = [unit.bytes[scheme] for unit, scheme in zip(found.units, best.schemes, strict=True)]
     assert best.seconds > 12 and "unquantized" in best.schemes and sum(whole) + found.other_bytes == best.weight_bytes
     assert measure(seconds=times, target=Target(max_seconds=1.0)).points[0].seconds == 1.0 * ops
+
+
+def test_the_choice_for_the_budget_is_refined_on_calibration_batches(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = Target(max_bits=6.0)
+    plain = measure(target=target)
+    within = [point for point in plain.points if point.bits <= 6.0]
+    asked: list[tuple[Any, Any, int]] = []
+
+    def refined(self: Any, choice: Any, budget: Any) -> Any:
+        asked.append((choice, budget, len(self.batches)))
+        return within[0].schemes
+
+    monkeypatch.setattr("auto_quantize_model.decide.refine.Refinement.refined", refined)
+    found = measure(target=target, refine_batches=1)
+    size = sum(unit.weights for unit in found.units)
+    assert asked == [(within[-1].schemes, Budget(int(6.0 * size / 8)), 1)]
+    (point,) = (point for point in found.points if point.name == "refined")
+    assert point.kl_divergence == within[0].kl_divergence and len(found.points) == len(plain.points) + 1
+
+
+def test_a_refined_choice_fits_and_counts_its_forwards(measure: Measure) -> None:
+    seen: list[tuple[int, int]] = []
+    progress = lambda done, total: seen.append((done, total))  # noqa: E731
+    found = measure(target=Target(max_bits=6.0), refine_batches=1, on_progress=progress)
+    assert seen[-1][0] <= seen[-1][1] and [done for done, _ in seen] == list(range(1, len(seen) + 1))
+    assert all(point.bits <= 6.0 for point in found.points if point.name == "refined")
 
 
 def test_an_op_without_a_time_is_named(measure: Measure) -> None:

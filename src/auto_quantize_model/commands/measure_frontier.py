@@ -56,7 +56,7 @@ def measure_frontier(args: argparse.Namespace) -> None:
             ScoreStore(args.score_store),
             spec,
             target,
-            len(run.calibration.samples["calibration"]) // run.calibration.batch_size,
+            loaded.batches(),
             on_progress,
         )
     run.write("frontier", args.frontier, found)

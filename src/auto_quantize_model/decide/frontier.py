@@ -28,6 +28,7 @@ from auto_quantize_model.decide.allocate import (
 )
 from auto_quantize_model.decide.profiles import reaches
 from auto_quantize_model.decide.ranking import aggregated
+from auto_quantize_model.decide.refine import Budget, Refinement
 from auto_quantize_model.escape import quoted
 from auto_quantize_model.files import InputError
 from auto_quantize_model.measure.capture import arithmetic
@@ -41,6 +42,7 @@ from auto_quantize_model.schemes.scheme import INC_INT8, UNQUANTIZED
 SEEDS = 3  # random choices for each budget with controls
 CONTROLLED = 4  # budgets with controls, evenly among the points between the smallest and the unquantized model
 NEAR = 0.005  # the smallest model that reaches a target is found within this share of its bytes
+REFINED = "refined"  # the name of a point whose choice was refined
 STEPS = 8  # and within so many steps
 Progress = Callable[[int, int], None]  # done and total, in forwards
 
@@ -182,7 +184,7 @@ def measure_frontier(
     store: ScoreStore,
     spec: DecideSpec,
     target: Target,
-    calibration_batches: int = 0,
+    calibration: Sequence[Batch] = (),
     on_progress: Progress = lambda done, total: None,
 ) -> Frontier:
     """Choose for growing budgets, and measure each choice and the controls on the held-out batches.
@@ -195,13 +197,15 @@ def measure_frontier(
         plan: as `inc.plan.build_plan` returns it.
         capture: of the plan, with the candidates.
         candidates: the schemes to choose from.
-        scales: of all calibration batches together, and `calibration_batches` how many these are.
+        scales: of all calibration batches together.
         heldout: batches that no calibration has used.
         answers: for each sample of each held-out batch, the positions of its answer's tokens; None without an answer.
         store: keeps the record of each forward; a record in the store is not measured again.
         spec: the config's block decide.
         target: the config's block profiles.
-        on_progress: called after each forward.
+        calibration: the batches that set the scales. The choices for the budgets of the target are refined on the first
+            `spec.refine_batches` of these.
+        on_progress: called after each forward, or what takes as long.
 
     Raises:
         InputError: as `options_of` says, or a number is not finite.
@@ -220,8 +224,11 @@ def measure_frontier(
 
     with HeldOut(model, plan, scales, heldout, answers, store, on_forward) as on_heldout:
         decision = Decision(units, other, on_heldout)
-        states = [*decision.frontier(spec, target), *decision.controls(candidates, spec)]
-        total = len({choice for _, _, choice in states}) * len(heldout)
+        refinement = Refinement(units, on_heldout, calibration[: spec.refine_batches], on_forward)
+        total = refinement.forwards * len(decision.asked(target))
+        states = [*decision.frontier(spec, target), *decision.refined(refinement, target)]
+        states += decision.controls(candidates, spec)
+        total += len({choice for _, _, choice in states}) * len(heldout)
         points = decision.measured(states)
         for _ in range(STEPS):
             if (state := decision.between(points, target)) is None:
@@ -236,7 +243,7 @@ def measure_frontier(
         loss=by,
         units=tuple(units),
         other_bytes=other,
-        calibration_batches=calibration_batches,
+        calibration_batches=len(calibration),
         batches=len(heldout),
         samples=sum(len(batch["input_ids"]) for batch in heldout),
         tokens=positions,
@@ -262,32 +269,50 @@ class Decision:
         self.units, self.other_bytes, self.heldout = units, other_bytes, heldout
         self.weights = sum(unit.weights for unit in units)
 
-    def within(self, target: Target) -> list[int]:
-        """The budgets that the target names, in bytes of the units."""
+    def asked(self, target: Target) -> list[Budget]:
+        """The budgets that the target names, in bytes of the units.
+
+        A budget that no choice can meet is left out; `build_profiles` says so.
+        """
         found = []
         if target.max_bits is not None:
             found.append(int(target.max_bits * self.weights / 8))
         if target.max_weight_bytes is not None:
             found.append(target.max_weight_bytes - self.other_bytes)
-        return found
+        found = [size for size in found if size >= bytes_of(smallest(self.units), self.units)]
+        asked = [Budget(size) for size in sorted(found)]
+        if target.max_seconds is None:
+            return asked
+        most = min(found, default=bytes_of(uniform(self.units, UNQUANTIZED), self.units))
+        in_time = Budget(most, target.max_seconds)
+        try:
+            self.best(in_time)
+        except InputError:
+            return asked
+        return [*asked, in_time]
+
+    def best(self, budget: Budget) -> Choice:
+        """The choice with the least sum of losses within a budget.
+
+        Raises:
+            InputError: no choice fits.
+        """
+        return allocate(self.units, budget.bytes, budget.seconds)
 
     def frontier(self, spec: DecideSpec, target: Target) -> list[State]:
         """The best choice for each budget, each once, and last the one with the least loss of all."""
-        fewest = bytes_of(smallest(self.units), self.units)
-        asked = [budget for budget in self.within(target) if budget >= fewest]
-        found = [allocate(self.units, budget) for budget in sorted([*budgets(self.units, spec.points), *asked])]
-        if target.max_seconds is not None:
-            most = min(asked, default=bytes_of(uniform(self.units, UNQUANTIZED), self.units))
-            found += self.in_time(most, target.max_seconds)
-        found.append(uniform(self.units, UNQUANTIZED))
+        sizes = [Budget(size) for size in budgets(self.units, spec.points)]
+        asked = sorted([*sizes, *self.asked(target)], key=lambda budget: (budget.seconds is not None, budget.bytes))
+        found = [*(self.best(budget) for budget in asked), uniform(self.units, UNQUANTIZED)]
         return [("frontier", "", choice) for choice in dict.fromkeys(found)]
 
-    def in_time(self, budget: int, seconds: float) -> list[Choice]:
-        """The best choice within bytes and seconds; nothing where none fits, as `build_profiles` then says."""
-        try:
-            return [allocate(self.units, budget, seconds)]
-        except InputError:
+    def refined(self, refinement: Refinement, target: Target) -> list[State]:
+        """The refined choices for the budgets of the target, as far as they differ from the best ones."""
+        if not refinement.batches:
             return []
+        pairs = [(self.best(budget), budget) for budget in self.asked(target)]
+        found = {choice: refinement.refined(choice, budget) for choice, budget in pairs}
+        return [("frontier", REFINED, made) for choice, made in found.items() if made != choice]
 
     def controls(self, candidates: Sequence[str], spec: DecideSpec) -> list[State]:
         """Uniform schemes; and for some budgets random choices, and the first and last layers first; each once."""

@@ -21,6 +21,7 @@ import torch
 from auto_quantize_model.records import Estimate
 from auto_quantize_model.replay.backward import Backward
 from auto_quantize_model.replay.model import Replay
+from auto_quantize_model.schemes.scheme import UNQUANTIZED
 
 ROWS_AT_ONCE = 64  # positions whose distributions are in memory at a time
 Values = dict[str, dict[str, list[float]]]  # of one probe: {scheme: {name: nats of all rows together, and apart}}
@@ -69,11 +70,7 @@ def probe(
     Raises:
         InputError: the measured op runs inside of a block.
     """
-    ready: dict[str, list[str]] = {name: [] for name in replay.order}
-    for ops, schemes in wanted.values():
-        for op in ops:
-            if op in ready:
-                ready[op] += [each for each in schemes if each not in ready[op] and replay.sites[op].ready(each)]
+    ready = ready_schemes(replay, wanted)
     backward = Backward(replay, ready, len(seeds))
     products = backward.run(lambda logits, index: fisher_direction(logits, seeds[index]), on_block)
     positions = replay.measured.shape[:-1].numel()
@@ -89,6 +86,16 @@ def probe(
             both = product.sum(-1).pow(2).sum(-1), product.pow(2).sum((-2, -1))
             for values, *pair in zip(found, *(side.tolist() for side in both), strict=True):
                 values.setdefault(scheme, {})[name] = [value / (2 * positions) for value in pair]
+    return found
+
+
+def ready_schemes(replay: Replay, wanted: Mapping[str, Wanted]) -> dict[str, list[str]]:
+    """{op_name: its schemes in `wanted`}, for the ops that run on the batch and the schemes that are ready."""
+    found: dict[str, list[str]] = {}
+    for ops, schemes in wanted.values():
+        for op in (op for op in ops if op in replay.order):
+            able = [name for name in schemes if name == UNQUANTIZED or replay.sites[op].ready(name)]
+            found[op] = [*dict.fromkeys([*found.get(op, []), *able])]
     return found
 
 

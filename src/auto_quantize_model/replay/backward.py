@@ -9,6 +9,7 @@ The backward runs one block again at a time, so the graph of one block is the mo
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unfl
 from auto_quantize_model.files import InputError
 from auto_quantize_model.replay.model import Replay
 from auto_quantize_model.replay.ops import Site
+from auto_quantize_model.schemes.scheme import UNQUANTIZED, Assignment
 
 Direction = Callable[[torch.Tensor, int], torch.Tensor]  # (measured output, index) -> gradient of the same shape
 Gradients = Sequence[torch.Tensor | None]  # of one tensor, one for each direction
@@ -63,12 +65,20 @@ class Backward:
 
     Args:
         replay: with a batch begun.
-        schemes: {op_name: schemes whose errors count}.
+        schemes: {op_name: schemes whose errors count}; `unquantized` is one of them where `state` quantizes the op.
         count: how many directions.
+        state: of the model, in schemes of compressed-tensors that are ready. Errors are those against the op's output
+            in this state.
     """
 
-    def __init__(self, replay: Replay, schemes: Mapping[str, Sequence[str]], count: int) -> None:
-        self.replay, self.schemes, self.count = replay, schemes, count
+    def __init__(
+        self,
+        replay: Replay,
+        schemes: Mapping[str, Sequence[str]],
+        count: int,
+        state: Assignment = MappingProxyType({}),
+    ) -> None:
+        self.replay, self.schemes, self.count, self.state = replay, schemes, count, state
         self.samples = replay.measured.shape[0]
         self.recording = False
         self.visits: list[Visit] = []
@@ -133,14 +143,18 @@ class Backward:
         return tree_map_only(torch.Tensor, cut, output)
 
     def watch(self, site: Site, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Keep an op's output and the errors that its schemes make there."""
+        """Keep an op's output in the state, and the errors that other schemes make there."""
+        unquantized = output
+        if scheme := self.state.get(site.name):
+            output = site.served[scheme].differentiable(x)
         if not self.recording or not self.schemes.get(site.name):
             return output
         with torch.no_grad():
             schemes = self.schemes[site.name]
             errors = output.new_empty(len(schemes), *output.shape)
             for error, scheme in zip(errors, schemes, strict=True):
-                torch.sub(site.in_scheme(scheme, x), output, out=error)
+                other = unquantized if scheme == UNQUANTIZED else site.in_scheme(scheme, x)
+                torch.sub(other, output, out=error)
         kept = output if output.requires_grad else output.detach().requires_grad_()
         self.seen.append(Seen(site.name, kept, errors))
         return kept.clone()  # code behind the op may write into its output

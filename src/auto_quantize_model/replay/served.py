@@ -26,6 +26,22 @@ from auto_quantize_model.schemes.compressed import (
 )
 
 
+class Rounded(torch.autograd.Function):
+    """A quantized input, with the gradient of the unquantized one.
+
+    This is the straight-through estimator of Bengio, Léonard and Courville, "Estimating or Propagating Gradients
+    Through Stochastic Neurons for Conditional Computation", 2013.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, served: torch.Tensor) -> torch.Tensor:
+        return served.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
 class Kept:
     """Tensors that are made when they are asked for. The ones that were asked for least recently are dropped first.
 
@@ -124,9 +140,19 @@ class Served:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The op's output for inputs (..., columns), of their dtype."""
+        return torch.nn.functional.linear(self.served_input(x), self.kept.get(self, self.weight), self.module.bias)
+
+    def served_input(self, x: torch.Tensor) -> torch.Tensor:
+        """The inputs as the served model sees them, of the same shape and dtype."""
         args = self.scheme.input_activations
-        served = self.last.get(x, self.ends, lambda: quantized_input(x, args, self.given)) if args else x
-        return torch.nn.functional.linear(served, self.kept.get(self, self.weight), self.module.bias)
+        return self.last.get(x, self.ends, lambda: quantized_input(x, args, self.given)) if args else x
+
+    def differentiable(self, x: torch.Tensor) -> torch.Tensor:
+        """The bits of a call, with a gradient: through the quantized weight, and past the rounding of the inputs."""
+        with torch.no_grad():
+            served, weight = self.served_input(x), self.kept.get(self, self.weight)
+        inputs: torch.Tensor = Rounded.apply(x, served)  # type: ignore[no-untyped-call]
+        return torch.nn.functional.linear(inputs, weight, self.module.bias)
 
 
 class Norm:
@@ -177,6 +203,10 @@ class Stored:
         self.given = inputs and QuantizationParameters(
             *(None if value is None else value.to(self.device) for value in vars(inputs).values())  # type: ignore[arg-type]
         )
+
+    def differentiable(self, x: torch.Tensor) -> torch.Tensor:
+        """Refused: no choice with the schemes of a checkpoint is refined."""
+        raise NotImplementedError
 
     def set_range(self, scales: OpScales | None) -> None:
         """Do nothing: the checkpoint has the range of its own calibration."""
