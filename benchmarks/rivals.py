@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,7 +47,8 @@ from auto_quantize_model.schemes.scheme import UNQUANTIZED, Assignment
 FOLDER = Path("tmp/bench/rivals")
 CANDIDATES = ("NVFP4", "FP8_DYNAMIC")
 BITS = (5.0, 6.0)  # budgets, on average over the weights that can be decided, with their scales
-HELDOUT = 16  # passages of 256 tokens
+HELDOUT = 32  # passages of 256 tokens
+PARTS = 3  # of each other held-out passage, so that ModelOpt has its default number of samples
 SEEDS = 3  # random choices for each budget
 OURS, UNREFINED = "this project", "this project, not refined"
 REFINE = 16  # calibration passages on which this project refines a choice
@@ -232,7 +233,7 @@ def rivals_choices(rival: str, loaded: Loaded) -> Found:
 def text_of(rival: str, loaded: Loaded) -> dict[str, Any]:
     """The samples of a rival: the calibration passages, and for ModelOpt's 128 the held-out ones that judge nothing.
 
-    These are cut in two, so that there are 128: 20,480 tokens.
+    These are cut in three, so that there are 128: 16,384 tokens.
     """
     options, calibration = loaded.run.options, loaded.run.calibration
     passages = load_samples(options.calibration_set, calibration, loaded.processor, "calibration")
@@ -241,8 +242,8 @@ def text_of(rival: str, loaded: Loaded) -> dict[str, Any]:
     others = load_samples(options.heldout_set, calibration, loaded.processor, "heldout")[HELDOUT:]
     ids = [list(passage.input_ids) for passage in passages]
     for other in others:
-        middle = len(other.input_ids) // 2
-        ids += [list(other.input_ids[:middle]), list(other.input_ids[middle:])]
+        ends = [len(other.input_ids) * part // PARTS for part in range(PARTS + 1)]
+        ids += [list(other.input_ids[start:end]) for start, end in pairwise(ends)]
     return {"calibrate": CALIBRATE, "samples": ids}
 
 

@@ -32,8 +32,8 @@ class Around:
     Attributes:
         divergence: of the state, the mean over positions in nats.
         slopes: (changes,), first order, in nats.
-        apart: (changes, changes), second order, from products of the same row: half of the diagonal is the second order
-            of one change, and an entry beside the diagonal is that of two changes together.
+        apart: (changes, changes), second order, from products of the same row. Half of the diagonal is the second order
+            of one change. Another entry is what two changes add together.
         whole: (changes,), the diagonal of the second order from the sums over all rows of a sample.
     """
 
