@@ -200,6 +200,8 @@ def test_a_model_on_a_gpu_is_measured_there(model: Small) -> None:
         ([ids(6), BATCHES[1]], {}, r"^heldout\[1\]: the same as batches\[1\]"),
         (HELDOUT, {"points": 1}, r"^decide\.points: 1"),
         (HELDOUT, {"candidates": ["NVFP4"]}, r"^candidates: NVFP4 is not in the plan; its schemes are inc_int8"),
+        (HELDOUT, {"refine_batches": 9}, r"^refine_batches \(9\) is more than the 2 batches"),
+        (HELDOUT, {"refine_batches": 1}, r"^refine_batches: no choice of inc_int8 can be refined"),
         (HELDOUT, {"answers": []}, r"^answers: 0 entries for 1 held-out batches"),
         (HELDOUT, {"answers": [[None]]}, r"^answers\[0\]: 1 entries for 2 samples"),
         (HELDOUT, {"answers": [[None, range(0, 1)]]}, r"^answers\[0\]: range\(0, 1\); name positions from 1 to 2"),

@@ -219,6 +219,15 @@ def test_reading_a_config_imports_no_torch() -> None:
         ("decide: {never: {head: [INT9]}}", "decide.never: 'INT9' is not a candidate; write one of"),
         ("decide: {at_least: {head: INT9}}", "decide.at_least: 'INT9' is not a candidate; write one of"),
         ("decide: {seconds: {head: {INT9: 1}}}", "decide.seconds: 'INT9' is not a candidate; write one of"),
+        ("decide: {refine_batches: 17}", "decide.refine_batches (17) times calibration.batch_size (2) is more than"),
+        (
+            "decide: {refine_batches: 1, candidates: [inc_int8]}",
+            "decide.refine_batches: no choice of inc_int8 can be refined; name other candidates, or set it to 0",
+        ),
+        (
+            "decide: {refine_batches: 1}\nprofiles: {max_bits: null}",
+            "decide.refine_batches: profiles has no budget to refine a choice for; set profiles.max_bits",
+        ),
         ("profiles: {max_seconds: 1}", "profiles.max_seconds needs the times of the ops; write a table into decide.s"),
         ("decide: {never: {'(': [NVFP4]}}", "decide.never['(']: not a regular expression"),
     ],

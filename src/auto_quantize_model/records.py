@@ -505,7 +505,8 @@ class Point:
 
     Attributes:
         kind: `frontier` for the best choice within a budget. `uniform`, `random` and `edges` are controls.
-        name: of a control, such as the scheme of a uniform choice; empty on the frontier.
+        name: of a control, such as the scheme of a uniform choice. On the frontier `refined` for a refined choice, and
+            empty otherwise.
         schemes: of each unit of the frontier, in the frontier's order.
         weight_bytes: of all weights of the model in the checkpoint.
         bits: of a weight with its scales, on average over the units.
