@@ -1,9 +1,11 @@
 """The full shape of Qwen2.5-VL-3B through plan and capture: time of each step and peak memory, in one process.
 
     python benchmarks/real_shape.py [--device cpu|cuda] [--threads N] [--exact none --schemes inc_int8 W8A8 ...]
+    python benchmarks/real_shape.py --best-model
 
 The snapshot (7.5 GB, weights from a seed) is written to tmp/bench/ once. The plan is INC's and is written there as
-well, so that a machine without INC can run the capture from it.
+well, so that a machine without INC can run the capture from it. With --best-model, INC makes and saves its INT8 model
+instead of the capture. The file is loaded back without FP32 weights, and its error is compared with the replay's.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import functools
 import json
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +24,19 @@ from scipy.stats import spearmanr
 
 from auto_quantize_model import cli
 from auto_quantize_model.config import PlanSpec
-from auto_quantize_model.files import read_json, write_json
+from auto_quantize_model.files import InputError, read_json, write_json
 from auto_quantize_model.machine import GIB, choose_device
 from auto_quantize_model.made.shapes import SHAPES
 from auto_quantize_model.made.standin import build_once
 from auto_quantize_model.measure.capture import capture_sensitivity
+from auto_quantize_model.measure.metrics import Reference
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.snapshot import count_parameters, load_model
 from auto_quantize_model.records import Capture, Plan, as_record, body_of
+from auto_quantize_model.replay.model import Batch, Replay
+from auto_quantize_model.schemes.scheme import INC_INT8
+
+Timed = Callable[[str, Callable[[], Any]], Any]  # runs a step and says its seconds
 
 
 def main() -> int:
@@ -42,6 +50,7 @@ def main() -> int:
     parser.add_argument("--exact", default="all", help="scores to measure: all, top:N, or none; others are estimated")
     parser.add_argument("--folder", type=Path, default=Path("tmp/bench"), help="where snapshot, plan and result go")
     parser.add_argument("--plan-only", action="store_true", help="write the snapshot and the plan, and end")
+    parser.add_argument("--best-model", action="store_true", help="save INC's INT8 model, and load it back (CPU)")
     args = parser.parse_args()
     return cli.run(lambda: bench(args), None)
 
@@ -64,6 +73,11 @@ def bench(args: argparse.Namespace) -> None:
     if not plan_file.exists():
         timed("INC's plan", lambda: make_plan(plan_file, args, model, batch))
     if args.plan_only:
+        return
+    if args.best_model:
+        holder = [model]
+        del model  # INC's steps free it
+        best_model(args, timed, directory, holder, as_record(Plan, read_json(plan_file)), batch)
         return
     plan = in_schemes(replace(as_record(Plan, read_json(plan_file)), maps=tuple(args.maps)), args.schemes)
     device = choose_device(args.device)
@@ -96,6 +110,40 @@ def bench(args: argparse.Namespace) -> None:
     write_json(args.folder / f"capture_{args.shape}_{args.device}.json", body_of(captured))
     result["against_other_device"] = compare_devices(args)
     cli.say(json.dumps(result, indent=2))
+
+
+def best_model(
+    args: argparse.Namespace, timed: Timed, directory: Path, holder: list[Any], plan: Plan, batch: Batch
+) -> None:
+    """INC's INT8 model of all ops: made, saved, and loaded back with one model in memory at a time.
+
+    Raises:
+        InputError: the error of the loaded model is not the replay's.
+    """
+    from auto_quantize_model.inc.audit import incs_surroundings
+    from auto_quantize_model.inc.quantize import WEIGHTS, load_quantized, logits, quantize, release
+
+    folder = args.folder / f"best_model_{args.shape}"
+    folder.mkdir(exist_ok=True)
+    with incs_surroundings(args.threads, plan.reduce_range):
+        reference, expected = timed("the replay, all ops in INT8", lambda: replayed(holder[0], plan, batch))
+        release()
+        timed("INC quantizes and saves", lambda: quantize(holder.pop(), [batch], {}, folder))
+        release()
+        loaded = timed("load it back", lambda: load_quantized(folder, directory))
+        found = timed("a forward", lambda: reference.compare(logits(loaded, batch)))
+    size = (folder / WEIGHTS).stat().st_size / GIB
+    cli.say(f"{WEIGHTS}: {size:.2f} GiB; mse_value {found['mse_value']}, by the replay {expected['mse_value']}")
+    if found != expected:
+        raise InputError(f"{folder / WEIGHTS}: the loaded model has {found}, and the replay {expected}")
+
+
+def replayed(model: Any, plan: Plan, batch: Batch) -> tuple[Reference, dict[str, float]]:
+    """The FP32 output, and the metrics of all ops in INT8."""
+    with Replay(model, plan.ops, plan.measured_op) as replay:
+        replay.calibrate(batch)
+        reference = Reference(replay.begin(batch).clone(), batch.get("mm_token_type_ids"))
+        return reference, reference.compare(replay.run(dict.fromkeys(plan.op_names, INC_INT8)))
 
 
 def in_schemes(plan: Plan, names: list[str]) -> Plan:
