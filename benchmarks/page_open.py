@@ -292,6 +292,7 @@ class Drawn:
             "top1_agreement": 1 - min(1, kl),
             "perplexity": 10 + kl,
             "accuracy": 0.9 - min(0.9, kl / 10),
+            "answers_lost": round(SAMPLES * min(0.9, kl / 10)),
             "sqnr_db": 20.0 if kl else None,
             "sqnr_db_lowest": 19.0 if kl else None,
         }
@@ -309,6 +310,7 @@ def calibration() -> CalibrationManifest:
         samples={"calibration": (sample,) * SAMPLES, "heldout": (sample,) * SAMPLES},
         limits={"min_pixels": 3136, "max_pixels": 50176, "max_tokens": 128},
         batch_size=1,
+        heldout_batch_size=1,
         format="chat",
         image_backend="pil",
         text_only=False,
