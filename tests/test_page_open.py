@@ -1,4 +1,4 @@
-"""The drawn numbers of the page's benchmark have the fields of the records, so that the benchmark does not fall behind."""
+"""The drawn numbers of the page's benchmark have the fields of the records, so the benchmark does not fall behind."""
 
 import random
 from dataclasses import fields
