@@ -510,7 +510,7 @@ class SensitivitySpec(PlanSpec):
         Annotated[str, Matching(r"[1-9]\d{0,5}[smh]", "not a time; write a number and s, m or h, such as 20m")] | None
     ) = None
     """Time for the capture, such as 20m. It chooses the estimates, and with exact auto the scores. null: no limit."""
-    audit_ops: Annotated[int, Field(ge=2)] = 6
+    audit_ops: Annotated[int, Field(ge=2)] = 4
     """Ops that INC's own helpers measure again, the most and the least sensitive among them."""
 
     def contradictions(self) -> Iterator[str]:
