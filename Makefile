@@ -68,7 +68,6 @@ bench: $(READY) ## measure equality with INC, speed next to INC, forwards in eac
 
 bench-3b: $(READY) ## measure the full Qwen2.5-VL-3B shape on the CPU (an hour, 24 GiB, 8 GB of disk)
 	$(BIN)/python benchmarks/real_shape.py --device cpu
-	$(BIN)/python benchmarks/real_shape.py --best-model
 
 bench-estimates: $(READY) ## compare estimates with exact scores of SmolLM2-135M, and estimate the 3B shape (90 minutes, 24 GiB)
 	$(MAKE) run CONFIG=config/smollm2_135m.yaml

@@ -1,7 +1,7 @@
 """The full shape of Qwen2.5-VL-3B through plan and capture: time of each step and peak memory, in one process.
 
     python benchmarks/real_shape.py [--device cpu|cuda] [--threads N] [--exact none --schemes inc_int8 W8A8 ...]
-    python benchmarks/real_shape.py --best-model
+    python benchmarks/real_shape.py --best-model [--shape medium]
 
 The snapshot (7.5 GB, weights from a seed) is written to tmp/bench/ once. The plan is INC's and is written there as
 well, so that a machine without INC can run the capture from it. With --best-model, INC makes and saves its INT8 model
@@ -126,24 +126,25 @@ def best_model(
     folder = args.folder / f"best_model_{args.shape}"
     folder.mkdir(exist_ok=True)
     with incs_surroundings(args.threads, plan.reduce_range):
-        reference, expected = timed("the replay, all ops in INT8", lambda: replayed(holder[0], plan, batch))
-        release()
+        reference = Reference(logits(holder[0], batch), batch.get("mm_token_type_ids"))
         timed("INC quantizes and saves", lambda: quantize(holder.pop(), [batch], {}, folder))
         release()
-        loaded = timed("load it back", lambda: load_quantized(folder, directory))
-        found = timed("a forward", lambda: reference.compare(logits(loaded, batch)))
+        holder.append(timed("load it back", lambda: load_quantized(folder, directory)))
+        found = timed("a forward", lambda: reference.compare(logits(holder.pop(), batch)))
+        release()
+        expected = timed("the replay, all ops in INT8", lambda: replayed(load_model(directory), plan, batch, reference))
     size = (folder / WEIGHTS).stat().st_size / GIB
     cli.say(f"{WEIGHTS}: {size:.2f} GiB; mse_value {found['mse_value']}, by the replay {expected['mse_value']}")
     if found != expected:
         raise InputError(f"{folder / WEIGHTS}: the loaded model has {found}, and the replay {expected}")
 
 
-def replayed(model: Any, plan: Plan, batch: Batch) -> tuple[Reference, dict[str, float]]:
-    """The FP32 output, and the metrics of all ops in INT8."""
+def replayed(model: Any, plan: Plan, batch: Batch, reference: Reference) -> dict[str, float]:
+    """The metrics of all ops in INT8."""
     with Replay(model, plan.ops, plan.measured_op) as replay:
         replay.calibrate(batch)
-        reference = Reference(replay.begin(batch).clone(), batch.get("mm_token_type_ids"))
-        return reference, reference.compare(replay.run(dict.fromkeys(plan.op_names, INC_INT8)))
+        replay.begin(batch)
+        return reference.compare(replay.run(dict.fromkeys(plan.op_names, INC_INT8)))
 
 
 def in_schemes(plan: Plan, names: list[str]) -> Plan:
