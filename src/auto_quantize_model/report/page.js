@@ -115,11 +115,12 @@
     const share = percent(all / frontier.points.at(-1).weight_bytes);
     return bitsOf(size).toFixed(2) + " bits a weight; all weights take " + inBytes(all) + ", " + share + " of those without quantization";
   };
-  const ofLoss = ({ choice, above }) => {
+  const ofLoss = ({ choice, above, more }) => {
     const loss = shown(totalOf(units, choice, "loss"));
     const error = Math.hypot(...units.map((unit, index) => unit.error[choice[index]] ?? 0));
     const text = loss + (error ? " ± " + shown(error, 1) : "");
-    const least = above ? ". The least possible sum is at most " + shown(above, 2) + " lower" : ", the least for these bytes";
+    const bound = above ? ". The least possible sum is at most " + shown(above, 2) + " lower" : ", the least for these bytes";
+    const least = more ? ", a larger sum than the least for these bytes" : bound;
     return (inNats ? "KL divergence " + text + " nats per token" : "relative error " + text) + least;
   };
   const ofUnits = (choice) =>
@@ -128,19 +129,30 @@
       .filter(([, count]) => count > 0)
       .map(([scheme, count]) => count + (scheme === UNQUANTIZED ? " " : " in ") + scheme)
       .join(", ");
-  const ofNearest = (all) => {
+  const isOf = (choice) => (point) => point.schemes.every((scheme, index) => scheme === choice[index]);
+  const ofNearest = (all, choice) => {
+    const known = [...frontier.points, ...uniform];
     const far = (point) => Math.abs(point.weight_bytes - all);
-    const near = [...frontier.points, ...uniform].reduce((best, point) => (far(point) < far(best) ? point : best));
+    // A refined point is near no other choice: what the page chooses is not refined.
+    const nearest = () => known.filter((point) => point.name !== "refined").reduce((best, point) => (far(point) < far(best) ? point : best));
+    const near = known.find(isOf(choice)) ?? nearest();
+    const named = near.kind === "uniform" ? " (" + near.name + " for all)" : near.name ? " (" + near.name + ")" : "";
     const parts = [
-      near.bits.toFixed(2) + " bits a weight" + (near.name ? " (" + near.name + " for all)" : "") + ", " + inBytes(near.weight_bytes) +
+      near.bits.toFixed(2) + " bits a weight" + named + ", " + inBytes(near.weight_bytes) +
         ": KL divergence " + shown(near.kl_divergence) + " nats (95 % interval " + shown(near.kl_low) + " to " + shown(near.kl_high) + ")",
       "the most likely token stays the same at " + percent(near.top1_agreement) + " of the positions",
       ...(near.accuracy === null ? [] : [percent(near.accuracy) + " of the answers are right"]),
     ];
     return parts.join("; ");
   };
-  const setBudget = (bytes) => {
-    const found = allocate(units, Math.floor(bytes)) ?? allocate(units, limits[0]);
+  const setBudget = (bytes) => showChoice(allocate(units, Math.floor(bytes)) ?? allocate(units, limits[0]));
+  // A measured choice, such as a refined one, may have a larger sum than the best for its bytes.
+  const showMeasured = (choice) => {
+    const best = allocate(units, totalOf(units, choice, "bytes"));
+    const more = totalOf(units, choice, "loss") > totalOf(units, best.choice, "loss") * (1 + 1e-9);
+    showChoice({ choice, above: best.above, more });
+  };
+  const showChoice = (found) => {
     budgeted = found.choice;
     const size = totalOf(units, budgeted, "bytes");
     const all = size + frontier.other_bytes;
@@ -148,7 +160,7 @@
       fact("Size", ofSize(size)),
       fact("Predicted", ofLoss(found)),
       fact("Units", ofUnits(budgeted)),
-      fact("Nearest measured choice", ofNearest(all)),
+      fact("Nearest measured choice", ofNearest(all, budgeted)),
     );
     at("bits").value = at("bits-number").value = bitsOf(size).toFixed(2);
     at("bits").setAttribute("aria-valuetext", bitsOf(size).toFixed(2) + " bits a weight, " + inBytes(all));
@@ -172,16 +184,19 @@
     at("units").tBodies[0].append(
       ...units.map((unit) => make("tr", [make("td", make("code", breakable(unit.name)), { class: "wrap" }), make("td"), make("td", [], { class: "n" })])),
     );
-    const size = (choice) => totalOf(units, choice, "bytes");
-    at("budget-profiles").append(...Object.entries(profiles).map(([name, choice]) => button(name, () => setBudget(size(choice)))));
-    setBudget(data.decided ? size(profiles[data.decided]) : (limits[0] + limits[1]) / 2);
+    at("budget-profiles").append(...Object.entries(profiles).map(([name, choice]) => button(name, () => showMeasured(choice))));
+    if (data.decided) showMeasured(profiles[data.decided]);
+    else setBudget((limits[0] + limits[1]) / 2);
   }
 
   withTools();
   drawNear((name, view) => {
     view.addEventListener("click", (event, item) => {
       if (item?.datum?.op) openOp(item.datum.op);
-      if (name === "frontier" && item?.datum?.bits) setBudget((item.datum.bits * weights) / 8 + 0.5);
+      if (name !== "frontier" || !item?.datum?.bits) return;
+      const refined = item.datum.choice === "refined" && frontier.points.find(({ name, bits }) => name === "refined" && bits === item.datum.bits);
+      if (refined) showMeasured(refined.schemes);
+      else setBudget((item.datum.bits * weights) / 8 + 0.5);
     });
     if (name === "frontier") markBudget();
   });
