@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import jsonschema
 import pytest
 import yaml
-from build import options, with_estimates
+from build import a_point, options, with_estimates
 from test_document import a_decision, of_three_schemes
 from test_figures import (
     HOSTILE,
@@ -339,6 +339,27 @@ def test_the_slider_chooses_for_its_budget_and_shows_the_nearest_measured_choice
     assert of_budget(page)["Units"] == "3 in W8A8, 1 unquantized"
     page.locator("#chart-frontier svg g.mark-symbol.role-mark path[aria-label*='random']").first.click(force=True)
     assert page.locator("#bits").input_value() == "10"
+
+
+@pytest.mark.slow
+def test_a_refined_profile_is_shown_as_it_is_and_no_choice_of_the_slider_is_near_it(opened):
+    made = a_point(["unquantized", *["W8A8"] * 3], 0.009, accuracy=0.9, answers_lost=0, name="refined")
+    report = report_of(
+        measured([choice(4, 0.08), choice(3, 0.01), made, choice(0, 0.0)]), Target(max_kl_divergence=0.02)
+    )
+    report["frontier"]["units"][-1]["loss"]["W8A8"] = 0.05
+    page = opened(report)
+    facts = of_budget(page)
+    assert facts["Predicted"] == "KL divergence 0.07 nats per token, a larger sum than the least for these bytes"
+    assert facts["Nearest measured choice"].startswith("10.00 bits a weight (refined), 140 bytes: KL divergence 0.009 ")
+    assert page.locator("#units tbody td:nth-child(2)").all_inner_texts() == ["unquantized", *["W8A8"] * 3]
+    page.locator("#bits-number").fill("10.1")
+    page.locator("#bits-number").press("Enter")
+    facts = of_budget(page)
+    assert facts["Predicted"] == "KL divergence 0.03 nats per token, the least for these bytes"
+    assert facts["Nearest measured choice"].startswith("10.00 bits a weight, 140 bytes: KL divergence 0.01 ")
+    page.get_by_role("button", name="smallest").click()
+    assert "(refined)" in of_budget(page)["Nearest measured choice"]
 
 
 def in_browser(browser, units, sizes):
