@@ -201,7 +201,11 @@ def test_a_model_on_a_gpu_is_measured_there(model: Small) -> None:
         (HELDOUT, {"points": 1}, r"^decide\.points: 1"),
         (HELDOUT, {"candidates": ["NVFP4"]}, r"^candidates: NVFP4 is not in the plan; its schemes are inc_int8"),
         (HELDOUT, {"refine_batches": 9}, r"^refine_batches \(9\) is more than the 2 batches"),
-        (HELDOUT, {"refine_batches": 1}, r"^refine_batches: no choice of inc_int8 can be refined"),
+        (
+            HELDOUT,
+            {"refine_batches": 1},
+            r"^refine_batches: no choice of inc_int8 can be refined; set refine_batches to 0",
+        ),
         (HELDOUT, {"answers": []}, r"^answers: 0 entries for 1 held-out batches"),
         (HELDOUT, {"answers": [[None]]}, r"^answers\[0\]: 1 entries for 2 samples"),
         (HELDOUT, {"answers": [[None, range(0, 1)]]}, r"^answers\[0\]: range\(0, 1\); name positions from 1 to 2"),

@@ -270,8 +270,8 @@ def frontier(
         raise InputError("max_seconds needs the times of the ops; give seconds too")
     if refine_batches > len(calibration):
         raise InputError(f"refine_batches ({refine_batches}) is more than the {len(calibration)} batches; give more")
-    if refine_batches and INC_INT8 in chosen:
-        raise InputError("refine_batches: no choice of inc_int8 can be refined; set it to 0")
+    if refine_batches and (no := [name for name in chosen if name == INC_INT8 or "checkpoint" in plan.schemes[name]]):
+        raise InputError(f"refine_batches: no choice of {no[0]} can be refined; set refine_batches to 0")
     if refine_batches and max_bits is None and max_seconds is None:
         raise InputError("refine_batches: there is no budget to refine a choice for; give max_bits or max_seconds")
     spans = _answers(answers, unseen)

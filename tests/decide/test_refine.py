@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from build import options
 from hypothesis import given
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from auto_quantize_model.decide.allocate import Choice, bytes_of, seconds_of
 from auto_quantize_model.decide.refine import CHANGES, ROUNDS, Budget, Refinement, changed
+from auto_quantize_model.files import InputError
 from auto_quantize_model.measure.around import Around
 from auto_quantize_model.measure.store import ScoreStore
 
@@ -63,6 +65,14 @@ def test_a_refined_choice_is_kept_in_the_store(tmp_path: Path) -> None:
     assert first.refined(FIRST, Budget(20)) == second.refined(FIRST, Budget(20)) == SECOND
     assert (first.looks, second.looks) == (ROUNDS, 0)
     assert second.refined(FIRST, Budget(21)) == SECOND and second.looks == ROUNDS  # another budget
+
+
+def test_a_number_that_is_not_finite_is_refused_and_the_batch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = near(float("nan"), {})
+    monkeypatch.setattr("auto_quantize_model.decide.refine.around", lambda *given: broken)
+    made = Refinement(UNITS, SimpleNamespace(replay=None), [{}])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"calibration batch 0.*kl_divergence"):
+        made.around(FIRST)
 
 
 def test_a_choice_that_nothing_makes_better_stays() -> None:

@@ -20,8 +20,8 @@ from auto_quantize_model.decide.allocate import Choice, state_of
 from auto_quantize_model.files import digest_of
 from auto_quantize_model.measure.around import Around, Array, around, mean
 from auto_quantize_model.measure.capture import digest_of_batch
-from auto_quantize_model.measure.heldout import HeldOut
-from auto_quantize_model.measure.metrics import Reference
+from auto_quantize_model.measure.heldout import ADVICE, HeldOut, in_words
+from auto_quantize_model.measure.metrics import Reference, require_finite
 from auto_quantize_model.measure.probes import Wanted
 from auto_quantize_model.records import Options
 from auto_quantize_model.replay.model import Batch
@@ -70,7 +70,7 @@ class Refinement:
         """The choice with the least divergence on the batches, of the first one and those that were tried.
 
         Raises:
-            InputError: the measured op runs inside of a block.
+            InputError: as `around` says.
         """
         of = self.heldout.base | {"refined_on": [digest_of_batch(batch) for batch in self.batches], "refine": CODE}
         units = [[unit.name, unit.ops, unit.bytes, unit.seconds] for unit in self.units]
@@ -97,11 +97,17 @@ class Refinement:
         return [*found.items(), (choice, self.divergence(choice))]
 
     def around(self, choice: Choice) -> Around:
-        """The divergence near a choice."""
+        """The divergence near a choice.
+
+        Raises:
+            InputError: a number is not finite, or the measured op runs inside of a block.
+        """
         state, wanted, found = state_of(choice, self.units), changes(self.units, choice), []
         for index, batch in enumerate(self.batches):
             seeds = range(index * PROBES, (index + 1) * PROBES)
             found.append(around(self.heldout.replay, batch, state, wanted, seeds))
+            numbers = {"kl_divergence": found[-1].divergence, "its slopes": float(found[-1].slopes.sum())}
+            require_finite(numbers, f"calibration batch {index}", in_words(state), ADVICE)
             for _ in range(FORWARDS):
                 self.on_forward()
         return mean(found)
