@@ -164,7 +164,8 @@ class Library:
         found = {"weight": self.of_weight(name, scheme)}
         inputs, seen = scheme.input_activations, self.scales.get(name)
         if inputs and inputs.dynamic is not True and seen and seen.input:
-            found["input"] = input_parameters(seen.input.minimum, seen.input.maximum, inputs, self.weights[name].dtype)
+            ends, weight = (seen.input.minimum, seen.input.maximum), self.weights[name]
+            found["input"] = input_parameters(*ends, inputs, weight.dtype).to(weight.device)
         initialize_module_for_quantization(module, scheme)
         for side, parameters in found.items():
             put_parameters(module, side, parameters)

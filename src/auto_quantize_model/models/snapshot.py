@@ -40,6 +40,7 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from auto_quantize_model.files import InputError, digest_of, sha256_file, visible
 from auto_quantize_model.machine import require_memory
+from auto_quantize_model.models.prepare import prepare
 from auto_quantize_model.models.weights import (
     listed,
     read_headers,
@@ -389,6 +390,7 @@ def load_model(directory: Path) -> PreTrainedModel:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            experts_implementation="eager",
             ignore_mismatched_sizes=True,  # reported by name below
         )
     model: PreTrainedModel
@@ -396,6 +398,7 @@ def load_model(directory: Path) -> PreTrainedModel:
     require_complete(directory, loading)
     make_fx_safe(model)
     model.eval().requires_grad_(False)
+    prepare(model)
     return model
 
 

@@ -85,8 +85,8 @@ class Altered:
         last: LastInput,
     ) -> None:
         self.module, self.alteration, self.unit, self.kept, self.last = module, alteration, unit, kept, last
-        ends, args = alteration.range, alteration.inputs
-        self.given = input_parameters(*ends, args, module.weight.dtype) if ends and args else None
+        ends, args, weight = alteration.range, alteration.inputs, module.weight
+        self.given = input_parameters(*ends, args, weight.dtype).to(weight.device) if ends and args else None
 
     def set_range(self, scales: OpScales | None) -> None:
         """Do nothing: the alteration has its own range."""

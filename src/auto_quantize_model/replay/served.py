@@ -125,7 +125,8 @@ class Served:
             self.given = self.ends = None
             if scales and scales.input:
                 self.ends = scales.input.minimum, scales.input.maximum
-                self.given = input_parameters(*self.ends, self.scheme.input_activations, self.module.weight.dtype)
+                args, weight = self.scheme.input_activations, self.module.weight
+                self.given = input_parameters(*self.ends, args, weight.dtype).to(weight.device)
 
     @property
     def ready(self) -> bool:
@@ -200,9 +201,7 @@ class Stored:
         self.args = checkpoint.schemes[name].input_activations
         bias, inputs = checkpoint.bias(name), checkpoint.inputs(name)
         self.bias = None if bias is None else bias.to(self.device)
-        self.given = inputs and QuantizationParameters(
-            *(None if value is None else value.to(self.device) for value in vars(inputs).values())  # type: ignore[arg-type]
-        )
+        self.given = inputs and inputs.to(self.device)
 
     def differentiable(self, x: torch.Tensor) -> torch.Tensor:
         """Refused: no choice with the schemes of a checkpoint is refined."""

@@ -7,7 +7,7 @@ Min/max observers find the ranges, as llm-compressor's `memoryless_minmax` and `
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -52,6 +52,10 @@ class QuantizationParameters:
     scale: torch.Tensor
     zero_point: torch.Tensor | None
     global_scale: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> "QuantizationParameters":
+        """The same parameters on a device."""
+        return replace(self, **{key: value.to(device) for key, value in vars(self).items() if value is not None})
 
 
 def scheme_of(name: str, fields: Mapping[str, Any] | None = None) -> QuantizationScheme:
@@ -215,6 +219,8 @@ def _of_rows(side: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
 
 def input_parameters(low: float, high: float, args: QuantizationArgs, dtype: torch.dtype) -> QuantizationParameters:
     """The parameters of a static input, or the global scale of a locally dynamic one, by the range of a calibration.
+
+    They are on the CPU, which computes them for every device.
 
     Args:
         low, high: the least and the greatest value that the calibration saw.
