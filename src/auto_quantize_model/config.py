@@ -514,8 +514,6 @@ class SensitivitySpec(PlanSpec):
     """Ops that INC's own helpers measure again, the most and the least sensitive among them."""
 
     def contradictions(self) -> Iterator[str]:
-        if "inc_int8" not in self.schemes:
-            yield "sensitivity.schemes: inc_int8 is not in the list, and the report's maps need it; add inc_int8"
         if self.engine == "inc" and len(self.schemes) > 1:
             yield "sensitivity.engine inc measures inc_int8 alone; set sensitivity.schemes to [inc_int8]"
         if self.engine != "replay" and self.exact not in ("auto", "all"):

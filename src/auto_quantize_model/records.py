@@ -152,13 +152,15 @@ class Op:
 
     Attributes:
         op_name: the name of its module.
-        op_type: `Linear`, `Conv3d` or `Embedding`, in INC's spelling.
+        op_type: `Linear`, `Conv2d`, `Conv3d` or `Embedding`, in INC's spelling.
         shape: of its weight.
         weight_bytes: of its weight in FP32.
         executions: how often the op runs in FP32 on each scored batch.
         tower: `vision` or `language`.
-        unit: one name for the ops that a serving engine holds as one matrix; an op of its own has its own name.
-        inc_int8: what INC plans for the op.
+        unit: one name for the ops that share a scheme, because a serving engine holds them as one matrix or as the
+            experts of one block; an op of its own has its own name.
+        expert: whether the op is a matrix of one expert among several.
+        inc_int8: what INC plans for the op; None where INC planned nothing.
         schemes: the names of the schemes that the op can have.
         refused: the other schemes of the plan, each with the reason.
         stored_bytes: {scheme: bytes of the op's weight with its scales in a checkpoint}, for each scheme that can be
@@ -172,10 +174,16 @@ class Op:
     executions: tuple[int, ...]
     tower: str
     unit: str
-    inc_int8: IncInt8
+    inc_int8: IncInt8 | None
     schemes: tuple[str, ...]
     refused: dict[str, str]
     stored_bytes: dict[str, int] = field(default_factory=dict)
+    expert: bool = False
+
+    @property
+    def matrix(self) -> str:
+        """One name for the ops that share a global scale. An expert has its own in every engine."""
+        return self.op_name if self.expert else self.unit
 
     @property
     def ran(self) -> bool:
@@ -226,7 +234,11 @@ class Coverage(TypedDict):
 
 
 class IncCheck(TypedDict):
-    """Whether INC can measure the model: `status` is `reproduces_fp32` or `cannot`; see `inc.plan.check_inc`."""
+    """Whether INC can measure the model; see `inc.plan.check_inc`.
+
+    `status` is `reproduces_fp32`, or `cannot` where the replay alone measures `inc_int8`. It is `no_plan` where INC
+    cannot even plan the model, and `not_asked` where `inc_int8` is not among the schemes.
+    """
 
     status: str
     reason: NotRequired[str]
@@ -252,6 +264,7 @@ class Plan:
         keep: what the config keeps in FP32.
         reduce_range: whether activations take 7 bits of 8; `reduce_range_by` says who chose, `inc` or `config`.
         measured_op: the op at whose output the errors are measured.
+        head_only: whether the model scales or caps what the measured op returns before it returns its logits.
         fallback_schemes: those in which the map fallback is measured besides `inc_int8`.
         schemes: the schemes that are measured, by name. Those of compressed-tensors have their fields; see
             `schemes.compressed.scheme_of`.
@@ -272,6 +285,7 @@ class Plan:
     reduce_range: bool
     reduce_range_by: str
     measured_op: str
+    head_only: bool = False
     schemes: dict[str, dict[str, Any]]
     fallback_schemes: tuple[str, ...] = ()
     ops: tuple[Op, ...]
@@ -288,8 +302,13 @@ class Plan:
 
     @property
     def by_inc_name(self) -> dict[str, str]:
-        """{INC's name: op_name}."""
-        return {op.inc_int8.inc_name: op.op_name for op in self.ops}
+        """{INC's name: op_name}, for the ops that INC planned."""
+        return {op.inc_int8.inc_name: op.op_name for op in self.ops if op.inc_int8}
+
+    @property
+    def main_scheme(self) -> str:
+        """The scheme whose maps head the report: `inc_int8` where it is measured, else the first one."""
+        return "inc_int8" if "inc_int8" in self.schemes else next(iter(self.schemes))
 
 
 @dataclass(frozen=True)
@@ -452,11 +471,6 @@ class Capture:
     def estimates_of(self, scheme: str) -> dict[str, Estimate]:
         """{name of each op and unit: its estimate in a scheme}."""
         return {found.op_name: found for found in self.estimates if found.scheme == scheme}
-
-    @property
-    def all_int8(self) -> list[Score]:
-        """The score of each batch with every op in `inc_int8`."""
-        return self.all_in("inc_int8")
 
 
 @closed

@@ -293,9 +293,9 @@ def test_ops_that_vanish_from_the_top_differ_where_there_are_too_many() -> None:
 
 
 @pytest.mark.parametrize(("sqnr_db", "differs"), [(None, False), (17.5, False), (16.5, True)])
-def test_a_fall_of_the_sqnr_of_all_int8_differs(sqnr_db: float | None, differs: bool) -> None:
+def test_a_fall_of_the_sqnr_of_all_ops_differs(sqnr_db: float | None, differs: bool) -> None:
     second = report()
-    second["all_int8"]["sqnr_db"] = sqnr_db
+    second["all_ops"]["sqnr_db"] = sqnr_db
     found = compared(report(), second)
     assert found["differs"] is differs
     if differs:
@@ -382,7 +382,7 @@ def run_command(folder: Path, second: Any, *options: str) -> int:
         (report("jihgfedcba"), ["--tau", "-1", "--top-changes", "10"], 0),
         ([], [], 2),
         ({key: value for key, value in report().items() if key != "stability"}, [], 2),
-        (report() | {"all_int8": report()["all_int8"] | {"sqnr_db": float("nan")}}, [], 2),
+        (report() | {"all_ops": report()["all_ops"] | {"sqnr_db": float("nan")}}, [], 2),
         (report(), ["--top", "0"], 2),
         (report(), ["--top", "many"], 2),
     ],

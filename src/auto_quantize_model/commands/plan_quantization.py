@@ -24,6 +24,7 @@ def plan_quantization(args: argparse.Namespace) -> None:
     from auto_quantize_model.machine import require_memory
     from auto_quantize_model.models.checkpoint import folder_of
     from auto_quantize_model.report import coverage, sentences
+    from auto_quantize_model.schemes.scheme import INC_INT8
 
     loaded = Loaded(run)
     spec = read_block(PlanSpec, args.spec, "sensitivity")
@@ -35,12 +36,13 @@ def plan_quantization(args: argparse.Namespace) -> None:
     plan = identify(build_plan(loaded.model(), batches, spec), run.manifest, run.calibration, digest_of(args.spec))
     run.write("plan", args.plan, plan)
     cli.say(f"plan: {len(plan.ops)} ops to measure at {plan.measured_op}, {len(plan.excluded)} excluded")
-    cli.say(f"plan: {sentences.activations(vars(plan))}")
+    if INC_INT8 in plan.schemes:
+        cli.say(f"plan: {sentences.activations(vars(plan))}")
     for scheme in plan.schemes:
         if refused := {op.op_name: op.refused[scheme] for op in plan.ops if scheme in op.refused}:
             cli.say(f"plan: {sentences.cannot(scheme, refused)}")
-    if plan.inc_check["status"] == "cannot":
-        cli.say(f"plan: {sentences.without_inc(plan.inc_check)}")
+    for sentence in (*sentences.of_inc_check(plan.inc_check), *sentences.of_head(vars(plan))):
+        cli.say(f"plan: {sentence}")
     cli.say(f"plan: {coverage.headline(len(plan.ops), plan.coverage)}")
     for warning in coverage.warnings(plan.coverage):
         cli.say(f"warning: {warning}")

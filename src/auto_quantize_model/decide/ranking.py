@@ -99,10 +99,15 @@ def row_of(
 
 def most_sensitive_first(plan: Plan, capture: Capture) -> list[str]:
     """The names of the ops that ran by the isolated map, the most sensitive first."""
-    return [row["op_name"] for row in isolated(plan, capture)]
+    return [row["op_name"] for row in isolated(plan, capture, plan.main_scheme, ranking_metric(plan.main_scheme))]
 
 
-def isolated(plan: Plan, capture: Capture, scheme: str = INC_INT8, by: str = "mse_value") -> list[dict[str, Any]]:
+def ranking_metric(scheme: str) -> str:
+    """The metric that ranks ops in a scheme: INC's own in `inc_int8`, else the KL divergence."""
+    return "mse_value" if scheme == INC_INT8 else "kl_divergence"
+
+
+def isolated(plan: Plan, capture: Capture, scheme: str, by: str) -> list[dict[str, Any]]:
     """The isolated map of a scheme as `ranked` returns it, for the ops that ran and can have the scheme."""
     references = [batch.reference for batch in capture.batches]
     ops = [op for op in plan.ops if op.ran and scheme in op.schemes]

@@ -144,7 +144,7 @@ class Source:
         args = self.schemes[op_name].weights
         if args.strategy != "tensor_group":
             return weight_parameters(weight, args)
-        units = {op.op_name: op.unit for op in self.plan.ops}
+        units = {op.op_name: op.matrix for op in self.plan.ops}
         unit = units[op_name]
         if unit not in self._shared:
             self._shared[unit] = global_scale(self.weight(name) for name, of in units.items() if of == unit)

@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.engine import inc_scores, spec_of
-from auto_quantize_model.inc.plan import ops_to_keep, quant_config
+from auto_quantize_model.inc.plan import config_of_inc
 from auto_quantize_model.inc.torch_modules import torch_scores
 from auto_quantize_model.inc_pytorch_mse_patching import activations_reduced
 from auto_quantize_model.machine import any_algorithm, with_threads
@@ -75,6 +75,8 @@ def announce(plan: Plan, capture: Capture, count: int) -> str:
     """What an audit of `count` ops will do, in one line. The progress bar shows the time that it takes."""
     if capture.engine == "inc":
         return "audit: not needed, INC itself measured every op"
+    if INC_INT8 not in plan.schemes:
+        return f"audit: {INC_INT8} is not measured, so INC measures nothing again"
     names = sample_ops(plan, capture, audited_batch(capture), count)
     count_of_values = len(names) * len(plan.maps)
     more = f" (sensitivity.audit_ops asks for {count}; no more ran)" if count > len(names) else ""
@@ -105,7 +107,8 @@ def audit_capture(
         on_op: called with the number done and the total, before the first score and after each.
 
     Returns:
-        `status` is `bit_identical`, or `not_needed` where INC itself was the engine. On CUDA it is
+        `status` is `bit_identical`, `not_needed` where INC itself was the engine, or `not_measured` where `inc_int8`
+        is not among the schemes. On CUDA it is
         `sites_bit_identical`, with `rank_agreement` (Spearman's, per map, over the ops compared). `by` is `inc` or
         `torch`.
 
@@ -117,6 +120,8 @@ def audit_capture(
     by = auditor(plan)
     if capture.engine == "inc":
         return Audit("not_needed", by, None, (), (), 0, {})
+    if INC_INT8 not in plan.schemes:
+        return Audit("not_measured", by, None, (), (), 0, {})
     batch = audited_batch(capture)
     names = sample_ops(plan, capture, batch, count)
     found = {label: values_of(capture.of_map(label), names, batch) for label in plan.maps}
@@ -209,7 +214,7 @@ def _by_inc(
 ) -> dict[str, dict[str, float]]:
     """INC's values of the named ops on one batch: {map: {op: value}}."""
     spec = spec_of(plan)
-    conf = quant_config(spec.confidence_batches, ops_to_keep(model, batches, spec))
+    conf = config_of_inc(model, batches, spec)
     modules = plan.by_inc_name
     values = {}
     for label in plan.maps:

@@ -9,7 +9,7 @@ from auto_quantize_model.code import code_digest_of_modules
 from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.loader import CalibrationLoader
-from auto_quantize_model.inc.plan import ops_to_keep, plan_ops, quant_config, run_in_fp32
+from auto_quantize_model.inc.plan import config_of_inc, plan_ops, run_in_fp32
 from auto_quantize_model.inc_pytorch_mse_patching import activations_reduced, run_single_mse_v2_sensitivity_pass
 from auto_quantize_model.measure.capture import Progress, Share, Work, context, digest_of_batch, require_finite
 from auto_quantize_model.measure.metrics import Reference
@@ -37,7 +37,7 @@ def measure_by_inc(work: Work, share: Share, on_progress: Progress) -> None:
         raise InputError("INC's quantized kernels run on the CPU only; set sensitivity.device to cpu")
     require_same_plan(model, work.batches, plan)
     spec = spec_of(plan)
-    conf = quant_config(spec.confidence_batches, ops_to_keep(model, work.batches, spec))
+    conf = config_of_inc(model, work.batches, spec)
     base = context(model, plan, plan.ops, "inc")
     base["code"] = CODE
     total = (sum(len(names) for label, names in share.items() if label != ALL) + 1) * len(work.batches)

@@ -9,7 +9,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -38,7 +38,7 @@ from auto_quantize_model.models import checkpoint
 from auto_quantize_model.models.checkpoint import Checkpoint
 from auto_quantize_model.models.coverage import cover
 from auto_quantize_model.models.snapshot import explained
-from auto_quantize_model.models.units import tower_of, unit_of, units_of
+from auto_quantize_model.models.units import experts_of, tower_of, unit_of, units_of
 from auto_quantize_model.models.weights import require_meaningful
 from auto_quantize_model.records import CalibrationManifest, Excluded, IncCheck, IncInt8, ModelManifest, Op, Plan, Side
 from auto_quantize_model.replay.model import Batch, Replay, goes_along, refusals, require_replayable
@@ -102,27 +102,24 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
     scored = batches[: spec.confidence_batches]
     schemes = schemes_to_plan(spec, model)
     with activations_reduced(spec.reduce_range) as reduced:
-        planned = plan_ops(model, batches, spec)
-        fields = {
-            name: fields_to_plan(schemes[name], planned.ops, model, scored) if name in schemes else {}
-            for name in spec.fields_of_schemes
-        }
-        inc_check, incs_errors = check_inc(planned, scored)
-    require_measurable(model, planned.ops, spec.engine, inc_check)
-    if spec.engine != "inc" and not refusals(model, planned.ops):
-        for index, error in incs_errors.items():
-            require_same_int8(model, planned, scored, index, error)
+        planned, inc_check = planned_and_checked(model, batches, spec)
+    measured = [name for name in spec.fields_of_schemes if name != INC_INT8 or planned.strategy]
+    fields = {
+        name: fields_to_plan(schemes[name], planned.ops, model, scored) if name in schemes else {} for name in measured
+    }
     names = [op.op_name for op in planned.ops]
     ops = [with_schemes(op, schemes) for op in planned.ops]
     counts = [run_in_fp32(model, batch, names, planned.measured_op)[0] for batch in scored]
+    left = {re.escape(name): "fp32" for name in planned.left}
     return Plan(
         engine=spec.engine,
         confidence_batches=spec.confidence_batches,
         maps=tuple(spec.maps),
-        keep={"op_type_dict": dict(spec.op_type_dict), "op_name_dict": dict(spec.op_name_dict)},
+        keep={"op_type_dict": dict(spec.op_type_dict), "op_name_dict": {**spec.op_name_dict, **left}},
         reduce_range=reduced,
         reduce_range_by="inc" if spec.reduce_range is None else "config",
         measured_op=planned.measured_op,
+        head_only=planned.head_only,
         schemes=fields,
         fallback_schemes=spec.fallback_schemes,
         ops=tuple(replace(op, executions=tuple(count[op.op_name] for count in counts)) for op in ops),
@@ -132,6 +129,31 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
         inc_check=inc_check,
         versions=versions(),
     )
+
+
+def planned_and_checked(
+    model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec
+) -> tuple["Planned", IncCheck]:
+    """The ops of a plan, by INC where the config asks for INC's scheme, and whether INC can measure them.
+
+    Raises:
+        InputError: as `build_plan` says.
+    """
+    if INC_INT8 not in spec.fields_of_schemes:
+        return plan_without_inc(model, batches, spec), {"status": "not_asked"}
+    try:
+        planned = plan_ops(model, batches, spec)
+    except CannotPlan as error:
+        if len(spec.schemes) == 1:
+            raise
+        return plan_without_inc(model, batches, spec), {"status": "no_plan", "reason": error.reason}
+    scored = batches[: spec.confidence_batches]
+    inc_check, incs_errors = check_inc(planned, scored)
+    require_measurable(model, planned.ops, spec.engine, inc_check)
+    if spec.engine != "inc" and not refusals(model, planned.ops):
+        for index, error in incs_errors.items():
+            require_same_int8(model, planned, scored, index, error)
+    return planned, inc_check
 
 
 def schemes_to_plan(spec: PlanSpec, model: torch.nn.Module) -> dict[str, QuantizationScheme | Checkpoint]:
@@ -171,65 +193,142 @@ def fields_to_plan(
 
 
 class Planned(NamedTuple):
-    """INC's plan as records, and INC's own strategy and configuration, with the measured op last.
+    """The ops of a plan. INC's own strategy and configuration, with the measured op last, are None without INC.
 
-    `kept` are the modules that the config keeps in FP32; `excluded` lists them too.
+    `kept` are the modules that the config keeps in FP32, and `left` those that no site reproduces; `excluded` lists
+    both. `head_only` is that of the plan.
     """
 
     measured_op: str
+    head_only: bool
     ops: list[Op]
     excluded: list[Excluded]
     kept: list[str]
-    strategy: MSE_V2TuneStrategy
+    left: list[str]
+    strategy: MSE_V2TuneStrategy | None
     tune_cfg: dict[str, Any]
+
+
+class CannotPlan(InputError):
+    """INC cannot plan a model; `reason` says why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"INC cannot plan this model: {reason}; add a scheme of compressed-tensors, such as W8A8, to"
+            " sensitivity.schemes, because such schemes need no plan of INC"
+        )
+        self.reason = reason
 
 
 def plan_ops(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -> Planned:
     """INC's plan of `model`. Whether INC can carry out the plan is not checked here.
 
+    With the engine `replay`, ops that no site reproduces stay in FP32.
+
     Raises:
-        InputError: there are too few batches, a keep entry matches no op, or the output is not finite. Or INC cannot
-            measure the output op, nothing is left to quantize, or INC cannot plan the model.
+        InputError: there are too few batches, a keep entry matches no op, or the output is not finite. Or the output
+            comes from no single op, or nothing is left to quantize.
+        CannotPlan: INC cannot plan the model.
     """
+    require_batches(batches, spec)
+    measured_op, head_only = find_output_op(model, batches[0])
+    planned = planned_by_inc(model, batches, spec, measured_op, {})
+    names = names_of_ops(model, planned.tune_cfg)
+    kept = ops_to_keep(names, spec)
+    refused = refusals(model, planned.ops) if spec.engine == "replay" else {}
+    # Without the measured op nothing can be measured, and `require_measurable` says so.
+    left = {key: refused[name] for key, (name, _) in names.items() if name in refused and name != measured_op}
+    if kept or left:
+        planned = planned_by_inc(model, batches, spec, measured_op, left | kept)
+    if not planned.ops:
+        raise InputError("sensitivity.op_type_dict and op_name_dict keep every op in FP32: nothing is left to measure")
+    modules, others = ([names[key][0] for key in keys] for keys in (kept, left.keys() - kept.keys()))
+    return planned._replace(head_only=head_only, kept=modules, left=sorted(others))
+
+
+def names_of_ops(model: torch.nn.Module, tune_cfg: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """{INC's name of each op: (op_name, op_type)}."""
+    return {inc_name: (module_name(model, inc_name), op_type) for inc_name, op_type in tune_cfg["op"]}
+
+
+def config_of_inc(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -> PostTrainingQuantConfig:
+    """INC's configuration of a run, with the ops that the config keeps pinned to FP32.
+
+    Raises:
+        InputError: as `ops_to_keep` says.
+        CannotPlan: INC cannot plan the model.
+    """
+    if not spec.op_type_dict and not spec.op_name_dict:
+        return quant_config(spec.confidence_batches)
+    with planning_by_inc():
+        _, tune_cfg = build_strategy(model, quant_config(spec.confidence_batches), CalibrationLoader(batches))
+    return quant_config(spec.confidence_batches, ops_to_keep(names_of_ops(model, tune_cfg), spec))
+
+
+def planned_by_inc(
+    model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec, measured_op: str, kept: Mapping[str, str]
+) -> Planned:
+    """INC's plan with the ops of `kept` in FP32: {INC's name: the reason}.
+
+    Raises:
+        CannotPlan: INC cannot plan the model, or not the measured op.
+    """
+    with planning_by_inc():
+        conf = quant_config(spec.confidence_batches, kept)
+        strategy, tune_cfg = build_strategy(model, conf, CalibrationLoader(batches))
+        patterns = fused_patterns(strategy.adaptor, model, tune_cfg)
+    inc_names = {name: inc_name for inc_name, (name, _) in names_of_ops(model, tune_cfg).items()}
+    if measured_op not in inc_names:
+        raise CannotPlan(f"the output comes from {measured_op}, which is not an op of INC's plan")
+    tune_cfg = with_measured_op_last(tune_cfg, inc_names[measured_op])
+    ops, excluded = describe_ops(model, tune_cfg, kept, patterns)
+    return Planned(measured_op, False, ops, excluded, [], [], strategy, tune_cfg)
+
+
+def plan_without_inc(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -> Planned:
+    """Every Linear as an op, in the order of the modules, with the measured op last; INC takes no part.
+
+    Raises:
+        InputError: as `plan_ops` says. Or another engine than the replay is asked for.
+    """
+    if spec.engine != "replay":
+        raise InputError(
+            f"sensitivity.engine {spec.engine} measures with INC, and inc_int8 is not measured here; set it to replay"
+        )
+    require_batches(batches, spec)
+    measured_op, head_only = find_output_op(model, batches[0])
+    modules = dict(model.named_modules())
+    names = {name: (name, "Linear") for name, module in modules.items() if type(module) is torch.nn.Linear}
+    kept = ops_to_keep(names, spec)
+    in_order = [name for name in names if name != measured_op] + [measured_op] * (measured_op in names)
+    ops = [inventoried(name, "Linear", modules, None) for name in in_order if name not in kept]
+    if not ops:
+        raise InputError("sensitivity.op_type_dict and op_name_dict keep every op in FP32: nothing is left to measure")
+    excluded = [Excluded(name, "Linear", reason) for name, reason in kept.items()]
+    left = others(model, {*names}, "schemes of compressed-tensors quantize a Linear, and this is none")
+    return Planned(measured_op, head_only, ops, [*excluded, *left], list(kept), [], None, {})
+
+
+def require_batches(batches: Sequence[Batch], spec: PlanSpec) -> None:
+    """Refuse fewer batches than are scored."""
     if len(batches) < spec.confidence_batches:
         raise InputError(
             f"sensitivity.confidence_batches is {spec.confidence_batches}, but the calibration set makes"
             f" {len(batches)} batches; raise calibration.num_samples or lower calibration.batch_size"
         )
-    measured_op = find_output_op(model, batches[0])
-    kept = ops_to_keep(model, batches, spec)
-    with planning_by_inc():
-        conf = quant_config(spec.confidence_batches, kept)
-        strategy, tune_cfg = build_strategy(model, conf, CalibrationLoader(batches))
-        patterns = fused_patterns(strategy.adaptor, model, tune_cfg)
-    inc_names = {module_name(model, name): name for name, _ in tune_cfg["op"]}
-    if measured_op not in inc_names:
-        raise InputError(
-            f"the model's output comes from {measured_op or 'no single module'}, which is not an op of INC's plan. INC"
-            " would measure elsewhere, so this model cannot be measured; choose another model.path"
-        )
-    tune_cfg = with_measured_op_last(tune_cfg, inc_names[measured_op])
-    ops, excluded = describe_ops(model, tune_cfg, kept, patterns)
-    if not ops:
-        raise InputError("sensitivity.op_type_dict and op_name_dict keep every op in FP32: nothing is left to measure")
-    kept_modules = [module_name(model, inc_name) for inc_name in kept]
-    return Planned(measured_op, ops, excluded, kept_modules, strategy, tune_cfg)
 
 
 @contextmanager
 def planning_by_inc() -> Iterator[None]:
-    """Turn INC's errors during planning into an InputError that names INC's error.
+    """Turn INC's errors during planning into an error that names INC's.
 
     Raises:
-        InputError: in place of INC's error.
+        CannotPlan: in place of INC's error.
     """
     try:
         yield
     except INC_ERRORS as error:
-        raise InputError(
-            f"INC cannot plan this model: it raised {described(error)}; no engine can measure a model without INC's"
-            " plan, so choose another model.path"
-        ) from error
+        raise CannotPlan(f"INC raises {described(error)}") from error
 
 
 def described(error: Exception) -> str:
@@ -274,6 +373,7 @@ def tried_by_inc(planned: Planned, batch: Batch) -> tuple[str, float]:
     INC's model must run. The second value is its error in that state: the sum of squared errors at the measured op.
     """
     reached = ["no_op"]
+    assert planned.strategy is not None  # noqa: S101  INC planned
     try:
         calls = run_planned_pass(
             planned.strategy,
@@ -363,12 +463,14 @@ def identify(plan: Plan, manifest: ModelManifest, calibration: CalibrationManife
     )
 
 
-def find_output_op(model: torch.nn.Module, batch: Batch) -> str:
-    """The name of the leaf module whose output tensor is the logits that the model returns; empty if there is none.
+def find_output_op(model: Any, batch: Batch) -> tuple[str, bool]:
+    """The module whose output the model returns as its logits, and whether the model changes that output first.
+
+    Some models scale or cap what their head returns. Then the head is the module, and the second value is true.
 
     Raises:
         InputError: a weight is not finite, or the model cannot run on the first calibration batch. Or its FP32 logits
-            there are not finite, or are one value for the whole vocabulary.
+            there are not finite, or are one value for the whole vocabulary. Or they come from no single module.
     """
     require_meaningful(model)
     outputs: dict[str, torch.Tensor] = {}
@@ -393,30 +495,38 @@ def find_output_op(model: torch.nn.Module, batch: Batch) -> str:
             "the FP32 model's logits on the first calibration batch are the same for the whole vocabulary, so there is"
             " nothing to measure; check the weights"
         )
-    return next((name for name, output in reversed(outputs.items()) if output is logits), "")
+    if found := next((name for name, output in reversed(outputs.items()) if output is logits), ""):
+        return found, False
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    name = next((name for name, module in leaves if module is head), "")
+    if name not in outputs or outputs[name].shape != logits.shape:
+        raise InputError(
+            "the model's logits come from no single module, so there is no place to measure at; choose another"
+            " model.path"
+        )
+    return name, True
 
 
-def ops_to_keep(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -> dict[str, str]:
-    """INC's names of the ops that the config keeps in FP32, each with the entry that keeps it.
+def ops_to_keep(ops: Mapping[str, tuple[str, str]], spec: PlanSpec) -> dict[str, str]:
+    """The keys of the ops that the config keeps in FP32, each with the entry that keeps the op.
+
+    Args:
+        ops: {key: (op_name, op_type)}.
 
     Raises:
         InputError: an entry matches no op.
     """
-    if not spec.op_type_dict and not spec.op_name_dict:
-        return {}
-    with planning_by_inc():
-        _, tune_cfg = build_strategy(model, quant_config(spec.confidence_batches), CalibrationLoader(batches))
-    ops = [(inc_name, module_name(model, inc_name), op_type) for inc_name, op_type in tune_cfg["op"]]
     kept: dict[str, str] = {}
     for op_type_wanted in spec.op_type_dict:
-        found = [inc_name for inc_name, _, op_type in ops if op_type == op_type_wanted]
-        _require_match(found, f"op_type_dict[{op_type_wanted!r}]", sorted({op_type for _, _, op_type in ops}))
-        kept.update((inc_name, f"kept in FP32 by sensitivity.op_type_dict[{op_type_wanted!r}]") for inc_name in found)
+        found = [key for key, (_, op_type) in ops.items() if op_type == op_type_wanted]
+        _require_match(found, f"op_type_dict[{op_type_wanted!r}]", sorted({op_type for _, op_type in ops.values()}))
+        kept.update((key, f"kept in FP32 by sensitivity.op_type_dict[{op_type_wanted!r}]") for key in found)
+    names = [name for name, _ in ops.values()]
     for pattern in spec.op_name_dict:
-        matched = matching(pattern, [name for _, name, _ in ops])
-        found = [inc_name for inc_name, name, _ in ops if name in matched]
-        _require_match(found, f"op_name_dict[{pattern!r}]", [name for _, name, _ in ops])
-        kept.update((inc_name, f"kept in FP32 by sensitivity.op_name_dict[{pattern!r}]") for inc_name in found)
+        matched = matching(pattern, names)
+        found = [key for key, (name, _) in ops.items() if name in matched]
+        _require_match(found, f"op_name_dict[{pattern!r}]", names)
+        kept.update((key, f"kept in FP32 by sensitivity.op_name_dict[{pattern!r}]") for key in found)
     return kept
 
 
@@ -456,7 +566,7 @@ def _require_match(found: list[str], entry: str, names: list[str]) -> None:
 
 
 def describe_ops(
-    model: torch.nn.Module, tune_cfg: dict[str, Any], kept: dict[str, str], patterns: dict[str, str]
+    model: torch.nn.Module, tune_cfg: dict[str, Any], kept: Mapping[str, str], patterns: dict[str, str]
 ) -> tuple[list[Op], list[Excluded]]:
     """INC's tune_cfg as the plan's `ops` (quantized, in INC's order) and `excluded` (with the reason)."""
     ops: list[Op] = []
@@ -475,15 +585,20 @@ def describe_ops(
         scheme = IncInt8(inc_name, patterns.get(inc_name, "module that FX does not keep"), **sides)
         ops.append(inventoried(name, op_type, modules, scheme))
     known = {op.op_name for op in ops} | {module.op_name for module in excluded}
-    for name, module in modules.items():
-        if name not in known and any(True for _ in module.parameters(recurse=False)):
-            reason = "INC 2.6 has no static INT8 configuration for this module type"
-            excluded.append(Excluded(name, type(module).__name__, reason))
-    return ops, excluded
+    return ops, [*excluded, *others(model, known, "INC 2.6 has no static INT8 configuration for this module type")]
 
 
-def inventoried(name: str, op_type: str, modules: Mapping[str, torch.nn.Module], scheme: IncInt8) -> Op:
-    """An op of the inventory, without the count of its executions."""
+def others(model: torch.nn.Module, known: Collection[str], reason: str) -> list[Excluded]:
+    """The modules with parameters that are not among the known ones."""
+    return [
+        Excluded(name, type(module).__name__, reason)
+        for name, module in model.named_modules()
+        if name not in known and any(True for _ in module.parameters(recurse=False))
+    ]
+
+
+def inventoried(name: str, op_type: str, modules: Mapping[str, torch.nn.Module], scheme: IncInt8 | None) -> Op:
+    """An op of the inventory, without the count of its executions. `scheme` is what INC plans, None without INC."""
     weight = getattr(modules[name], "weight", None)  # a module that INC fuses may have no weight
     return Op(
         op_name=name,
@@ -493,8 +608,9 @@ def inventoried(name: str, op_type: str, modules: Mapping[str, torch.nn.Module],
         executions=(),
         tower=tower_of(name),
         unit=unit_of(name, modules),
+        expert=bool(experts_of(name, modules)),
         inc_int8=scheme,
-        schemes=(INC_INT8,),
+        schemes=(INC_INT8,) if scheme else (),
         refused={},
     )
 
@@ -511,7 +627,7 @@ def with_schemes(op: Op, schemes: Mapping[str, QuantizationScheme | Checkpoint])
     refused = {name: reason for name, reason in refused.items() if reason}
     able = tuple(name for name in schemes if name not in refused)
     # INC's INT8 has a byte for each value and a float32 scale for each row.
-    stored = {INC_INT8: op.weight_bytes // 4 + 4 * op.shape[0]} if op.shape else {}
+    stored = {INC_INT8: op.weight_bytes // 4 + 4 * op.shape[0]} if op.shape and op.inc_int8 else {}
     stored |= {
         name: stored_bytes(schemes[name], op.shape) for name in able if isinstance(schemes[name], QuantizationScheme)
     }

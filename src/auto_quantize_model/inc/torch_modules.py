@@ -12,17 +12,21 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.ao.nn import intrinsic
 from torch.ao.nn import quantized as torch_quantized
+from torch.ao.nn.intrinsic import quantized as quantized_intrinsic
 from torch.ao.quantization import QConfig
 
 from auto_quantize_model.inc_pytorch_mse_patching import copies_sharing_parameters
 from auto_quantize_model.measure.metrics import output_at, squared_error
-from auto_quantize_model.records import Op, Plan
+from auto_quantize_model.records import IncInt8, Op, Plan
 from auto_quantize_model.replay.model import Batch
+from auto_quantize_model.replay.ops import LINEAR_RELU
 from auto_quantize_model.schemes.inc_int8 import build_observer
 
 QUANTIZED: dict[str, Any] = {
     "Linear": torch_quantized.Linear,
+    "Conv2d": torch_quantized.Conv2d,
     "Conv3d": torch_quantized.Conv3d,
     "Embedding": torch_quantized.Embedding,
 }
@@ -48,8 +52,7 @@ def torch_scores(
     modules = dict(model.named_modules())
     with observed(modules, plan.ops) as observers:
         reference = output_at(model, batch, plan.measured_op)
-    ran = [op for op in plan.ops if op.op_name in observers]
-    int8 = {op.op_name: quantized(modules[op.op_name], op, observers[op.op_name]) for op in ran}
+    int8 = {op.op_name: quantized(modules[op.op_name], op, observers[op.op_name]) for op in plan.ops}
     values: dict[str, dict[str, float]] = {}
     for label in plan.maps:
         values[label] = {}
@@ -70,21 +73,32 @@ def state_of(label: str, name: str, planned: Sequence[str]) -> Sequence[str]:
     return planned[: planned.index(name) + 1]
 
 
+def of_inc(op: Op) -> IncInt8:
+    """What INC plans for an op.
+
+    Raises:
+        ValueError: INC plans nothing for the op.
+    """
+    if op.inc_int8 is None:
+        raise ValueError(f"INC does not plan {op.op_name}")
+    return op.inc_int8
+
+
 @contextmanager
 def observed(modules: Mapping[str, torch.nn.Module], ops: Sequence[Op]) -> Iterator[dict[str, tuple[Any, ...]]]:
-    """Let the plan's observers see every op's input and output: {op: (of input, of output)}, for ops that run.
+    """Let the plan's observers see every op's input and output: {op: (of input, of output)}.
 
     An Embedding has no observers, because its input is ids and its output is FP32.
     """
-    observers: dict[str, tuple[Any, ...]] = {}
+    observers = {
+        op.op_name: tuple(build_observer(of_inc(op).activation.observer) for _ in range(2 * (op.op_type != "Embedding")))
+        for op in ops
+    }
 
     def observe(op: Op) -> Any:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
-            if op.op_name not in observers:
-                sides = 0 if op.op_type == "Embedding" else 2
-                entry = op.inc_int8.activation.observer
-                observers[op.op_name] = tuple(build_observer(entry) for _ in range(sides))
-            for observer, tensor in zip(observers[op.op_name], ((*args, *kwargs.values())[0], output), strict=False):
+            seen = output.relu() if of_inc(op).pattern == LINEAR_RELU else output
+            for observer, tensor in zip(observers[op.op_name], ((*args, *kwargs.values())[0], seen), strict=False):
                 observer(tensor)
 
         return hook
@@ -101,13 +115,16 @@ def quantized(module: torch.nn.Module, op: Op, observers: tuple[Any, ...]) -> Fo
     """The forward of torch's quantized module for an op: FP32 or ids in, FP32 out."""
     with copies_sharing_parameters():
         plain: Any = copy.deepcopy(module)
-    plain.qconfig = QConfig(activation=None, weight=lambda: build_observer(op.inc_int8.weight.observer))
+    kind = QUANTIZED[op.op_type]
+    if of_inc(op).pattern == LINEAR_RELU:
+        plain, kind = intrinsic.LinearReLU(plain, torch.nn.ReLU()), quantized_intrinsic.LinearReLU
+    plain.qconfig = QConfig(activation=None, weight=lambda: build_observer(of_inc(op).weight.observer))
     if not observers:
         # A module itself cannot be set as another module's `forward`: torch would register it as a child.
-        forward: Forward = QUANTIZED[op.op_type].from_float(plain).forward
+        forward: Forward = kind.from_float(plain).forward
         return forward
     of_input, plain.activation_post_process = observers
-    kernel = QUANTIZED[op.op_type].from_float(plain)
+    kernel = kind.from_float(plain)
     scale, zero_point = of_input.calculate_qparams()
     to_codes = torch_quantized.Quantize(scale, zero_point, torch.quint8)
     return lambda input: kernel(to_codes(input)).dequantize()  # named as in torch's modules

@@ -6,7 +6,7 @@ run (times and host, which vary). The replay needs torch alone. Callers pass in 
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import product
@@ -23,7 +23,7 @@ from auto_quantize_model.measure import metrics
 from auto_quantize_model.measure.effort import Costs, chosen, described_effort, selected
 from auto_quantize_model.measure.metrics import Reference
 from auto_quantize_model.measure.probes import Values, Wanted, estimates, probe
-from auto_quantize_model.measure.states import ALL, ALONE, UNITS, states
+from auto_quantize_model.measure.states import ALL, ALONE, UNITS, maps_of, states
 from auto_quantize_model.measure.store import ScoreStore, Shelf
 from auto_quantize_model.records import (
     METRICS,
@@ -205,12 +205,6 @@ def share_of_engines(model: torch.nn.Module, plan: Plan) -> tuple[Share, Share]:
     return covered, everything | ({"isolated": list(uncovered)} if covered else {})
 
 
-def maps_of(plan: Plan, scheme: str, maps: Iterable[str]) -> list[str]:
-    """Which of `maps` are measured in a scheme: `requantize` is INC's alone, and `fallback` is measured where asked."""
-    served = (*ALONE, ALL, *(["fallback"] if scheme in plan.fallback_schemes else []))
-    return [label for label in maps if scheme == INC_INT8 or label in served]
-
-
 def measure_by_replay(
     work: Work,
     share: Share,
@@ -297,6 +291,11 @@ class ByReplay:
                 maps_of(self.plan, scheme, (*self.maps, UNITS)),
                 scheme,
                 self.work.units(scheme),
+                [
+                    name
+                    for name in self.replay.first_visit
+                    if name not in self.replay.order and scheme in self.ops[name].schemes
+                ],
             )
             if self.work.is_measured(scheme, label, name)
         ]
@@ -423,7 +422,7 @@ def require_executions(plan: Plan, index: int, executions: Mapping[str, int]) ->
 
 def without_replay(plan: Plan) -> str:
     """What the user can do about a model that the replay cannot measure."""
-    if plan.inc_check["status"] == "reproduces_fp32":
+    if plan.inc_check["status"] in ("reproduces_fp32", "not_asked"):
         return "set sensitivity.engine to inc"
     return "INC cannot measure this model either, so choose another model.path"
 
@@ -486,7 +485,7 @@ def context(model: torch.nn.Module, plan: Plan, ops: Sequence[Any], engine: str 
     return {
         "engine": engine,
         "model": plan.model_digest,
-        "ops": digest_of([[op.op_name, op.op_type, op.unit, asdict(op.inc_int8)] for op in ops]),
+        "ops": digest_of([[op.op_name, op.op_type, op.unit, op.inc_int8 and asdict(op.inc_int8)] for op in ops]),
         "measured_op": plan.measured_op,
         "reduce_range": plan.reduce_range,
         "versions": plan.versions,

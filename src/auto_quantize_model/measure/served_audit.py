@@ -106,7 +106,8 @@ def states_to_audit(
     """Each state to compare: (scheme, the state in words, assignment, the captured score or None)."""
     ran = [op for op in plan.ops if op.executions[index]]
     for scheme in schemes:
-        able = [op.op_name for op in ran if scheme in op.schemes]
+        # An op that did not run can do so in another state, where a router chooses it.
+        able = [op.op_name for op in plan.ops if scheme in op.schemes]
         scores = {name: of_op[index] for name, of_op in capture.of_map("isolated", scheme).items()}
         values = {name: score.mse_value for name, score in scores.items() if score}
         if not values:  # nothing was measured alone, so the estimates order the ops
@@ -143,7 +144,7 @@ class Library:
         self.model, self.schemes, self.scales = model, schemes, scales
         modules = dict(model.named_modules())
         self.weights = {op.op_name: modules[op.op_name].weight.detach() for op in plan.ops if op.shape}
-        self.units = {op.op_name: [other.op_name for other in plan.ops if other.unit == op.unit] for op in plan.ops}
+        self.units = {op.op_name: [other.op_name for other in plan.ops if other.matrix == op.matrix] for op in plan.ops}
         self.measured_op = plan.measured_op
 
     def logits(self, batch: Batch, assignment: Assignment) -> torch.Tensor:
@@ -152,12 +153,19 @@ class Library:
         modules = dict(model.named_modules())
         for name, scheme_name in assignment.items():
             scheme = self.schemes[scheme_name]
+            if not self.is_ready(name, scheme):
+                continue
             if isinstance(scheme, Checkpoint):
                 load(modules, name, scheme)
             else:
                 self.quantize(modules[name], name, scheme)
             with_samples(modules[name])
         return output_at(model, batch, self.measured_op)
+
+    def is_ready(self, name: str, scheme: QuantizationScheme | Checkpoint) -> bool:
+        """Whether the calibration has the range of inputs that a scheme needs; without it, the op is unquantized."""
+        inputs = None if isinstance(scheme, Checkpoint) else scheme.input_activations
+        return not inputs or inputs.dynamic is True or bool((seen := self.scales.get(name)) and seen.input)
 
     def quantize(self, module: torch.nn.Module, name: str, scheme: QuantizationScheme) -> None:
         """Have the library quantize a module, by the minima and maxima of weight and inputs."""

@@ -1,13 +1,20 @@
 """The states that a map measures, as assignments, in the order that runs the smallest part of the model."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
+from auto_quantize_model.records import Plan
 from auto_quantize_model.schemes.scheme import INC_INT8, Assignment, assigned
 
 ALL = "all"  # the state with every op quantized, among the maps
 UNITS = "units"  # a unit of several ops quantized, and no other op
 ALONE = ("isolated", UNITS)  # the maps that a decision reads, whose scores may be estimates
+
+
+def maps_of(plan: Plan, scheme: str, maps: Iterable[str]) -> list[str]:
+    """Which of `maps` are measured in a scheme: `requantize` is INC's alone, and `fallback` is measured where asked."""
+    served = (*ALONE, ALL, *(["fallback"] if scheme in plan.fallback_schemes else []))
+    return [label for label in maps if scheme == INC_INT8 or label in served]
 
 
 def states(
@@ -16,6 +23,7 @@ def states(
     maps: Collection[str],
     scheme: str = INC_INT8,
     units: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    others: Sequence[str] = (),
 ) -> Iterator[tuple[str, str, Assignment]]:
     """Each state of one scheme to measure as (map, op or unit, assignment).
 
@@ -29,8 +37,10 @@ def states(
         maps: which maps, `all` among them.
         scheme: of every quantized op.
         units: {unit: its ops} for those of several ops that can have the scheme.
+        others: ops that do not run in FP32, and that a router may choose in another state. They have no score, and
+            they are quantized in every state that quantizes all ops.
     """
-    everything = assigned(order, scheme)
+    everything = assigned([*order, *others], scheme)
     if "isolated" in maps:
         for name in reversed(order):
             yield "isolated", name, {name: scheme}
@@ -43,9 +53,10 @@ def states(
         for name in plan_order:
             if name in everything:
                 so_far.append(name)
+            if name in order:
                 yield "requantize", name, assigned(so_far, scheme)
     if ALL in maps:
         yield ALL, "", everything
     if "fallback" in maps:
         for name in reversed(order):
-            yield "fallback", name, {other: scheme for other in order if other != name}
+            yield "fallback", name, {other: scheme for other in everything if other != name}

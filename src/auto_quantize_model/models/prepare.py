@@ -242,10 +242,14 @@ class RoutedExperts(torch.nn.Module):
     """Experts that transformers runs in a loop over those that a router chose (`eager`), as Linears.
 
     In: hidden states (tokens, columns), the router's choice (tokens, chosen), and its weights of the same shape. The
-    order of tokens and experts is that of transformers, so sums have the same bits.
+    order of tokens and experts is that of transformers, so sums have the same bits. `chosen` is that of the last
+    forward.
     """
 
+    chosen: torch.Tensor | None = None
+
     def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        self.chosen = chosen.detach()
         total = torch.zeros_like(hidden)
         for expert in chosen.unique().tolist():
             place, token = torch.where(chosen.t() == expert)

@@ -4,6 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
+from auto_quantize_model.models.prepare import BatchedExperts, RoutedExperts, SplitExperts
 from auto_quantize_model.records import Op, Unit
 from auto_quantize_model.schemes.scheme import INC_INT8
 
@@ -24,8 +27,20 @@ def siblings_of(op_name: str, modules: Mapping[str, object]) -> list[str]:
     return [name for name in names if name in modules]
 
 
+def experts_of(op_name: str, modules: Mapping[str, Any]) -> str:
+    """The module that holds the experts of a block, for a matrix of one of them; empty for any other op."""
+    parts = op_name.split(".")
+    above = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+    holders = (RoutedExperts, BatchedExperts, SplitExperts)
+    found = (name for name in above if isinstance(modules.get(name), holders) or name.endswith(".experts"))
+    return next(found, "")
+
+
 def members_of(op_name: str, modules: Mapping[str, Any]) -> tuple[list[str], bool]:
-    """The modules that share an op's matrix or weight, the op included, and whether they share the weight itself."""
+    """The modules that share an op's scheme, the op included, and whether they share the weight itself."""
+    if holder := experts_of(op_name, modules):
+        inside = (name for name in modules if name.startswith(f"{holder}."))
+        return [name for name in inside if isinstance(modules[name], torch.nn.Linear)], False
     siblings = siblings_of(op_name, modules)
     weight = getattr(modules[op_name], "weight", None)
     if len(siblings) > 1 or weight is None:
@@ -35,7 +50,12 @@ def members_of(op_name: str, modules: Mapping[str, Any]) -> tuple[list[str], boo
 
 
 def unit_of(op_name: str, modules: Mapping[str, Any]) -> str:
-    """The name of an op's unit: the names of the modules that share its matrix or its weight, joined by `+`."""
+    """The name of an op's unit: that of its experts, or the names of the modules that share its matrix or its weight.
+
+    Names are joined by `+`.
+    """
+    if holder := experts_of(op_name, modules):
+        return holder
     members, tied = members_of(op_name, modules)
     if tied or len(members) == 1:
         return "+".join(members)

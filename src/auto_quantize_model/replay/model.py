@@ -14,6 +14,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from auto_quantize_model.files import InputError
+from auto_quantize_model.models.prepare import RoutedExperts
 from auto_quantize_model.records import Op, Scales
 from auto_quantize_model.replay.ops import SITES, Site, refusal
 from auto_quantize_model.schemes.inc_int8 import require_formula
@@ -86,6 +87,7 @@ class Replay:
 
     Attributes:
         order: the ops that ran, in the order of their first execution.
+        first_visit: {op_name: when its block ran first}, for ops that can run on the batch.
         executions: how often each op ran in FP32 on the batch.
         cached_bytes: the size of the kept outputs, at most `cache_bytes`.
     """
@@ -125,6 +127,7 @@ class Replay:
         self.norms: dict[tuple[str, str], Norm] = {}  # by scheme and name
         self._serve(ops, modules, schemes)
         self.blocks = {name: block_of(model, name) for name in self.sites}
+        self.experts = [module for module in modules.values() if isinstance(module, RoutedExperts)]
         self._taken: list[tuple[torch.nn.Module, Any]] = []
         for name, site in self.sites.items():
             self._take_over(modules[name], site)
@@ -143,7 +146,7 @@ class Replay:
         kept, last = Kept(), {name: LastInput() for name in schemes}
         units: dict[str, list[torch.Tensor]] = {}
         for op in ops:
-            units.setdefault(op.unit, []).append(modules[op.op_name].weight)
+            units.setdefault(op.matrix, []).append(modules[op.op_name].weight)
         checkpoints = {name: scheme for name, scheme in schemes.items() if isinstance(scheme, Checkpoint)}
         for scheme, checkpoint in checkpoints.items():
             for norm in checkpoint.changed:
@@ -156,7 +159,7 @@ class Replay:
                     before = self.norms.get((scheme, checkpoints[scheme].norms.get(name, "")))
                     served = Stored(module, checkpoints[scheme], name, kept, before)
                 else:
-                    served = Served(module, schemes[scheme], units[op.unit], kept, last[scheme])
+                    served = Served(module, schemes[scheme], units[op.matrix], kept, last[scheme])
                 self.sites[name].served[scheme] = served
 
     def _take_over(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
@@ -196,7 +199,7 @@ class Replay:
         `on_batch` is called after each batch.
 
         Returns:
-            The scales of every op that ran.
+            The scales of every op.
 
         Raises:
             InputError: an op's input or output, or the output at the measured op, is not finite, or the measured op
@@ -207,8 +210,7 @@ class Replay:
         for batch in batches:
             self.begin(batch)
             on_batch()
-        found = {name: site.observed() for name, site in self.sites.items()}
-        scales = {name: seen for name, seen in found.items() if seen}
+        scales = {name: site.observed() for name, site in self.sites.items()}
         self.set_scales(scales)
         return scales
 
@@ -248,7 +250,10 @@ class Replay:
                     f"{name} runs outside of {self.blocks[name]}, so the replay cannot know when its input changes; set"
                     " sensitivity.engine to inc"
                 )
-        self.first_visit = {name: self.sequence.index(self.blocks[name]) for name in self.order}
+        first = {block: index for index, block in reversed([*enumerate(self.sequence)])}
+        # An op that did not run can do so in another state, where a router in its block chooses the op.
+        self.first_visit = {name: first[block] for name, block in self.blocks.items() if block in first}
+        self.routing = self.routed()
         if not self.measured.numel() or not self.measured.isfinite().all():
             raise InputError("the FP32 output at the measured op is missing or not finite; check the weights")
         return self.measured
@@ -260,18 +265,36 @@ class Replay:
     def run(self, assignment: Assignment) -> torch.Tensor:
         """The output at the measured op with exactly the ops of `assignment` quantized; float32, as the op returns it.
 
-        An op that has no scales, or that does not run on the batch, stays in FP32.
+        An op that has no scales, or whose block does not run on the batch, stays in FP32.
 
         Raises:
             InputError: an op does not have its scheme.
             OtherOrder: the blocks ran in another order than when the batch was begun, so kept outputs would be wrong.
         """
-        ran = frozenset(self.order)
         return self._forward(
             frozenset(
-                (name, scheme) for name, scheme in assignment.items() if self.sites[name].ready(scheme) and name in ran
+                (name, scheme)
+                for name, scheme in assignment.items()
+                if self.sites[name].ready(scheme) and name in self.first_visit
             )
         )
+
+    def routed(self) -> list[torch.Tensor]:
+        """What each router chose in the last run: the experts of each token, (tokens, chosen), sorted.
+
+        Blocks whose kept output was taken have not run again; their routers chose the same in the run before.
+        """
+        return [experts.chosen.sort(-1).values for experts in self.experts if experts.chosen is not None]
+
+    def routing_agreement(self) -> float | None:
+        """The share of the routers' choices in FP32 that the last run made too; None without a router."""
+        if not self.routing:
+            return None
+        kept = [
+            (before.unsqueeze(-1) == now.unsqueeze(-2)).any(-1)
+            for before, now in zip(self.routing, self.routed(), strict=True)
+        ]
+        return float(torch.cat([same.flatten() for same in kept]).double().mean())
 
     def _forward(self, state: State) -> torch.Tensor:
         self.valid = self._unchanged(state)

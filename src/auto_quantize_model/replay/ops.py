@@ -35,6 +35,18 @@ if TYPE_CHECKING:  # the library that it imports is needed for its own schemes a
     from auto_quantize_model.replay.served import Served, Stored
 
 
+# An observer of the ranges of inputs, for ops that INC does not plan.
+RANGES = {
+    "name": "HistogramObserver",
+    "dtype": "quint8",
+    "qscheme": "per_tensor_affine",
+    "reduce_range": False,
+    "quant_min": None,
+    "quant_max": None,
+}
+LINEAR_RELU = "LinearReLU"  # the pattern of a Linear whose ReLU INC computes in INT8 too
+
+
 class Site:
     """One op of the plan; called in place of its module's forward.
 
@@ -48,8 +60,10 @@ class Site:
         self.name = op.op_name
         self.module = module
         self.forward = module.forward
-        self.activation = op.inc_int8.activation.observer
-        self.weight = op.inc_int8.weight.observer
+        # Without INC the ranges of inputs alone are observed.
+        self.activation = op.inc_int8.activation.observer if op.inc_int8 else RANGES
+        self.weight = op.inc_int8.weight.observer if op.inc_int8 else {}
+        self.pattern = op.inc_int8.pattern if op.inc_int8 else op.op_type
         self.scheme: str | None = None
         self.served: dict[str, Served | Stored] = {}
         self.observers: list[Any] = []
@@ -64,7 +78,9 @@ class Site:
         output: torch.Tensor = self.forward(input)
         if self.watch:
             return self.watch(self, input, output)
-        for observer, tensor in zip(self.observers, (input, output), strict=False):
+        # Where INC fuses a ReLU, its observer sees the output after the ReLU.
+        seen = output.relu() if self.pattern == LINEAR_RELU else output
+        for observer, tensor in zip(self.observers, (input, seen), strict=False):
             if not tensor.isfinite().all():
                 raise InputError(
                     f"{self.name}: its FP32 input or output on a calibration batch is not finite, so it has no scale."
@@ -83,11 +99,14 @@ class Site:
         self.observers = [build_observer(self.activation), build_observer(self.activation)]
         self.executions = 0
 
-    def observed(self) -> OpScales | None:
-        """End the calibration: scale and zero_point of input and output; None if the op did not run."""
+    def observed(self) -> OpScales:
+        """End the calibration: scale and zero_point of input and output.
+
+        As in INC, an op that did not run has the scale 1 and the zero_point 0. A router can choose it in another state.
+        """
         seen, self.observers = self.observers, []
         if not self.executions:
-            return None
+            return OpScales()
         (in_scale, in_zero), (out_scale, out_zero) = (observer.calculate_qparams() for observer in seen)
         ranges = (what_was_seen(observer) for observer in seen)
         return OpScales(float(in_scale), int(in_zero), float(out_scale), int(out_zero), *ranges)
@@ -127,8 +146,9 @@ class MatmulSite(Site):
 
     def __init__(self, module: Any, op: Op) -> None:
         super().__init__(module, op)
-        self.w_scale = weight_scale(module.weight, self.weight)
-        self.packed = self.pack() if module.weight.device.type == "cpu" else None
+        if op.inc_int8:
+            self.w_scale = weight_scale(module.weight, self.weight)
+            self.packed = self.pack() if module.weight.device.type == "cpu" else None
 
     @functools.cached_property
     def codes(self) -> torch.Tensor:
@@ -185,7 +205,11 @@ class MatmulSite(Site):
 
 
 class LinearSite(MatmulSite):
-    """`quantize -> quantized::linear -> dequantize` of fbgemm, per output channel."""
+    """`quantize -> quantized::linear -> dequantize` of fbgemm, per output channel.
+
+    Where INC fuses the ReLU that follows, the kernel is `quantized::linear_relu`. The model's own ReLU changes nothing
+    then.
+    """
 
     def pack(self) -> Any:
         return pack_linear(quantize_weight(self.module.weight.detach(), self.w_scale), self.w_scale, self.module.bias)
@@ -194,38 +218,47 @@ class LinearSite(MatmulSite):
         return codes
 
     def kernel(self, codes: torch.Tensor, packed: Any, scale: float, zero_point: int) -> torch.Tensor:
-        output: torch.Tensor = torch.ops.quantized.linear(codes, packed, scale, zero_point)
+        fused = self.pattern == LINEAR_RELU
+        kernel = torch.ops.quantized.linear_relu if fused else torch.ops.quantized.linear
+        output: torch.Tensor = kernel(codes, packed, scale, zero_point)
         return output
 
     def by_formula(self, x: torch.Tensor) -> torch.Tensor:
         codes = quantize(x, self.in_scale, self.in_zero).reshape(-1, x.shape[-1])
         result = self.requantized(self.accumulated(codes))
+        if self.pattern == LINEAR_RELU:
+            result.clamp_(min=0)
         return dequantized(result, self.out_scale, self.out_zero).view(*x.shape[:-1], -1)
 
 
-class Conv3dSite(MatmulSite):
-    """A Conv3d whose stride is its kernel, which is a linear over patches.
+class ConvSite(MatmulSite):
+    """A Conv2d or Conv3d whose stride is its kernel, which is a linear over patches.
 
-    torch has two kernels for a Conv3d: oneDNN's with AVX-512 VNNI, and fbgemm's without. They round differently. On the
+    torch has two kernels for each: oneDNN's with AVX-512 VNNI, and fbgemm's without. They round differently. On the
     CPU torch chooses. The formula follows the kernel that this CPU takes.
     """
 
     def pack(self) -> Any:
         weight = per_channel(quantize_weight(self.module.weight.detach(), self.w_scale), self.w_scale)
-        module = self.module
-        return torch.ops.quantized.conv3d_prepack(weight, module.bias, module.stride, [0, 0, 0], [1, 1, 1], 1)
+        module, sides = self.module, len(self.module.kernel_size)
+        prepack = torch.ops.quantized.conv2d_prepack if sides == 2 else torch.ops.quantized.conv3d_prepack
+        return prepack(weight, module.bias, module.stride, [0] * sides, [1] * sides, 1)
 
     def columns(self, codes: torch.Tensor) -> torch.Tensor:
         # Channels last: fbgemm's order, which decides which two products are added first.
-        return codes.permute(0, 2, 3, 4, 1).flatten(1)
+        return codes.movedim(1, -1).flatten(1)
 
     def kernel(self, codes: torch.Tensor, packed: Any, scale: float, zero_point: int) -> torch.Tensor:
-        output: torch.Tensor = torch.ops.quantized.conv3d(codes, packed, scale, zero_point)
+        kernel = torch.ops.quantized.conv2d if codes.ndim == 4 else torch.ops.quantized.conv3d
+        output: torch.Tensor = kernel(codes, packed, scale, zero_point)
         return output
 
     def by_formula(self, x: torch.Tensor) -> torch.Tensor:
-        """For patches (n, channels, t, h, w) of exactly the kernel's size or whole multiples of the size."""
-        patches, spatial = as_patches(quantize(x, self.in_scale, self.in_zero), self.module.kernel_size)
+        """For patches (n, channels, h, w), or with t before h, of the kernel's size or whole multiples of the size."""
+        if x.ndim == 4:
+            return self.by_formula(x.unsqueeze(2)).squeeze(2)
+        kernel = (1, *self.module.kernel_size)[-3:]
+        patches, spatial = as_patches(quantize(x, self.in_scale, self.in_zero), kernel)
         accumulated = self.accumulated(patches)
         result = self.by_onednn(accumulated) if has_vnni() else self.requantized(accumulated)
         rounded = dequantized(result, self.out_scale, self.out_zero)
@@ -261,8 +294,8 @@ class EmbeddingSite(Site):
         """Nothing to observe, because the output is float and the input is ids."""
         self.executions = 0
 
-    def observed(self) -> OpScales | None:
-        return OpScales() if self.executions else None
+    def observed(self) -> OpScales:
+        return OpScales()
 
     def set_scales(self, scales: OpScales | None) -> None:
         self.has_scales = scales is not None
@@ -308,23 +341,26 @@ def what_was_seen(observer: Any) -> ObservedRange:
 
 SITES: dict[str, tuple[type[torch.nn.Module], type[Site]]] = {
     "Linear": (torch.nn.Linear, LinearSite),
-    "Conv3d": (torch.nn.Conv3d, Conv3dSite),
+    "Conv2d": (torch.nn.Conv2d, ConvSite),
+    "Conv3d": (torch.nn.Conv3d, ConvSite),
     "Embedding": (torch.nn.Embedding, EmbeddingSite),
 }
 
 
 def refusal(module: torch.nn.Module, op: Op) -> str:
     """Why a site cannot reproduce an op of the plan exactly; empty if it can."""
-    if op.inc_int8.pattern != op.op_type:
+    if op.inc_int8 is None:
+        return "" if op.op_type == "Linear" and type(module) is torch.nn.Linear else "INC does not plan it"
+    if op.inc_int8.pattern not in (op.op_type, LINEAR_RELU):
         return f"INC fuses it into a {op.inc_int8.pattern}"
     if op.op_type not in SITES:
         return f"no site for op type {op.op_type}"
     if type(module) is not SITES[op.op_type][0]:
         return f"its module is a {type(module).__name__}"
-    if isinstance(module, torch.nn.Conv3d):
-        plain = module.padding == (0, 0, 0) and module.dilation == (1, 1, 1) and module.groups == 1
-        if module.stride != module.kernel_size or not plain:
-            return "a Conv3d whose stride is not its kernel, or that has padding, dilation or groups"
+    if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+        plain = not any(module.padding) and set(module.dilation) == {1} and module.groups == 1
+        if module.stride != module.kernel_size or isinstance(module.padding, str) or not plain:
+            return f"a {op.op_type} whose stride is not its kernel, or that has padding, dilation or groups"
     for side, allowed in EXACT["Embedding" if isinstance(module, torch.nn.Embedding) else "matmul"].items():
         found = getattr(op.inc_int8, side).observer
         if (found["name"], found["dtype"], found["qscheme"]) not in allowed:

@@ -100,7 +100,7 @@ def compare(first: dict[str, Any], second: dict[str, Any], limits: Limits) -> di
     found = {
         "warnings": _of_measurement(first, second),
         "changed": _changed(first, second),
-        "sqnr_db": [report["all_int8"]["sqnr_db"] for report in (first, second)],
+        "sqnr_db": [report["all_ops"]["sqnr_db"] for report in (first, second)],
         "profile": _profile(first, second),
         "common": len(common),
         "only_first": [name for name in everywhere[0] if name not in common],

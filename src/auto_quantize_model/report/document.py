@@ -18,10 +18,11 @@ from jsonschema.validators import validator_for
 
 from auto_quantize_model import escape
 from auto_quantize_model.decide.proof import comparisons, prediction
-from auto_quantize_model.decide.ranking import aggregated, isolated, ranked
+from auto_quantize_model.decide.ranking import aggregated, isolated, ranked, ranking_metric
 from auto_quantize_model.decide.schemes import agreements, of_schemes
 from auto_quantize_model.decide.stability import Scores, assess, by_batch, rank_taus
 from auto_quantize_model.files import InputError, canonical_json, read_json
+from auto_quantize_model.measure.states import maps_of
 from auto_quantize_model.records import (
     METRICS,
     Audit,
@@ -39,11 +40,11 @@ from auto_quantize_model.records import (
     digest_of_record,
 )
 from auto_quantize_model.report import coverage, explanations, sentences
-from auto_quantize_model.schemes.scheme import UNQUANTIZED, without_places
+from auto_quantize_model.schemes.scheme import INC_INT8, UNQUANTIZED, without_places
 
 SCHEMA = Path(__file__).with_name("schema.json")
 TEMPLATES = Path(__file__).with_name("templates")
-SCHEMA_VERSION = 11
+SCHEMA_VERSION = 12
 OF_THE_MODEL = ("model", "source", "architecture", "stand_in", "rounded", "digest")
 # Below this SQNR the all-INT8 output is mostly error, and the error that one op in FP32 removes is noise.
 FALLBACK_FLOOR_DB = 10.0
@@ -76,13 +77,19 @@ def build_report(
     require_finite(capture)
     references = [batch.reference for batch in capture.batches]
     exercised = [op for op in plan.ops if op.ran]
-    scores = {label: capture.of_map(label) for label in plan.maps}
+    main, metric = plan.main_scheme, ranking_metric(plan.main_scheme)
+    scores = {label: capture.of_map(label, main) for label in maps_of(plan, main, plan.maps)}
+    able = [op for op in exercised if main in op.schemes]
     maps = {
-        label: isolated(plan, capture) if label == "isolated" else ranked(label, exercised, scores[label], references)
-        for label in plan.maps
+        label: isolated(plan, capture, main, metric)
+        if label == "isolated"
+        else ranked(label, able, scores[label], references, metric)
+        for label in scores
     }
     complete = capture.effort.exact == "all"
-    all_int8 = aggregated(capture.all_int8, references)
+    in_main = capture.all_in(main)
+    in_words = "INT8" if main == INC_INT8 else main
+    all_ops = aggregated(in_main, references)
     schemes = of_schemes(plan, capture)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -100,22 +107,22 @@ def build_report(
             *coverage.warnings(plan.coverage),
             *of_the_run(manifest, calibration, len(plan.ops) - len(exercised)),
             *of_checkpoints(plan),
-            *([sentences.without_inc(plan.inc_check)] if plan.inc_check["status"] == "cannot" else []),
-            *(of_fallback(all_int8, scores["fallback"]) if "fallback" in maps else []),
+            *sentences.of_inc_check(plan.inc_check),
+            *sentences.of_head(vars(plan)),
+            *(of_fallback(all_ops, scores["fallback"]) if "fallback" in maps else []),
             *of_heldout(schemes, frontier),
         ],
-        "all_int8": all_int8,
-        "batches": [
-            describe_batch(batch, score) for batch, score in zip(capture.batches, capture.all_int8, strict=True)
-        ],
+        "main_scheme": main,
+        "all_ops": all_ops,
+        "batches": [describe_batch(batch, score) for batch, score in zip(capture.batches, in_main, strict=True)],
         "most_sensitive": maps["isolated"][:10] if "isolated" in maps else [],
-        "stability": assess(scores["isolated"], capture.all_int8, complete) if "isolated" in maps else None,
+        "stability": assess(scores["isolated"], in_main, complete) if "isolated" in maps else None,
         "schemes": schemes,
         "scheme_agreements": agreements(schemes),
         "frontier": of_frontier(frontier, plan),
         "profiles": of_profiles(profiles),
         "why": body_of(why),
-        "maps": {label: {"direction": sentences.DIRECTIONS[label], "ops": rows} for label, rows in maps.items()},
+        "maps": {label: {"direction": sentences.DIRECTIONS[label].format(scheme=in_words), "ops": rows} for label, rows in maps.items()},
         "ops": [
             {
                 "op_name": op.op_name,
@@ -160,6 +167,7 @@ def measurement(plan: Plan, capture: Capture) -> dict[str, Any]:
         "effort": body_of(capture.effort),
         "plan_digest": capture.plan_digest,
         "measured_op": plan.measured_op,
+        "head_only": plan.head_only,
         "config_digest": plan.config_digest,
         "reduce_range": plan.reduce_range,
         "reduce_range_by": plan.reduce_range_by,
@@ -167,7 +175,7 @@ def measurement(plan: Plan, capture: Capture) -> dict[str, Any]:
     }
 
 
-def describe_batch(batch: ScoredBatch, all_int8: Score) -> dict[str, Any]:
+def describe_batch(batch: ScoredBatch, all_ops: Score) -> dict[str, Any]:
     """A batch of the capture as the report shows it."""
     return {
         "batch": batch.batch,
@@ -175,7 +183,7 @@ def describe_batch(batch: ScoredBatch, all_int8: Score) -> dict[str, Any]:
         "tokens": batch.tokens,
         "image_tokens": batch.image_tokens,
         "reference_sum_of_squares": batch.reference["all"],
-        "all_int8_mse_value": all_int8.mse_value,
+        "all_ops_mse_value": all_ops.mse_value,
     }
 
 
@@ -226,14 +234,14 @@ def of_checkpoints(plan: Plan) -> list[str]:
     return [f"{name}: {warning}." for name, fields in plan.schemes.items() for warning in fields.get("warnings", ())]
 
 
-def of_fallback(all_int8: Mapping[str, Any], scores: Scores) -> list[str]:
-    """A warning where the fallback map is mostly noise: INT8 breaks the output, or batches disagree."""
-    seen, taus = all_int8["sqnr_db"], rank_taus(by_batch(scores)[1])
+def of_fallback(all_ops: Mapping[str, Any], scores: Scores) -> list[str]:
+    """A warning where the fallback map is mostly noise: the scheme breaks the output, or batches disagree."""
+    seen, taus = all_ops["sqnr_db"], rank_taus(by_batch(scores)[1])
     found = []
     if seen is not None and seen < FALLBACK_FLOOR_DB:
         below = "an SQNR of {} dB, below {} dB".format(*sentences.apart(seen, FALLBACK_FLOOR_DB))
         found.append(
-            f"With every op in INT8 the output has {below}. The fallback map is mostly noise there: use the isolated"
+            f"With every op quantized the output has {below}. The fallback map is mostly noise there: use the isolated"
             " map."
         )
     elif taus and statistics.fmean(taus) < FALLBACK_FLOOR_TAU:

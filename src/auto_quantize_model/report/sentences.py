@@ -10,18 +10,18 @@ from auto_quantize_model.records import IncCheck
 from auto_quantize_model.report.coverage import in_bytes
 from auto_quantize_model.schemes.scheme import INC_INT8, UNQUANTIZED
 
-# How each map is read.
+# How each map is read, with a place for the scheme.
 DIRECTIONS = {
     "isolated": (
-        "Only this op is INT8, all others stay FP32. The value is the error that the op adds: the highest is the most"
-        " sensitive."
+        "Only this op is in {scheme}, all others stay FP32. The value is the error that the op adds: the highest is the"
+        " most sensitive."
     ),
     "fallback": (
-        "Only this op stays FP32, all others are INT8. The value is the error that is left: the lowest is the most"
-        " sensitive."
+        "Only this op stays FP32, all others are in {scheme}. The value is the error that is left: the lowest is the"
+        " most sensitive."
     ),
     "requantize": (
-        "Ops are quantized one after another in the plan's order, and each stays INT8. The value is the error so far, a"
+        "Ops are quantized one after another in the plan's order, and each stays in {scheme}. The value is the error so far, a"
         " running total. It is not a score of the op, so this map has no ranks."
     ),
 }
@@ -122,6 +122,18 @@ def states(report: Report) -> list[dict[str, Any]]:
     uniform = [point for point in report["frontier"]["controls"] if point["kind"] == "uniform"]
     found += [{"state": f"all {point['name']}", **point} for point in uniform]
     return [*found, {"state": UNQUANTIZED, **report["frontier"]["points"][-1]}]
+
+
+def in_main(report: Report) -> str:
+    """The main scheme in words."""
+    return "INT8" if report["main_scheme"] == INC_INT8 else str(report["main_scheme"])
+
+
+def lead(report: Report) -> str:
+    """What the scores are, before a colon."""
+    if report["main_scheme"] == INC_INT8:
+        return "The sensitivity of each op by Intel Neural Compressor's mse_v2:"
+    return f"The sensitivity of each op in {report['main_scheme']}, by its KL divergence:"
 
 
 def has_images(report: Report) -> bool:
@@ -283,13 +295,15 @@ def quantized(record: Mapping[str, Any], folder: str) -> str:
 
 
 def breaks(report: Report) -> list[str]:
-    """Why INC's INT8, or the decided profile, counts as broken, with values and limits.
+    """Why the main scheme, or the decided profile, counts as broken, with values and limits.
 
-    INT8 is that of the calibration batches. The list is empty where both work.
+    The main scheme is measured on the calibration batches. The list is empty where both work.
     """
     found = []
-    if damage := damages(report, report["all_int8"] | {"accuracy": None}):
-        found.append(f"INC's INT8 breaks this model (every op in INT8, on the calibration batches). {' '.join(damage)}")
+    if damage := damages(report, report["all_ops"] | {"accuracy": None}):
+        what = "INC's INT8" if report["main_scheme"] == INC_INT8 else report["main_scheme"]
+        all_ops = f"every op in {in_main(report)}, on the calibration batches"
+        found.append(f"{what} breaks this model ({all_ops}). {' '.join(damage)}")
     if (profile := decided(report)) and (left := damages(report, profile[1]["point"])):
         found.append(f"The profile {profile[0]} breaks the model. {' '.join(left)} Choose a stricter target.")
     return found
@@ -321,15 +335,15 @@ def costs(report: Report) -> list[str]:
 
 
 def without_frontier(report: Report) -> list[str]:
-    """The cost of INT8 on the calibration batches, where no held-out samples were measured."""
-    all_int8 = report["all_int8"]
+    """The cost of the main scheme on the calibration batches, where no held-out samples were measured."""
+    all_ops, scheme = report["all_ops"], in_main(report)
     found = [
-        f"Nothing was decided: {report['frontier']['reason']}. The calibration batches show only the cost of INT8."
+        f"Nothing was decided: {report['frontier']['reason']}. The calibration batches show only the cost of {scheme}."
     ]
-    top1 = all_int8["top1_agreement"]
+    top1 = all_ops["top1_agreement"]
     if top1 is not None:
         found.append(f"The most likely token is the same as in FP32 at {percent(top1)} of the positions.")
-    return [*found, f"With every op in INT8 the output has {sqnr(all_int8['sqnr_db'])}."]
+    return [*found, f"With every op in {scheme} the output has {sqnr(all_ops['sqnr_db'])}."]
 
 
 def certainty(report: Report) -> list[tuple[str, str]]:
@@ -416,7 +430,8 @@ def between(stability: dict[str, Any], ops: int, measured: int) -> list[tuple[st
         text = f"Squared error and KL divergence order the ops with a tau of {metric_tau}{over}."
         found.append(("Between metrics", text))
     if stability["additivity"] is not None and ops > 1:
-        text = f"The errors of single ops add up to {stability['additivity']:.3g} times the error with every op in INT8"
+        text = f"The errors of single ops add up to {stability['additivity']:.3g} times the error with every op in"
+        text += f" {in_main(report)}"
         far = abs(stability["additivity"] - 1) > 0.2
         text += ". Errors cancel or add to each other, so choices must be measured." if far else ": nearly a sum."
         found.append(("As a sum", text))
@@ -432,12 +447,29 @@ def activations(plan: Mapping[str, Any]) -> str:
     return f"Activations are quantized to {bits}: {chosen}."
 
 
-def without_inc(inc_check: IncCheck) -> str:
-    """Why Intel Neural Compressor could not measure the model, and who measured and audited instead."""
-    return (
+def of_inc_check(inc_check: IncCheck) -> list[str]:
+    """Why Intel Neural Compressor could not measure the model, and what was done instead; empty where it could."""
+    if inc_check["status"] == "no_plan":
+        return [
+            f"Intel Neural Compressor cannot plan this model: {inc_check['reason']}. So {INC_INT8} is not measured. The"
+            " other schemes need no plan of Intel Neural Compressor."
+        ]
+    if inc_check["status"] != "cannot":
+        return []
+    return [
         f"Intel Neural Compressor cannot measure this model: {inc_check['reason']}. All scores come from the"
         " replay. The audit compares them with torch's own quantized modules."
-    )
+    ]
+
+
+def of_head(measurement: Mapping[str, Any]) -> list[str]:
+    """That the model changes its logits after the measured op, where it does. In: the report's `measurement`."""
+    if not measurement["head_only"]:
+        return []
+    return [
+        f"The model scales or caps what {measurement['measured_op']} returns. Errors and divergences are those of the"
+        " output of that op, before the change."
+    ]
 
 
 AUDITORS = {
@@ -512,6 +544,8 @@ def audited(report: Report) -> str:
 
 def of_inc(audit: dict[str, Any], ops: str, batch: int | None, auditor: str, why: str) -> str:
     """The part of `audited` about `inc_int8`."""
+    if audit["status"] == "not_measured":
+        return f"{INC_INT8} was not measured, so Intel Neural Compressor measured nothing again."
     if audit["status"] != "not_needed" and not audit["ops"]:
         return f"Nothing was measured again: no op ran on batch {batch}."
     if audit["status"] == "bit_identical":
