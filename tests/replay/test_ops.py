@@ -10,7 +10,7 @@ from torch.ao.nn import quantized as nnq
 from auto_quantize_model.files import InputError
 from auto_quantize_model.machine import has_vnni
 from auto_quantize_model.records import OpScales
-from auto_quantize_model.replay.ops import SITES, Conv3dSite, LinearSite, refusal
+from auto_quantize_model.replay.ops import SITES, ConvSite, LinearSite, refusal
 from auto_quantize_model.schemes import inc_int8
 from auto_quantize_model.schemes.inc_int8 import (
     check_integer_matmul,
@@ -246,6 +246,6 @@ def test_a_site_is_calibrated_by_what_it_sees_and_switched_by_its_flag():
 
 
 def test_patches_of_a_whole_frame_are_one_row_each():
-    site = Conv3dSite(torch.nn.Conv3d(3, 4, 2, stride=2), op("Conv3d"))
+    site = ConvSite(torch.nn.Conv3d(3, 4, 2, stride=2), op("Conv3d"))
     set_qparams(site, 0.1, 3, 0.1, 4)
     assert site.by_formula(torch.randn(6, 3, 2, 2, 2)).shape == (6, 4, 1, 1, 1)
