@@ -12,7 +12,7 @@ from PIL import Image
 
 from auto_quantize_model.data.sources import every, read_local
 from auto_quantize_model.files import InputError
-from auto_quantize_model.models.encode import Sample
+from auto_quantize_model.models.sample import Sample
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def lines(folder: Path, *rows: Any) -> Path:
 
 def said(sample: Sample) -> list[Any]:
     """The turns of a sample, its answer, and whether it has an image."""
-    return [*sample.before_answer, sample.answer, sample.image is not None]
+    return [*sample.before_answer, sample.answer, bool(sample.images)]
 
 
 USER = {"role": "user", "content": "What?"}
@@ -263,7 +263,7 @@ def test_paths_may_be_absolute_or_begin_at_home(folder: Path, monkeypatch: pytes
     monkeypatch.setenv("HOME", str(folder))
     (folder / "inner").mkdir()
     path = lines(folder / "inner", *({"prompt": "x", "image": image} for image in (str(folder / "a.png"), "~/a.png")))
-    assert [sample.image.size for sample in read(path) if sample.image] == [(60, 30)] * 2
+    assert [sample.images[0].size for sample in read(path) if sample.images] == [(60, 30)] * 2
     assert len(read(Path("~/inner/set.jsonl"))) == 2
     with pytest.raises(InputError, match="calibration.path: ~nobody-of-that-name/a.jsonl: .*write the path out"):
         read(Path("~nobody-of-that-name/a.jsonl"))
@@ -291,7 +291,7 @@ def test_images_of_a_parquet_are_read_by_row_group(folder: Path, monkeypatch: py
     assert groups == []
     samples = [open_row()[0] for open_row in source.read([1, 4, 5])]
     assert [sample.prompt for sample in samples] == ["1", "4", "5"]
-    assert all(sample.image is not None and sample.image.size == (60, 30) for sample in samples)
+    assert all(bool(sample.images) and sample.images[0].size == (60, 30) for sample in samples)
     assert groups == [0, 2]
 
 

@@ -17,9 +17,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.plan import find_output_op
+from auto_quantize_model.models.architecture import check_architecture
 from auto_quantize_model.models.snapshot import (
     build_manifest,
-    check_architecture,
     check_snapshot,
     empty_model,
     load_model,
