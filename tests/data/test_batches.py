@@ -113,7 +113,9 @@ def test_stored_samples_come_back_bit_for_bit(processor, tmp_path):
         write_samples(tmp_path / f"{name}.parquet", calibration)
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
     restored = read_samples(tmp_path / "a.parquet")
-    assert [item.sample.images[0].tobytes() for item in restored] == [item.sample.images[0].tobytes() for item in calibration]
+    assert [item.sample.images[0].tobytes() for item in restored] == [
+        item.sample.images[0].tobytes() for item in calibration
+    ]
     assert [replace(item, sample=None) for item in restored] == [replace(item, sample=None) for item in calibration]
     batches = load_batches(tmp_path / "a.parquet", manifest, processor)
     assert [batch["input_ids"].shape[0] for batch in batches] == [2, 2]
@@ -136,7 +138,9 @@ def test_jsonl_folder_and_parquet_give_the_same_images(processor, jsonl, tmp_pat
     render = renderer(processor.tokenizer)
     write_samples(stored, [prepare(sample, processor, LIMITS, render) for sample in digit_samples(range(6))])
     from_parquet, _, _ = extract(local(stored), processor, UNTRAINED)
-    pixels = [[item.sample.images[0].tobytes() for item in samples] for samples in (from_jsonl, from_folder, from_parquet)]
+    pixels = [
+        [item.sample.images[0].tobytes() for item in samples] for samples in (from_jsonl, from_folder, from_parquet)
+    ]
     assert pixels[0] == pixels[1] == pixels[2]
     assert {item.sample.prompt for item in from_folder} == {"Describe this image."}
 

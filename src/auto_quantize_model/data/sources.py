@@ -377,7 +377,8 @@ def _placed(images: list[Any], references: list[Any], where: str) -> list[Any]:
         raise InputError(f"{where}: the sample and its messages both name images; name them in one of the two")
     if images and references and len(images) != len(references):
         raise InputError(
-            f"{where}: {len(images)} images and {len(references)} places for them; write a place for each image, or none"
+            f"{where}: {len(images)} images and {len(references)} places for them; write a place for each image, or"
+            " none"
         )
     if not images and len(named) < len(references):
         raise InputError(f"{where}: a message shows an image that the sample does not name; add the key 'image'")

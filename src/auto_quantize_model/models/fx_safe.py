@@ -21,9 +21,12 @@ def make_fx_safe(model: torch.nn.Module) -> list[tuple[torch.nn.Module, type[tor
     Returns:
         Each changed module and its class before.
     """
-    changed = [(module, type(module)) for module in model.modules() if safe_class(type(module)) is not None]
-    for module, before in changed:
-        module.__class__ = safe_class(before)
+    changed = []
+    for module in model.modules():
+        before: Any = type(module)
+        if (safe := safe_class(before)) is not None:
+            module.__class__ = safe
+            changed.append((module, before))
     return changed
 
 
@@ -40,7 +43,7 @@ def fx_safe(model: torch.nn.Module) -> Iterator[None]:
 
 @functools.cache
 def safe_class(kind: Any) -> Any:
-    """A subclass of a module's class whose `forward` has no casts to the dtype of a weight; None where the class casts nothing so."""
+    """A subclass of a module's class whose `forward` has no casts to the dtype of a weight; None without such casts."""
     forward = inspect.unwrap(kind.forward)
     if not kind.__module__.startswith("transformers.models.") or getattr(forward, "__closure__", None):
         return None
