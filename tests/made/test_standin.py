@@ -87,8 +87,8 @@ def test_every_op_of_a_family_is_planned_executed_and_bit_identical(
 ) -> None:
     directory = write_snapshot(architecture, tmp_path / "snapshot")
     model: torch.nn.Module = load_model(directory)
-    image = Image.radial_gradient("L").convert("RGB") if "VL" in architecture else None
-    sample = Sample("gradient", "Which digit is this?", (image,), "3")
+    images = (Image.radial_gradient("L").convert("RGB"),) if "VL" in architecture else ()
+    sample = Sample("gradient", "Which digit is this?", images, "3")
     batch = collate([encode(sample, load_processor(directory), LIMITS)])
     # Each value of the fallback map has all other ops in INT8, so of two values one at least has any op in INT8.
     with plans_unchecked():

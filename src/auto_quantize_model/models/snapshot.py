@@ -195,15 +195,17 @@ def _try_image(directory: Path, processor: Processor) -> None:
     """Refuse a snapshot whose processor does not turn a white image into tokens and finite pixels."""
     area = TRIAL_SIDE**2
     white = Image.new("RGB", (TRIAL_SIDE, TRIAL_SIDE), "white")
-    with explained(directory / "preprocessor_config.json"):
-        image = processor.family.fit(white, processor, Limits(area, area, area))
-        text = str(processor.image_token)
-        ids, _ = processor.family.tokenize(text, None, (image,), processor, False)
-        batch = processor.family.tensors(Prepared(Sample("white", "", (image,)), text, ids, None), processor)
-    if batch.image_positions is None or not bool(batch.image_positions.any()):
-        raise InputError(
-            f"{directory}: the processor makes no tokens of an image; complete the snapshot's processor files"
-        )
+    path = directory / "preprocessor_config.json"
+    with explained(path):
+        try:
+            image = processor.family.fit(white, processor, Limits(area, area, area))
+            text = str(processor.image_token)
+            ids, _ = processor.family.tokenize(text, None, (image,), processor, False)
+            processor.family.tensors(Prepared(Sample("white", "", (image,)), text, ids, None), processor)
+        except InputError as error:
+            raise InputError(
+                f"{path}: refused by transformers ({error}); correct it, or download the snapshot again"
+            ) from None
 
 
 def note(path: Path) -> str | None:
@@ -391,11 +393,12 @@ def load_processor(directory: Path, backend: str | None = None) -> Processor:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         words = tokenizer("a text", add_special_tokens=False)["input_ids"]  # some values are read only here
         text = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
-        for_images = family.load(Parts(directory, config, tokenizer, backend))
     if not words:  # transformers makes an empty tokenizer if the tokenizer's file is missing
         raise InputError(
             f"{directory}: the tokenizer makes no tokens of a text; complete the snapshot with its tokenizer.json"
         )
+    with explained(directory, "no usable tokenizer or image processor"):
+        for_images = family.load(Parts(directory, config, tokenizer, backend))
     # The processor's own template comes first: the tokenizer's may be that of a text model, without images.
     if (directory / "chat_template.json").exists():
         template = read_object(directory / "chat_template.json").get("chat_template")
