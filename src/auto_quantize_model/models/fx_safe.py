@@ -60,7 +60,9 @@ def safe_class(kind: Any) -> Any:
     made: dict[str, Callable[..., Any]] = {}
     code = compile(ast.fix_missing_locations(tree), inspect.getfile(kind), "exec")
     exec(code, forward.__globals__, made)  # noqa: S102  the source is that of transformers itself
-    return type(f"FxSafe{kind.__name__}", (kind,), {"forward": made["forward"], "__module__": kind.__module__})
+    # transformers finds what it knows of a class by the class's name, and writes that name into config.json.
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), {"forward": made["forward"], **names})
 
 
 class Casts(ast.NodeTransformer):

@@ -5,6 +5,7 @@ does with it then (a fixed size, tiles, patches) is the model's own affair. `min
 """
 
 import copy
+import importlib
 import math
 import sys
 from collections.abc import Mapping
@@ -17,8 +18,7 @@ from transformers.models.auto.auto_mappings import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import processor_class_from_name
 from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
-from transformers.utils.import_utils import is_torchvision_available
-from transformers.video_processing_utils import VideoProcessorMixin
+from transformers.utils.import_utils import DummyObject, is_torchvision_available
 
 from auto_quantize_model.files import InputError
 from auto_quantize_model.models.family import Family, Parts, Processor, Tokenized
@@ -47,11 +47,21 @@ TRAINED_BY = "labels"  # an argument with which a model computes a loss
 TORCHVISION = "install torchvision of the same release as torch (pip install torchvision), or use another model"
 
 
-class NoVideos(VideoProcessorMixin):
-    """Stands in for the video processor, which needs torchvision. No sample has a video."""
+class NoVideos(dict[str, Any]):
+    """Stands in for the video processor, which needs torchvision. No sample has a video.
 
-    def __init__(self) -> None:
-        self.merge_size = self.temporal_patch_size = 1
+    It is an empty dictionary, because a processor writes its parts as JSON.
+    """
+
+    merge_size = temporal_patch_size = 1
+
+
+class Unchecked:
+    """Put before the class of a processor, which would refuse the stand-in."""
+
+    def check_argument_for_proper_class(self, name: str, value: Any) -> Any:
+        """The class of a part, whatever it is."""
+        return type(value)
 
 
 class Listening:
@@ -121,12 +131,35 @@ def _processor_class(parts: Parts) -> Any:
     named = [read_object(path).get("processor_class") for path in paths if path.exists()]
     name = next((name for name in named if name), None) or PROCESSOR_MAPPING_NAMES.get(parts.config["model_type"])
     kind = processor_class_from_name(name) if isinstance(name, str) else None
+    if isinstance(kind, DummyObject):
+        kind = _shown(kind)
     if kind is None or not hasattr(kind, "get_attributes"):
         raise InputError(
             f"{parts.directory}: the processor class is {name!r}, which transformers does not have; complete the"
             " snapshot with its processor_config.json"
         )
     return kind
+
+
+def _shown(hidden: Any) -> Any:
+    """A processor's class that transformers hides, because its file imports one that needs torchvision.
+
+    Of that file, which has the image processor of the torchvision backend, the file of the PIL backend has the same
+    functions. So it takes the other's place during the import.
+
+    Raises:
+        InputError: the class needs something else.
+    """
+    file = hidden.__module__.rpartition(".")[2]
+    folder = f"transformers.models.{file.removeprefix('processing_')}"
+    place = f"{folder}.{file.replace('processing_', 'image_processing_')}"
+    try:
+        sys.modules[place] = importlib.import_module(place.replace("image_processing_", "image_processing_pil_"))
+        return getattr(importlib.import_module(f"{folder}.{file}"), hidden.__name__)
+    except ImportError as error:
+        raise InputError(f"{hidden.__name__} needs a library that is not installed ({error}); install it") from None
+    finally:
+        sys.modules.pop(place, None)
 
 
 def _assembled(kind: Any, parts: Parts) -> Any:
@@ -150,7 +183,7 @@ def _assembled(kind: Any, parts: Parts) -> Any:
         elif name not in made:
             made[name] = MODALITY_TO_AUTOPROCESSOR_MAPPING[name].from_pretrained(parts.directory, local_files_only=True)
         arguments.append(made[name])
-    return kind.from_args_and_dict(arguments, known)
+    return type(kind.__name__, (Unchecked, kind), {}).from_args_and_dict(arguments, known)
 
 
 def fit(image: Image.Image, processor: Processor, limits: Limits) -> Image.Image:
