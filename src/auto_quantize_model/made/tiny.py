@@ -1,7 +1,7 @@
 """Tiny models of images and text, of real classes, for tests and for the benchmark of families.
 
-In: the name of a shape, and a seed. Out: a complete snapshot: random weights, a byte-level tokenizer with the family's
-special tokens, the family's image processor at small sizes, its processor, and a chat template.
+In: the name of a shape, and a seed. Out: a complete snapshot. It has random weights, a byte-level tokenizer with the
+family's special tokens, the family's own processor at small sizes, and a chat template.
 """
 
 import json

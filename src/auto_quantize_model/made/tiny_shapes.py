@@ -108,7 +108,11 @@ QWEN3_VISION = {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_hea
 QWEN3_VISION |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4}
-HYBRID |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "rope_parameters": MROPE | {"partial_rotary_factor": 1.0}}
+HYBRID |= {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "rope_parameters": MROPE | {"partial_rotary_factor": 1.0},
+}
 IMAGE = {"image_token": "<image>"}
 
 SHAPES: dict[str, Shape] = {
@@ -135,9 +139,7 @@ SHAPES: dict[str, Shape] = {
         "Qwen3VLProcessor",
         patch_size=16,
     ),
-    "qwen3_5": _qwen(
-        "Qwen3_5ForConditionalGeneration", HYBRID, QWEN3_VISION, "Qwen3VLProcessor", patch_size=16
-    ),
+    "qwen3_5": _qwen("Qwen3_5ForConditionalGeneration", HYBRID, QWEN3_VISION, "Qwen3VLProcessor", patch_size=16),
     "qwen3_5_moe": _qwen(
         "Qwen3_5MoeForConditionalGeneration",
         HYBRID | EXPERTS | {"shared_expert_intermediate_size": 16},

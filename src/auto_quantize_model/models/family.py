@@ -52,7 +52,7 @@ class Parts:
     backend: str
 
 
-# The positions of the answer's characters in a text, then the same for its tokens.
+# The token ids of a text, and the positions of the answer's tokens among them.
 Tokenized = tuple[tuple[int, ...], range | None]
 
 
@@ -67,9 +67,9 @@ class Family:
         takes_images: whether samples may have images.
         load: the fields of the processor that are for images.
         fit: an RGB image at the size at which it is stored.
-        tokenize: the token ids of a text with some images, and the positions of the answer's tokens. Its arguments are
-            the text, the positions of the answer's characters or None, the fitted images, the processor, and whether
-            the tokenizer adds its special tokens (None: where the text does not begin with them).
+        tokenize: the token ids of a text with some images, and the positions of the answer's tokens. It takes the text,
+            the positions of the answer's characters or None, and the fitted images. Then come the processor, and
+            whether the tokenizer adds its special tokens.
         tensors: the model's keyword arguments for one prepared sample.
     """
 

@@ -56,7 +56,7 @@ class Batch(dict[str, torch.Tensor]):
     """The model's keyword arguments for some samples.
 
     `image_positions` is bool (samples, tokens), true where a token stands for a part of an image. It is None where the
-    model takes no images. It is no argument of the model.
+    model takes no images. It is not passed to the model.
     """
 
     image_positions: torch.Tensor | None = None

@@ -21,6 +21,7 @@ from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
 from transformers.utils.import_utils import DummyObject, is_torchvision_available
 
 from auto_quantize_model.files import InputError
+from auto_quantize_model.models.families.causal import LISTED_ELSEWHERE
 from auto_quantize_model.models.family import Family, Parts, Processor, Tokenized
 from auto_quantize_model.models.sample import Batch, Limits, Prepared
 from auto_quantize_model.models.weights import read_object
@@ -84,7 +85,8 @@ class Listening:
 
 def matches(config: Mapping[str, Any]) -> bool:
     """Whether the class is that of AutoModelForImageTextToText for its model_type."""
-    return bool(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config["model_type"]) == config["architectures"][0])
+    known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config["model_type"])
+    return bool(known == config["architectures"][0]) and config["model_type"] not in LISTED_ELSEWHERE
 
 
 def refuse(config: Mapping[str, Any]) -> str:
