@@ -36,7 +36,7 @@ from auto_quantize_model.data.local_sources import samples_digest
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.loader import CalibrationLoader
 from auto_quantize_model.models.chat_template import renderer
-from auto_quantize_model.models.encode import prepare
+from auto_quantize_model.models.encode import prepare, tensors
 from auto_quantize_model.models.sample import Limits
 from auto_quantize_model.records import Answers
 
@@ -120,6 +120,27 @@ def test_stored_samples_come_back_bit_for_bit(processor, tmp_path):
     batches = load_batches(tmp_path / "a.parquet", manifest, processor)
     assert [batch["input_ids"].shape[0] for batch in batches] == [2, 2]
     assert batches[0]["pixel_values"].dtype == torch.float32
+
+
+def test_several_images_of_a_sample_come_back_in_their_places(processor, jsonl, tmp_path):
+    names = [f"digit-{number:04d}.png" for number in range(3)]
+    turns = [
+        {"role": "user", "content": "<image>One and <image>two?"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "And <image>?"},
+    ]
+    rows = [{"messages": turns, "images": names}, {"prompt": "Both?", "images": names[:2]}, {"prompt": "What?"}]
+    jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = local(jsonl, num_samples=3, num_heldout=0, batch_size=1, max_tokens=200)
+    samples, _, manifest = extract(spec, processor, UNTRAINED)
+    assert sorted(entry.image_tokens for entry in manifest.samples["calibration"]) == [0, 8, 12]
+    write_samples(tmp_path / "set.parquet", samples)
+    restored = read_samples(tmp_path / "set.parquet")
+    assert [item.sample.turns for item in restored] == [item.sample.turns for item in samples]
+    for batch, item in zip(load_batches(tmp_path / "set.parquet", manifest, processor), samples, strict=True):
+        expected = tensors(item, processor)
+        assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in batch)
+        assert len(batch.get("image_grid_thw", ())) == len(item.sample.images)
 
 
 def test_a_set_that_is_not_its_manifests_is_refused(processor, tmp_path):

@@ -308,6 +308,34 @@ def test_images_of_a_parquet_are_read_by_row_group(folder: Path, monkeypatch: py
     assert groups == [0, 2]
 
 
+@pytest.mark.parametrize("name", ["image", "images"])
+@pytest.mark.parametrize("stored", ["bytes", "path", "both"])
+def test_a_parquet_column_of_lists_gives_several_images(folder: Path, name: str, stored: str) -> None:
+    data = (folder / "a.png").read_bytes()
+    Image.new("RGB", (10, 20)).save(folder / "b.png")
+    kinds: dict[str, list[Any]] = {
+        "bytes": [data, (folder / "b.png").read_bytes()],
+        "path": ["a.png", "b.png"],
+        "both": [{"bytes": data, "path": None}, {"bytes": None, "path": "b.png"}],
+    }
+    rows = {"prompt": ["1", "<image>x<image>", "3"], name: [[], kinds[stored], kinds[stored][:1]]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), folder / "set.parquet", row_group_size=2)
+    samples = read(folder / "set.parquet")
+    assert [[image.size for image in sample.images] for sample in samples] == [[], [(60, 30), (10, 20)], [(60, 30)]]
+    assert said(samples[1])[0] == ("user", (None, "x", None))
+
+
+def test_the_place_of_each_of_several_images_is_kept_and_a_missing_one_is_named(folder: Path) -> None:
+    Image.new("RGB", (10, 20)).save(folder / "b.png")
+    parts = [{"type": "image", "image": "b.png"}, PART, {"type": "image", "image": "a.png"}]
+    (sample,) = read(lines(folder, {"messages": [{"role": "user", "content": parts}]}))
+    assert [image.size for image in sample.images] == [(10, 20), (60, 30)]
+    assert sample.turns == (("user", (None, "What?", None)),)
+    (open_row,) = read_local(lines(folder, {"prompt": "x", "images": ["a.png", "gone.png"]}), "").read([0])
+    with pytest.raises(InputError, match=r"line 1: image 2 .*gone\.png does not exist"):
+        open_row()
+
+
 def test_a_parquet_column_under_another_name_is_told(folder: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"question": ["x"]}), folder / "set.parquet")
     with pytest.raises(InputError, match="no column 'prompt'; there are question; rename 'question' to 'prompt'"):

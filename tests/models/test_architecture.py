@@ -39,9 +39,7 @@ def test_every_class_of_images_and_text_has_a_family_or_a_reason(monkeypatch: py
 
 def test_a_processor_that_needs_torchvision_is_refused_before_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_text, "is_torchvision_available", lambda: False)
-    with pytest.raises(
-        InputError, match=r"Llama4For.* needs torchvision.*pip install torchvision"
-    ):
+    with pytest.raises(InputError, match=r"Llama4For.* needs torchvision.*pip install torchvision"):
         check_architecture(config("llama4", "Llama4ForConditionalGeneration"), PLACE)
     assert check_architecture(config("llava", "LlavaForConditionalGeneration"), PLACE) is IMAGE_TEXT
 
@@ -52,9 +50,7 @@ def test_a_causal_class_is_no_model_of_images() -> None:
 
 
 def test_a_class_of_another_model_type_is_named() -> None:
-    with pytest.raises(
-        InputError, match="names LlavaFor.*, and model_type 'llama' is that of LlamaForCausalLM"
-    ):
+    with pytest.raises(InputError, match="names LlavaFor.*, and model_type 'llama' is that of LlamaForCausalLM"):
         check_architecture(config("llama", "LlavaForConditionalGeneration"), PLACE)
     with pytest.raises(InputError, match="Qwen2AudioForConditionalGeneration is not supported; supported: the causal"):
         check_architecture(config("qwen2_audio", "Qwen2AudioForConditionalGeneration"), PLACE)
