@@ -554,8 +554,9 @@ def stream(
                 rows = load_dataset(repo_id, split=split, revision=revision, streaming=True)
                 _require_columns(repo_id, columns, rows.column_names or list(next(iter(rows))))
                 if columns["image"]:
-                    listed = isinstance((rows.features or {}).get(columns["image"]), ListFeature)
                     image = ImageFeature(decode=False)
+                    several = getattr((rows.features or {}).get(columns["image"]), "feature", None)
+                    listed = isinstance(several, ImageFeature | dict)
                     rows = rows.cast_column(columns["image"], ListFeature(image) if listed else image)
                 buffer = max(min(ROWS_PER_DRAWN * wanted, ROWS_AT_MOST), wanted)
                 drawn = rows.reshard().shuffle(seed=seed, buffer_size=buffer).take(wanted)
