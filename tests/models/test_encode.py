@@ -348,3 +348,9 @@ def test_samples_with_and_without_image_are_refused_even_at_equal_length(process
     text = {name: value for name, value in encoded.items() if name not in ("pixel_values", "image_grid_thw")}
     with pytest.raises(InputError, match="with and without image"):
         collate([encoded, text])
+
+
+def test_turns_that_show_another_number_of_images_are_refused(processor: Processor) -> None:
+    sample = Sample("a", "x", (Image.new("RGB", (56, 56)),), turns=(("user", ("x",)),))
+    with pytest.raises(InputError, match="sample a: its turns show 0 of its 1 images"):
+        encode(sample, processor, LIMITS)

@@ -15,6 +15,7 @@ from auto_quantize_model.files import InputError
 from auto_quantize_model.made.tiny_shapes import SHAPES
 from auto_quantize_model.models.chat_template import renderer
 from auto_quantize_model.models.encode import collate, encode, prepare, tensors
+from auto_quantize_model.models.families import image_text
 from auto_quantize_model.models.families.image_text import IMAGE_TEXT
 from auto_quantize_model.models.sample import Limits, Sample, image_positions
 from auto_quantize_model.models.snapshot import build_manifest, load_processor
@@ -160,3 +161,12 @@ def test_the_template_of_the_processor_comes_before_that_of_the_tokenizer(tmp_pa
     processor = load_processor(folder)
     prepared = prepare(sample(noise(60, 40), answer=None), processor, LIMITS, renderer(processor.tokenizer))
     assert prepared.text == "<image>user"
+
+
+def test_a_missing_library_of_the_image_processor_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*places: Any, **options: Any) -> Any:
+        raise ImportError("LlavaImageProcessor requires the Torchvision library")
+
+    monkeypatch.setattr(image_text.AutoImageProcessor, "from_pretrained", missing)
+    with pytest.raises(InputError, match="image processor needs a library .*Torchvision.*pip install torchvision"):
+        load_processor(snapshot("llava"))

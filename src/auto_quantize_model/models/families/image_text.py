@@ -177,15 +177,29 @@ def _assembled(kind: Any, parts: Parts) -> Any:
     arguments = []
     for name in kind.get_attributes():
         if name == "image_processor":
-            made[name] = AutoImageProcessor.from_pretrained(
-                parts.directory, local_files_only=True, backend=parts.backend
-            )
+            made[name] = _image_processor(parts)
         elif "tokenizer" in name and name not in made:
             made[name] = kind._load_tokenizer_from_pretrained(name, parts.directory, local_files_only=True)
         elif name not in made:
             made[name] = MODALITY_TO_AUTOPROCESSOR_MAPPING[name].from_pretrained(parts.directory, local_files_only=True)
         arguments.append(made[name])
-    return type(kind.__name__, (Unchecked, kind), {}).from_args_and_dict(arguments, known)
+    unchecked: Any = type(kind.__name__, (Unchecked, kind), {})
+    return unchecked.from_args_and_dict(arguments, known)
+
+
+def _image_processor(parts: Parts) -> Any:
+    """The image processor of the given backend.
+
+    Raises:
+        InputError: it needs a library that is not installed.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(parts.directory, local_files_only=True, backend=parts.backend)
+    except ImportError as error:
+        advice = TORCHVISION if "torchvision" in str(error).lower() else "install it"
+        raise InputError(
+            f"{parts.directory}: the image processor needs a library that is not installed ({error}); {advice}"
+        ) from None
 
 
 def fit(image: Image.Image, processor: Processor, limits: Limits) -> Image.Image:
