@@ -43,7 +43,8 @@ from auto_quantize_model.inc.plan import find_output_op
 from auto_quantize_model.made import standin
 from auto_quantize_model.made.digits import build_snapshot, build_tokenizer
 from auto_quantize_model.made.shapes import SHAPES
-from auto_quantize_model.models.encode import Sample, encode
+from auto_quantize_model.models.encode import encode
+from auto_quantize_model.models.sample import Sample
 from auto_quantize_model.models.snapshot import build_manifest, load_model, load_processor
 
 REFUSED, LATER, RUNS = "refused", "refused by the plan", "accepted and runs"

@@ -9,7 +9,8 @@ from hypothesis import settings
 from auto_quantize_model.data.digits import LIMITS, digit_samples
 from auto_quantize_model.made.digits import build_snapshot
 from auto_quantize_model.models.encode import collate, encode
-from auto_quantize_model.models.snapshot import Processor, load_processor
+from auto_quantize_model.models.family import Processor
+from auto_quantize_model.models.snapshot import load_processor
 
 # How long an example takes depends on the machine, and no test is about time.
 settings.register_profile("untimed", deadline=None)

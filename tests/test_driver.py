@@ -20,7 +20,7 @@ PUBLISHED = "context/summaries/inc-kb/qwen2_5_vl_3b_mse_sensitivity"
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     for sample in digit_samples([0, 1]):
-        sample.image.save(tmp_path / f"{sample.id}.png")
+        sample.images[0].save(tmp_path / f"{sample.id}.png")
     path = tmp_path / "photos.jsonl"
     rows = ({"image": f"digit-000{number}.png", "prompt": "Which?", "answer": str(number)} for number in range(2))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -158,8 +158,8 @@ def write_samples(file: Path) -> None:
     rows = []
     for number, sample in enumerate(digit_samples(range(5))):
         rows.append({"image": f"{number} {{a}} <b>.png", "prompt": sample.prompt, "answer": sample.answer})
-        assert sample.image is not None
-        sample.image.save(file.parent / rows[-1]["image"])
+        assert bool(sample.images)
+        sample.images[0].save(file.parent / rows[-1]["image"])
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

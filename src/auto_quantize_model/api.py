@@ -104,7 +104,7 @@ def plan(
         raise InputError(f"batches: {len(scored)}, and confidence_batches is {confidence_batches}; give more batches")
     _require_inc()
     from auto_quantize_model.inc.plan import build_plan
-    from auto_quantize_model.models.snapshot import fx_safe
+    from auto_quantize_model.models.fx_safe import fx_safe
 
     with _exact(device), fx_safe(model):
         _require_logits(model, scored[0])
@@ -155,7 +155,7 @@ def capture(
         if plan.engine != "replay":
             _require_inc()
             from auto_quantize_model.inc.engine import measure_by_inc
-            from auto_quantize_model.models.snapshot import fx_safe
+            from auto_quantize_model.models.fx_safe import fx_safe
 
             by_inc = measure_by_inc
             stack.enter_context(fx_safe(model))

@@ -282,9 +282,9 @@ class CalibrationSpec(FromSource):
     heldout_batch_size: Count | None = None
     """Held-out samples in a batch; larger batches take less time. null: batch_size."""
     min_pixels: Pixels
-    """Smaller images are enlarged to this area."""
+    """Smaller images are enlarged to this area, by Qwen's processors alone."""
     max_pixels: Pixels
-    """Larger images are reduced to this area."""
+    """Larger images are reduced to this area. Many models then resize any image to their own size."""
     max_tokens: Annotated[int, Field(ge=1, le=2**20)]
     """Samples with more tokens are refused."""
 

@@ -36,7 +36,8 @@ from auto_quantize_model.data.local_sources import samples_digest
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.loader import CalibrationLoader
 from auto_quantize_model.models.chat_template import renderer
-from auto_quantize_model.models.encode import Limits, prepare
+from auto_quantize_model.models.encode import prepare, tensors
+from auto_quantize_model.models.sample import Limits
 from auto_quantize_model.records import Answers
 
 SPEC = CalibrationSpec(
@@ -58,7 +59,7 @@ UNTRAINED = a_model_manifest()
 def jsonl(tmp_path: Path) -> Path:
     rows = []
     for sample in digit_samples(range(6)):
-        sample.image.save(tmp_path / f"{sample.id}.png")
+        sample.images[0].save(tmp_path / f"{sample.id}.png")
         rows.append({"image": f"{sample.id}.png", "prompt": sample.prompt, "answer": sample.answer})
     path = tmp_path / "set.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -112,11 +113,34 @@ def test_stored_samples_come_back_bit_for_bit(processor, tmp_path):
         write_samples(tmp_path / f"{name}.parquet", calibration)
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
     restored = read_samples(tmp_path / "a.parquet")
-    assert [item.sample.image.tobytes() for item in restored] == [item.sample.image.tobytes() for item in calibration]
+    assert [item.sample.images[0].tobytes() for item in restored] == [
+        item.sample.images[0].tobytes() for item in calibration
+    ]
     assert [replace(item, sample=None) for item in restored] == [replace(item, sample=None) for item in calibration]
     batches = load_batches(tmp_path / "a.parquet", manifest, processor)
     assert [batch["input_ids"].shape[0] for batch in batches] == [2, 2]
     assert batches[0]["pixel_values"].dtype == torch.float32
+
+
+def test_several_images_of_a_sample_come_back_in_their_places(processor, jsonl, tmp_path):
+    names = [f"digit-{number:04d}.png" for number in range(3)]
+    turns = [
+        {"role": "user", "content": "<image>One and <image>two?"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "And <image>?"},
+    ]
+    rows = [{"messages": turns, "images": names}, {"prompt": "Both?", "images": names[:2]}, {"prompt": "What?"}]
+    jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = local(jsonl, num_samples=3, num_heldout=0, batch_size=1, max_tokens=200)
+    samples, _, manifest = extract(spec, processor, UNTRAINED)
+    assert sorted(entry.image_tokens for entry in manifest.samples["calibration"]) == [0, 8, 12]
+    write_samples(tmp_path / "set.parquet", samples)
+    restored = read_samples(tmp_path / "set.parquet")
+    assert [item.sample.turns for item in restored] == [item.sample.turns for item in samples]
+    for batch, item in zip(load_batches(tmp_path / "set.parquet", manifest, processor), samples, strict=True):
+        expected = tensors(item, processor)
+        assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in batch)
+        assert len(batch.get("image_grid_thw", ())) == len(item.sample.images)
 
 
 def test_a_set_that_is_not_its_manifests_is_refused(processor, tmp_path):
@@ -135,7 +159,9 @@ def test_jsonl_folder_and_parquet_give_the_same_images(processor, jsonl, tmp_pat
     render = renderer(processor.tokenizer)
     write_samples(stored, [prepare(sample, processor, LIMITS, render) for sample in digit_samples(range(6))])
     from_parquet, _, _ = extract(local(stored), processor, UNTRAINED)
-    pixels = [[item.sample.image.tobytes() for item in samples] for samples in (from_jsonl, from_folder, from_parquet)]
+    pixels = [
+        [item.sample.images[0].tobytes() for item in samples] for samples in (from_jsonl, from_folder, from_parquet)
+    ]
     assert pixels[0] == pixels[1] == pixels[2]
     assert {item.sample.prompt for item in from_folder} == {"Describe this image."}
 
@@ -220,8 +246,8 @@ def test_held_out_batches_have_a_size_of_their_own(processor, tmp_path):
 
 def test_a_digit_is_turned_and_shifted_in_the_same_way_whatever_the_others_are():
     alone, together = varied_samples([7])[0], varied_samples([3, 7])[1]
-    assert alone.image.tobytes() == together.image.tobytes() and alone.answer == together.answer
-    assert alone.image.tobytes() != digit_samples([7])[0].image.tobytes()
+    assert alone.images[0].tobytes() == together.images[0].tobytes() and alone.answer == together.answer
+    assert alone.images[0].tobytes() != digit_samples([7])[0].images[0].tobytes()
 
 
 def test_the_image_token_in_a_prompt_is_refused(processor, tmp_path):
@@ -289,7 +315,7 @@ def test_images_in_a_parquet_lie_relative_to_it(processor, tmp_path):
     Image.new("RGB", (60, 30)).save(tmp_path / "a.png")
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x"], "image": ["a.png"]}), tmp_path / "set.parquet")
     spec = local(tmp_path / "set.parquet", num_samples=1, num_heldout=0, batch_size=1, max_pixels=12544)
-    assert extract(spec, processor, UNTRAINED)[0][0].sample.image.size == (84, 56)
+    assert extract(spec, processor, UNTRAINED)[0][0].sample.images[0].size == (84, 56)
 
 
 def test_a_photo_is_turned_as_its_exif_says(processor, tmp_path):
@@ -298,7 +324,7 @@ def test_a_photo_is_turned_as_its_exif_says(processor, tmp_path):
     exif[0x0112] = 6  # orientation: a quarter turn
     photo.save(tmp_path / "photo.jpg", exif=exif)
     spec = local(tmp_path, num_samples=1, num_heldout=0, batch_size=1, max_pixels=12544)
-    assert extract(spec, processor, UNTRAINED)[0][0].sample.image.size == (56, 84)
+    assert extract(spec, processor, UNTRAINED)[0][0].sample.images[0].size == (56, 84)
 
 
 def test_an_image_that_the_processor_refuses_is_named(processor, tmp_path):
@@ -437,7 +463,7 @@ def test_images_are_stored_at_the_size_that_the_processor_makes(processor, tmp_p
     Image.fromarray(noise).save(tmp_path / "large.png")
     spec = local(tmp_path, num_samples=1, num_heldout=0, batch_size=1, max_pixels=12544, max_tokens=512)
     samples, _, manifest = extract(spec, processor, UNTRAINED)
-    assert samples[0].sample.image.size == (112, 84)
+    assert samples[0].sample.images[0].size == (112, 84)
     write_samples(tmp_path / "set.parquet", samples)
     (batch,) = load_batches(tmp_path / "set.parquet", manifest, processor)
     size = {"shortest_edge": 3136, "longest_edge": 12544}
@@ -461,8 +487,8 @@ def test_one_image_is_in_memory_at_a_time(processor, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "open_picture", recorded)
     stored = []
     stores = {
-        "calibration": lambda item: stored.append((len(opened), item.sample.image.size)),
-        "heldout": lambda item: stored.append((len(opened), item.sample.image.size)),
+        "calibration": lambda item: stored.append((len(opened), item.sample.images[0].size)),
+        "heldout": lambda item: stored.append((len(opened), item.sample.images[0].size)),
     }
     extract_into(stores, local(tmp_path), processor, UNTRAINED)
     assert stored == [(number, (28, 28)) for number in range(1, 7)]
@@ -504,7 +530,7 @@ def test_what_a_folder_skips_and_animations_are_told(processor, tmp_path):
     (tmp_path / "b.heic").touch()
     spec = local(tmp_path, num_samples=1, num_heldout=0, batch_size=1)
     samples, _, manifest = extract(spec, processor, UNTRAINED)
-    assert samples[0].sample.image.getpixel((0, 0)) == (255, 0, 0)
+    assert samples[0].sample.images[0].getpixel((0, 0)) == (255, 0, 0)
     assert manifest.details == {"skipped": {".heic": 1}, "first_frame_only": [str(tmp_path / "a.gif")]}
     assert manifest.source_digest == samples_digest(tmp_path)
     assert remarks(manifest) == [

@@ -44,10 +44,11 @@ def place(tmp_path: Path) -> Path:
     pyarrow.parquet.write_table(table, place / "set.parquet")
     images = pyarrow.array([{"bytes": b"1", "path": None}, {"bytes": None, "path": "folder/nested.png"}])
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["1", "2"], "image": images}), place / "structs.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"images": [["a.png", "folder/nested.png"]]}), place / "lists.parquet")
     return place
 
 
-SETS = [".", "set.jsonl", "set.json", "set.parquet", "structs.parquet"]
+SETS = [".", "set.jsonl", "set.json", "set.parquet", "structs.parquet", "lists.parquet"]
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from auto_quantize_model.data.sources import every, read_local
 from auto_quantize_model.files import InputError
-from auto_quantize_model.models.encode import Sample
+from auto_quantize_model.models.sample import Sample
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def lines(folder: Path, *rows: Any) -> Path:
 
 def said(sample: Sample) -> list[Any]:
     """The turns of a sample, its answer, and whether it has an image."""
-    return [*sample.before_answer, sample.answer, sample.image is not None]
+    return [*sample.before_answer, sample.answer, bool(sample.images)]
 
 
 USER = {"role": "user", "content": "What?"}
@@ -50,6 +50,15 @@ PART = {"type": "text", "text": "What?"}
         ({"id": 7, "image": "a.png", "prompt": "What?"}, [("user", (None, "What?")), None, True]),
         ({"images": ["a.png"], "prompt": "What?"}, [("user", (None, "What?")), None, True]),
         ({"images": [], "prompt": "What?"}, [("user", ("What?",)), None, False]),
+        ({"images": ["a.png", "a.png"], "prompt": "What?"}, [("user", (None, None, "What?")), None, True]),
+        (
+            {"images": ["a.png", "a.png"], "prompt": "<image>\nAnd <image>What?"},
+            [("user", (None, "And ", None, "What?")), None, True],
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, PART] * 2}]},
+            [("user", (None, "What?", None, "What?")), None, True],
+        ),
         ({"messages": [USER]}, [("user", ("What?",)), None, False]),
         ({"messages": [USER, ASSISTANT]}, [("user", ("What?",)), "A cat.", False]),
         ({"messages": [USER, ASSISTANT], "image": "a.png"}, [("user", (None, "What?")), "A cat.", True]),
@@ -146,14 +155,15 @@ def test_a_conversation_in_a_parquet_is_read_as_a_list_or_as_json(folder: Path) 
         ({"prompt": "x", "file_name": "y", "path": "z"}, "keep one of 'file_name' and 'path' under 'image'"),
         ({"prompt": "x", "response": "y"}, "rename 'response' to 'answer'"),
         ({"prompt": "x", "file_name": "y"}, "rename 'file_name' to 'image'"),
-        ({"prompt": "x", "images": ["a.png", "a.png"]}, "several images in one sample are not supported yet"),
         ({"prompt": "x", "image": "https://host/a.png"}, "image https://host/a.png is not a path; save the image"),
         ({"prompt": "x", "image": "data:image/png;base64,AAAA"}, "image data:image/png;base64,AAAA is not a path"),
         ({"prompt": "x", "image": "file:///a.png"}, "is not a path"),
         ({"prompt": "x", "image": ""}, "'image' is not a path"),
         ({"prompt": "x", "image": {"bytes": "a.png"}}, "'bytes' of the image are not bytes"),
         ({"prompt": "x", "image": "\ud800.png"}, r"image '\\ud800\.png' holds half of a character"),
-        ({"prompt": "<image><image>x", "image": "a.png"}, "several images in one sample are not supported yet"),
+        ({"prompt": "<image><image>x", "image": "a.png"}, "1 images and 2 places for them; write a place for each"),
+        ({"prompt": "<image>x", "images": ["a.png", "a.png"]}, "2 images and 1 places for them"),
+        ({"prompt": "x", "images": ["a.png", {"path": None}]}, "one of its 2 images is empty"),
         ({"messages": []}, "not a list of messages"),
         ({"messages": "x"}, "not a list of messages"),
         ({"messages": ["x"]}, "message 1: not a JSON object"),
@@ -167,9 +177,12 @@ def test_a_conversation_in_a_parquet_is_read_as_a_list_or_as_json(folder: Path) 
             {"messages": [{"role": "user", "content": [{"type": "image"}, PART]}]},
             "the sample does not name",
         ),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}] * 2}]}, "several images"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, PART]}], "image": "a.png"},
+            "the sample and its messages both name images",
+        ),
         ({"messages": [USER], "prompt": "x"}, "unknown key 'prompt'"),
-        ({"image": "a.png", "conversations": [{"from": "human", "value": "<image><image>x"}]}, "several images"),
+        ({"image": "a.png", "conversations": [{"from": "human", "value": "<image><image>x"}]}, "1 images and 2 places"),
         ({"image": "a.png", "conversations": [{"from": "human", "value": "<image>"}]}, "last user message has no text"),
     ],
 )
@@ -263,7 +276,7 @@ def test_paths_may_be_absolute_or_begin_at_home(folder: Path, monkeypatch: pytes
     monkeypatch.setenv("HOME", str(folder))
     (folder / "inner").mkdir()
     path = lines(folder / "inner", *({"prompt": "x", "image": image} for image in (str(folder / "a.png"), "~/a.png")))
-    assert [sample.image.size for sample in read(path) if sample.image] == [(60, 30)] * 2
+    assert [sample.images[0].size for sample in read(path) if sample.images] == [(60, 30)] * 2
     assert len(read(Path("~/inner/set.jsonl"))) == 2
     with pytest.raises(InputError, match="calibration.path: ~nobody-of-that-name/a.jsonl: .*write the path out"):
         read(Path("~nobody-of-that-name/a.jsonl"))
@@ -291,8 +304,36 @@ def test_images_of_a_parquet_are_read_by_row_group(folder: Path, monkeypatch: py
     assert groups == []
     samples = [open_row()[0] for open_row in source.read([1, 4, 5])]
     assert [sample.prompt for sample in samples] == ["1", "4", "5"]
-    assert all(sample.image is not None and sample.image.size == (60, 30) for sample in samples)
+    assert all(bool(sample.images) and sample.images[0].size == (60, 30) for sample in samples)
     assert groups == [0, 2]
+
+
+@pytest.mark.parametrize("name", ["image", "images"])
+@pytest.mark.parametrize("stored", ["bytes", "path", "both"])
+def test_a_parquet_column_of_lists_gives_several_images(folder: Path, name: str, stored: str) -> None:
+    data = (folder / "a.png").read_bytes()
+    Image.new("RGB", (10, 20)).save(folder / "b.png")
+    kinds: dict[str, list[Any]] = {
+        "bytes": [data, (folder / "b.png").read_bytes()],
+        "path": ["a.png", "b.png"],
+        "both": [{"bytes": data, "path": None}, {"bytes": None, "path": "b.png"}],
+    }
+    rows = {"prompt": ["1", "<image>x<image>", "3"], name: [[], kinds[stored], kinds[stored][:1]]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), folder / "set.parquet", row_group_size=2)
+    samples = read(folder / "set.parquet")
+    assert [[image.size for image in sample.images] for sample in samples] == [[], [(60, 30), (10, 20)], [(60, 30)]]
+    assert said(samples[1])[0] == ("user", (None, "x", None))
+
+
+def test_the_place_of_each_of_several_images_is_kept_and_a_missing_one_is_named(folder: Path) -> None:
+    Image.new("RGB", (10, 20)).save(folder / "b.png")
+    parts = [{"type": "image", "image": "b.png"}, PART, {"type": "image", "image": "a.png"}]
+    (sample,) = read(lines(folder, {"messages": [{"role": "user", "content": parts}]}))
+    assert [image.size for image in sample.images] == [(10, 20), (60, 30)]
+    assert sample.turns == (("user", (None, "What?", None)),)
+    (open_row,) = read_local(lines(folder, {"prompt": "x", "images": ["a.png", "gone.png"]}), "").read([0])
+    with pytest.raises(InputError, match=r"line 1: image 2 .*gone\.png does not exist"):
+        open_row()
 
 
 def test_a_parquet_column_under_another_name_is_told(folder: Path) -> None:

@@ -18,7 +18,8 @@ from auto_quantize_model.inc.engine import measure_by_inc, require_same_plan
 from auto_quantize_model.inc.plan import build_plan, identify, matching
 from auto_quantize_model.measure.capture import capture_sensitivity, require_finite
 from auto_quantize_model.measure.store import ScoreStore
-from auto_quantize_model.models.encode import Sample, collate, encode
+from auto_quantize_model.models.encode import collate, encode
+from auto_quantize_model.models.sample import Sample
 from auto_quantize_model.models.snapshot import load_model
 from auto_quantize_model.records import Plan, as_record, body_of
 from auto_quantize_model.schemes.inc_int8 import build_observer

@@ -33,7 +33,8 @@ from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.heldout import compared
 from auto_quantize_model.measure.metrics import Reference
 from auto_quantize_model.measure.store import ScoreStore
-from auto_quantize_model.models.encode import Processor, collate, encode
+from auto_quantize_model.models.encode import collate, encode
+from auto_quantize_model.models.family import Processor
 from auto_quantize_model.models.snapshot import load_model, module_types
 from auto_quantize_model.records import Frontier, Plan, Profile
 from auto_quantize_model.replay.calibrate import calibrate

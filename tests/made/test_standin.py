@@ -20,7 +20,8 @@ from auto_quantize_model.made.digits import build_tokenizer
 from auto_quantize_model.made.shapes import SHAPES
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.store import ScoreStore
-from auto_quantize_model.models.encode import Limits, Sample, collate, encode
+from auto_quantize_model.models.encode import collate, encode
+from auto_quantize_model.models.sample import Limits, Sample
 from auto_quantize_model.models.snapshot import build_manifest, load_model, load_processor
 
 LIMITS = Limits(min_pixels=3136, max_pixels=3136, max_tokens=512)
@@ -86,8 +87,8 @@ def test_every_op_of_a_family_is_planned_executed_and_bit_identical(
 ) -> None:
     directory = write_snapshot(architecture, tmp_path / "snapshot")
     model: torch.nn.Module = load_model(directory)
-    image = Image.radial_gradient("L").convert("RGB") if "VL" in architecture else None
-    sample = Sample("gradient", "Which digit is this?", image, "3")
+    images = (Image.radial_gradient("L").convert("RGB"),) if "VL" in architecture else ()
+    sample = Sample("gradient", "Which digit is this?", images, "3")
     batch = collate([encode(sample, load_processor(directory), LIMITS)])
     # Each value of the fallback map has all other ops in INT8, so of two values one at least has any op in INT8.
     with plans_unchecked():
@@ -103,7 +104,7 @@ def test_a_text_model_takes_no_images(tmp_path: Path) -> None:
     processor = load_processor(write_snapshot("Qwen2ForCausalLM", tmp_path / "snapshot"))
     assert set(encode(Sample("words", "Which?"), processor, LIMITS)) == {"input_ids", "attention_mask"}
     with pytest.raises(InputError, match="sample photo: the sample has an image, and the model takes none"):
-        encode(Sample("photo", "Which?", Image.new("RGB", (56, 56))), processor, LIMITS)
+        encode(Sample("photo", "Which?", (Image.new("RGB", (56, 56)),)), processor, LIMITS)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +162,7 @@ def test_torchvision_and_pil_give_the_same_pixels(published: Path, side: int, le
     image = Image.fromarray(load_sample_image("china.jpg")).crop((0, 0, side, min(side, 427)))
     limits = Limits(3136, 252 * 252, 512)
     torchvision, pil = (
-        encode(Sample("photo", "Which?", image), load_processor(published, backend), limits)["pixel_values"]
+        encode(Sample("photo", "Which?", (image,)), load_processor(published, backend), limits)["pixel_values"]
         for backend in ("torchvision", "pil")
     )
     one_level = 1 / 255 / 0.26

@@ -18,7 +18,8 @@ from auto_quantize_model.measure.aggregate import interval, interval_of_count
 from auto_quantize_model.measure.heldout import HeldOut, in_words, record_of, summary, totals
 from auto_quantize_model.measure.metrics import Reference, next_token_loss, right_answers
 from auto_quantize_model.measure.store import ScoreStore
-from auto_quantize_model.models.encode import Sample, answer_span, encode
+from auto_quantize_model.models.encode import answer_span, encode
+from auto_quantize_model.models.sample import Sample
 from auto_quantize_model.records import Plan
 from auto_quantize_model.replay.model import Replay
 from auto_quantize_model.schemes.scheme import assigned

@@ -8,8 +8,9 @@ import pytest
 from auto_quantize_model.files import InputError
 from auto_quantize_model.models import chat_template
 from auto_quantize_model.models.chat_template import TemplateStopped, limited_renderer, renderer
-from auto_quantize_model.models.encode import Sample, messages
-from auto_quantize_model.models.snapshot import Processor
+from auto_quantize_model.models.family import Processor
+from auto_quantize_model.models.sample import Sample
+from auto_quantize_model.models.words import messages
 
 MESSAGES = messages(Sample("a", "Which digit?"), "7", parted=True)
 

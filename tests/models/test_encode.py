@@ -19,18 +19,11 @@ from auto_quantize_model.data.digits import digit_samples
 from auto_quantize_model.files import InputError
 from auto_quantize_model.made.digits import SPECIAL_TOKENS
 from auto_quantize_model.models.chat_template import renderer
-from auto_quantize_model.models.encode import (
-    MARK,
-    Limits,
-    Sample,
-    answer_span,
-    collate,
-    encode,
-    fit,
-    image_inputs,
-    prepare,
-)
-from auto_quantize_model.models.snapshot import Processor
+from auto_quantize_model.models.encode import answer_span, collate, encode, prepare
+from auto_quantize_model.models.families.qwen_vl import fit, image_inputs
+from auto_quantize_model.models.family import Processor
+from auto_quantize_model.models.sample import Limits, Sample
+from auto_quantize_model.models.words import MARK
 
 LIMITS = Limits(min_pixels=3136, max_pixels=12544, max_tokens=512)
 
@@ -60,7 +53,7 @@ def test_an_image_sample_becomes_the_models_arguments(processor: Processor) -> N
     assert encoded["image_grid_thw"].tolist() == [[1, 4, 4]]
     assert encoded["pixel_values"].shape == (16, 3 * 2 * PATCH_SIDE**2)
     assert encoded["pixel_values"].dtype == torch.float32
-    assert torch.equal(encoded["mm_token_type_ids"].bool(), encoded["input_ids"] == processor.image_token_id)
+    assert torch.equal(encoded["mm_token_type_ids"].bool(), encoded["input_ids"] == processor.image_token_ids[0])
 
 
 def test_the_same_sample_gives_the_same_bits(processor: Processor) -> None:
@@ -78,7 +71,7 @@ def test_different_digits_give_different_pixels(processor: Processor) -> None:
 def test_an_image_of_any_size_keeps_the_limits_and_has_its_tokens(
     processor: Processor, width: int, height: int
 ) -> None:
-    encoded = encode(Sample("any", "What is it?", Image.new("RGB", (width, height))), processor, LIMITS)
+    encoded = encode(Sample("any", "What is it?", (Image.new("RGB", (width, height)),)), processor, LIMITS)
     patches = int(encoded["image_grid_thw"].prod())
     assert LIMITS.min_pixels <= patches * PATCH_SIDE**2 <= LIMITS.max_pixels
     assert encoded["pixel_values"].shape[0] == patches
@@ -280,7 +273,7 @@ def test_without_a_template_the_answer_follows_the_prompt_and_the_tokenizer_adds
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
-        (Sample("a", "x", Image.new("RGB", (56, 56))), "calibration.format plain cannot place"),
+        (Sample("a", "x", (Image.new("RGB", (56, 56)),)), "calibration.format plain cannot place"),
         (Sample("a", "x", turns=(("system", ("s",)), ("user", ("x",)))), "several turns needs a chat template"),
     ],
 )
@@ -298,7 +291,7 @@ def test_turns_and_the_place_of_an_image_are_kept(processor: Processor) -> None:
         ("assistant", ("A cat.",)),
         ("user", ("Sure?",)),
     )
-    text = words_of(Sample("a", "Sure?", Image.new("RGB", (56, 56)), "Yes.", turns), processor)
+    text = words_of(Sample("a", "Sure?", (Image.new("RGB", (56, 56)),), "Yes.", turns), processor)
     assert text == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nLook:<|vision_start|>"
         + "<|image_pad|>" * 4
@@ -313,7 +306,7 @@ def test_turns_and_the_place_of_an_image_are_kept(processor: Processor) -> None:
 def test_a_template_that_does_not_write_one_image_token_for_an_image_is_refused(
     processor: Processor, template: str
 ) -> None:
-    sample = Sample("a", "x", Image.new("RGB", (56, 56)))
+    sample = Sample("a", "x", (Image.new("RGB", (56, 56)),))
     with pytest.raises(InputError, match=r"the chat template writes \d image tokens for 1 images"):
         encode(sample, with_template(processor, template), LIMITS)
 
@@ -355,3 +348,9 @@ def test_samples_with_and_without_image_are_refused_even_at_equal_length(process
     text = {name: value for name, value in encoded.items() if name not in ("pixel_values", "image_grid_thw")}
     with pytest.raises(InputError, match="with and without image"):
         collate([encoded, text])
+
+
+def test_turns_that_show_another_number_of_images_are_refused(processor: Processor) -> None:
+    sample = Sample("a", "x", (Image.new("RGB", (56, 56)),), turns=(("user", ("x",)),))
+    with pytest.raises(InputError, match="sample a: its turns show 0 of its 1 images"):
+        encode(sample, processor, LIMITS)

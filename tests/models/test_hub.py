@@ -405,7 +405,7 @@ def test_a_streamed_set_is_drawn_by_the_seed_and_stored_with_its_images(calibrat
     sample = stored[0].sample
     part, number = sample.id[4:5], sample.id[5:7]
     assert (sample.prompt, sample.answer) == ("What is this?", f"noise {part} {int(number)}")
-    assert sample.image is not None and sample.image.size == (56, 28)
+    assert bool(sample.images) and sample.images[0].size == (56, 28)
 
 
 def test_only_the_rows_that_are_needed_are_fetched(calibrate: Calibrator, tmp_path: Path) -> None:
@@ -425,7 +425,7 @@ def test_captions_alone_make_a_set_of_text(calibrate: Calibrator) -> None:
     assert manifest["text_only"]
     (first, _) = read_samples(calibrate.folder / "calibration.parquet")
     sample = first.sample
-    assert sample.prompt.startswith("noise ") and sample.image is None and sample.answer is None
+    assert sample.prompt.startswith("noise ") and not sample.images and sample.answer is None
 
 
 def test_the_configs_prompt_is_asked_where_there_is_no_column_of_prompts(calibrate: Calibrator) -> None:

@@ -20,7 +20,8 @@ from auto_quantize_model.made.digits import build_snapshot
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.states import ALL, states
 from auto_quantize_model.measure.store import ScoreStore
-from auto_quantize_model.models.encode import Sample, collate, encode
+from auto_quantize_model.models.encode import collate, encode
+from auto_quantize_model.models.sample import Sample
 from auto_quantize_model.models.snapshot import load_model
 from auto_quantize_model.replay import model as replay_module
 from auto_quantize_model.replay.model import Replay, block_of

@@ -14,13 +14,8 @@ from auto_quantize_model.commands.run import Run
 from auto_quantize_model.data.batches import Batch, load_batches, load_heldout
 from auto_quantize_model.documents import files_of, require_listed
 from auto_quantize_model.machine import choose_device, require_memory
-from auto_quantize_model.models.snapshot import (
-    Processor,
-    count_parameters,
-    load_model,
-    load_processor,
-    verify_manifest,
-)
+from auto_quantize_model.models.family import Processor
+from auto_quantize_model.models.snapshot import count_parameters, load_model, load_processor, verify_manifest
 from auto_quantize_model.records import Scales
 from auto_quantize_model.replay.scales import name_of_batch, read_scales
 

@@ -28,27 +28,20 @@ from auto_quantize_model.data.local_sources import samples_digest
 from auto_quantize_model.data.sources import Progress, Source, conversation, every, listed, read_local, stream
 from auto_quantize_model.files import InputError, atomic_path, digest_of, sha256_bytes
 from auto_quantize_model.models.chat_template import limited_renderer
-from auto_quantize_model.models.encode import (
-    Limits,
-    Prepared,
-    Sample,
-    Turn,
-    collate,
-    messages,
-    prepare,
-    require_equal,
-    tensors,
-)
-from auto_quantize_model.models.snapshot import Processor
+from auto_quantize_model.models.encode import Shapes, collate, prepare, require_equal, shapes_of, tensors
+from auto_quantize_model.models.family import Processor
+from auto_quantize_model.models.sample import Limits, Prepared, Sample, Turn
+from auto_quantize_model.models.words import messages
 from auto_quantize_model.records import Answers, CalibrationManifest, ModelManifest, SampleEntry, body_of
 
 FEATURES = Features(
     {
         "id": Value("string"),
         "prompt": Value("string"),
-        "image": ImageFeature(decode=False),
+        "images": ListFeature(ImageFeature(decode=False)),
         "answer": Value("string"),
         "messages": Value("string"),
+        "text": Value("string"),
         "input_ids": ListFeature(Value("int32")),
         "answer_span": ListFeature(Value("int32")),
     }
@@ -107,7 +100,7 @@ def extract_into(
     pools, source = _open_source(spec, model_manifest, progress)
     split_of = _draw(spec, pools)
     entries: dict[str, list[SampleEntry]] = {split: [] for split in SPLITS}
-    shapes: dict[str, list[tuple[int, bool]]] = {split: [] for split in SPLITS}
+    shapes: dict[str, list[Shapes]] = {split: [] for split in SPLITS}
     sizes = {"calibration": spec.batch_size, "heldout": spec.heldout_batch_size or spec.batch_size}
     first_frames: list[str] = []
 
@@ -119,7 +112,7 @@ def extract_into(
         split = split_of[number]
         entries[split].append(_describe(prepared, processor))
         first_frames.extend([first_frame] if first_frame else [])
-        shapes[split].append((encoded["input_ids"].shape[1], "pixel_values" in encoded))
+        shapes[split].append(shapes_of(encoded))
         stores[split](prepared)
 
     with limited_renderer(processor.tokenizer) as render:
@@ -251,7 +244,7 @@ def _refuse_shared(entries: dict[str, list[SampleEntry]], place: str) -> None:
 def _describe(prepared: Prepared, processor: Processor) -> SampleEntry:
     """The manifest's entry of a sample."""
     sample, span = prepared.sample, prepared.answer_span
-    pixels = b"" if sample.image is None else repr(sample.image.size).encode() + sample.image.tobytes()
+    pixels = b"".join(repr(image.size).encode() + image.tobytes() for image in sample.images)
     words: list[Any] = [sample.prompt, sample.answer, *([sample.turns] if sample.turns else [])]
     tokens = [prepared.input_ids, None if span is None else [span.start, span.stop]]
     return SampleEntry(
@@ -259,7 +252,7 @@ def _describe(prepared: Prepared, processor: Processor) -> SampleEntry:
         sha256=sha256_bytes(json.dumps(words).encode() + pixels),
         tokens_sha256=sha256_bytes(json.dumps(tokens).encode()),
         tokens=len(prepared.input_ids),
-        image_tokens=prepared.input_ids.count(processor.image_token_id),
+        image_tokens=sum(token in processor.image_token_ids for token in prepared.input_ids),
         answer_tokens=None if sample.answer is None else len(span or ()),
     )
 
@@ -297,9 +290,10 @@ def _stored(prepared: Prepared) -> dict[str, Any]:
     return {
         "id": sample.id,
         "prompt": sample.prompt,
-        "image": sample.image and {"bytes": _png(sample.image), "path": None},
+        "images": [{"bytes": _png(image), "path": None} for image in sample.images],
         "answer": sample.answer,
         "messages": json.dumps(messages(sample, sample.answer, parted=True)) if sample.turns else None,
+        "text": prepared.text,
         "input_ids": prepared.input_ids,
         "answer_span": span and [span.start, span.stop],
     }
@@ -327,12 +321,14 @@ def read_samples(path: Path, count: int | None = None) -> list[Prepared]:
 
 
 def _prepared(row: dict[str, Any], path: Path) -> Prepared:
-    image = row["image"] and open_picture(row["image"]["bytes"], f"{path}: the image of {row['id']}").image
+    name = f"{path}: the image of {row['id']}"
+    images = tuple(open_picture(image["bytes"], name).image for image in row["images"])
     turns: tuple[Turn, ...] = ()
     if row["messages"]:
-        turns = conversation(json.loads(row["messages"]), row["image"], f"{path}: {row['id']}")[2]
-    sample = Sample(row["id"], row["prompt"], image, row["answer"], turns)
-    return Prepared(sample, tuple(row["input_ids"]), range(*row["answer_span"]) if row["answer_span"] else None)
+        turns = conversation(json.loads(row["messages"]), row["images"], f"{path}: {row['id']}")[2]
+    sample = Sample(row["id"], row["prompt"], images, row["answer"], turns)
+    span = range(*row["answer_span"]) if row["answer_span"] else None
+    return Prepared(sample, row["text"], tuple(row["input_ids"]), span)
 
 
 def load_batches(

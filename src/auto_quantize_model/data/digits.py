@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from auto_quantize_model.files import InputError, read_json
 from auto_quantize_model.folders import require_unchanged
-from auto_quantize_model.models.encode import Limits, Sample
+from auto_quantize_model.models.sample import Limits, Sample
 
 PROMPT = "Which digit is this?"
 IMAGE_SIDE = 56  # pixels: two by two visual tokens of 28
@@ -46,17 +46,17 @@ def digit_samples(indices: Iterable[int]) -> list[Sample]:
     for index in indices:
         pixels = (digits.images[index] * (255 / 16)).round().astype(np.uint8)
         image = Image.fromarray(pixels).resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC).convert("RGB")
-        samples.append(Sample(f"digit-{index:04d}", PROMPT, image, str(digits.target[index])))
+        samples.append(Sample(f"digit-{index:04d}", PROMPT, (image,), str(digits.target[index])))
     return samples
 
 
 def varied(sample: Sample, generator: np.random.Generator, max_turn: float, max_shift: float) -> Sample:
     """A copy of a sample whose image is rotated by up to `max_turn` degrees and shifted by up to `max_shift` pixels."""
-    assert sample.image is not None  # noqa: S101  each digit has one
+    (image,) = sample.images
     shift = tuple(generator.uniform(-max_shift, max_shift, 2))
     angle = generator.uniform(-max_turn, max_turn)
-    image = sample.image.rotate(angle, resample=Image.Resampling.BICUBIC, translate=shift)
-    return replace(sample, image=image)
+    turned = image.rotate(angle, resample=Image.Resampling.BICUBIC, translate=shift)
+    return replace(sample, images=(turned,))
 
 
 def varied_samples(indices: Iterable[int]) -> list[Sample]:

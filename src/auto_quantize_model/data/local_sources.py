@@ -157,14 +157,14 @@ def _parsed(documents: Iterable[str | bytes]) -> Iterator[Any]:
 
 
 def _parquet_rows(source: Path) -> Iterator[Any]:
-    """The texts under `image` and `messages` of a Parquet file; messages may be JSON."""
+    """The texts under `image`, `images` and `messages` of a Parquet file; messages may be JSON."""
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(source) as file:
             columns = [file.schema.column(index) for index in range(len(file.schema))]
             texts = [column.path for column in columns if column.logical_type.type == "STRING"]
-            wanted = [path for path in texts if path.split(".")[0] in ("image", "messages")]
+            wanted = [path for path in texts if path.split(".")[0] in ("image", "images", "messages")]
             for batch in file.iter_batches(columns=wanted) if wanted else ():
                 for row in batch.to_pylist():
                     yield row

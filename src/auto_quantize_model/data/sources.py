@@ -6,7 +6,7 @@ In: a path, or the name of a data set. Out: all rows, checked. A row's image is 
 import codecs
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,20 +15,21 @@ import pyarrow
 import pyarrow.parquet
 from datasets import Dataset, load_dataset
 from datasets import Image as ImageFeature
+from datasets import List as ListFeature
 from datasets.exceptions import DatasetsError
 
 from auto_quantize_model.data.images import images_in, open_picture
 from auto_quantize_model.files import InputError, named_path, parse_json, shown
 from auto_quantize_model.models import hub
 from auto_quantize_model.models.chat_template import TemplateStopped
-from auto_quantize_model.models.encode import Sample, Turn
+from auto_quantize_model.models.sample import Sample, Turn
 
 # A stream is shuffled within a buffer: this many rows are fetched for each drawn row, up to the second number.
 ROWS_PER_DRAWN = 10
 ROWS_AT_MOST = 1000
 SHOWN = 20  # problems that one error describes
 SHAPE = "each sample is {image?, prompt, answer?} or {messages} with role and content"
-PLACEHOLDER = "<image>"  # LLaVA's mark, in a text, for the sample's image
+PLACEHOLDER = "<image>"  # LLaVA's mark, in a text, for the sample's next image
 ROLES = {
     "system": "system",
     "user": "user",
@@ -36,7 +37,8 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-PARQUET_WORDS = ("prompt", "answer", "messages")  # the columns that are read, apart from `image`
+PARQUET_WORDS = ("prompt", "answer", "messages")  # the columns that are read, apart from those of images
+IMAGE_KEYS = ("image", "images")
 RENAMED = {
     **dict.fromkeys(("text", "question", "query", "instruction", "input", "user"), "prompt"),
     **dict.fromkeys(("output", "response", "completion", "caption", "label", "target", "chosen"), "answer"),
@@ -51,27 +53,29 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Row:
-    """One sample as its source holds it. `where` names it in errors; `image` is a path or the bytes of a file."""
+    """One sample as its source holds it. `where` names it in errors; an image is a path or the bytes of a file."""
 
     id: str
     where: str
     prompt: str
     answer: str | None = None
     turns: tuple[Turn, ...] = ()
-    image: Path | bytes | None = None
+    images: tuple[Path | bytes, ...] = ()
 
     def open(self) -> tuple[Sample, str | None]:
-        """The sample, and the row's name if only the first frame or page of its image is used.
+        """The sample, and the row's name if only the first frame or page of one of its images is used.
 
         Raises:
-            InputError: the image is missing or unreadable.
+            InputError: an image is missing or unreadable.
         """
-        if self.image is None:
-            return Sample(self.id, self.prompt, None, self.answer, self.turns), None
-        name = f" {shown(self.image)}" if isinstance(self.image, Path) else ""
-        picture = open_picture(self.image, f"{self.where}: image{name}")
-        sample = Sample(self.id, self.prompt, picture.image, self.answer, self.turns)
-        return sample, self.where if picture.more_frames else None
+        pictures = []
+        for number, image in enumerate(self.images, start=1):
+            which = f" {number}" if len(self.images) > 1 else ""
+            name = f" {shown(image)}" if isinstance(image, Path) else ""
+            pictures.append(open_picture(image, f"{self.where}: image{which}{name}"))
+        images = tuple(picture.image for picture in pictures)
+        sample = Sample(self.id, self.prompt, images, self.answer, self.turns)
+        return sample, self.where if any(picture.more_frames for picture in pictures) else None
 
 
 @dataclass(frozen=True)
@@ -168,9 +172,9 @@ def _numbered(path: Path, number: int) -> str:
 def _read_folder(folder: Path, prompt: str) -> Source:
     """The images in a folder and its subfolders, by name. All other files are counted."""
     images, skipped = images_in(folder)
-    prompt, _, turns, _ = asked({"prompt": prompt}, folder, "calibration.prompt")
+    prompt, _, turns, _ = asked({"prompt": prompt}, [folder], "calibration.prompt")
     rows = [
-        Row(_numbered(folder, number), shown(file), prompt, turns=turns, image=file)
+        Row(_numbered(folder, number), shown(file), prompt, turns=turns, images=(file,))
         for number, file in enumerate(images, start=1)
     ]
     details = {"skipped": skipped} if skipped else {}
@@ -213,15 +217,15 @@ def _row(where: str, value: Any, path: Path, number: int) -> Row:
         raise InputError(f"{where}: not a JSON object; {SHAPE}")
     sample_id, folder = _numbered(path, number), path.parent
     talk = [key for key in ("messages", "conversations") if key in value]
-    allowed = {"id", "image", "images", *(talk[:1] or ["prompt", "answer"])}
+    allowed = {"id", *IMAGE_KEYS, *(talk[:1] or ["prompt", "answer"])}
     if unknown := sorted(set(value) - allowed):
         advice = [] if talk else renamings(unknown, value)
         advice += [f"remove {name!r}" for name in unknown if advice and name not in RENAMED]
         names = ", ".join(map(repr, unknown if advice else unknown[:1]))
         raise InputError(f"{where}: unknown key{'s' * (', ' in names)} {names}; {', '.join(advice) or SHAPE}")
-    image = _one_image(value, where)
-    prompt, answer, turns, image = conversation(value[talk[0]], image, where) if talk else asked(value, image, where)
-    return Row(sample_id, where, prompt, answer, turns, image_path(image, folder, where))
+    named = images_of(value)
+    prompt, answer, turns, images = conversation(value[talk[0]], named, where) if talk else asked(value, named, where)
+    return Row(sample_id, where, prompt, answer, turns, image_paths(images, folder, where))
 
 
 def renamings(unknown: Sequence[str], there: Iterable[str]) -> list[str]:
@@ -247,15 +251,21 @@ def renamings(unknown: Sequence[str], there: Iterable[str]) -> list[str]:
     return found
 
 
-def _one_image(value: dict[str, Any], where: str) -> Any:
-    """The value under `image` or `images` of a sample, which may be a list of one image."""
+def images_of(row: Mapping[str, Any]) -> list[Any]:
+    """The values under `image` and `images` of a row; each may be a list."""
     found: list[Any] = []
-    for key in ("image", "images"):
-        images = value.get(key)
-        found += images if isinstance(images, list) else [] if images is None else [images]
-    if len(found) > 1:
-        raise InputError(f"{where}: several images in one sample are not supported yet; keep one, or split the sample")
-    return found[0] if found else None
+    for key in IMAGE_KEYS:
+        value = row.get(key)
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    return found
+
+
+def image_paths(images: Sequence[Any], folder: Path, where: str) -> tuple[Path | bytes, ...]:
+    """The paths or bytes of a row's images, as `image_path` finds them; an image without either is left out."""
+    found = [image_path(image, folder, where) for image in images]
+    if None in found and len(found) > 1:
+        raise InputError(f"{where}: one of its {len(found)} images is empty; leave it out of the list")
+    return tuple(image for image in found if image is not None)
 
 
 def image_path(image: Any, folder: Path, where: str) -> Path | bytes | None:
@@ -300,45 +310,41 @@ def check_words(row: dict[str, Any], where: str) -> None:
         raise InputError(f"{where}: 'answer' is not text; put it in quotes or leave it out")
 
 
-def asked(row: dict[str, Any], image: Any, where: str) -> tuple[str, str | None, tuple[Turn, ...], Any]:
-    """A row's prompt and answer, with its image, as `conversation` returns them.
+def asked(row: dict[str, Any], images: list[Any], where: str) -> tuple[str, str | None, tuple[Turn, ...], list[Any]]:
+    """A row's prompt and answer, with its images, as `conversation` returns them.
 
     Raises:
-        InputError: the words are refused by `check_words`, or the prompt has a place for a second image.
+        InputError: the words are refused by `check_words`, or the prompt has places for another number of images.
     """
     check_words(row, where)
     prompt, answer = row["prompt"], row.get("answer")
-    if image is None or PLACEHOLDER not in prompt:
-        return prompt, answer, (), image
+    if not images or PLACEHOLDER not in prompt:
+        return prompt, answer, (), images
     said = [{"role": "user", "content": prompt}]
     said += [] if answer is None else [{"role": "assistant", "content": answer}]
-    return conversation(said, image, where)
+    return conversation(said, images, where)
 
 
-def conversation(messages: Any, image: Any, where: str) -> tuple[str, str | None, tuple[Turn, ...], Any]:
-    """A list of messages as prompt, answer, turns (none where the prompt holds all of them) and the image's reference.
+def conversation(messages: Any, images: list[Any], where: str) -> tuple[str, str | None, tuple[Turn, ...], list[Any]]:
+    """A list of messages as prompt, answer, turns (none where the prompt holds all of them) and references to images.
 
     Args:
         messages: {role, content} as OpenAI and transformers write them, or {from, value} as ShareGPT and LLaVA write
             them. `content` is text or a list of parts.
-        image: the image that the sample names; a message may name it instead.
+        images: those that the sample names, in the order of their places; the messages may name them instead.
         where: the name of the sample in errors.
 
     Raises:
-        InputError: the list is not a conversation of system, user and assistant, or has several images.
+        InputError: the list is not a conversation of system, user and assistant, or its images have other places.
     """
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{where}: not a list of messages; {SHAPE}")
     turns, references = [], []
     for number, message in enumerate(messages, start=1):
-        role, parts, found = _turn(message, image is not None, f"{where}, message {number}")
+        role, parts, found = _turn(message, bool(images), f"{where}, message {number}")
         turns.append((role, parts))
         references += found
-    named = [reference for reference in references if reference is not None]
-    if len(references) > 1 or (image is not None and named):
-        raise InputError(f"{where}: several images in one sample are not supported yet; keep one, or split the sample")
-    if references and not named and image is None:
-        raise InputError(f"{where}: a message shows an image that the sample does not name; add the key 'image'")
+    images, placed = _placed(images, references, where), bool(references)
     roles = [role for role, _ in turns]
     spoken = roles[1:] if roles[0] == "system" else roles
     if not spoken or spoken != (["user", "assistant"] * len(spoken))[: len(spoken)]:
@@ -349,20 +355,38 @@ def conversation(messages: Any, image: Any, where: str) -> tuple[str, str | None
     answer = None
     if roles[-1] == "assistant":
         answer = "".join(part or "" for part in turns.pop()[1])
-    if image is not None and not references:
+    if images and not placed:
         first = next(index for index, (role, _) in enumerate(turns) if role == "user")
-        turns[first] = ("user", (None, *turns[first][1]))
+        turns[first] = ("user", (*[None] * len(images), *turns[first][1]))
     prompt = "".join(part or "" for part in turns[-1][1])
     if not prompt.strip():
         raise InputError(f"{where}: the last user message has no text; {SHAPE}")
-    shows = any(None in parts for _, parts in turns)
-    if turns == [("user", (None, prompt) if shows else (prompt,))]:
+    if turns == [("user", (*[None] * len(images), prompt))]:
         turns = []
-    return prompt, answer, tuple(turns), named[0] if named else image
+    return prompt, answer, tuple(turns), images
+
+
+def _placed(images: list[Any], references: list[Any], where: str) -> list[Any]:
+    """The images in the order of their places, from the sample's list and the references in its messages.
+
+    Raises:
+        InputError: there are more or fewer places than images, or both the sample and a message name images.
+    """
+    named = [reference for reference in references if reference is not None]
+    if images and named:
+        raise InputError(f"{where}: the sample and its messages both name images; name them in one of the two")
+    if images and references and len(images) != len(references):
+        raise InputError(
+            f"{where}: {len(images)} images and {len(references)} places for them; write a place for each image, or"
+            " none"
+        )
+    if not images and len(named) < len(references):
+        raise InputError(f"{where}: a message shows an image that the sample does not name; add the key 'image'")
+    return images or named
 
 
 def _turn(message: Any, has_image: bool, where: str) -> tuple[str, tuple[str | None, ...], list[Any]]:
-    """A message's role, its parts, and its references to the image: a reference, or None for the sample's image."""
+    """A message's role, its parts, and its references to images: each None where the sample's next image is meant."""
     if not isinstance(message, dict):
         raise InputError(f"{where}: not a JSON object; {SHAPE}")
     keys = ("from", "value") if "from" in message else ("role", "content")
@@ -417,8 +441,8 @@ def _read_parquet(path: Path) -> Source:
             names = file.schema_arrow.names
             groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
             words = file.read(columns=[name for name in PARQUET_WORDS if name in names]).to_pylist()
-            if "image" in names:
-                _images_of(file.schema_arrow.empty_table())
+            shown_by = [name for name in IMAGE_KEYS if name in names]
+            _images_of(file.schema_arrow.empty_table(), shown_by)
     except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
         raise _unreadable(path, error) from None
     if twice := sorted(name for name in set(names) if names.count(name) > 1):
@@ -428,26 +452,25 @@ def _read_parquet(path: Path) -> Source:
         raise InputError(
             f"{shown(path)}: no column 'prompt'; there are {', '.join(names)}{'; ' * bool(advice)}{', '.join(advice)}"
         )
-    if "image" not in names and "images" in names:
-        raise InputError(f"{shown(path)}: the column 'images' is not supported; name it 'image', with one in each row")
-    rows = every(lambda item: _parquet_row(item[1], path, item[0], "image" in names), enumerate(words, 1), shown(path))
+    rows = every(lambda item: _parquet_row(item[1], path, item[0], bool(shown_by)), enumerate(words, 1), shown(path))
 
     def read(numbers: Sequence[int]) -> Iterator[Callable[[], tuple[Sample, str | None]]]:
         ends = [sum(groups[: index + 1]) for index in range(len(groups))]
-        group, images = -1, []
+        group: int = -1
+        images: Sequence[Mapping[str, Any]] = ()
         for number in numbers:
             at = next(index for index, end in enumerate(ends) if number < end)
-            if at != group and "image" in names:
+            if at != group and shown_by:
                 try:
                     with pyarrow.parquet.ParquetFile(path) as file:
-                        images = _images_of(file.read_row_group(at, columns=["image"]))
+                        images = _images_of(file.read_row_group(at, columns=shown_by), shown_by)
                 except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
                     raise _unreadable(path, error) from None
                 group = at
-            image = images[number - ends[at] + groups[at]]["image"] if images else None
-            yield functools.partial(_open_later, functools.partial(rows[number], image))
+            of_row = images_of(images[number - ends[at] + groups[at]]) if shown_by else []
+            yield functools.partial(_open_later, functools.partial(rows[number], of_row))
 
-    unread = [name for name in names if name not in (*PARQUET_WORDS, "image")]
+    unread = [name for name in names if name not in (*PARQUET_WORDS, *IMAGE_KEYS)]
     return Source(len(rows), read, {"columns_not_read": unread} if unread else {})
 
 
@@ -455,13 +478,23 @@ def _unreadable(path: Path, error: Exception) -> InputError:
     return InputError(f"{shown(path)}: not a readable Parquet file of samples ({error}); write it again")
 
 
-def _images_of(table: pyarrow.Table) -> Dataset:
-    """The images of a table as {bytes, path}; they may be stored as that, as bytes, or as paths."""
-    return Dataset(table.select(["image"])).cast_column("image", ImageFeature(decode=False))
+def _images_of(table: pyarrow.Table, names: Sequence[str]) -> Any:
+    """Columns of images, or of lists of images, as {bytes, path}; an image may be stored as that, as bytes, or a path.
+
+    Returns:
+        A data set, whose rows are {column: image or list of images}.
+    """
+    found = Dataset(table.select(list(names)))
+    for name in names:
+        kind = table.schema.field(name).type
+        listed = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+        image = ImageFeature(decode=False)
+        found = found.cast_column(name, ListFeature(image) if listed else image)
+    return found
 
 
-def _parquet_row(row: dict[str, Any], path: Path, number: int, has_image: bool) -> Callable[[Any], Row]:
-    """A function that makes a checked row of a Parquet file once its image is read."""
+def _parquet_row(row: dict[str, Any], path: Path, number: int, has_images: bool) -> Callable[[list[Any]], Row]:
+    """A function that makes a checked row of a Parquet file once its images are read."""
     where, sample_id = f"{shown(path)}, row {number}", _numbered(path, number)
     messages = row.get("messages")
     if messages is None:
@@ -469,14 +502,14 @@ def _parquet_row(row: dict[str, Any], path: Path, number: int, has_image: bool) 
     elif isinstance(messages, str):
         messages = _parsed(messages.encode(), where)
 
-    def finish(image: Any) -> Row:
-        prompt, answer, turns, reference = (
-            asked(row, image, where) if messages is None else conversation(messages, image, where)
+    def finish(named: list[Any]) -> Row:
+        prompt, answer, turns, images = (
+            asked(row, named, where) if messages is None else conversation(messages, named, where)
         )
-        return Row(sample_id, where, prompt, answer, turns, image_path(reference, path.parent, where))
+        return Row(sample_id, where, prompt, answer, turns, image_paths(images, path.parent, where))
 
-    if not has_image:
-        finish(None)
+    if not has_images:
+        finish([])
     return finish
 
 
@@ -521,7 +554,10 @@ def stream(
                 rows = load_dataset(repo_id, split=split, revision=revision, streaming=True)
                 _require_columns(repo_id, columns, rows.column_names or list(next(iter(rows))))
                 if columns["image"]:
-                    rows = rows.cast_column(columns["image"], ImageFeature(decode=False))
+                    image = ImageFeature(decode=False)
+                    several = getattr((rows.features or {}).get(columns["image"]), "feature", None)
+                    listed = isinstance(several, ImageFeature | dict)
+                    rows = rows.cast_column(columns["image"], ListFeature(image) if listed else image)
                 buffer = max(min(ROWS_PER_DRAWN * wanted, ROWS_AT_MOST), wanted)
                 drawn = rows.reshard().shuffle(seed=seed, buffer_size=buffer).take(wanted)
                 for number, row in zip(progress(range(wanted)), drawn, strict=False):
@@ -556,7 +592,7 @@ def _hub_row(
     where = f"{repo_id}, {split}, row {name}"
     if not columns["prompt"]:
         ours["prompt"] = prompt
-    asked_prompt, answer, turns, image = asked(ours, ours["image"], where)
-    if image is not None and not image.get("bytes"):
+    asked_prompt, answer, turns, images = asked(ours, images_of({"image": ours["image"]}), where)
+    if not all(image and image.get("bytes") for image in images):
         raise InputError(f"{where}: the image column holds no bytes; choose a column of images")
-    return Row(f"{split}:{name}", where, asked_prompt, answer, turns, image and image["bytes"])
+    return Row(f"{split}:{name}", where, asked_prompt, answer, turns, tuple(image["bytes"] for image in images))

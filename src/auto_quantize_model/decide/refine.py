@@ -23,6 +23,7 @@ from auto_quantize_model.measure.capture import digest_of_batch
 from auto_quantize_model.measure.heldout import ADVICE, HeldOut, in_words
 from auto_quantize_model.measure.metrics import Reference, require_finite
 from auto_quantize_model.measure.probes import Wanted
+from auto_quantize_model.models.sample import image_positions
 from auto_quantize_model.records import Options
 from auto_quantize_model.replay.model import Batch
 
@@ -116,7 +117,7 @@ class Refinement:
         """The mean divergence of a choice over the batches."""
         state, found = state_of(choice, self.units), []
         for batch in self.batches:
-            reference = Reference(self.heldout.replay.begin(batch), batch.get("mm_token_type_ids"))
+            reference = Reference(self.heldout.replay.begin(batch), image_positions(batch))
             found.append(reference.compare(self.heldout.replay.run(state))["kl_divergence"])
             self.on_forward()
         return math.fsum(found) / len(found)

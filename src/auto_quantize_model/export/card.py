@@ -12,7 +12,7 @@ from typing import Any
 
 from auto_quantize_model.escape import code, prose
 from auto_quantize_model.export.llm_compressor import LM_HEAD
-from auto_quantize_model.models.snapshot import PATCH_EMBEDS
+from auto_quantize_model.models.architecture import takes_images
 from auto_quantize_model.records import ModelManifest, Profile
 from auto_quantize_model.report.coverage import in_bytes
 from auto_quantize_model.report.sentences import counted, number, percent
@@ -87,7 +87,7 @@ def bytes_of(bits: float, size: Mapping[str, Any]) -> str:
 def commands(manifest: ModelManifest, profile: Profile, folder: Path) -> list[str]:
     """How to serve and to evaluate the checkpoint."""
     place = shlex.quote(str(folder))
-    evaluate = (IMAGES if manifest.architecture in PATCH_EMBEDS else TEXT).format(folder=place)
+    evaluate = (IMAGES if takes_images(manifest.architecture) else TEXT).format(folder=place)
     head = any(name.rpartition(".")[2] == "lm_head" for name in profile.assignment)
     return [
         "## Serve and evaluate",

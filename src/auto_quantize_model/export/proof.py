@@ -25,6 +25,7 @@ from auto_quantize_model.machine import with_threads
 from auto_quantize_model.measure.heldout import compared, record_of, summary, totals
 from auto_quantize_model.measure.metrics import Reference, output_at
 from auto_quantize_model.measure.served_audit import with_samples
+from auto_quantize_model.models.sample import image_positions
 from auto_quantize_model.models.snapshot import explained, model_class
 from auto_quantize_model.models.weights import read_object
 from auto_quantize_model.records import Frontier, ModelManifest, Profile
@@ -171,7 +172,7 @@ def measure_loaded(
     records, sums = [], []
     for index, batch in enumerate(heldout):
         with unquantized(model, source):
-            reference = Reference(output_at(model, batch, source.plan.measured_op), batch.get("mm_token_type_ids"))
+            reference = Reference(output_at(model, batch, source.plan.measured_op), image_positions(batch))
         output = output_at(model, batch, source.plan.measured_op)
         records.append(record_of(output, reference, batch, answers[index]))
         sums.append(totals(reference, index))

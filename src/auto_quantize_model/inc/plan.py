@@ -131,9 +131,7 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
     )
 
 
-def planned_and_checked(
-    model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec
-) -> tuple["Planned", IncCheck]:
+def planned_and_checked(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -> tuple["Planned", IncCheck]:
     """The ops of a plan, by INC where the config asks for INC's scheme, and whether INC can measure them.
 
     Raises:

@@ -91,7 +91,9 @@ def observed(modules: Mapping[str, torch.nn.Module], ops: Sequence[Op]) -> Itera
     An Embedding has no observers, because its input is ids and its output is FP32.
     """
     observers = {
-        op.op_name: tuple(build_observer(of_inc(op).activation.observer) for _ in range(2 * (op.op_type != "Embedding")))
+        op.op_name: tuple(
+            build_observer(of_inc(op).activation.observer) for _ in range(2 * (op.op_type != "Embedding"))
+        )
         for op in ops
     }
 

@@ -6,7 +6,7 @@ processor config, chat template). All later steps treat it as any other model.
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ def train_snapshot(
 
 def _train(
     model: Qwen2_5_VLForConditionalGeneration,
-    encoded: list[dict[str, torch.Tensor]],
+    encoded: Sequence[Mapping[str, torch.Tensor]],
     seed: int,
     epochs: int,
     progress: Callable[[range], Iterable[int]],
@@ -203,7 +203,7 @@ def answer_logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tup
 
 
 @torch.no_grad()
-def answer_accuracy(model: PreTrainedModel, encoded: list[dict[str, torch.Tensor]]) -> float:
+def answer_accuracy(model: PreTrainedModel, encoded: Sequence[Mapping[str, torch.Tensor]]) -> float:
     """The share of samples whose digit is the most likely token of the whole vocabulary."""
     right = 0
     for start in range(0, len(encoded), BATCH_SIZE):

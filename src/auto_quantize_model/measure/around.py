@@ -18,6 +18,7 @@ import torch
 
 from auto_quantize_model.measure.metrics import Reference
 from auto_quantize_model.measure.probes import Wanted, fisher_direction, ready_schemes, together
+from auto_quantize_model.models.sample import image_positions
 from auto_quantize_model.replay.backward import Backward
 from auto_quantize_model.replay.model import Batch, Replay
 from auto_quantize_model.schemes.scheme import Assignment
@@ -64,7 +65,7 @@ def around(
     Raises:
         InputError: the measured op runs inside of a block.
     """
-    reference = Reference(replay.begin(batch).clone(), batch.get("mm_token_type_ids"))
+    reference = Reference(replay.begin(batch).clone(), image_positions(batch))
     positions = reference.output.shape[:-1].numel()
     divergence = 0.0
 

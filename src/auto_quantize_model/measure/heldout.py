@@ -17,6 +17,7 @@ from auto_quantize_model.measure.aggregate import decibels, interval, weighted
 from auto_quantize_model.measure.capture import context, digest_of_batch, state_key
 from auto_quantize_model.measure.metrics import Reference, next_token_loss, require_finite, right_answers
 from auto_quantize_model.measure.store import ScoreStore, Shelf
+from auto_quantize_model.models.sample import image_positions
 from auto_quantize_model.records import Frontier, Plan, Profile, Scales
 from auto_quantize_model.replay.by_name import schemes_of
 from auto_quantize_model.replay.model import Batch, Replay
@@ -75,7 +76,7 @@ class HeldOut:
         records: list[list[Record]] = [[] for _ in states]
         self.totals = []
         for index, batch in enumerate(self.batches):
-            reference = Reference(self.replay.begin(batch), batch.get("mm_token_type_ids"))
+            reference = Reference(self.replay.begin(batch), image_positions(batch))
             self.totals.append(totals(reference, index))
             of = self.base | {"batch": digest_of_batch(batch), "answers": _spans(self.answers[index])}
             with self.store.shelf(of) as shelf:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from auto_quantize_model.files import InputError
+from auto_quantize_model.models.sample import image_positions
 
 ROWS_AT_ONCE = 4  # positions whose distributions are in float64 at a time; so few fit in the CPU's cache
 
@@ -150,12 +151,12 @@ def next_token_loss(
 
     Args:
         output: (samples, tokens, vocabulary) logits.
-        batch: its `input_ids`, int64 (samples, tokens), and `mm_token_type_ids`, not 0 at image tokens, if it has any.
+        batch: its `input_ids`, int64 (samples, tokens), and its image positions, if it has any.
         spans: for each sample, the positions of its answer's tokens.
     """
     tokens = batch["input_ids"].to(output.device)
-    images = batch.get("mm_token_type_ids")
-    counted = torch.ones_like(tokens, dtype=torch.bool) if images is None else images.to(output.device) == 0
+    images = image_positions(batch)
+    counted = torch.ones_like(tokens, dtype=torch.bool) if images is None else ~images.to(output.device)
     for row, span in enumerate(spans):
         if span is not None:
             counted[row] = False

@@ -18,6 +18,7 @@ from auto_quantize_model.machine import with_threads
 from auto_quantize_model.measure.metrics import Reference, output_at
 from auto_quantize_model.measure.states import UNITS
 from auto_quantize_model.models.checkpoint import Checkpoint
+from auto_quantize_model.models.sample import image_positions
 from auto_quantize_model.records import Capture, Plan, Scales, Score
 from auto_quantize_model.replay.by_name import schemes_of
 from auto_quantize_model.replay.model import Batch, Replay
@@ -73,7 +74,7 @@ def audit_served(
     compared = dict.fromkeys((*schemes, MIXED), 0)
     own = Replay(copied(model), plan.ops, plan.measured_op, schemes=schemes)
     with with_threads(capture.arithmetic.threads), own as replay:
-        reference = Reference(library.logits(batch, {}), batch.get("mm_token_type_ids"))
+        reference = Reference(library.logits(batch, {}), image_positions(batch))
         replay.set_scales(scales)
         replay.begin(batch)
         for done, (scheme, what, assignment, score) in enumerate(states):

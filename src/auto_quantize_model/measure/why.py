@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationScheme
 
+from auto_quantize_model.models.sample import image_positions
 from auto_quantize_model.models.units import tower_of
 from auto_quantize_model.records import Channel, Histogram, InputFacts, WeightFacts
 from auto_quantize_model.replay.model import Batch
@@ -117,8 +118,8 @@ def watch_inputs(
     for batches, step in ((calibration, Inputs.calibrate), (heldout, Inputs.observe)):
         for batch in batches:
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}
-            kinds = on_device.get("mm_token_type_ids")
-            image = None if kinds is None else kinds != 0
+            image = image_positions(batch)
+            image = None if image is None else image.to(device)
             with hooked(model, {name: partial(step, of, image=image) for name, of in found.items()}):
                 model(**on_device)
             on_forward()

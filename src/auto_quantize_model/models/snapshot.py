@@ -10,7 +10,6 @@ import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +17,17 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-)
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
-from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchEmbed as Qwen2VLPatchEmbed
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionPatchEmbed
 from transformers.utils.import_utils import is_torchvision_available
 
 from auto_quantize_model.files import InputError, digest_of, sha256_file, visible
 from auto_quantize_model.machine import require_memory
+from auto_quantize_model.models.architecture import check_architecture
+from auto_quantize_model.models.family import Parts, Processor
+from auto_quantize_model.models.fx_safe import make_fx_safe
 from auto_quantize_model.models.prepare import prepare
+from auto_quantize_model.models.sample import Limits, Prepared, Sample
 from auto_quantize_model.models.weights import (
     listed,
     read_headers,
@@ -51,19 +38,7 @@ from auto_quantize_model.models.weights import (
 )
 from auto_quantize_model.records import ModelManifest, SnapshotFile, body_of
 
-# Models that take images, each with the module that reads patches. Causal language models are supported too.
-PATCH_EMBEDS: dict[str, type[torch.nn.Module]] = {
-    "Qwen2_5_VLForConditionalGeneration": Qwen2_5_VisionPatchEmbed,
-    "Qwen2VLForConditionalGeneration": Qwen2VLPatchEmbed,
-    "Qwen3VLForConditionalGeneration": Qwen3VLVisionPatchEmbed,
-}
-CAUSAL_LANGUAGE_MODELS = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-TAKE_MORE_THAN_TEXT = {
-    *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
-    *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values(),
-}
-# Keys of a configuration that describe a part for images or sound, and names of tensors of such a part.
-OTHER_SENSES = re.compile(r"vision|visual|image|video|audio|speech|(^|_)vq_")
+# Names of tensors of a part for images or sound.
 TOWER = re.compile(r"(^|\.)(visual|vision|image|video|audio|speech)\w*\.")
 # Keys of a configuration that count modules: transformers makes these one by one, before it compares any size.
 COUNTS = re.compile(r"(layers?|depth|blocks|experts|labels|stages)$")
@@ -100,44 +75,6 @@ REFUSALS = (
 )
 STAND_IN = "stand_in.json"  # a snapshot that holds this file has the shape of a published model and made-up weights
 ROUNDED = "rounded.json"  # a snapshot that holds this file has weights that were rounded before
-
-
-@dataclass(frozen=True)
-class Processor:
-    """The parts that turn a sample into tensors: the snapshot's tokenizer, its image processor and its image backend.
-
-    Fields for images are None where the model takes none. `vocabulary` is the number of rows of the embedding.
-    `positions` is the number of tokens that the model has positions for; None where the config does not give it.
-    """
-
-    tokenizer: Any
-    image_processor: Any = None
-    image_token: str | None = None
-    image_token_id: int | None = None
-    image_backend: str | None = None
-    vocabulary: int | None = None
-    positions: int | None = None
-
-
-class FxSafePatchEmbed(torch.nn.Module):
-    """The `forward` of a patch embedding without the cast to `self.proj.weight.dtype`, put before the original class.
-
-    Once INC has quantized `proj`, its weight is not a tensor any more, and reading its dtype fails. Here all runs in
-    FP32, where the cast does nothing. So leaving out the cast changes no bit, and INC can measure this op as well.
-    """
-
-    in_channels: int
-    embed_dim: int
-    proj: torch.nn.Conv3d
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Patches of shape (n, channels * time * height * width), float32, to embeddings of shape (n, embed_dim)."""
-        volume = hidden_states.view(-1, self.in_channels, *self.proj.kernel_size)
-        embeddings: torch.Tensor = self.proj(volume)
-        return embeddings.view(-1, self.embed_dim)
-
-
-FX_SAFE = {module: type(f"FxSafe{module.__name__}", (FxSafePatchEmbed, module), {}) for module in PATCH_EMBEDS.values()}
 
 
 def check_snapshot(directory: Path) -> dict[str, Any]:
@@ -223,46 +160,6 @@ def items(document: Any) -> Iterator[tuple[str, Any]]:
         yield from items(value)
 
 
-def check_architecture(config: dict[str, Any], path: Path) -> None:
-    """Refuse a configuration whose model cannot be measured as a whole.
-
-    Raises:
-        InputError: `architectures` does not name one class, or names one that is unsupported or does not fit the
-            model_type. Or a text model also has a tower for images or sound, which no sample would reach.
-    """
-    names, model_type = config.get("architectures"), config.get("model_type")
-    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise InputError(f"{path}: architectures is {names!r}; give a list of one class of transformers")
-    architecture = names[0]
-    if architecture not in {*PATCH_EMBEDS, *CAUSAL_LANGUAGE_MODELS}:
-        raise InputError(
-            f"{path}: architecture {architecture} is not supported; supported: "
-            + ", ".join(PATCH_EMBEDS)
-            + ", and the causal language models of transformers (AutoModelForCausalLM)"
-        )
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise InputError(
-            f"{path}: model_type {model_type!r} is unknown to transformers {transformers.__version__}; correct the file"
-        )
-    class_of_type = {getattr(transformers, name).config_class.model_type: name for name in PATCH_EMBEDS}
-    expected = class_of_type.get(model_type) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    if architecture != expected:
-        raise InputError(
-            f"{path}: architectures names {architecture}, and model_type {model_type!r} is that of"
-            f" {expected or 'no causal language model'}; correct config.json"
-        )
-    if architecture in PATCH_EMBEDS:
-        return
-    blocks = {key for key, value in config.items() if isinstance(value, dict)}
-    senses = sorted(key for key in blocks | set(CONFIG_MAPPING[model_type].sub_configs) if OTHER_SENSES.search(key))
-    if senses or architecture in TAKE_MORE_THAN_TEXT:
-        raise InputError(
-            f"{path}: architecture {architecture} of model_type {model_type!r} takes images or sound"
-            f"{' (' + ', '.join(senses) + ')' if senses else ''}, and is not supported; its tower would never run."
-            f" Models with images: {', '.join(PATCH_EMBEDS)}"
-        )
-
-
 def count_parameters(directory: Path) -> int:
     """Number of weights in a snapshot's safetensors, by their headers; tied weights are stored and counted once."""
     return sum(math.prod(tensor.shape) for tensor in read_headers(directory).values())
@@ -277,8 +174,8 @@ def check_contents(directory: Path) -> None:
     """
     config = check_snapshot(directory)
     tensors = read_headers(directory)
-    takes_images = config["architectures"][0] in PATCH_EMBEDS
-    if towers := [name for name in tensors if TOWER.search(name)] if not takes_images else []:
+    family = check_architecture(config, directory / "config.json")
+    if towers := [name for name in tensors if TOWER.search(name)] if not family.takes_images else []:
         raise InputError(
             f"{directory}: the weights of a tower for images or sound ({listed(towers)}), which the architecture"
             f" {config['architectures'][0]} does not have; use the text model, or correct config.json"
@@ -290,13 +187,25 @@ def check_contents(directory: Path) -> None:
         with explained(directory / GENERATION_CONFIG):
             GenerationConfig.from_pretrained(directory, local_files_only=True)
     processor = load_processor(directory)
-    if takes_images:
-        size = {"shortest_edge": TRIAL_SIDE**2, "longest_edge": TRIAL_SIDE**2}
-        with explained(directory / "preprocessor_config.json"):
-            trial = [Image.new("RGB", (TRIAL_SIDE, TRIAL_SIDE), "white")]
-            pixels = processor.image_processor(images=trial, size=size, return_tensors="pt")["pixel_values"]
-            if not pixels.isfinite().all():
-                raise ValueError("pixels that are not finite")
+    if family.takes_images:
+        _try_image(directory, processor)
+
+
+def _try_image(directory: Path, processor: Processor) -> None:
+    """Refuse a snapshot whose processor does not turn a white image into tokens and finite pixels."""
+    area = TRIAL_SIDE**2
+    white = Image.new("RGB", (TRIAL_SIDE, TRIAL_SIDE), "white")
+    path = directory / "preprocessor_config.json"
+    with explained(path):
+        try:
+            image = processor.family.fit(white, processor, Limits(area, area, area))
+            text = str(processor.image_token)
+            ids, _ = processor.family.tokenize(text, None, (image,), processor, False)
+            processor.family.tensors(Prepared(Sample("white", "", (image,)), text, ids, None), processor)
+        except InputError as error:
+            raise InputError(
+                f"{path}: refused by transformers ({error}); correct it, or download the snapshot again"
+            ) from None
 
 
 def note(path: Path) -> str | None:
@@ -402,33 +311,9 @@ def load_model(directory: Path) -> PreTrainedModel:
     return model
 
 
-def make_fx_safe(model: torch.nn.Module) -> list[tuple[torch.nn.Module, type[torch.nn.Module]]]:
-    """Give each patch embedding the forward of `FxSafePatchEmbed`.
-
-    Returns:
-        Each changed module and its class before.
-    """
-    changed = [(module, type(module)) for module in model.modules() if type(module) in FX_SAFE]
-    for module, before in changed:
-        module.__class__ = FX_SAFE[before]
-    return changed
-
-
-@contextmanager
-def fx_safe(model: torch.nn.Module) -> Iterator[None]:
-    """Make a model safe for FX, and give each module its class back at the end."""
-    changed = make_fx_safe(model)
-    try:
-        yield
-    finally:
-        for module, before in changed:
-            module.__class__ = before
-
-
 def model_class(config: dict[str, Any]) -> Any:
     """The class of transformers that loads the model of a checked config.json."""
-    architecture = config["architectures"][0]
-    return getattr(transformers, architecture) if architecture in PATCH_EMBEDS else AutoModelForCausalLM
+    return getattr(transformers, config["architectures"][0])
 
 
 def empty_model(directory: Path) -> PreTrainedModel:
@@ -463,8 +348,7 @@ def _of_config(directory: Path) -> PreTrainedModel:
     factory = model_class(check_snapshot(directory))
     with explained(directory / "config.json"):
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        build = factory.from_config if factory is AutoModelForCausalLM else factory._from_config
-        made: PreTrainedModel = build(config, dtype=torch.float32)
+        made: PreTrainedModel = factory._from_config(config, dtype=torch.float32)
         return made
 
 
@@ -495,9 +379,9 @@ def load_processor(directory: Path, backend: str | None = None) -> Processor:
             processor is that of another model, or the backend is not installed.
     """
     config = read_object(directory / "config.json")
-    takes_images = config["architectures"][0] in PATCH_EMBEDS
+    family = check_architecture(config, directory / "config.json")
     backend = backend or ("torchvision" if is_torchvision_available() else "pil")
-    if takes_images and backend == "torchvision" and not is_torchvision_available():
+    if family.takes_images and backend == "torchvision" and not is_torchvision_available():
         raise InputError(
             "the calibration set was made with torchvision, which is not installed; install it, or run the calibration"
             " rule again (snakemake --cores 1 --forcerun extract_calibration)"
@@ -509,50 +393,23 @@ def load_processor(directory: Path, backend: str | None = None) -> Processor:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         words = tokenizer("a text", add_special_tokens=False)["input_ids"]  # some values are read only here
         text = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
-        if takes_images:
-            image_processor = AutoImageProcessor.from_pretrained(directory, local_files_only=True, backend=backend)
     if not words:  # transformers makes an empty tokenizer if the tokenizer's file is missing
         raise InputError(
             f"{directory}: the tokenizer makes no tokens of a text; complete the snapshot with its tokenizer.json"
         )
+    with explained(directory, "no usable tokenizer or image processor"):
+        for_images = family.load(Parts(directory, config, tokenizer, backend))
     # The processor's own template comes first: the tokenizer's may be that of a text model, without images.
     if (directory / "chat_template.json").exists():
         template = read_object(directory / "chat_template.json").get("chat_template")
         if not isinstance(template, str | None):
             raise InputError(f"{directory}/chat_template.json: the chat template is not text; complete the snapshot")
         tokenizer.chat_template = template
-    sizes: dict[str, Any] = {"vocabulary": getattr(text, "vocab_size", None), "positions": _positions(text)}
-    if not takes_images:
-        return Processor(tokenizer, **sizes)
-    _require_patches(directory, image_processor, config.get("vision_config", {}))
-    image_token_id = config.get("image_token_id")
-    image_token: Any = None
-    if type(image_token_id) is int and 0 <= image_token_id < len(tokenizer):
-        image_token = tokenizer.convert_ids_to_tokens(image_token_id)
-    if image_token is None:
-        raise InputError(
-            f"{directory}/config.json: image_token_id {image_token_id!r} is not in the tokenizer; correct config.json"
-        )
-    return Processor(tokenizer, image_processor, image_token, image_token_id, backend, **sizes)
+    vocabulary = getattr(text, "vocab_size", None)
+    return Processor(family, tokenizer, vocabulary=vocabulary, positions=_positions(text), **for_images)
 
 
 def _positions(text: Any) -> int | None:
     """The number of positions of a text config; some families write -1 for no limit."""
     positions = getattr(text, "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
-
-
-def _require_patches(directory: Path, image_processor: Any, vision: dict[str, Any]) -> None:
-    """Refuse an image processor that cuts images into other patches than the model's vision tower takes."""
-    names = {
-        "patch_size": "patch_size",
-        "temporal_patch_size": "temporal_patch_size",
-        "merge_size": "spatial_merge_size",
-    }
-    for ours, theirs in names.items():
-        cut = getattr(image_processor, ours, None)
-        if cut is None or cut != vision.get(theirs, cut):
-            raise InputError(
-                f"{directory}: {ours} of the image processor is {cut}, and config.json asks for {vision.get(theirs)};"
-                " complete the snapshot with its own preprocessor_config.json"
-            )

@@ -13,10 +13,23 @@ from auto_quantize_model.schemes.scheme import INC_INT8
 # Serving engines hold these modules as one matrix, which has one scheme.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
+# The names that transformers gives to the towers' modules, and to the modules that join images to the text model.
+AUDIO = re.compile(r"(\w+_)?(audio|speech|acoustic)(_\w+)?")
+VISION = re.compile(
+    r"(\w+_)?(vision|visual|image|video)(_\w+)?|((multi_modal|mm)_)?projector|connector|aligner|merger|qformer"
+    r"|language_projection|resampler(_\w+)?|perceiver(_\w+)?|perception_\w+|vq_?model|generation_\w+"
+)
+
 
 def tower_of(op_name: str) -> str:
-    """`vision` for a module of the vision tower, by its name, and `language` for any other."""
-    return "vision" if re.search(r"\b(visual|vision\w*)\b", op_name) else "language"
+    """`vision`, `audio` or `language`, by the name of a module.
+
+    What joins images to the text model is of the vision tower, because it runs with images alone.
+    """
+    parts = op_name.split(".")
+    if any(AUDIO.fullmatch(part) for part in parts):
+        return "audio"
+    return "vision" if any(VISION.fullmatch(part) for part in parts) else "language"
 
 
 def siblings_of(op_name: str, modules: Mapping[str, object]) -> list[str]:

@@ -122,7 +122,10 @@ def build_report(
         "frontier": of_frontier(frontier, plan),
         "profiles": of_profiles(profiles),
         "why": body_of(why),
-        "maps": {label: {"direction": sentences.DIRECTIONS[label].format(scheme=in_words), "ops": rows} for label, rows in maps.items()},
+        "maps": {
+            label: {"direction": sentences.DIRECTIONS[label].format(scheme=in_words), "ops": rows}
+            for label, rows in maps.items()
+        },
         "ops": [
             {
                 "op_name": op.op_name,

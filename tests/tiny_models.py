@@ -1,0 +1,83 @@
+"""Tiny models of images and text, each written and loaded once for all tests of a process."""
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from auto_quantize_model.made.tiny import write_tiny
+from auto_quantize_model.models.encode import encode
+from auto_quantize_model.models.family import Processor
+from auto_quantize_model.models.sample import Batch, Limits, Sample
+from auto_quantize_model.models.snapshot import load_model, load_processor
+from auto_quantize_model.models.units import tower_of
+
+LIMITS = Limits(min_pixels=28 * 28, max_pixels=112 * 112, max_tokens=2000)
+MATRICES = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Embedding)
+
+
+@functools.cache
+def snapshot(name: str) -> Path:
+    """The snapshot of a tiny model, which tests copy before they change it."""
+    folder = tempfile.TemporaryDirectory()
+    KEPT.append(folder)
+    return write_tiny(name, Path(folder.name) / name)
+
+
+KEPT: list[Any] = []  # folders are removed when the process ends
+
+
+@functools.cache
+def loaded(name: str) -> tuple[Any, Processor]:
+    return load_model(snapshot(name)), load_processor(snapshot(name))
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def sample(*images: Image.Image, answer: str | None = "A cat.") -> Sample:
+    return Sample("a", "What is it?", images, answer)
+
+
+def batch_of(name: str, *images: Image.Image) -> Batch:
+    return encode(sample(*images), loaded(name)[1], LIMITS)
+
+
+def outputs(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """The outputs of modules with a matrix that run on a batch, and the logits under an empty name."""
+    found: dict[str, torch.Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: found.update({name: output}))
+        for name, module in model.named_modules()
+        if isinstance(module, MATRICES)
+    ]
+    with torch.no_grad():
+        found[""] = model(**batch).logits
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def check_model(name: str) -> None:
+    """What holds for each model of images and text."""
+    model, processor = loaded(name)
+    one, two, none = batch_of(name, noise(60, 40)), batch_of(name, noise(60, 40), noise(40, 60, 1)), batch_of(name)
+    found = {count: outputs(model, batch) for count, batch in enumerate((none, one, two))}
+    for count, batch in enumerate((none, one, two)):
+        logits = found[count][""]
+        assert logits.shape[:2] == batch["input_ids"].shape
+        assert bool(logits.isfinite().all()) and 0.3 < float(logits.std()) < 3
+    counts = [int(batch.image_positions.sum()) for batch in (none, one, two) if batch.image_positions is not None]
+    # LLaVA-OneVision cuts a lone image into tiles, so two images can have fewer tokens.
+    assert counts[0] == 0 < counts[1] != counts[2] > 0
+    # The tower runs with images alone, and nothing else does.
+    with_images = found[1].keys() - found[0].keys()
+    assert with_images == {op for op in found[1] if tower_of(op) == "vision"}
+    other = outputs(model, batch_of(name, noise(60, 40, 2)))
+    changed = {op for op in found[1] if not torch.equal(found[1][op], other[op])}
+    assert with_images | {""} <= changed | {op for op in with_images if "pos" in op}  # positions have no pixels
