@@ -220,7 +220,18 @@ class Excluded:
 
 
 # `class` is a published key, so this cannot be a dataclass.
-LeftOut = TypedDict("LeftOut", {"pattern": str, "class": str, "count": int, "weights": int, "bytes": int})
+LeftOut = TypedDict(
+    "LeftOut", {"pattern": str, "class": str, "count": int, "weights": int, "bytes": int, "reason": NotRequired[str]}
+)
+
+
+class TowerShare(TypedDict):
+    """Weights and multiply-adds of a tower, in all and in planned ops."""
+
+    weights_total: int
+    weights_planned: int
+    multiply_adds_total: int
+    multiply_adds_planned: int
 
 
 class Coverage(TypedDict):
@@ -230,6 +241,7 @@ class Coverage(TypedDict):
     weights_planned: int
     weights_kept: int
     share: float
+    towers: dict[str, TowerShare]
     left_out: list[LeftOut]
 
 

@@ -37,6 +37,7 @@ from auto_quantize_model.measure.metrics import squared_error
 from auto_quantize_model.models import checkpoint
 from auto_quantize_model.models.checkpoint import Checkpoint
 from auto_quantize_model.models.coverage import cover
+from auto_quantize_model.models.prepare import changes_of
 from auto_quantize_model.models.snapshot import explained
 from auto_quantize_model.models.units import experts_of, tower_of, unit_of, units_of
 from auto_quantize_model.models.weights import require_meaningful
@@ -125,7 +126,7 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
         ops=tuple(replace(op, executions=tuple(count[op.op_name] for count in counts)) for op in ops),
         units=tuple(units_of(ops, dict(model.named_modules()))),
         excluded=tuple(planned.excluded),
-        coverage=cover(model, names, planned.kept),
+        coverage=cover(model, names, planned.kept, {one.op_name: one.reason for one in planned.excluded}, scored[0]),
         inc_check=inc_check,
         versions=versions(),
     )
@@ -588,8 +589,9 @@ def describe_ops(
 
 def others(model: torch.nn.Module, known: Collection[str], reason: str) -> list[Excluded]:
     """The modules with parameters that are not among the known ones."""
+    uses = "uses its weight otherwise than a plain module does"
     return [
-        Excluded(name, type(module).__name__, reason)
+        Excluded(name, type(module).__name__, f"{type(module).__name__} {uses}" if changes_of(module) else reason)
         for name, module in model.named_modules()
         if name not in known and any(True for _ in module.parameters(recurse=False))
     ]

@@ -93,6 +93,8 @@ def with_random_rows(module: Any) -> Any:
     if getattr(module, "bias", None) is not None:
         fields["bias"] = torch.nn.Parameter(torch.randn(rows), requires_grad=False)
     vars(made).update(_parameters={**module._parameters, **fields}, _modules=dict(module._modules))
+    if getattr(module, "padding_idx", None) is not None:
+        made.padding_idx = min(module.padding_idx, rows - 1)
     return made
 
 
@@ -131,7 +133,7 @@ def trials_of(module: Any) -> list[Trial]:
         return [(torch.randn(TRIAL_ROWS, module.weight.shape[0]),)]
     if isinstance(module, CONVOLUTIONS):
         sides: Any = module.kernel_size
-        return [(torch.randn(1, module.in_channels, *(2 * side for side in sides)),)]
+        return [(torch.randn([1, module.in_channels, *(2 * side for side in sides)]),)]
     return [trial_of_experts(module)]
 
 
