@@ -199,9 +199,14 @@ def row(name: str, result: dict[str, Any]) -> str:
     audited = f"{result['compared']} by {by}, 0 differ" if result["compared"] else "not measured"
     served = f"{sum(result['served'].values())}, 0 differ"
     share = f"{100 * coverage['share']:.1f} %"
-    return (
-        f"| `{name}` | {result['ops']} | {share} | {audited} | {served} | {result['seconds']:.0f} | {remarks(result)} |"
-    )
+    cells = f"`{name}`", result["ops"], share, products(coverage), audited, served, f"{result['seconds']:.0f}"
+    return f"| {' | '.join(map(str, cells))} | {remarks(result)} |"
+
+
+def products(coverage: dict[str, Any]) -> str:
+    """The share of the multiply-adds that the planned ops hold."""
+    sums = [sum(tower[f"multiply_adds_{key}"] for tower in coverage["towers"].values()) for key in ("planned", "total")]
+    return f"{100 * sums[0] / sums[1]:.1f} %"
 
 
 def remarks(result: dict[str, Any]) -> str:

@@ -109,9 +109,8 @@ def shrunk(config: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
             found[key] = 1
         elif isinstance(value, list) and len(value) >= LAYERS and not key.endswith("token_id"):
             kinds = list(dict.fromkeys(map(str, value))) if key in KINDS else []
-            found[key] = (
-                (kinds + value)[:LAYERS] if kinds else value[:LAYERS] if _is_of_layers(config, value) else value
-            )
+            of_layers = kinds or len(value) in {config.get(name) for name in COUNTS}
+            found[key] = (kinds + value)[:LAYERS] if of_layers else value
         else:
             found[key] = value
     if "qk_rope_head_dim" in found and "qk_nope_head_dim" in found:

@@ -132,8 +132,8 @@ def trials_of(module: Any) -> list[Trial]:
     if isinstance(module, Conv1D):
         return [(torch.randn(TRIAL_ROWS, module.weight.shape[0]),)]
     if isinstance(module, CONVOLUTIONS):
-        sides: Any = module.kernel_size
-        return [(torch.randn([1, module.in_channels, *(2 * side for side in sides)]),)]
+        channels, *sides = module.weight.shape[1:]
+        return [(torch.randn([1, channels, *(2 * side for side in sides)]),)]
     return [trial_of_experts(module)]
 
 
