@@ -355,6 +355,7 @@ METRICS = (
     "image_divergence",
     "text_divergence",
     "top1_agreement",
+    "router_agreement",
 )
 # Of one calibration: {op_name: its scales}. An op that did not run has no entry.
 Scales = Mapping[str, OpScales]
@@ -376,6 +377,7 @@ class Score:
         image_divergence, text_divergence: its sum at the positions of image and of other tokens; None where INC
             measured.
         top1_agreement: share of positions; None where INC measured.
+        router_agreement: share of the routers' choices of experts that are those of FP32; None without a router.
     """
 
     batch: int
@@ -389,6 +391,7 @@ class Score:
     image_divergence: float | None = None
     text_divergence: float | None = None
     top1_agreement: float | None = None
+    router_agreement: float | None = None
 
 
 @dataclass(frozen=True)

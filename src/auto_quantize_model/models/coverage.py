@@ -10,11 +10,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from auto_quantize_model.models.units import tower_of
 from auto_quantize_model.records import Coverage, TowerShare
 
+ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unknown to torch's counter
 NUMBERED = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 
@@ -90,6 +91,11 @@ def cover(
     }
 
 
+def of_attention(query: Any, key: Any, value: Any, *others: Any, **options: Any) -> int:
+    """The operations of an attention by the shapes of its inputs."""
+    return int(sdpa_flop_count(query, key, value))
+
+
 def nothing() -> TowerShare:
     """A tower without weights."""
     return {"weights_total": 0, "weights_planned": 0, "multiply_adds_total": 0, "multiply_adds_planned": 0}
@@ -99,7 +105,7 @@ def multiply_adds(
     model: torch.nn.Module, planned: Collection[str], batch: Mapping[str, torch.Tensor]
 ) -> dict[str, TowerShare]:
     """The multiply-adds of one forward for each tower, in all and in planned ops, by torch's `FlopCounterMode`."""
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: of_attention})
     with torch.no_grad(), counter:
         model(**batch)
     root = type(model).__name__

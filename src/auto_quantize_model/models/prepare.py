@@ -132,7 +132,8 @@ def trials_of(module: Any) -> list[Trial]:
     if isinstance(module, Conv1D):
         return [(torch.randn(TRIAL_ROWS, module.weight.shape[0]),)]
     if isinstance(module, CONVOLUTIONS):
-        channels, *sides = module.weight.shape[1:]
+        weight: Any = module.weight
+        channels, *sides = weight.shape[1:]
         return [(torch.randn([1, channels, *(2 * side for side in sides)]),)]
     return [trial_of_experts(module)]
 

@@ -25,7 +25,7 @@ def headline(ops: int, coverage: Coverage) -> str:
     total, planned = (sum(tower[key] for tower in coverage["towers"].values()) for key in MULTIPLY_ADDS)
     if total:
         found += f" and {in_percent(planned, total)} of the multiply-adds"
-    if len(coverage["towers"]) > 1:
+    if total and len(coverage["towers"]) > 1:
         parts = [
             f"{name} {in_percent(tower['weights_planned'], tower['weights_total'])} and"
             f" {in_percent(*(tower[key] for key in reversed(MULTIPLY_ADDS)))}"

@@ -141,6 +141,11 @@ def has_images(report: Report) -> bool:
     return any(batch["image_tokens"] for batch in report["batches"])
 
 
+def has_router(report: Report) -> bool:
+    """Whether routers choose experts in the model."""
+    return report["all_ops"]["router_agreement"] is not None
+
+
 def has_times(report: Report) -> bool:
     """Whether the config has a table of times."""
     return report["frontier"]["status"] == "measured" and report["frontier"]["points"][0]["seconds"] is not None
@@ -484,6 +489,8 @@ def of_schemes(report: Report) -> str:
     return (
         "SQNR, KL divergence and top-1 are those of the model with all ops in the scheme that can have it. Ops are"
         " ranked by the KL divergence that each adds alone."
+        + " The column router is the share of the routers' choices of experts that stay as in FP32."
+        * has_router(report)
     )
 
 
