@@ -248,8 +248,8 @@ class Coverage(TypedDict):
 class IncCheck(TypedDict):
     """Whether INC can measure the model; see `inc.plan.check_inc`.
 
-    `status` is `reproduces_fp32`, or `cannot` where the replay alone measures `inc_int8`. It is `no_plan` where INC
-    cannot even plan the model, and `not_asked` where `inc_int8` is not among the schemes.
+    `status` is `reproduces_fp32`, or `cannot` where the replay alone measures `inc_int8`. It is `no_plan` where nobody
+    can measure `inc_int8` exactly, and `not_asked` where `inc_int8` is not among the schemes.
     """
 
     status: str

@@ -42,7 +42,7 @@ from auto_quantize_model.models.snapshot import explained
 from auto_quantize_model.models.units import experts_of, tower_of, unit_of, units_of
 from auto_quantize_model.models.weights import require_meaningful
 from auto_quantize_model.records import CalibrationManifest, Excluded, IncCheck, IncInt8, ModelManifest, Op, Plan, Side
-from auto_quantize_model.replay.model import Batch, Replay, goes_along, refusals, require_replayable
+from auto_quantize_model.replay.model import Batch, Replay, goes_along, refusals
 from auto_quantize_model.schemes.compressed import fields_of, nearest, refusal, scheme_of, stored_bytes
 from auto_quantize_model.schemes.scheme import INC_INT8, assigned
 
@@ -142,16 +142,16 @@ def planned_and_checked(model: torch.nn.Module, batches: Sequence[Batch], spec: 
         return plan_without_inc(model, batches, spec), {"status": "not_asked"}
     try:
         planned = plan_ops(model, batches, spec)
-    except CannotPlan as error:
-        if len(spec.schemes) == 1:
+        scored = batches[: spec.confidence_batches]
+        inc_check, incs_errors = check_inc(planned, scored)
+        require_measurable(model, planned.ops, spec.engine, inc_check)
+        if spec.engine != "inc" and not refusals(model, planned.ops):
+            for index, incs_error in incs_errors.items():
+                require_same_int8(model, planned, scored, index, incs_error)
+    except WithoutInc as error:
+        if len(spec.schemes) == 1 or spec.engine != "replay":
             raise
         return plan_without_inc(model, batches, spec), {"status": "no_plan", "reason": error.reason}
-    scored = batches[: spec.confidence_batches]
-    inc_check, incs_errors = check_inc(planned, scored)
-    require_measurable(model, planned.ops, spec.engine, inc_check)
-    if spec.engine != "inc" and not refusals(model, planned.ops):
-        for index, incs_error in incs_errors.items():
-            require_same_int8(model, planned, scored, index, incs_error)
     return planned, inc_check
 
 
@@ -208,15 +208,22 @@ class Planned(NamedTuple):
     tune_cfg: dict[str, Any]
 
 
-class CannotPlan(InputError):
-    """INC cannot plan a model; `reason` says why."""
+class WithoutInc(InputError):
+    """INC's scheme cannot be measured in a model, and other schemes can; `reason` says why."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, advice: str = "") -> None:
         super().__init__(
-            f"INC cannot plan this model: {reason}; add a scheme of compressed-tensors, such as W8A8, to"
-            " sensitivity.schemes, because such schemes need no plan of INC"
+            f"{reason}; {advice}add a scheme of compressed-tensors, such as W8A8, to sensitivity.schemes, because such"
+            " schemes need no plan of INC"
         )
         self.reason = reason
+
+
+class CannotPlan(WithoutInc):
+    """INC cannot plan a model."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"INC cannot plan this model: {why}")
 
 
 def plan_ops(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -> Planned:
@@ -403,17 +410,18 @@ def require_same_int8(
     clamp. A state with one op in INT8 does not show that, and the frontier would be wrong.
 
     Raises:
-        InputError: the errors differ in any bit.
+        WithoutInc: the errors differ in any bit.
     """
     batch = batches[index]
     with Replay(model, planned.ops, planned.measured_op) as replay:
         replay.calibrate(batch)
-        found = squared_error(replay.begin(batch), replay.run(assigned(replay.order)))
+        found = squared_error(replay.begin(batch), replay.run(assigned(replay.first_visit)))
     if found != incs_error:
-        raise InputError(
+        raise WithoutInc(
             f"with every op in INT8, the replay has a sum of squared errors of {found:.4g} at {planned.measured_op} on"
             f" batch {index}, and INC has {incs_error:.4g}. INC computes a function between two ops in INT8, such as"
-            " tanh or clamp; set sensitivity.engine to inc"
+            " tanh or clamp",
+            "set sensitivity.engine to inc, or ",
         )
 
 
@@ -421,19 +429,22 @@ def require_measurable(model: torch.nn.Module, ops: Sequence[Op], engine: str, i
     """Refuse an engine that cannot measure this model, and name an engine that can.
 
     Raises:
-        InputError: INC is asked for and cannot, or the replay is needed and does not cover every op.
+        InputError: INC is asked for and cannot.
+        WithoutInc: the replay is needed and does not cover every op.
     """
     if inc_check["status"] != "cannot":
-        if engine == "replay":
-            require_replayable(model, ops)
+        if engine == "replay" and (refused := refusals(model, ops)):
+            name, reason = next(iter(refused.items()))
+            problem = f"{len(refused)} of {len(ops)} ops cannot be replayed exactly, first {name}: {reason}"
+            raise WithoutInc(problem, "set sensitivity.engine to inc or auto, or ")
         return
     problem = f"INC cannot measure this model: {inc_check['reason']}"
     if refused := refusals(model, ops):
         name, reason = next(iter(refused.items()))
         engine_too = " and set sensitivity.engine to replay" if engine == "inc" else ""
-        raise InputError(
-            f"{problem}. The replay does not cover {len(refused)} of {len(ops)} ops, first {name}: {reason}; keep them"
-            f" in FP32 with {keep_entry(ops, refused)}{engine_too}"
+        raise WithoutInc(
+            f"{problem}. The replay does not cover {len(refused)} of {len(ops)} ops, first {name}: {reason}",
+            f"keep them in FP32 with {keep_entry(ops, refused)}{engine_too}, or ",
         )
     if engine == "inc":
         raise InputError(

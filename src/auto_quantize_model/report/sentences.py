@@ -457,8 +457,8 @@ def of_inc_check(inc_check: IncCheck) -> list[str]:
     """Why Intel Neural Compressor could not measure the model, and what was done instead; empty where it could."""
     if inc_check["status"] == "no_plan":
         return [
-            f"Intel Neural Compressor cannot plan this model: {inc_check['reason']}. So {INC_INT8} is not measured. The"
-            " other schemes need no plan of Intel Neural Compressor."
+            f"{INC_INT8} is not measured: {inc_check['reason']}. The other schemes need no plan of Intel Neural"
+            " Compressor."
         ]
     if inc_check["status"] != "cannot":
         return []
