@@ -152,8 +152,9 @@ class Op:
 
     Attributes:
         op_name: the name of its module.
-        op_type: `Linear`, `Conv2d`, `Conv3d` or `Embedding`, in INC's spelling.
-        shape: of its weight.
+        op_type: `Linear`, `Conv2d`, `Conv3d` or `Embedding`, in INC's spelling. `Experts` is the same matrix of all
+            experts of a block.
+        shape: of its weight; for `Experts` the number of experts comes first.
         weight_bytes: of its weight in FP32.
         executions: how often the op runs in FP32 on each scored batch.
         tower: `vision` or `language`.
@@ -273,6 +274,7 @@ class Plan:
         engine: `replay`, `inc` or `auto`.
         confidence_batches: how many calibration batches are scored.
         maps: which maps are measured.
+        experts: whether each matrix of an expert is an op, or the same matrix of all experts of a block (`block`).
         keep: what the config keeps in FP32.
         reduce_range: whether activations take 7 bits of 8; `reduce_range_by` says who chose, `inc` or `config`.
         measured_op: the op at whose output the errors are measured.
@@ -293,6 +295,7 @@ class Plan:
     engine: str
     confidence_batches: int
     maps: tuple[str, ...]
+    experts: str = "each"
     keep: Keep
     reduce_range: bool
     reduce_range_by: str

@@ -37,6 +37,7 @@ from auto_quantize_model.measure.metrics import squared_error
 from auto_quantize_model.models import checkpoint
 from auto_quantize_model.models.checkpoint import Checkpoint
 from auto_quantize_model.models.coverage import cover
+from auto_quantize_model.models.experts import StackedLinear
 from auto_quantize_model.models.prepare import changes_of
 from auto_quantize_model.models.snapshot import explained
 from auto_quantize_model.models.units import experts_of, tower_of, unit_of, units_of
@@ -116,6 +117,7 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
         engine=spec.engine,
         confidence_batches=spec.confidence_batches,
         maps=tuple(spec.maps),
+        experts=spec.experts,
         keep={"op_type_dict": dict(spec.op_type_dict), "op_name_dict": {**spec.op_name_dict, **left}},
         reduce_range=reduced,
         reduce_range_by="inc" if spec.reduce_range is None else "config",
@@ -246,10 +248,23 @@ def plan_ops(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -
     left = {key: refused[name] for key, (name, _) in names.items() if name in refused and name != measured_op}
     if kept or left:
         planned = planned_by_inc(model, batches, spec, measured_op, left | kept)
+    planned = with_blocks_of_experts(model, planned)
     if not planned.ops:
         raise InputError("sensitivity.op_type_dict and op_name_dict keep every op in FP32: nothing is left to measure")
     modules, others = ([names[key][0] for key in keys] for keys in (kept, left.keys() - kept.keys()))
     return planned._replace(head_only=head_only, kept=modules, left=sorted(others))
+
+
+def with_blocks_of_experts(model: torch.nn.Module, planned: Planned) -> Planned:
+    """A plan of INC with the ops that hold a matrix of all experts of a block, which INC does not see."""
+    modules = dict(model.named_modules())
+    names = [name for name, module in modules.items() if type(module) is StackedLinear]
+    if not names:
+        return planned
+    reason = {INC_INT8: "INC quantizes each expert alone; set sensitivity.experts to each"}
+    blocks = [replace(inventoried(name, "Experts", modules, None), refused=reason) for name in names]
+    excluded = [module for module in planned.excluded if module.op_name not in names]
+    return planned._replace(ops=[*planned.ops[:-1], *blocks, *planned.ops[-1:]], excluded=excluded)
 
 
 def names_of_ops(model: torch.nn.Module, tune_cfg: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -304,13 +319,14 @@ def plan_without_inc(model: torch.nn.Module, batches: Sequence[Batch], spec: Pla
     require_batches(batches, spec)
     measured_op, head_only = find_output_op(model, batches[0])
     modules = dict(model.named_modules())
-    names = {name: (name, "Linear") for name, module in modules.items() if type(module) is torch.nn.Linear}
+    kinds = {torch.nn.Linear: "Linear", StackedLinear: "Experts"}
+    names = {name: (name, kinds[type(module)]) for name, module in modules.items() if type(module) in kinds}
     kept = ops_to_keep(names, spec)
     in_order = [name for name in names if name != measured_op] + [measured_op] * (measured_op in names)
-    ops = [inventoried(name, "Linear", modules, None) for name in in_order if name not in kept]
+    ops = [inventoried(name, names[name][1], modules, None) for name in in_order if name not in kept]
     if not ops:
         raise InputError("sensitivity.op_type_dict and op_name_dict keep every op in FP32: nothing is left to measure")
-    excluded = [Excluded(name, "Linear", reason) for name, reason in kept.items()]
+    excluded = [Excluded(name, names[name][1], reason) for name, reason in kept.items()]
     left = others(model, {*names}, "schemes of compressed-tensors quantize a Linear, and this is none")
     return Planned(measured_op, head_only, ops, [*excluded, *left], list(kept), [], None, {})
 
@@ -415,7 +431,9 @@ def require_same_int8(
     batch = batches[index]
     with Replay(model, planned.ops, planned.measured_op) as replay:
         replay.calibrate(batch)
-        found = squared_error(replay.begin(batch), replay.run(assigned(replay.first_visit)))
+        reference = replay.begin(batch)
+        names = [op.op_name for op in planned.ops if op.inc_int8 and op.op_name in replay.first_visit]
+        found = squared_error(reference, replay.run(assigned(names)))
     if found != incs_error:
         raise WithoutInc(
             f"with every op in INT8, the replay has a sum of squared errors of {found:.4g} at {planned.measured_op} on"
@@ -635,7 +653,7 @@ def with_schemes(op: Op, schemes: Mapping[str, QuantizationScheme | Checkpoint])
         elif reason := refusal(scheme, op.op_type, op.shape):
             other = nearest(scheme, op.op_type, op.shape)
             refused[name] = f"{reason}; {other} can hold the op" if other else reason
-    refused = {name: reason for name, reason in refused.items() if reason}
+    refused = {**op.refused, **{name: reason for name, reason in refused.items() if reason}}
     able = tuple(name for name in schemes if name not in refused)
     # INC's INT8 has a byte for each value and a float32 scale for each row.
     stored = {INC_INT8: op.weight_bytes // 4 + 4 * op.shape[0]} if op.shape and op.inc_int8 else {}
