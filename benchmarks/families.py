@@ -168,10 +168,11 @@ def table(groups: dict[str, list[str]]) -> Iterator[str]:
     yield "# Families"
     yield ""
     yield (
-        "Each row is a tiny model with random weights, built from the real class and configuration of transformers"
-        f" {transformers.__version__} and loaded as a user's snapshot is. The plan covers the share of its weights in"
-        " the third column. The audit measured values again, in INC's scheme and in four of compressed-tensors. A row"
-        " exists only if every value had the same bits; otherwise it shows the error."
+        "Each row is a tiny model with random weights. Its class and configuration are those of transformers"
+        f" {transformers.__version__}, and it is loaded as a user's snapshot is. Two columns show the share of the weights"
+        " and of the multiply-adds that the planned ops hold. The audit measured values again, in INC's scheme and in"
+        f" {len(SCHEMES) - 1} schemes of compressed-tensors. A row exists only if every value had the same bits."
+        " Other models are listed with their error."
     )
     yield ""
     yield (

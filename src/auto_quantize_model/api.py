@@ -71,7 +71,8 @@ def prepare(model: torch.nn.Module, *, experts: str = "each") -> dict[str, str]:
     from auto_quantize_model.models.prepare import prepare as prepared
 
     if choose := getattr(model, "set_experts_implementation", None):
-        choose("eager")  # type: ignore[operator]  one expert after the other, as linear layers run
+        # One expert after the other, as linear layers run.
+        choose("eager")  # type: ignore[operator]
     return prepared(model, experts)
 
 
