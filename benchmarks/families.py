@@ -228,7 +228,7 @@ def remarks(result: dict[str, Any]) -> str:
         found.append(f"left out: {', '.join(most)}")
     if result["head_only"]:
         found.append("measured before the model scales or caps its logits")
-    if result["tower"]:
+    if result.get("tower"):
         found.append("{} of {} tower ops have other scores with another image".format(*result["tower"]))
     if result["not_run"]:
         found.append(f"{result['not_run']} ops never ran on these samples")
