@@ -70,9 +70,10 @@ def prepare(model: torch.nn.Module, *, experts: str = "each") -> dict[str, str]:
         raise InputError(f"experts is {experts!r}; give each or block")
     from auto_quantize_model.models.prepare import prepare as prepared
 
-    if choose := getattr(model, "set_experts_implementation", None):
+    choose: Any = getattr(model, "set_experts_implementation", None)
+    if choose:
         # One expert after the other, as linear layers run.
-        choose("eager")  # type: ignore[operator]
+        choose("eager")
     return prepared(model, experts)
 
 
