@@ -142,7 +142,7 @@ def test_reading_a_config_imports_no_torch() -> None:
             "sensitivity.fallback_schemes needs the map fallback; add fallback to sensitivity.maps",
         ),
         ("sensitivity: {schemes: [W8A8], engine: auto}", "sensitivity.engine auto measures inc_int8, which is not in"),
-        ("sensitivity: {experts: block, engine: inc}", "sensitivity.experts block needs sensitivity.engine replay"),
+        ("sensitivity: {experts: block, engine: auto}", "sensitivity.experts block needs sensitivity.engine replay"),
         ("sensitivity: {experts: block, schemes: [inc_int8]}", "sensitivity.experts block needs a scheme of"),
         ("sensitivity: {schemes: [W8A8, W8A8]}", "sensitivity.schemes: an entry is there twice; remove one of the two"),
         (
