@@ -218,4 +218,16 @@ SHAPES: dict[str, Shape] = {
         ("[IMG_BREAK]", "[IMG_END]"),
         ids={"image_token_index": "[IMG]"},
     ),
+    "paligemma": Shape(
+        "PaliGemmaForConditionalGeneration",
+        {
+            "text_config": TEXT | {"model_type": "gemma2", "sliding_window": 64},
+            "vision_config": VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},
+            "projection_dim": 32,
+        },
+        ("SiglipImageProcessorPil", {"size": SQUARE, "image_seq_length": 16}),
+        ("PaliGemmaProcessor", {}),
+        "<image>",
+        ids={"image_token_index": "<image>"},
+    ),
 }

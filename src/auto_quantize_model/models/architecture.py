@@ -14,11 +14,12 @@ from transformers.models.auto.modeling_auto import (
 from auto_quantize_model.files import InputError
 from auto_quantize_model.models.families.causal import CAUSAL, LISTED_ELSEWHERE
 from auto_quantize_model.models.families.image_text import IMAGE_TEXT
+from auto_quantize_model.models.families.paligemma import PALIGEMMA
 from auto_quantize_model.models.families.qwen_vl import QWEN_VL
 from auto_quantize_model.models.family import Family
 
 # In this order: the first that matches is the family.
-FAMILIES = (QWEN_VL, IMAGE_TEXT, CAUSAL)
+FAMILIES = (QWEN_VL, PALIGEMMA, IMAGE_TEXT, CAUSAL)
 SUPPORTED = (
     "the causal language models of transformers (AutoModelForCausalLM), and its models of images and text"
     " (AutoModelForImageTextToText)"

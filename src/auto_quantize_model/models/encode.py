@@ -86,7 +86,8 @@ def collate(encoded: Sequence[Mapping[str, torch.Tensor]]) -> Batch:
     require_equal([shapes_of(sample) for sample in encoded])
     stacked = {name: torch.cat([sample[name] for sample in encoded]) for name in encoded[0]}
     positions = [found for sample in encoded if (found := getattr(sample, "image_positions", None)) is not None]
-    return Batch(stacked, torch.cat(positions) if positions else None)
+    causal = all(getattr(sample, "causal", True) for sample in encoded)
+    return Batch(stacked, torch.cat(positions) if positions else None, causal)
 
 
 def shapes_of(encoded: Mapping[str, torch.Tensor]) -> Shapes:
@@ -103,7 +104,7 @@ def require_equal(shapes: Sequence[Shapes]) -> None:
     if len(set(shapes)) <= 1:
         return
     names = [dict(of_sample) for of_sample in shapes]
-    lengths = sorted({of_sample["input_ids"][0] for of_sample in names})
+    lengths = sorted({of_sample.get("input_ids", (1,))[0] for of_sample in names})
     problem = f"samples of {lengths} tokens, or with and without image,"
     if len(lengths) == 1 and len({frozenset(of_sample) for of_sample in names}) == 1:
         differing = [name for name in names[0] if len({of_sample[name] for of_sample in names}) > 1]

@@ -56,14 +56,18 @@ class Batch(dict[str, torch.Tensor]):
     """The model's keyword arguments for some samples.
 
     `image_positions` is bool (samples, tokens), true where a token stands for a part of an image. It is None where the
-    model takes no images. It is not passed to the model.
+    model takes no images. `causal` is whether a token sees only those before it, so that its output is the distribution
+    of the next token. Both are not passed to the model.
     """
 
     image_positions: torch.Tensor | None = None
+    causal: bool = True
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], image_positions: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], image_positions: torch.Tensor | None = None, causal: bool = True
+    ) -> None:
         super().__init__(tensors)
-        self.image_positions = image_positions
+        self.image_positions, self.causal = image_positions, causal
 
 
 def image_positions(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:

@@ -199,8 +199,9 @@ def _try_image(directory: Path, processor: Processor) -> None:
     with explained(path):
         try:
             image = processor.family.fit(white, processor, Limits(area, area, area))
-            text = str(processor.image_token)
-            ids, _ = processor.family.tokenize(text, None, (image,), processor, False)
+            placed = processor.family.places_images
+            text = "" if placed else str(processor.image_token)
+            ids, _ = processor.family.tokenize(text, None, (image,), processor, placed)
             processor.family.tensors(Prepared(Sample("white", "", (image,)), text, ids, None), processor)
         except InputError as error:
             raise InputError(

@@ -39,7 +39,7 @@ def check_words(sample: Sample, processor: Processor, render: Render | None) -> 
             "the sample has an image, and the model takes none; use samples of text (calibration.columns.image null, or"
             " a JSONL without 'image')"
         )
-    if render is None:
+    if render is None and not processor.family.places_images:
         raise InputError("the sample has an image, which calibration.format plain cannot place; set it to chat")
 
 
