@@ -430,9 +430,7 @@ def between(stability: dict[str, Any], ops: int, measured: int) -> list[tuple[st
         text = f"Squared error and KL divergence order the ops with a tau of {metric_tau}{over}."
         found.append(("Between metrics", text))
     if stability["additivity"] is not None and ops > 1:
-        text = (
-            f"The errors of single ops add up to {stability['additivity']:.3g} times the error with every op quantized"
-        )
+        text = f"The errors of single ops add up to {stability['additivity']:.3g} times the error with every op quantized"
         far = abs(stability["additivity"] - 1) > 0.2
         text += ". Errors cancel or add to each other, so choices must be measured." if far else ": nearly a sum."
         found.append(("As a sum", text))
