@@ -1,4 +1,4 @@
-"""Compare the replay on a GPU with the CPU of the same machine: the bits of every op, ranks, times and memory.
+"""Compare the replay on a GPU with the CPU of the same machine: the bits of every op and scheme, ranks, times, memory.
 
     python benchmarks/gpu_check.py prepare results/digits_vlm/digits   # where the pipeline has run
     python benchmarks/gpu_check.py trained                             # on the machine with the GPU
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 from photos import photo_batch
+from real_shape import in_schemes
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
@@ -42,16 +43,19 @@ from auto_quantize_model.made.shapes import SHAPES
 from auto_quantize_model.made.standin import build_once
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.metrics import Reference
+from auto_quantize_model.measure.served_audit import Library
 from auto_quantize_model.measure.states import ALL, states
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.snapshot import count_parameters, load_model, load_processor, verify_manifest
 from auto_quantize_model.records import CalibrationManifest, Capture, ModelManifest, Op, Plan, Scales, as_record
+from auto_quantize_model.replay.by_name import schemes_of
 from auto_quantize_model.replay.devices import op_inputs, site_differences
 from auto_quantize_model.replay.model import Batch, Replay
 from auto_quantize_model.schemes.inc_int8 import cpu_kernel
 from auto_quantize_model.schemes.scheme import INC_INT8, assigned
 
 MAPS = ("isolated", "fallback", "requantize")
+SCHEMES = ["inc_int8", "W8A8", "FP8_DYNAMIC", "W4A16", "NVFP4"]  # of the stand-in, as in the benchmark of the CPU
 
 
 def main() -> int:
@@ -89,7 +93,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def trained(args: argparse.Namespace) -> None:
-    """Every op, map and batch of the run, on GPU and CPU, with 7 and with 8 bits of activation."""
+    """Every op, scheme, map and batch of the run, on GPU and CPU, INC's INT8 with 7 and with 8 bits of activation."""
     device, result = start(args, "trained")
     plan, batches = read_plan(args.folder), load_batches_of(args.folder)
     result.add("fp32_products", product_errors(device))
@@ -97,7 +101,7 @@ def trained(args: argparse.Namespace) -> None:
     for bits, planned in (("7_bits", with_range(plan, True)), ("8_bits", with_range(plan, False))):
         choose_device("cpu")
         model: Any = load_model(args.folder / "snapshot")
-        if schemes_of(ops_by_type(model, plan)) != schemes_of(plan.ops):
+        if inc_entries(ops_by_type(model, plan)) != inc_entries(plan.ops):
             raise InputError("the plan's entries are not one for each op type, so a stand-in cannot take them")
         with Replay(model, planned.ops, planned.measured_op) as replay:
             scales = replay.calibrate(batches[0])
@@ -114,7 +118,78 @@ def trained(args: argparse.Namespace) -> None:
         found["gpu_seconds_again"] = record["seconds"]
         found["gpu_twice_the_same_bits"] = again == first
         result.add(bits, found)
+    result.add("rounding", rounding(args.folder / "snapshot", batches[0], plan, device))
+    compare_schemes(args.folder / "snapshot", batches, plan, device, result)
     result.add("peak", peak(device, args.folder / "snapshot"))
+
+
+def rounding(directory: Path, batch: Batch, plan: Plan, device: torch.device) -> dict[str, Any]:
+    """How many quantized values of weights and inputs differ between the devices, in each scheme of compressed-tensors.
+
+    On the device, the library's own modules compute the output too: with all ops in a scheme, and in a mixture.
+    """
+    here, there = load_model(directory), load_model(directory).to(device)
+    schemes = schemes_of(plan.schemes, here)
+    able = {scheme: [op.op_name for op in plan.ops if scheme in op.schemes] for scheme in schemes}
+    states = {scheme: assigned(names, scheme) for scheme, names in able.items()}
+    states["a mixture"] = {name: scheme for state in states.values() for name, scheme in list(state.items())[::3]}
+    found: dict[str, Any] = {}
+    with Replay(here, plan.ops, plan.measured_op, schemes=schemes) as on_cpu:
+        scales = on_cpu.calibrate(batch)
+        inputs = op_inputs(on_cpu, batch, on_cpu.order)
+        choose_device(device.type)
+        library = Library(there, plan, schemes, scales)
+        moved = {name: tensor.to(device) for name, tensor in batch.items()}
+        expected = {what: library.logits(moved, state) for what, state in states.items()}
+        with Replay(there, plan.ops, plan.measured_op, schemes=schemes) as on_device:
+            on_device.set_scales(scales)
+            for scheme, names in able.items():
+                weights, values = [0, 0], [0, 0]
+                for name in names:
+                    pair = [replay.sites[name].served[scheme] for replay in (on_cpu, on_device)]
+                    count(weights, *(side.weight() for side in pair))
+                    x = inputs[name]
+                    count(values, pair[0].served_input(x), pair[1].served_input(x.to(device)))
+                found[scheme] = {"weights": weights, "inputs": values}
+            on_device.begin(batch)
+            for what, state in states.items():
+                counts = [0, 0]
+                count(counts, expected[what].cpu(), on_device.run(state))
+                found.setdefault(what, {})["logits of the library"] = counts
+    return found
+
+
+def count(counts: list[int], expected: torch.Tensor, found: torch.Tensor) -> None:
+    """Add to [differing, all]."""
+    counts[0] += int((found.cpu() != expected).sum())
+    counts[1] += expected.numel()
+
+
+def compare_schemes(
+    directory: Path, batches: Sequence[Batch], plan: Plan, device: torch.device, result: "Result"
+) -> None:
+    """The isolated map and the estimates of all schemes on both devices, and the seconds of each."""
+    plan = replace(plan, maps=MAPS[:1])
+    for exact in ("all", "none"):
+        choose_device("cpu")
+        on_cpu, record = captured(load_model(directory), batches, plan, exact)
+        seconds = {"cpu": record["seconds"]}
+        choose_device(device.type)
+        model: Any = load_model(directory).to(device)
+        first, record = captured(model, batches, plan, exact)
+        seconds["gpu"] = record["seconds"]
+        again, record = captured(model, batches, plan, exact)
+        seconds["gpu_again"] = record["seconds"]
+        found = {
+            scheme: in_pairs(kl_divergences(on_cpu, scheme), kl_divergences(first, scheme)) for scheme in plan.schemes
+        }
+        result.add(f"exact_{exact}", {"seconds": seconds, "twice_the_same_bits": again == first, **found})
+
+
+def kl_divergences(capture: Capture, scheme: str) -> list[float]:
+    """The divergence of each op alone: measured on each batch, or estimated where nothing was measured."""
+    measured = [score.kl_divergence for of in capture.of_map("isolated", scheme).values() for score in of if score]
+    return measured or [made.kl_divergence for made in capture.estimates_of(scheme).values()]
 
 
 def standin(args: argparse.Namespace) -> None:
@@ -143,12 +218,26 @@ def standin(args: argparse.Namespace) -> None:
         result.lap("move_to_the_device", started)
         capture, gpu_seconds = measured(model, batch, plan, store, result)
         result.add("peak", peak(device, directory))
+        of_schemes = in_schemes(replace(plan, maps=MAPS[:1]), SCHEMES)
+        timed_capture(model, batch, of_schemes, store, "none", result)
+        result.add("peak_of_estimates", peak(device, directory))
+        measured(model, batch, replace(plan, maps=MAPS), store, result)
         result.add("fp32_logits", logits_difference(model, batch, device))
         choose_device("cpu")
         compare_with_cpu(model, batch, plan, device, capture, gpu_seconds, result)
         model.to(choose_device(device.type))
-        measured(model, batch, replace(plan, maps=MAPS), store, result)
-    result.add("peak", peak(device, directory))
+        timed_capture(model, batch, of_schemes, store, "auto", result)
+    result.add("peak_of_all", peak(device, directory))
+
+
+def timed_capture(
+    model: torch.nn.Module, batch: Batch, plan: Plan, store: ScoreStore, exact: str, result: "Result"
+) -> None:
+    """How long a capture takes that measures the scores of `exact`, with how many estimates and scores."""
+    started = time.monotonic()
+    found, _ = capture_sensitivity(model, [batch], plan, store, exact=exact, say=cli.say)
+    result.lap(f"schemes_exact_{exact}", started)
+    result.add(f"schemes_exact_{exact}", [len(found.estimates), len(found.scores), found.effort.exact])
 
 
 def compare_with_cpu(
@@ -234,8 +323,8 @@ def with_range(plan: Plan, reduced: bool) -> Plan:
         scheme, side = op.inc_int8, op.inc_int8.activation
         if "reduce_range" in side.observer:
             side = replace(side, observer=side.observer | {"reduce_range": reduced})
-        ops.append(replace(op, schemes={INC_INT8: replace(scheme, activation=side)}))
-    return replace(plan, ops=tuple(ops), reduce_range=reduced)
+        ops.append(replace(op, inc_int8=replace(scheme, activation=side), schemes=(INC_INT8,)))
+    return replace(plan, ops=tuple(ops), schemes={INC_INT8: {}}, reduce_range=reduced)
 
 
 def ops_by_type(model: torch.nn.Module, plan: Plan) -> tuple[Op, ...]:
@@ -255,13 +344,15 @@ def ops_by_type(model: torch.nn.Module, plan: Plan) -> tuple[Op, ...]:
     )
 
 
-def schemes_of(ops: Sequence[Op]) -> dict[str, Any]:
+def inc_entries(ops: Sequence[Op]) -> dict[str, Any]:
     return {op.op_name: replace(op.inc_int8, inc_name="") for op in ops}
 
 
-def captured(model: torch.nn.Module, batches: Sequence[Batch], plan: Plan) -> tuple[Capture, dict[str, Any]]:
+def captured(
+    model: torch.nn.Module, batches: Sequence[Batch], plan: Plan, exact: str = "all"
+) -> tuple[Capture, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        return capture_sensitivity(model, batches, plan, ScoreStore(Path(folder)))
+        return capture_sensitivity(model, batches, plan, ScoreStore(Path(folder)), exact=exact)
 
 
 def measured(
@@ -320,15 +411,21 @@ def compare(expected: Capture, found: Capture) -> dict[str, Any]:
     result = {}
     for label in MAPS:
         sides = ([score.mse_value for score in side.scores if score.map == label] for side in (expected, found))
-        pairs = list(zip(*sides, strict=True))
-        result[label] = {
-            "spearman": float(spearmanr(*zip(*pairs, strict=True)).statistic),
-            "largest_relative_difference": max(abs(a - b) / a for a, b in pairs),
-            "median_relative_difference": statistics.median(abs(a - b) / a for a, b in pairs),
-            "equal": sum(a == b for a, b in pairs),
-            "of": len(pairs),
-        }
+        result[label] = in_pairs(*sides)
     return result
+
+
+def in_pairs(expected: Sequence[float], found: Sequence[float]) -> dict[str, float]:
+    """Spearman's rank correlation, relative differences, and how many values are equal."""
+    pairs = list(zip(expected, found, strict=True))
+    apart = [abs(a - b) / a for a, b in pairs if a]
+    return {
+        "spearman": float(spearmanr(expected, found).statistic),
+        "largest_relative_difference": max(apart),
+        "median_relative_difference": statistics.median(apart),
+        "equal": sum(a == b for a, b in pairs),
+        "of": len(pairs),
+    }
 
 
 def logits_difference(model: torch.nn.Module, batch: Batch, device: torch.device) -> float:

@@ -10,8 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from auto_quantize_model.inc import plan as planning
-
 VOCABULARY = 61
 WIDTH = 16
 
@@ -73,6 +71,8 @@ def token_batches(count: int) -> list[dict[str, torch.Tensor]]:
 @contextmanager
 def plans_unchecked() -> Iterator[None]:
     """Plans say that INC can measure, and INC does not convert the model twice to find out."""
+    from auto_quantize_model.inc import plan as planning  # the model above needs no INC
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "check_inc", lambda *_: ({"status": "reproduces_fp32"}, {}))
         yield

@@ -26,8 +26,9 @@ PROBES = 64
 
 
 @pytest.fixture
-def replay() -> Iterator[Replay]:
-    model = few_ops_model()
+def replay(request: pytest.FixtureRequest) -> Iterator[Replay]:
+    """On the device that a test asks for, or on the CPU."""
+    model = few_ops_model().to(getattr(request, "param", "cpu"))
     modules = dict(model.named_modules())
     names = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
     ops = [an_op(name, schemes=SCHEMES, shape=tuple(modules[name].weight.shape)) for name in names]
@@ -51,6 +52,10 @@ def test_the_divergence_of_the_state_is_that_of_the_replay(replay: Replay) -> No
     assert near(replay, state, {}, 1).divergence == divergence(replay, state)
 
 
+ON_EACH_DEVICE = pytest.mark.parametrize("replay", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+
+
+@ON_EACH_DEVICE
 def test_both_orders_together_predict_changes_of_one_unit_and_of_two(replay: Replay) -> None:
     names = list(replay.sites)
     state = dict.fromkeys(names, "weights")

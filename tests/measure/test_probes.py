@@ -62,6 +62,23 @@ def test_estimates_come_near_the_exact_divergence_of_every_op_and_scheme():
     assert agreement is not None and agreement > 0.8
 
 
+@pytest.mark.gpu
+def test_the_estimates_of_a_gpu_are_those_of_the_cpu():
+    schemes = ("inc_int8", "W8A8", "FP8", "NVFP4")
+    found = []
+    for device in ("cpu", "cuda"):
+        model, batch = few_ops_model().to(device), token_batches(1)[0]
+        modules = dict(model.named_modules())
+        names = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
+        ops = [an_op(name, schemes=schemes, shape=tuple(modules[name].weight.shape)) for name in names]
+        with Replay(model, ops, "lm_head", schemes=schemes_of(dict.fromkeys(schemes, {}), model)) as replay:
+            replay.calibrate(batch)
+            values = probe(replay, {name: ([name], schemes) for name in names}, range(8))
+        found.append({(made.scheme, made.op_name): made.kl_divergence for made in estimates([values])})
+    here, there = found
+    assert len(here) == len(schemes) * len(names) and there == pytest.approx(here, rel=1e-2)
+
+
 def test_a_standard_error_and_a_split_half_are_those_of_the_probes():
     """A single row: the square of the sum is the sum of the squares."""
     of_batch = [[{"W8A8": {"op": [value, value]}} for value in (1.0, 2.0, 3.0, 6.0)]]

@@ -1,5 +1,6 @@
 """An altered op has the bits of the library's own quantized module on smoothed inputs and weights."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -59,6 +60,22 @@ def test_a_smoothed_op_has_the_bits_of_the_librarys_module_on_smoothed_tensors(n
             put_parameters(library, "input", input_parameters(*ends, scheme.input_activations, weight.dtype))
         library.quantization_status = QuantizationStatus.FROZEN
         assert torch.equal(op(x), library(x / scale))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["W8A8", "FP8", "NVFP4", "STATIC"])
+def test_a_gpu_alters_weights_and_inputs_to_the_bits_of_the_cpu(name: str) -> None:
+    scheme, modules, x = scheme_of(name, STATIC if name == "STATIC" else None), linears(), inputs()
+    channels = x.flatten(0, -2).aminmax(dim=0)
+    scale = smoothing_scale(*channels, [module.weight for module in modules], 0.5)
+    found = []
+    for device in ("cpu", "cuda"):
+        low, high = (end.to(device) for end in channels)
+        alteration = Alteration(scheme.weights, scheme.input_activations, scale.to(device), channels=(low, high))
+        ops = altered([copy.deepcopy(module).to(device) for module in modules], alteration)
+        found.append([(op.weight().cpu(), op.served_input(x.to(device)).cpu()) for op in ops])
+    for here, there in zip(*found, strict=True):
+        assert all(map(torch.equal, here, there))
 
 
 def test_a_side_alone_leaves_the_other_as_it_is() -> None:

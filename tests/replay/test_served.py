@@ -1,5 +1,6 @@
 """A replayed model in any assignment of schemes has the bits of the model that compressed-tensors quantizes."""
 
+import copy
 import weakref
 
 import numpy as np
@@ -11,10 +12,10 @@ from auto_quantize_model.files import InputError
 from auto_quantize_model.measure.served_audit import Library
 from auto_quantize_model.models.snapshot import load_model
 from auto_quantize_model.models.units import unit_of
-from auto_quantize_model.records import Op
+from auto_quantize_model.records import ObservedRange, Op, OpScales
 from auto_quantize_model.replay.model import Replay
-from auto_quantize_model.replay.served import Kept, LastInput
-from auto_quantize_model.schemes.compressed import refusal, scheme_of
+from auto_quantize_model.replay.served import Kept, LastInput, Served
+from auto_quantize_model.schemes.compressed import PRESETS, refusal, scheme_of
 from auto_quantize_model.schemes.scheme import assigned
 
 GROUPS = {"weights": {"num_bits": 4, "group_size": 16, "strategy": "group", "symmetric": False}}
@@ -40,7 +41,10 @@ def model(tiny_snapshot):
 
 
 @pytest.mark.slow
-def test_every_scheme_and_mixed_assignments_have_the_bits_of_compressed_tensors(model, batches):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_every_scheme_and_mixed_assignments_have_the_bits_of_compressed_tensors(model, batches, device):
+    model = copy.deepcopy(model).to(device)
+    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
     ops = planned(model)
     names = {scheme: [op.op_name for op in ops if scheme in op.schemes] for scheme in SCHEMES}
     assert all(names.values()) and len(names["W4A16"]) == 2  # of the merger, whose columns 128 divides
@@ -61,6 +65,26 @@ def test_every_scheme_and_mixed_assignments_have_the_bits_of_compressed_tensors(
             for state, output in zip(states, of_batch, strict=True):
                 assert torch.equal(replay.run(state), output) and not torch.equal(output, fp32), state
             assert torch.equal(replay.run({}), fp32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_gpu_rounds_weights_and_inputs_to_the_bits_of_the_cpu(name):
+    torch.manual_seed(0)
+    module, x = torch.nn.Linear(256, 64).requires_grad_(False), torch.randn(2, 24, 256)
+    module.weight *= torch.logspace(-8, 8, 64, base=2)[:, None]
+    x *= torch.logspace(-8, 8, 48, base=2).reshape(2, 24, 1)
+    scales = OpScales(input=ObservedRange(float(x.min()) / 2, float(x.max()) / 2))
+    found = []
+    for device in ("cpu", "cuda"):
+        there = copy.deepcopy(module).to(device)
+        served = Served(there, scheme_of(name), [there.weight], Kept(), LastInput())
+        served.set_range(scales)
+        found.append((served.weight().cpu(), served.served_input(x.to(device)).cpu(), served(x.to(device)).cpu()))
+    (weight, inputs, output), (weight_there, inputs_there, output_there) = found
+    assert torch.equal(weight, weight_there) and torch.equal(inputs, inputs_there)
+    assert not torch.equal(weight, module.weight)
+    assert (output_there - output).norm() < 1e-5 * output.norm()  # sums of float32 have another order
 
 
 def test_an_op_without_the_scheme_is_refused_by_name(model):

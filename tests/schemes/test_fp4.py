@@ -11,22 +11,26 @@ from auto_quantize_model.schemes.fp4 import round_to_fp4, served_fp4
 
 BORDERS = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, torch.inf])
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]  # on a GPU the library has a kernel of its own
 
-def assert_same_bits(x: torch.Tensor) -> None:
-    """Both functions give the same bits; of a NaN, a NaN."""
-    theirs, ours = cast_to_fp4(x.clone()), round_to_fp4(x)
+
+def assert_same_bits(x: torch.Tensor, device: str = "cpu") -> None:
+    """Both functions give the same bits, the library's on a device; of a NaN, a NaN."""
+    theirs, ours = cast_to_fp4(x.clone().to(device)).cpu(), round_to_fp4(x)
     assert torch.equal(theirs.isnan(), ours.isnan())
     numbers = ~x.isnan()
     assert torch.equal(theirs.view(torch.int32)[numbers], ours.view(torch.int32)[numbers])
 
 
-def test_every_value_of_bf16() -> None:
-    assert_same_bits((torch.arange(1 << 16, dtype=torch.int32) << 16).view(torch.float32))
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_value_of_bf16(device: str) -> None:
+    assert_same_bits((torch.arange(1 << 16, dtype=torch.int32) << 16).view(torch.float32), device)
 
 
-def test_the_neighbours_of_each_border() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_neighbours_of_each_border(device: str) -> None:
     around = [torch.nextafter(BORDERS, torch.full_like(BORDERS, end)) for end in (-torch.inf, torch.inf)]
-    assert_same_bits(torch.cat([sign * side for sign in (1.0, -1.0) for side in (BORDERS, *around)]))
+    assert_same_bits(torch.cat([sign * side for sign in (1.0, -1.0) for side in (BORDERS, *around)]), device)
 
 
 @given(st.lists(st.integers(-(1 << 31), (1 << 31) - 1), min_size=1, max_size=64))

@@ -149,8 +149,8 @@ def planned_and_checked(model: torch.nn.Module, batches: Sequence[Batch], spec: 
     inc_check, incs_errors = check_inc(planned, scored)
     require_measurable(model, planned.ops, spec.engine, inc_check)
     if spec.engine != "inc" and not refusals(model, planned.ops):
-        for index, error in incs_errors.items():
-            require_same_int8(model, planned, scored, index, error)
+        for index, incs_error in incs_errors.items():
+            require_same_int8(model, planned, scored, index, incs_error)
     return planned, inc_check
 
 

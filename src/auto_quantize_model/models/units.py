@@ -4,9 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from auto_quantize_model.models.prepare import BatchedExperts, RoutedExperts, SplitExperts
 from auto_quantize_model.records import Op, Unit
 from auto_quantize_model.schemes.scheme import INC_INT8
 
@@ -44,16 +41,15 @@ def experts_of(op_name: str, modules: Mapping[str, Any]) -> str:
     """The module that holds the experts of a block, for a matrix of one of them; empty for any other op."""
     parts = op_name.split(".")
     above = [".".join(parts[:depth]) for depth in range(1, len(parts))]
-    holders = (RoutedExperts, BatchedExperts, SplitExperts)
-    found = (name for name in above if isinstance(modules.get(name), holders) or name.endswith(".experts"))
-    return next(found, "")
+    held = (name for name in above if hasattr(modules.get(name), "holds_experts") or name.endswith(".experts"))
+    return next(held, "")
 
 
 def members_of(op_name: str, modules: Mapping[str, Any]) -> tuple[list[str], bool]:
     """The modules that share an op's scheme, the op included, and whether they share the weight itself."""
     if holder := experts_of(op_name, modules):
         inside = (name for name in modules if name.startswith(f"{holder}."))
-        return [name for name in inside if isinstance(modules[name], torch.nn.Linear)], False
+        return [name for name in inside if getattr(modules[name], "weight", None) is not None], False
     siblings = siblings_of(op_name, modules)
     weight = getattr(modules[op_name], "weight", None)
     if len(siblings) > 1 or weight is None:

@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from auto_quantize_model.files import InputError
-from auto_quantize_model.models.prepare import RoutedExperts
+from auto_quantize_model.models.experts import RoutedExperts
 from auto_quantize_model.records import Op, Scales
 from auto_quantize_model.replay.ops import SITES, Site, refusal
 from auto_quantize_model.schemes.inc_int8 import require_formula

@@ -21,8 +21,8 @@ DIRECTIONS = {
         " most sensitive."
     ),
     "requantize": (
-        "Ops are quantized one after another in the plan's order, and each stays in {scheme}. The value is the error so far, a"
-        " running total. It is not a score of the op, so this map has no ranks."
+        "Ops are quantized one after another in the plan's order, and each stays in {scheme}. The value is the error so"
+        " far, a running total. It is not a score of the op, so this map has no ranks."
     ),
 }
 
@@ -430,7 +430,9 @@ def between(stability: dict[str, Any], ops: int, measured: int) -> list[tuple[st
         text = f"Squared error and KL divergence order the ops with a tau of {metric_tau}{over}."
         found.append(("Between metrics", text))
     if stability["additivity"] is not None and ops > 1:
-        text = f"The errors of single ops add up to {stability['additivity']:.3g} times the error with every op quantized"
+        text = (
+            f"The errors of single ops add up to {stability['additivity']:.3g} times the error with every op quantized"
+        )
         far = abs(stability["additivity"] - 1) > 0.2
         text += ". Errors cancel or add to each other, so choices must be measured." if far else ": nearly a sum."
         found.append(("As a sum", text))
