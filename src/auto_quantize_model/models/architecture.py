@@ -12,18 +12,22 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from auto_quantize_model.files import InputError
+from auto_quantize_model.models.families import encoder
 from auto_quantize_model.models.families.causal import CAUSAL, LISTED_ELSEWHERE
+from auto_quantize_model.models.families.encoder import ENCODER
 from auto_quantize_model.models.families.image_text import IMAGE_TEXT
 from auto_quantize_model.models.families.paligemma import PALIGEMMA
 from auto_quantize_model.models.families.qwen_vl import QWEN_VL
 from auto_quantize_model.models.family import Family
 
 # In this order: the first that matches is the family.
-FAMILIES = (QWEN_VL, PALIGEMMA, IMAGE_TEXT, CAUSAL)
+FAMILIES = (QWEN_VL, PALIGEMMA, IMAGE_TEXT, CAUSAL, ENCODER)
 SUPPORTED = (
-    "the causal language models of transformers (AutoModelForCausalLM), and its models of images and text"
-    " (AutoModelForImageTextToText)"
+    "the causal language models of transformers (AutoModelForCausalLM), its models of images and text"
+    " (AutoModelForImageTextToText), and its encoders of text (AutoModelForMaskedLM, AutoModelForSequenceClassification"
+    " and AutoModelForTokenClassification)"
 )
+TABLES = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *encoder.TABLES)
 
 
 def check_architecture(config: Mapping[str, Any], path: Path) -> Family:
@@ -37,8 +41,7 @@ def check_architecture(config: Mapping[str, Any], path: Path) -> Family:
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise InputError(f"{path}: architectures is {names!r}; give a list of one class of transformers")
     architecture = names[0]
-    tables = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if not any(architecture in table.values() for table in tables):
+    if not any(architecture in table.values() for table in TABLES):
         raise InputError(f"{path}: architecture {architecture} is not supported; supported: {SUPPORTED}")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise InputError(
@@ -46,10 +49,10 @@ def check_architecture(config: Mapping[str, Any], path: Path) -> Family:
         )
     family = next((family for family in FAMILIES if family.matches(config)), None)
     if family is None:
-        expected = " or ".join(dict.fromkeys(table[model_type] for table in tables if model_type in table))
+        expected = " or ".join(dict.fromkeys(table[model_type] for table in TABLES if model_type in table))
         raise InputError(
             f"{path}: architectures names {architecture}, and model_type {model_type!r} is that of"
-            f" {expected or 'no causal language model'}; correct config.json"
+            f" {expected or 'no supported class'}; correct config.json"
         )
     if reason := family.refuse(config):
         raise InputError(f"{path}: architecture {architecture} of model_type {model_type!r} {reason}")

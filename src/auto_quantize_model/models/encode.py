@@ -22,10 +22,18 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 def encode(sample: Sample, processor: Processor, limits: Limits) -> Batch:
     """The model's keyword arguments for one sample, as `tensors` returns them; only for a trusted chat template.
 
+    A model without chat template takes the plain text.
+
     Raises:
         InputError: as `prepare` does.
     """
-    return tensors(prepare(sample, processor, limits, renderer(processor.tokenizer)), processor)
+    return tensors(prepare(sample, processor, limits, _render(processor)), processor)
+
+
+def _render(processor: Processor) -> Render | None:
+    """The chat template without limits; None where there is none."""
+    has_one = getattr(processor.tokenizer, "chat_template", None) is not None
+    return renderer(processor.tokenizer) if has_one else None
 
 
 def prepare(sample: Sample, processor: Processor, limits: Limits, render: Render | None) -> Prepared:
@@ -44,6 +52,7 @@ def prepare(sample: Sample, processor: Processor, limits: Limits, render: Render
             does not take its images.
     """
     family = processor.family
+    sample = sample if family.takes_answers else replace(sample, answer=None)
     try:
         check_words(sample, processor, render)
         images = tuple(family.fit(image, processor, limits) for image in sample.images)
@@ -73,7 +82,7 @@ def tensors(prepared: Prepared, processor: Processor) -> Batch:
 
 def answer_span(sample: Sample, processor: Processor, limits: Limits) -> range | None:
     """The positions of the answer's tokens in the encoded sample, as `Prepared` has them."""
-    return prepare(sample, processor, limits, renderer(processor.tokenizer)).answer_span
+    return prepare(sample, processor, limits, _render(processor)).answer_span
 
 
 def collate(encoded: Sequence[Mapping[str, torch.Tensor]]) -> Batch:

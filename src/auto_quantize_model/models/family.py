@@ -65,13 +65,14 @@ class Family:
         matches: whether a config.json, as a dictionary, is that of such a model.
         refuse: why a config.json that matches cannot be measured, in words; empty if it can.
         takes_images: whether samples may have images.
-        places_images: whether the processor places the images itself, so that a sample without chat template has them.
         load: the fields of the processor that are for images.
         fit: an RGB image at the size at which it is stored.
         tokenize: the token ids of a text with some images, and the positions of the answer's tokens. It takes the text,
             the positions of the answer's characters or None, and the fitted images. Then come the processor, and
             whether the tokenizer adds its special tokens.
         tensors: the model's keyword arguments for one prepared sample.
+        takes_answers: whether an answer may follow the prompt; where not, the answers of samples are left out.
+        places_images: whether the processor places the images itself, so that a sample without chat template has them.
     """
 
     name: str
@@ -82,4 +83,5 @@ class Family:
     fit: Callable[[Image.Image, Processor, Limits], Image.Image]
     tokenize: Callable[[str, range | None, tuple[Image.Image, ...], Processor, bool], Tokenized]
     tensors: Callable[[Prepared, Processor], Batch]
+    takes_answers: bool = True
     places_images: bool = False

@@ -9,7 +9,6 @@ from tiny_models import LIMITS, loaded, noise, outputs, sample, snapshot
 
 from auto_quantize_model.files import InputError
 from auto_quantize_model.measure.metrics import next_token_loss
-from auto_quantize_model.models.chat_template import renderer
 from auto_quantize_model.models.encode import prepare, tensors
 from auto_quantize_model.models.families.image_text import IMAGE_TEXT
 from auto_quantize_model.models.families.paligemma import PALIGEMMA
@@ -64,7 +63,7 @@ def test_only_an_answer_has_next_tokens() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     processor = loaded(NAME)[1]
     with pytest.raises(InputError, match=r"sample a: PaliGemma takes a prompt .* set calibration.format to plain"):
-        prepare(sample(noise(60, 40)), processor, LIMITS, renderer(processor.tokenizer))
+        prepare(sample(noise(60, 40)), processor, LIMITS, lambda messages, opened: "written by a template")
     with pytest.raises(InputError, match="sample a: PaliGemma takes an image with each text"):
         prepare(sample(), processor, LIMITS, None)
     changed = replace(prepare(sample(noise(60, 40)), processor, LIMITS, None), input_ids=(1, 2))
