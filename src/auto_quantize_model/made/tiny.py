@@ -38,8 +38,9 @@ def write_tiny(name: str, directory: Path, seed: int = 0) -> Path:
         The directory.
     """
     shape = SHAPES[name]
-    tokenizer = build_tokenizer(shape)
-    tokenizer.save_pretrained(directory)
+    tokenizer = build_tokenizer(shape) if shape.words else None
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
     model = build_model(shape, tokenizer, seed)
     model.save_pretrained(directory)
     if shape.image_processor:
@@ -79,12 +80,13 @@ ROLES = ("system", "user", "assistant")
 def build_model(shape: Shape, tokenizer: Any, seed: int) -> PreTrainedModel:
     """The model of a shape, its matrices drawn with variance 1 / fan-in, so that its logits differ."""
     kind: Any = getattr(transformers, shape.architecture)
-    token: Any = tokenizer.convert_tokens_to_ids
     values = dict(shape.config)
-    ends = {"bos_token_id": token(BEGIN), "eos_token_id": token(END), "pad_token_id": token(END)}
-    words = {"vocab_size": len(tokenizer)} | ends
-    values |= {"text_config": values["text_config"] | words} if "text_config" in values else words
-    values |= {key: token(text) for key, text in shape.ids.items()} | {"tie_word_embeddings": False}
+    if tokenizer is not None:
+        token: Any = tokenizer.convert_tokens_to_ids
+        ends = {"bos_token_id": token(BEGIN), "eos_token_id": token(END), "pad_token_id": token(END)}
+        words = {"vocab_size": len(tokenizer)} | ends
+        values |= {"text_config": values["text_config"] | words} if "text_config" in values else words
+        values |= {key: token(text) for key, text in shape.ids.items()} | {"tie_word_embeddings": False}
     torch.manual_seed(seed)
     model: PreTrainedModel = kind(kind.config_class(**values))
     generator = torch.Generator().manual_seed(seed)

@@ -8,6 +8,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
@@ -15,19 +16,25 @@ from auto_quantize_model.files import InputError
 from auto_quantize_model.models.families import encoder
 from auto_quantize_model.models.families.causal import CAUSAL, LISTED_ELSEWHERE
 from auto_quantize_model.models.families.encoder import ENCODER
+from auto_quantize_model.models.families.image_classifier import IMAGE_CLASSIFIER
 from auto_quantize_model.models.families.image_text import IMAGE_TEXT
 from auto_quantize_model.models.families.paligemma import PALIGEMMA
 from auto_quantize_model.models.families.qwen_vl import QWEN_VL
 from auto_quantize_model.models.family import Family
 
 # In this order: the first that matches is the family.
-FAMILIES = (QWEN_VL, PALIGEMMA, IMAGE_TEXT, CAUSAL, ENCODER)
+FAMILIES = (QWEN_VL, PALIGEMMA, IMAGE_TEXT, CAUSAL, ENCODER, IMAGE_CLASSIFIER)
 SUPPORTED = (
     "the causal language models of transformers (AutoModelForCausalLM), its models of images and text"
-    " (AutoModelForImageTextToText), and its encoders of text (AutoModelForMaskedLM, AutoModelForSequenceClassification"
-    " and AutoModelForTokenClassification)"
+    " (AutoModelForImageTextToText), its encoders of text (AutoModelForMaskedLM, AutoModelForSequenceClassification and"
+    " AutoModelForTokenClassification), and its classifiers of images (AutoModelForImageClassification)"
 )
-TABLES = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *encoder.TABLES)
+TABLES: tuple[Mapping[str, Any], ...] = (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    *encoder.TABLES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 
 def check_architecture(config: Mapping[str, Any], path: Path) -> Family:
@@ -41,7 +48,7 @@ def check_architecture(config: Mapping[str, Any], path: Path) -> Family:
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise InputError(f"{path}: architectures is {names!r}; give a list of one class of transformers")
     architecture = names[0]
-    if not any(architecture in table.values() for table in TABLES):
+    if not any(architecture in _classes(known) for table in TABLES for known in table.values()):
         raise InputError(f"{path}: architecture {architecture} is not supported; supported: {SUPPORTED}")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise InputError(
@@ -49,7 +56,7 @@ def check_architecture(config: Mapping[str, Any], path: Path) -> Family:
         )
     family = next((family for family in FAMILIES if family.matches(config)), None)
     if family is None:
-        expected = " or ".join(dict.fromkeys(table[model_type] for table in TABLES if model_type in table))
+        expected = " or ".join(dict.fromkeys(name for table in TABLES for name in _classes(table.get(model_type, ()))))
         raise InputError(
             f"{path}: architectures names {architecture}, and model_type {model_type!r} is that of"
             f" {expected or 'no supported class'}; correct config.json"
@@ -57,6 +64,11 @@ def check_architecture(config: Mapping[str, Any], path: Path) -> Family:
     if reason := family.refuse(config):
         raise InputError(f"{path}: architecture {architecture} of model_type {model_type!r} {reason}")
     return family
+
+
+def _classes(known: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The classes of an entry of transformers' tables, which has one name or several."""
+    return (known,) if isinstance(known, str) else known
 
 
 def takes_images(architecture: str) -> bool:

@@ -53,6 +53,8 @@ def prepare(sample: Sample, processor: Processor, limits: Limits, render: Render
     """
     family = processor.family
     sample = sample if family.takes_answers else replace(sample, answer=None)
+    if not family.takes_words:
+        sample, render = replace(sample, prompt="", turns=()), None
     try:
         check_words(sample, processor, render)
         images = tuple(family.fit(image, processor, limits) for image in sample.images)

@@ -21,7 +21,7 @@ class Processor:
 
     Attributes:
         family: of the model.
-        tokenizer: the snapshot's.
+        tokenizer: the snapshot's; None for a model without words.
         image_processor: the snapshot's.
         whole: the snapshot's own processor of text and images, where the family uses it.
         image_token: the text that the chat template writes where an image is shown.
@@ -71,6 +71,7 @@ class Family:
             the positions of the answer's characters or None, and the fitted images. Then come the processor, and
             whether the tokenizer adds its special tokens.
         tensors: the model's keyword arguments for one prepared sample.
+        takes_words: whether samples have words; where not, there is no tokenizer, and the words of samples are left out.
         takes_answers: whether an answer may follow the prompt; where not, the answers of samples are left out.
         places_images: whether the processor places the images itself, so that a sample without chat template has them.
     """
@@ -83,5 +84,6 @@ class Family:
     fit: Callable[[Image.Image, Processor, Limits], Image.Image]
     tokenize: Callable[[str, range | None, tuple[Image.Image, ...], Processor, bool], Tokenized]
     tensors: Callable[[Prepared, Processor], Batch]
+    takes_words: bool = True
     takes_answers: bool = True
     places_images: bool = False

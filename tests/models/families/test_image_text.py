@@ -12,7 +12,7 @@ from tiny_models import LIMITS, batch_of, check_model, loaded, noise, sample, sn
 from transformers import AutoProcessor
 
 from auto_quantize_model.files import InputError
-from auto_quantize_model.made.tiny_shapes import SHAPES
+from auto_quantize_model.made.tiny_image_text import IMAGE_TEXT_SHAPES as SHAPES
 from auto_quantize_model.models import pixels
 from auto_quantize_model.models.chat_template import renderer
 from auto_quantize_model.models.encode import collate, encode, prepare, tensors

@@ -41,6 +41,7 @@ UNFIT = {
     "reformer": "its attention draws random numbers",
     "tapas": "it takes tables",
 }
+ONE_LABEL = "is not supported: it has one label, and a divergence needs the probabilities of two or more"
 
 
 def matches(config: Mapping[str, Any]) -> bool:
@@ -63,15 +64,14 @@ def refuse(config: Mapping[str, Any]) -> str:
         return ""
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "is not supported: it takes the last token's row of what its head returns, so no module has its logits"
-    if _labels(config, defaults) == 1:
-        return "is not supported: it has one label, and a divergence needs the probabilities of two or more"
-    return ""
+    return ONE_LABEL if labels_of(config) == 1 else ""
 
 
-def _labels(config: Mapping[str, Any], defaults: Any) -> Any:
+def labels_of(config: Mapping[str, Any]) -> Any:
     """The number of labels, as transformers reads it."""
     names = config.get("id2label")
-    return len(names) if isinstance(names, dict) else config.get("num_labels", defaults.num_labels)
+    known = CONFIG_MAPPING[config["model_type"]]().num_labels
+    return len(names) if isinstance(names, dict) else config.get("num_labels", known)
 
 
 def tokenize(
