@@ -34,11 +34,11 @@ class Shape:
         config: of the class's configuration, without vocabulary and token ids.
         image_processor: the class with the PIL backend, and its settings; None for a model of text.
         processor: the class, and its settings; None for a model of text or of images alone.
-        words: whether the model takes text.
         image: what the chat template writes where an image is shown; empty for a model without chat template.
         tokens: special tokens, in addition to those of the turns.
         named: tokens by the names that the processor reads from the tokenizer.
         ids: tokens by the keys that the configuration has for their ids.
+        words: whether the model takes text.
     """
 
     architecture: str
@@ -46,7 +46,7 @@ class Shape:
     image_processor: tuple[str, dict[str, Any]] | None = None
     processor: tuple[str, dict[str, Any]] | None = None
     image: str = ""
-    words: bool = True
     tokens: tuple[str, ...] = ()
     named: dict[str, str] = field(default_factory=dict)
     ids: dict[str, str] = field(default_factory=dict)
+    words: bool = True

@@ -25,9 +25,8 @@ from auto_quantize_model.models.family import Family
 # In this order: the first that matches is the family.
 FAMILIES = (QWEN_VL, PALIGEMMA, IMAGE_TEXT, CAUSAL, ENCODER, IMAGE_CLASSIFIER)
 SUPPORTED = (
-    "the causal language models of transformers (AutoModelForCausalLM), its models of images and text"
-    " (AutoModelForImageTextToText), its encoders of text (AutoModelForMaskedLM, AutoModelForSequenceClassification and"
-    " AutoModelForTokenClassification), and its classifiers of images (AutoModelForImageClassification)"
+    "the classes of transformers that AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM,"
+    " AutoModelForSequenceClassification, AutoModelForTokenClassification and AutoModelForImageClassification load"
 )
 TABLES: tuple[Mapping[str, Any], ...] = (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,

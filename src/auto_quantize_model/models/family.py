@@ -71,7 +71,7 @@ class Family:
             the positions of the answer's characters or None, and the fitted images. Then come the processor, and
             whether the tokenizer adds its special tokens.
         tensors: the model's keyword arguments for one prepared sample.
-        takes_words: whether samples have words; where not, there is no tokenizer, and the words of samples are left out.
+        takes_words: whether samples have words; where not, no tokenizer, and the words of samples are left out.
         takes_answers: whether an answer may follow the prompt; where not, the answers of samples are left out.
         places_images: whether the processor places the images itself, so that a sample without chat template has them.
     """

@@ -70,6 +70,11 @@ class Batch(dict[str, torch.Tensor]):
         self.image_positions, self.causal = image_positions, causal
 
 
+def samples_in(batch: Mapping[str, torch.Tensor]) -> int:
+    """The number of samples of a batch, by its tokens, or by its images where the model takes no text."""
+    return len(batch["input_ids"] if "input_ids" in batch else batch["pixel_values"])
+
+
 def image_positions(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """Where the tokens of a batch stand for parts of images: bool (samples, tokens), or None without images.
 

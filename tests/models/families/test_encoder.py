@@ -1,5 +1,6 @@
 """Encoders of text: masked language models, and classifiers of texts and of tokens."""
 
+import re
 from typing import Any
 
 import pytest
@@ -88,8 +89,6 @@ def test_every_class_has_a_family_or_a_reason() -> None:
 def test_what_is_no_plain_encoder_is_refused(
     model_type: str, architecture: str, others: dict[str, Any], reason: str
 ) -> None:
-    import re
-
     found = config(model_type, architecture, **others)
     assert ENCODER.matches(found)
     assert re.search(reason, ENCODER.refuse(found))

@@ -1,13 +1,12 @@
 """Encoders of text: masked language models, and classifiers of texts or of tokens. A sample is its prompt alone.
 
-No token is masked. The logits of a masked language model and of a classifier of tokens have one row for each token,
-those of a classifier of texts one row for each sample.
+No token is masked. The logits of a classifier of texts have one row for each sample, and those of the others have one
+for each token.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from PIL import Image
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
