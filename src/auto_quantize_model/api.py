@@ -29,7 +29,7 @@ from auto_quantize_model.machine import choose_device, explained_out_of_memory
 from auto_quantize_model.measure.capture import Engine, Progress, capture_sensitivity, digest_of_batch
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.sample import Batch as Encoded
-from auto_quantize_model.models.sample import samples_in
+from auto_quantize_model.models.sample import samples_in, tokens_of
 from auto_quantize_model.records import (
     Capture,
     Frontier,
@@ -492,7 +492,8 @@ def _answers(given: Sequence[Sequence[range | None]] | None, heldout: Sequence[B
     if len(given) != len(heldout):
         raise InputError(f"answers: {len(given)} entries for {len(heldout)} held-out batches; give one for each batch")
     for index, (spans, batch) in enumerate(zip(given, heldout, strict=True)):
-        samples, tokens = samples_in(batch), batch["input_ids"].shape[1] if "input_ids" in batch else 0
+        known = tokens_of(batch)
+        samples, tokens = samples_in(batch), 0 if known is None else known.shape[1]
         if len(spans) != samples:
             raise InputError(f"answers[{index}]: {len(spans)} entries for {samples} samples; give one for each sample")
         for span in spans:

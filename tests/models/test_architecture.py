@@ -54,5 +54,5 @@ def test_a_causal_class_is_no_model_of_images() -> None:
 def test_a_class_of_another_model_type_is_named() -> None:
     with pytest.raises(InputError, match="names LlavaFor.*, and model_type 'llama' is that of LlamaForCausalLM"):
         check_architecture(config("llama", "LlavaForConditionalGeneration"), PLACE)
-    with pytest.raises(InputError, match="Qwen2AudioForConditionalGeneration is not supported; supported: the classes"):
-        check_architecture(config("qwen2_audio", "Qwen2AudioForConditionalGeneration"), PLACE)
+    with pytest.raises(InputError, match="WhisperForAudioClassification is not supported; supported: the classes"):
+        check_architecture(config("whisper", "WhisperForAudioClassification"), PLACE)

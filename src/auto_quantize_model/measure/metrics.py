@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from auto_quantize_model.files import InputError
-from auto_quantize_model.models.sample import image_positions
+from auto_quantize_model.models.sample import image_positions, tokens_of
 
 ROWS_AT_ONCE = 4  # positions whose distributions are in float64 at a time; so few fit in the CPU's cache
 
@@ -153,12 +153,13 @@ def next_token_loss(
 
     Args:
         output: (samples, tokens, vocabulary) logits.
-        batch: its `input_ids`, int64 (samples, tokens), its image positions, if it has any, and whether it is causal.
+        batch: its tokens, int64 (samples, tokens), its image positions, if it has any, and whether it is causal.
         spans: for each sample, the positions of its answer's tokens.
     """
-    if "input_ids" not in batch or output.shape[:-1] != batch["input_ids"].shape:
+    known = tokens_of(batch)
+    if known is None or output.shape[:-1] != known.shape:
         return 0.0, 0
-    tokens = batch["input_ids"].to(output.device)
+    tokens = known.to(output.device)
     images = image_positions(batch)
     counted = torch.ones_like(tokens, dtype=torch.bool) if images is None else ~images.to(output.device)
     counted &= getattr(batch, "causal", True)
@@ -178,13 +179,13 @@ def right_answers(output: torch.Tensor, batch: Mapping[str, torch.Tensor], spans
 
     Args:
         output: (samples, tokens, vocabulary) logits.
-        batch: its `input_ids`, int64 (samples, tokens).
+        batch: its tokens, int64 (samples, tokens).
         spans: for each sample, the positions of its answer's tokens.
     """
-    right = []
+    right, tokens = [], tokens_of(batch)
     for row, span in enumerate(spans):
-        if span is not None:
-            expected = batch["input_ids"][row, span.start : span.stop].to(output.device)
+        if span is not None and tokens is not None:
+            expected = tokens[row, span.start : span.stop].to(output.device)
             predicted = output[row, span.start - 1 : span.stop - 1].argmax(-1)
             right.append(bool(torch.equal(predicted, expected)))
     return right

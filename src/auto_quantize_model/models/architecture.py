@@ -13,9 +13,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from auto_quantize_model.files import InputError
-from auto_quantize_model.models.families import encoder
+from auto_quantize_model.models.families import encoder, encoder_decoder
 from auto_quantize_model.models.families.causal import CAUSAL, LISTED_ELSEWHERE
 from auto_quantize_model.models.families.encoder import ENCODER
+from auto_quantize_model.models.families.encoder_decoder import ENCODER_DECODER
 from auto_quantize_model.models.families.image_classifier import IMAGE_CLASSIFIER
 from auto_quantize_model.models.families.image_text import IMAGE_TEXT
 from auto_quantize_model.models.families.paligemma import PALIGEMMA
@@ -23,14 +24,15 @@ from auto_quantize_model.models.families.qwen_vl import QWEN_VL
 from auto_quantize_model.models.family import Family
 
 # In this order: the first that matches is the family.
-FAMILIES = (QWEN_VL, PALIGEMMA, IMAGE_TEXT, CAUSAL, ENCODER, IMAGE_CLASSIFIER)
+FAMILIES = (QWEN_VL, PALIGEMMA, IMAGE_TEXT, CAUSAL, ENCODER_DECODER, ENCODER, IMAGE_CLASSIFIER)
 SUPPORTED = (
-    "the classes of transformers that AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM,"
-    " AutoModelForSequenceClassification, AutoModelForTokenClassification and AutoModelForImageClassification load"
+    "the classes of transformers that AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM,"
+    " AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForTokenClassification and AutoModelForImageClassification load"
 )
 TABLES: tuple[Mapping[str, Any], ...] = (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    *encoder_decoder.TABLES,
     *encoder.TABLES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 )

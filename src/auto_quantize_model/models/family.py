@@ -29,6 +29,7 @@ class Processor:
         image_backend: the library that resizes images, `torchvision` or `pil`.
         vocabulary: the number of rows of the embedding.
         positions: the number of tokens that the model has positions for; None where the config does not give it.
+        decoder_start_token_id: the decoder's first token, where encoder and decoder are apart.
     """
 
     family: "Family"
@@ -40,6 +41,7 @@ class Processor:
     image_backend: str | None = None
     vocabulary: int | None = None
     positions: int | None = None
+    decoder_start_token_id: int | None = None
 
 
 @dataclass(frozen=True)

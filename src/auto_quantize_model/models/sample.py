@@ -75,6 +75,14 @@ def samples_in(batch: Mapping[str, torch.Tensor]) -> int:
     return len(batch["input_ids"] if "input_ids" in batch else batch["pixel_values"])
 
 
+def tokens_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The tokens to which the rows of the output belong, int64 (samples, tokens): the decoder's, where it has its own.
+
+    None for a model of images alone.
+    """
+    return batch.get("decoder_input_ids", batch.get("input_ids"))
+
+
 def image_positions(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """Where the tokens of a batch stand for parts of images: bool (samples, tokens), or None without images.
 
