@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 
 from auto_quantize_model.files import InputError
@@ -27,8 +28,10 @@ from auto_quantize_model.models.family import Family
 FAMILIES = (QWEN_VL, PALIGEMMA, IMAGE_TEXT, CAUSAL, ENCODER_DECODER, ENCODER, IMAGE_CLASSIFIER)
 SUPPORTED = (
     "the classes of transformers that AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM,"
-    " AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForTokenClassification and AutoModelForImageClassification load"
+    " AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForTokenClassification and"
+    " AutoModelForImageClassification load"
 )
+NO_LOGITS = " (it returns hidden states and no logits, and a divergence needs probabilities; use a class with a head)"
 TABLES: tuple[Mapping[str, Any], ...] = (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -50,7 +53,8 @@ def check_architecture(config: Mapping[str, Any], path: Path) -> Family:
         raise InputError(f"{path}: architectures is {names!r}; give a list of one class of transformers")
     architecture = names[0]
     if not any(architecture in _classes(known) for table in TABLES for known in table.values()):
-        raise InputError(f"{path}: architecture {architecture} is not supported; supported: {SUPPORTED}")
+        why = NO_LOGITS if any(architecture in _classes(known) for known in MODEL_MAPPING_NAMES.values()) else ""
+        raise InputError(f"{path}: architecture {architecture} is not supported{why}; supported: {SUPPORTED}")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise InputError(
             f"{path}: model_type {model_type!r} is unknown to transformers {transformers.__version__}; correct the file"
