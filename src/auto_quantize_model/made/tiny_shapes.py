@@ -4,6 +4,13 @@ from auto_quantize_model.made.tiny_encoder_decoders import ENCODER_DECODER_SHAPE
 from auto_quantize_model.made.tiny_encoders import ENCODER_SHAPES
 from auto_quantize_model.made.tiny_image_classifiers import IMAGE_CLASSIFIER_SHAPES
 from auto_quantize_model.made.tiny_image_text import IMAGE_TEXT_SHAPES
+from auto_quantize_model.made.tiny_more import MORE_SHAPES
 from auto_quantize_model.made.tiny_parts import Shape
 
-SHAPES: dict[str, Shape] = {**IMAGE_TEXT_SHAPES, **ENCODER_SHAPES, **IMAGE_CLASSIFIER_SHAPES, **ENCODER_DECODER_SHAPES}
+SHAPES: dict[str, Shape] = {
+    **IMAGE_TEXT_SHAPES,
+    **MORE_SHAPES,
+    **ENCODER_SHAPES,
+    **IMAGE_CLASSIFIER_SHAPES,
+    **ENCODER_DECODER_SHAPES,
+}
