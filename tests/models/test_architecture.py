@@ -13,7 +13,7 @@ from auto_quantize_model.files import InputError
 from auto_quantize_model.models import pixels
 from auto_quantize_model.models.architecture import check_architecture, takes_images
 from auto_quantize_model.models.families.causal import CAUSAL, LISTED_ELSEWHERE
-from auto_quantize_model.models.families.image_text import IMAGE_TEXT, UNFIT
+from auto_quantize_model.models.families.image_text import IMAGE_TEXT, PLACED, PLACING, UNFIT
 from auto_quantize_model.models.families.paligemma import PALIGEMMA
 from auto_quantize_model.models.families.qwen_vl import ARCHITECTURES, QWEN_VL
 
@@ -34,7 +34,7 @@ def test_every_class_of_images_and_text_has_a_family_or_a_reason(monkeypatch: py
             continue
         family = check_architecture(config(model_type, architecture), PLACE)
         expected = QWEN_VL if model_type in ARCHITECTURES else CAUSAL if model_type in LISTED_ELSEWHERE else IMAGE_TEXT
-        expected = PALIGEMMA if model_type == "paligemma" else expected
+        expected = PALIGEMMA if model_type == "paligemma" else PLACED if model_type in PLACING else expected
         assert family is expected
         assert family.takes_images == takes_images(architecture)
 

@@ -91,8 +91,10 @@ def build_model(shape: Shape, tokenizer: Any, seed: int) -> PreTrainedModel:
     model: PreTrainedModel = kind(kind.config_class(**values))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
+        for name, parameter in model.named_parameters():
+            if name.endswith("_gate"):  # those of Mllama's attention to images are 0 at first
+                parameter.fill_(0.5)
+            elif parameter.ndim > 1:
                 fan_in = parameter.shape[-1] if parameter.ndim < 4 else parameter[0].numel()
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
     return model

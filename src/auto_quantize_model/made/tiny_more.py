@@ -139,23 +139,14 @@ MORE_SHAPES: dict[str, Shape] = {
         "AriaForConditionalGeneration",
         {
             "text_config": TEXT | {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
-            "vision_config": VISION | {"model_type": "idefics3_vision", "image_size": 490, "patch_size": 70},
+            "vision_config": VISION | {"model_type": "idefics3_vision", "image_size": 980, "patch_size": 140},
             "projector_patch_to_query_dict": {"49": 4},
         },
-        ("AriaImageProcessorPil", {"max_image_size": 490}),
-        ("AriaProcessor", {"size_conversion": {"490": 4}}),
+        ("AriaImageProcessorPil", {"max_image_size": 980}),  # its processor takes 490 and 980 alone
+        ("AriaProcessor", {"size_conversion": {"980": 4}}),
         "<image>",
         named={"image_token": "<image>"},
         ids={"image_token_index": "<image>"},
-    ),
-    "fuyu": Shape(
-        "FuyuForCausalLM",
-        {"text_config": TEXT | {"model_type": "persimmon"}, "patch_size": PATCH, "image_size": SIDE},
-        ("FuyuImageProcessorPil", {"size": SQUARE, "patch_size": {"height": PATCH, "width": PATCH}}),
-        ("FuyuProcessor", {}),
-        "",
-        ("|SPEAKER|", "|NEWLINE|", "<0x04>", "<0x00>", "<0x01>", "<0x02>", "<0x03>"),
-        ids={"image_token_id": "|SPEAKER|"},
     ),
     "paddleocr_vl": Shape(
         "PaddleOCRVLForConditionalGeneration",
@@ -182,21 +173,6 @@ MORE_SHAPES: dict[str, Shape] = {
         {"image_token": "<image>", "video_token": "<video>"},
         {"image_token_id": "<image>", "video_token_id": "<video>"},
     ),
-    "got_ocr2": Shape(
-        "GotOcr2ForConditionalGeneration",
-        {
-            "text_config": QWEN2,
-            "vision_config": VISION
-            | {"image_size": 64, "patch_size": 4, "output_channels": 16, "window_size": 4}
-            | {"global_attn_indexes": [1], "mlp_dim": 64},
-            "image_seq_length": 1,
-        },
-        ("GotOcr2ImageProcessorPil", {"size": {"height": 64, "width": 64}}),
-        ("GotOcr2Processor", {}),
-        "<img><imgpad></img>",
-        ("<img>", "</img>", "<|im_start|>", "<|im_end|>"),
-        ids={"image_token_index": "<imgpad>"},
-    ),
     "blip_2": Shape(
         "Blip2ForConditionalGeneration",
         {
@@ -209,8 +185,6 @@ MORE_SHAPES: dict[str, Shape] = {
         },
         ("BlipImageProcessorPil", {"size": SQUARE}),
         ("Blip2Processor", {"num_query_tokens": 4}),
-        "",
-        named={"image_token": "<image>"},
         ids={"image_token_index": "<image>"},
     ),
     "vipllava": Shape(

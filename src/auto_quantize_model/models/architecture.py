@@ -19,13 +19,13 @@ from auto_quantize_model.models.families.causal import CAUSAL, LISTED_ELSEWHERE
 from auto_quantize_model.models.families.encoder import ENCODER
 from auto_quantize_model.models.families.encoder_decoder import ENCODER_DECODER
 from auto_quantize_model.models.families.image_classifier import IMAGE_CLASSIFIER
-from auto_quantize_model.models.families.image_text import IMAGE_TEXT
+from auto_quantize_model.models.families.image_text import IMAGE_TEXT, PLACED
 from auto_quantize_model.models.families.paligemma import PALIGEMMA
 from auto_quantize_model.models.families.qwen_vl import QWEN_VL
 from auto_quantize_model.models.family import Family
 
 # In this order: the first that matches is the family.
-FAMILIES = (QWEN_VL, PALIGEMMA, IMAGE_TEXT, CAUSAL, ENCODER_DECODER, ENCODER, IMAGE_CLASSIFIER)
+FAMILIES = (QWEN_VL, PALIGEMMA, PLACED, IMAGE_TEXT, CAUSAL, ENCODER_DECODER, ENCODER, IMAGE_CLASSIFIER)
 SUPPORTED = (
     "the classes of transformers that AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM,"
     " AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForTokenClassification and"

@@ -200,7 +200,7 @@ def _try_image(directory: Path, processor: Processor) -> None:
         try:
             image = processor.family.fit(white, processor, Limits(area, area, area))
             placed = processor.family.places_images
-            text = "" if placed else str(processor.image_token)
+            text = "a text" if placed else str(processor.image_token)
             ids, _ = processor.family.tokenize(text, None, (image,), processor, placed)
             processor.family.tensors(Prepared(Sample("white", "", (image,)), text, ids, None), processor)
         except InputError as error:

@@ -29,7 +29,9 @@ UNFIT = {
     "diffusion_gemma": "it writes by diffusion and does not predict the next token",
     "evolla": "it takes proteins",
     "florence2": "it is an encoder-decoder",
+    "fuyu": "its image processor fails with PIL in this release of transformers",
     "git": "its images have no tokens",
+    "got_ocr2": "its processor writes the prompt itself",
     "instructblipvideo": "it takes videos alone",
     "pi0": "it predicts the motions of a robot",
     "pix2struct": "it is an encoder-decoder",
@@ -112,7 +114,7 @@ def load(parts: Parts) -> dict[str, Any]:
     return {
         "image_processor": whole.image_processor,
         "whole": whole,
-        "image_token": getattr(whole, "image_token", None),
+        "image_token": None if (token := getattr(whole, "image_token", None)) is None else str(token),
         "image_token_ids": known,
         "image_backend": parts.backend,
     }
@@ -189,6 +191,8 @@ def tokenize(
     """
     made, heard = _made(text, images, processor)
     ids = tuple(made["input_ids"][0].tolist())
+    if special and images and answer is not None:
+        return ids, _behind_images(text, answer, ids, processor)
     expanded = heard[0] if len(heard) == 1 and isinstance(heard[0], str) else None
     if answer is None or expanded is None or not expanded.endswith(text[answer.start :]):
         return ids, None
@@ -196,6 +200,13 @@ def tokenize(
     place = range(answer.start + shift, answer.stop + shift)
     again, span = tokenized(expanded, place, processor, _adds(text, processor))
     return ids, span if again == ids else None
+
+
+def _behind_images(text: str, answer: range, ids: tuple[int, ...], processor: Processor) -> range | None:
+    """The positions of the answer's tokens where the tokens of the text alone follow those of the images."""
+    alone, span = tokenized(text, answer, processor, True)
+    shift = len(ids) - len(alone)
+    return range(span.start + shift, span.stop + shift) if span and ids[shift:] == alone else None
 
 
 def _adds(text: str, processor: Processor) -> bool:
@@ -237,4 +248,17 @@ def tensors(prepared: Prepared, processor: Processor) -> Batch:
     return Batch(made, positions)
 
 
+# Their processors place the images themselves, before the text.
+PLACING = {"blip-2", "instructblip"}
+PLACED = Family(
+    "model of images before a text",
+    lambda config: config["model_type"] in PLACING and matches(config),
+    refuse,
+    True,
+    load,
+    fit,
+    tokenize,
+    tensors,
+    places_images=True,
+)
 IMAGE_TEXT = Family("model of images and text", matches, refuse, True, load, fit, tokenize, tensors)
