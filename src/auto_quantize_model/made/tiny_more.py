@@ -81,9 +81,9 @@ MORE_SHAPES: dict[str, Shape] = {
         "Ovis2ForConditionalGeneration",
         {
             "text_config": QWEN2,
-            "vision_config": {key: value for key, value in VISION.items()}
-            | {"vocab_size": 64, "hidden_stride": 2, "num_visual_indicator_tokens": 5},
+            "vision_config": VISION | {"vocab_size": 64, "hidden_stride": 2, "num_visual_indicator_tokens": 5},
             "hidden_size": 32,
+            "vocab_size": 268,  # that of the tokenizer
         },
         ("Ovis2ImageProcessorPil", {"size": SQUARE, "crop_to_patches": True, "max_patches": 4}),
         ("Ovis2Processor", {"image_seq_length": 4}),
