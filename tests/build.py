@@ -52,7 +52,14 @@ ACTIVATION = {
 WEIGHT = ACTIVATION | {"name": "PerChannelMinMaxObserver", "dtype": "qint8", "qscheme": "per_channel_symmetric"}
 EMBEDDING = WEIGHT | {"dtype": "quint8", "qscheme": "per_channel_affine_float_qparams"}
 ARITHMETIC = Arithmetic("cpu", 1, "AVX2", "saturating")
-COVERAGE: Any = {"weights_total": 8, "weights_planned": 8, "weights_kept": 0, "share": 1.0, "left_out": []}
+COVERAGE: Any = {
+    "weights_total": 8,
+    "weights_planned": 8,
+    "weights_kept": 0,
+    "share": 1.0,
+    "towers": {},
+    "left_out": [],
+}
 
 
 def a_model_manifest(**changes: Any) -> ModelManifest:

@@ -152,8 +152,9 @@ class Op:
 
     Attributes:
         op_name: the name of its module.
-        op_type: `Linear`, `Conv2d`, `Conv3d` or `Embedding`, in INC's spelling.
-        shape: of its weight.
+        op_type: `Linear`, `Conv2d`, `Conv3d` or `Embedding`, in INC's spelling. `Experts` is the same matrix of all
+            experts of a block.
+        shape: of its weight; for `Experts` the number of experts comes first.
         weight_bytes: of its weight in FP32.
         executions: how often the op runs in FP32 on each scored batch.
         tower: `vision` or `language`.
@@ -220,7 +221,18 @@ class Excluded:
 
 
 # `class` is a published key, so this cannot be a dataclass.
-LeftOut = TypedDict("LeftOut", {"pattern": str, "class": str, "count": int, "weights": int, "bytes": int})
+LeftOut = TypedDict(
+    "LeftOut", {"pattern": str, "class": str, "count": int, "weights": int, "bytes": int, "reason": NotRequired[str]}
+)
+
+
+class TowerShare(TypedDict):
+    """Weights and multiply-adds of a tower, in all and in planned ops."""
+
+    weights_total: int
+    weights_planned: int
+    multiply_adds_total: int
+    multiply_adds_planned: int
 
 
 class Coverage(TypedDict):
@@ -230,14 +242,15 @@ class Coverage(TypedDict):
     weights_planned: int
     weights_kept: int
     share: float
+    towers: dict[str, TowerShare]
     left_out: list[LeftOut]
 
 
 class IncCheck(TypedDict):
     """Whether INC can measure the model; see `inc.plan.check_inc`.
 
-    `status` is `reproduces_fp32`, or `cannot` where the replay alone measures `inc_int8`. It is `no_plan` where INC
-    cannot even plan the model, and `not_asked` where `inc_int8` is not among the schemes.
+    `status` is `reproduces_fp32`, or `cannot` where the replay alone measures `inc_int8`. It is `no_plan` where nobody
+    can measure `inc_int8` exactly, and `not_asked` where `inc_int8` is not among the schemes.
     """
 
     status: str
@@ -261,6 +274,7 @@ class Plan:
         engine: `replay`, `inc` or `auto`.
         confidence_batches: how many calibration batches are scored.
         maps: which maps are measured.
+        experts: whether each matrix of an expert is an op, or the same matrix of all experts of a block (`block`).
         keep: what the config keeps in FP32.
         reduce_range: whether activations take 7 bits of 8; `reduce_range_by` says who chose, `inc` or `config`.
         measured_op: the op at whose output the errors are measured.
@@ -281,6 +295,7 @@ class Plan:
     engine: str
     confidence_batches: int
     maps: tuple[str, ...]
+    experts: str = "each"
     keep: Keep
     reduce_range: bool
     reduce_range_by: str
@@ -343,6 +358,7 @@ METRICS = (
     "image_divergence",
     "text_divergence",
     "top1_agreement",
+    "router_agreement",
 )
 # Of one calibration: {op_name: its scales}. An op that did not run has no entry.
 Scales = Mapping[str, OpScales]
@@ -364,6 +380,7 @@ class Score:
         image_divergence, text_divergence: its sum at the positions of image and of other tokens; None where INC
             measured.
         top1_agreement: share of positions; None where INC measured.
+        router_agreement: share of the routers' choices of experts that are those of FP32; None without a router.
     """
 
     batch: int
@@ -377,6 +394,7 @@ class Score:
     image_divergence: float | None = None
     text_divergence: float | None = None
     top1_agreement: float | None = None
+    router_agreement: float | None = None
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,14 @@ def plan(model: torch.nn.Module) -> Plan:
     units = [Unit(UNIT, PAIR, False, CANDIDATES, {})]
     units += [unit for unit in units_of([op for op in ops if op.op_name not in PAIR], modules)]
     total = sum(parameter.numel() for parameter in model.parameters())
-    coverage: Any = {"weights_total": total, "weights_planned": 0, "weights_kept": 0, "share": 1.0, "left_out": []}
+    coverage: Any = {
+        "weights_total": total,
+        "weights_planned": 0,
+        "weights_kept": 0,
+        "share": 1.0,
+        "towers": {},
+        "left_out": [],
+    }
     schemes = dict.fromkeys(("inc_int8", *CANDIDATES), {})
     return a_plan(ops, units=tuple(units), schemes=schemes, measured_op="lm_head", coverage=coverage)
 

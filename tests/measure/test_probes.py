@@ -156,7 +156,7 @@ def test_probes_are_resumed_and_do_not_depend_on_their_number(tmp_path):
     model, batches, plan = planned()
     store = ScoreStore(tmp_path)
     first, _ = capture_sensitivity(model, batches, plan, store, exact="none")
-    assert not first.of_map("isolated") and first.all_int8
+    assert not first.of_map("isolated") and first.all_in("inc_int8")
     again, record = capture_sensitivity(model, batches, plan, store, exact="none")
     assert again == first and record["resumed_scores"] == 2 * (16 + len(SCHEMES))
     with Replay(model, plan.ops, "lm_head", schemes=schemes_of(dict.fromkeys(SCHEMES, {}), model)) as replay:

@@ -13,6 +13,7 @@ from auto_quantize_model.escape import code
 from auto_quantize_model.inc.plan import build_plan
 from auto_quantize_model.made.digits import build_config, build_tokenizer
 from auto_quantize_model.models.coverage import cover
+from auto_quantize_model.models.prepare import prepare
 from auto_quantize_model.report import coverage
 from auto_quantize_model.report.document import build_report, render
 
@@ -61,7 +62,7 @@ def test_of_gpt2_the_embeddings_alone_are_planned_and_tied_weights_count_once() 
     assert (found["weights_planned"], found["weights_kept"]) == (embeddings, 0)
     assert found["weights_total"] == embeddings + conv1d + norms
     assert found["share"] == embeddings / (embeddings + conv1d + norms)
-    fused = {"class": "Conv1D", "count": 2, "weights": 2 * (32 * 96 + 96), "bytes": 8 * (32 * 96 + 96)}
+    fused = {"class": "Conv1D", "count": 2, "weights": 2 * (32 * 96 + 96), "bytes": 8 * (32 * 96 + 96), "reason": ""}
     assert group(found, "transformer.h.*.attn.c_attn") == {"pattern": "transformer.h.*.attn.c_attn"} | fused
     sizes = [entry["bytes"] for entry in found["left_out"]]
     assert sizes == sorted(sizes, reverse=True) and sum(sizes) == 4 * (conv1d + norms)
@@ -77,6 +78,7 @@ def test_of_falcon_its_own_linear_class_is_left_out() -> None:
 def test_of_mixtral_experts_in_three_dimensions_are_left_out() -> None:
     found = cover(mixtral(), planned(mixtral()), [])
     expert = {"class": "MixtralExperts", "count": 2, "weights": 2 * 4 * 128 * 32, "bytes": 8 * 4 * 128 * 32}
+    expert |= {"reason": ""}
     assert found["left_out"][0] == {"pattern": "model.layers.*.mlp.experts.gate_up_proj"} | expert
     attention = 2 * 4 * 32 * 32
     assert found["weights_planned"] == 2 * 100 * 32 + attention
@@ -108,7 +110,7 @@ def test_of_the_digit_reader_norms_are_left_out_and_biases_are_not_quantized() -
 def test_ninety_percent_are_enough_and_less_than_all_is_never_said_to_be_all(
     planned_weights: int, kept: int, partial: bool, share: str
 ) -> None:
-    found = {"weights_total": 1000, "weights_planned": planned_weights, "weights_kept": kept, "left_out": []}
+    found = COVERAGE | {"weights_total": 1000, "weights_planned": planned_weights, "weights_kept": kept}
     assert coverage.is_partial(found) is partial
     assert f"53 ops hold {share} of the weights" in coverage.headline(53, found)
     assert coverage.share_of(99_999, found | {"weights_total": 100_000}) == "99.9 %"
@@ -116,11 +118,19 @@ def test_ninety_percent_are_enough_and_less_than_all_is_never_said_to_be_all(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("build", "share"), [(gpt2, 0.12), (falcon, 0.11), (mixtral, 0.22)])
-def test_the_plan_says_what_it_holds(build: Any, share: float) -> None:
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_the_plan_says_what_it_holds(build: Any, share: float, is_prepared: bool) -> None:
     model = build().requires_grad_(False)
+    if is_prepared:
+        assert prepare(model) == {}
+        share = 0.98
     batch = {"input_ids": torch.arange(8)[None], "attention_mask": torch.ones(1, 8, dtype=torch.int64)}
     plan = build_plan(model, [batch], PlanSpec(confidence_batches=1, maps=("isolated",)))
-    assert plan.coverage == cover(model, planned(model), [])
+    reasons = {module.op_name: module.reason for module in plan.excluded}
+    assert plan.coverage == cover(model, planned(model), [], reasons, batch)
+    assert all(left["reason"] for left in plan.coverage["left_out"])
+    (tower,) = plan.coverage["towers"].values()
+    assert 0.9 < tower["multiply_adds_planned"] / tower["multiply_adds_total"] < 1 or not is_prepared
     assert plan.coverage["share"] == pytest.approx(share, abs=0.02)
 
 
@@ -137,8 +147,10 @@ def test_the_first_warning_and_the_head_of_the_report_name_what_is_left_out(part
     assert "model.layers.*.mlp.experts.gate_up_proj (MixtralExperts, 2 x, 131 kB)" in report["warnings"][0]
     markdown, _ = render(report)
     warnings = markdown.index("> **Warning:** The planned ops hold only")
-    assert warnings < markdown.index(f"**{len(NAMES)} ops hold {share} of the weights.**") < markdown.index("`mse_v2`")
-    assert f"| {code('model.layers.*.mlp.experts.gate_up_proj')} | MixtralExperts | 2 | 32768 | 131 kB |" in markdown
+    assert warnings < markdown.index(f"**{len(NAMES)} ops hold {share} of the weights.**") < markdown.index("mse_v2:")
+    assert (
+        f"| {code('model.layers.*.mlp.experts.gate_up_proj')} | MixtralExperts | 2 | 32768 | 131 kB | – |" in markdown
+    )
 
 
 def test_a_remark_for_exports_names_all_that_is_left_alone(partial: dict[str, Any]) -> None:

@@ -214,7 +214,7 @@ STABILITY |= {"metric_tau": None, "additivity": None}
         ({"rank_tau": None}, 4, "Between batches", "Unknown: fewer than two ops ran in every batch, or"),
         ({"rank_tau": None, "batches": 1}, 4, "Between batches", "Unknown, because only one batch was scored; raise"),
         ({"ties": 4}, 4, "Ties", "4 of 4 ops share their value with another"),
-        ({"additivity": 1.0}, 4, "As a sum", "1 times the error with every op in INT8: nearly a sum."),
+        ({"additivity": 1.0}, 4, "As a sum", "1 times the error with every op quantized: nearly a sum."),
         ({"additivity": 1.0}, 1, "As a sum", None),  # of one op it says nothing
     ],
 )

@@ -27,8 +27,10 @@ States = Mapping[str, dict[str, str]]  # assignments by name
 def subjects_of(plan: Plan, frontier: Frontier, profiles: Profiles) -> list[Subject]:
     """The worst units, each in its worst scheme, and the worst units of each profile; the largest loss first.
 
-    A scheme that a checkpoint holds is left out, because its tool has chosen all ranges already.
+    A scheme that a checkpoint holds is left out, because its tool has chosen all ranges already. So are the experts of
+    a block, each of which has other inputs.
     """
+    units = [unit for unit in frontier.units if unit.name not in units_of_experts(plan)]
     able = {name for name in frontier.candidates if "checkpoint" not in plan.schemes[name]}
     chosen: dict[tuple[str, str], Options] = {}
 
@@ -40,15 +42,20 @@ def subjects_of(plan: Plan, frontier: Frontier, profiles: Profiles) -> list[Subj
         name: dict(zip((unit.name for unit in frontier.units), profile.point.schemes, strict=True))
         for name, profile in profiles.profiles.items()
     }
-    in_any = [(unit, sorted(able & unit.loss.keys(), key=lambda name: -unit.loss[name])) for unit in frontier.units]
+    in_any = [(unit, sorted(able & unit.loss.keys(), key=lambda name: -unit.loss[name])) for unit in units]
     add([(unit, schemes[0]) for unit, schemes in in_any if schemes], WORST)
     for schemes in given.values():
-        add([(unit, schemes[unit.name]) for unit in frontier.units if schemes[unit.name] in able], OF_PROFILE)
+        add([(unit, schemes[unit.name]) for unit in units if schemes[unit.name] in able], OF_PROFILE)
     found = [
         Subject(unit, scheme, tuple(name for name, schemes in given.items() if schemes[unit.name] == scheme))
         for (_, scheme), unit in chosen.items()
     ]
     return sorted(found, key=lambda subject: -subject.loss)
+
+
+def units_of_experts(plan: Plan) -> set[str]:
+    """The units that hold the experts of a block."""
+    return {op.unit for op in plan.ops if op.expert}
 
 
 def explain(
@@ -134,7 +141,10 @@ def explain(
 def skipped(plan: Plan, frontier: Frontier) -> tuple[str, ...]:
     """What is not explained, in words."""
     names = [name for name in frontier.candidates if "checkpoint" in plan.schemes[name]]
-    return tuple(f"{name} is the scheme of a checkpoint, whose tool has chosen its ranges" for name in names)
+    found = [f"{name} is the scheme of a checkpoint, whose tool has chosen its ranges" for name in names]
+    if experts := sorted(units_of_experts(plan)):
+        found.append(f"each expert has other inputs, so the experts of {len(experts)} blocks are not explained")
+    return tuple(found)
 
 
 def cured_states(profile: Profile, name: str, causes: Sequence[Cause]) -> dict[tuple[str, ...], dict[str, str]]:

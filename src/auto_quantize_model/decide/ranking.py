@@ -24,7 +24,8 @@ def aggregated(scores: Sequence[Score | None], references: Sequence[Mapping[str,
         `mse_value` is the mean of INC's sums of squared errors, `mse_value_std` their standard deviation between
         batches (null for one batch). `relative_error` is the sum of errors over the sum of squares of the FP32 output.
         `image_relative_error` and `text_relative_error` are the same at those positions. `sqnr_db` is -10 log10 of
-        `relative_error`, in dB. `kl_divergence` (nats) and `top1_agreement` are means. `image_kl_divergence` and
+        `relative_error`, in dB. `kl_divergence` (nats), `top1_agreement` and `router_agreement` are
+        means. `image_kl_divergence` and
         `text_kl_divergence` are means over those positions. A value is null if it was not measured, if there are no
         positions, or (the SQNR) if the error is 0.
     """
@@ -42,7 +43,7 @@ def aggregated(scores: Sequence[Score | None], references: Sequence[Mapping[str,
     overall = relative["relative_error"]
     means = {
         name: mean([getattr(score, name) for score, _ in pairs])
-        for name in ("mse_value", "kl_divergence", "top1_agreement")
+        for name in ("mse_value", "kl_divergence", "top1_agreement", "router_agreement")
     }
     errors = [score.mse_value for score, _ in pairs]
     return {

@@ -25,6 +25,7 @@ from auto_quantize_model.report.explanations import NOT_EXPLAINED
 from auto_quantize_model.report.sentences import counted
 from auto_quantize_model.schemes.scheme import INC_INT8
 
+PLAIN = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv2d, torch.nn.Conv3d)
 ONLY_INC = (
     "INC's INT8 is the arithmetic of INC; choose from schemes of compressed-tensors (decide.candidates) for this tool"
 )
@@ -108,22 +109,41 @@ def require_modules(subject: Subject) -> None:
         InputError: a module does not exist, or cannot have its scheme.
     """
     for name in (*subject.profile.assignment, *subject.ops):
-        if name not in subject.modules or name not in subject.ops:
+        if subject.holder(name) is None or name not in subject.ops:
             raise InputError(
                 f"profile {subject.name}: {name} is not a module of {subject.plan.model}; make the plan again"
                 " (snakemake --cores 1 --forcerun plan_quantization)"
             )
     for scheme, names in subject.groups.items():
         for name in names:
-            if scheme != INC_INT8 and not issubclass(subject.modules[name], torch.nn.Linear):
+            if scheme != INC_INT8 and subject.ops[name].op_type not in ("Linear", "Experts"):
                 raise InputError(
-                    f"profile {subject.name}: {name} is a {subject.modules[name].__name__}, and {scheme} is for a"
+                    f"profile {subject.name}: {name} is a {subject.ops[name].op_type}, and {scheme} is for a"
                     " Linear; build the profiles again (snakemake --cores 1 --forcerun build_profiles)"
                 )
 
 
+def unnamed_ops(subject: Subject) -> dict[str, str]:
+    """{scheme: why no tool can hold it}, for schemes of ops that are no Linear or Embedding of the model as it loads.
+
+    Such ops are matrices of experts, the Conv1D of GPT-2, and the plain modules inside of others.
+    """
+    found = {}
+    for scheme, names in subject.groups.items():
+        for name in names:
+            holder = subject.holder(name)
+            kind = subject.modules[holder] if holder else torch.nn.Module
+            if holder != name or not issubclass(kind, PLAIN):
+                what = name if holder == name else f"{name} lies in {holder}, which"
+                found[scheme] = f"{what} is a {kind.__name__}, and no tool has a name for its matrix alone"
+                break
+    return found
+
+
 def refusals(tool: Tool, subject: Subject) -> dict[str, str]:
     """{scheme: why the tool cannot hold it} of a profile's schemes that the tool cannot hold in every op."""
+    if unnamed := unnamed_ops(subject):
+        return unnamed
     if tool.refusal is None:
         return dict.fromkeys((scheme for scheme in subject.groups if scheme != INC_INT8), NO_SCHEMES)
     found = dict.fromkeys((scheme for scheme in subject.groups if scheme == INC_INT8), ONLY_INC)

@@ -69,6 +69,12 @@ class Subject:
         """The ops that a serving engine holds in one matrix with other ops."""
         return {name for unit in self.plan.units if len(unit.ops) > 1 for name in unit.ops}
 
+    def holder(self, name: str) -> str | None:
+        """The module of the model as transformers loads it that holds an op: the op itself, or one above it."""
+        parts = name.split(".")
+        above = (".".join(parts[:depth]) for depth in range(len(parts), 0, -1))
+        return next((module for module in above if module in self.modules), None)
+
     def common(self, names: Iterable[str]) -> dict[str, str]:
         """{module: its common name}.
 

@@ -50,9 +50,10 @@ def torch_scores(
         on_op: called with map and op before each score.
     """
     modules = dict(model.named_modules())
-    with observed(modules, plan.ops) as observers:
+    planned = [op for op in plan.ops if op.inc_int8]
+    with observed(modules, planned) as observers:
         reference = output_at(model, batch, plan.measured_op)
-    int8 = {op.op_name: quantized(modules[op.op_name], op, observers[op.op_name]) for op in plan.ops}
+    int8 = {op.op_name: quantized(modules[op.op_name], op, observers[op.op_name]) for op in planned}
     values: dict[str, dict[str, float]] = {}
     for label in plan.maps:
         values[label] = {}

@@ -381,6 +381,8 @@ class ByReplay:
                 key = self.key(assignment)
                 if (record := shelf.get(key)) is None:
                     record = require_finite(reference.compare(self.replay.run(assignment)), index, label, name, scheme)
+                    if (agreement := self.replay.routing_agreement()) is not None:
+                        record = record | {"router_agreement": agreement}
                     shelf.add(key, record)
                 self.work.scores[index, scheme, label, name] = record
                 self.step(cost)

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from auto_quantize_model.models.experts import TRIAL_ROWS, form_of, linear, trial_of_experts, with_experts
+from auto_quantize_model.models.experts import (
+    TRIAL_ROWS,
+    StackedLinear,
+    form_of,
+    linear,
+    trial_of_experts,
+    with_experts,
+)
 
 INNER = "plain"  # the name of the plain module inside a module that scales or shifts
 PLAIN: tuple[type[torch.nn.Module], ...] = (torch.nn.Linear, torch.nn.Embedding)
@@ -23,11 +30,12 @@ Trial = tuple[Any, ...]  # arguments of a forward
 OTHER_INPUT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def prepare(model: torch.nn.Module) -> dict[str, str]:
+def prepare(model: torch.nn.Module, experts: str = "each") -> dict[str, str]:
     """Make all that a model holds in another form plain, in place.
 
     Args:
         model: in FP32 and eval mode on the CPU, with its weights. Its experts run one after the other (`eager`).
+        experts: `each` makes each matrix of an expert a Linear. `block` makes the same matrix of all experts one op.
 
     Returns:
         {module name: reason}, for modules of a known form that stay as they are, because their bits would change.
@@ -36,13 +44,13 @@ def prepare(model: torch.nn.Module) -> dict[str, str]:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for name, module in list(model.named_modules()):
-            changes = changes_of(module)
+            changes = changes_of(module, experts)
             if changes and not any(is_changed(module, change) for change in changes):
                 refused[name] = f"{type(module).__name__} uses its weight otherwise than a plain module does"
     return refused
 
 
-def changes_of(module: torch.nn.Module) -> list[Change]:
+def changes_of(module: torch.nn.Module, experts: str = "each") -> list[Change]:
     """The ways to make a module plain, the simplest first; empty where it is plain already, or of an unknown form."""
     if isinstance(module, Conv1D):
         return [as_linear]
@@ -51,7 +59,7 @@ def changes_of(module: torch.nn.Module) -> list[Change]:
     if isinstance(module, CONVOLUTIONS) and module.padding == "valid":
         return [with_number_of_padding]
     form = form_of(module)
-    return [partial(with_experts, form=form)] if form else []
+    return [partial(with_experts, form=form, as_block=experts == "block")] if form else []
 
 
 def is_changed(module: Any, change: Change) -> bool:
@@ -105,13 +113,15 @@ def with_random_rows(module: Any) -> Any:
     if getattr(module, "bias", None) is not None:
         fields["bias"] = torch.nn.Parameter(torch.randn(rows), requires_grad=False)
     vars(made).update(_parameters={**module._parameters, **fields}, _modules=dict(module._modules))
+    if getattr(module, "padding_idx", None) is not None:
+        made.padding_idx = min(module.padding_idx, rows - 1)
     return made
 
 
 def runs_plain(module: torch.nn.Module, trial: Trial) -> bool:
     """Whether a forward calls plain modules. Some forwards read the weights by themselves."""
     calls: list[torch.nn.Module] = []
-    plain = [child for child in module.modules() if type(child) in (*PLAIN, *CONVOLUTIONS)]
+    plain = [child for child in module.modules() if type(child) in (*PLAIN, *CONVOLUTIONS, StackedLinear)]
     handles = [child.register_forward_pre_hook(lambda child, args: calls.append(child)) for child in plain]
     try:
         module(*trial)
@@ -142,8 +152,9 @@ def trials_of(module: Any) -> list[Trial]:
     if isinstance(module, Conv1D):
         return [(torch.randn(TRIAL_ROWS, module.weight.shape[0]),)]
     if isinstance(module, CONVOLUTIONS):
-        sides: Any = module.kernel_size
-        return [(torch.randn(1, module.in_channels, *(2 * side for side in sides)),)]
+        weight: Any = module.weight
+        channels, *sides = weight.shape[1:]
+        return [(torch.randn([1, channels, *(2 * side for side in sides)]),)]
     return [trial_of_experts(module)]
 
 

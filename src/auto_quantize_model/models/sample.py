@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
+
+if TYPE_CHECKING:  # a replay of batches needs no library of images
+    from PIL import Image
 
 # The role, and the parts of the turn: words, or None where the next image is shown.
 Turn = tuple[str, tuple[str | None, ...]]
@@ -28,7 +31,7 @@ class Sample:
 
     id: str
     prompt: str
-    images: tuple[Image.Image, ...] = ()
+    images: "tuple[Image.Image, ...]" = ()
     answer: str | None = None
     turns: tuple[Turn, ...] = ()
 

@@ -1,9 +1,15 @@
 """The share of the weights that the planned ops hold, in sentences for the report, the terminal and the exports."""
 
+from typing import Literal
+
 from auto_quantize_model.records import Coverage
 
 # Below this share of the weights, the planned ops are not the model.
 ENOUGH = 0.9
+MULTIPLY_ADDS: tuple[Literal["multiply_adds_total"], Literal["multiply_adds_planned"]] = (
+    "multiply_adds_total",
+    "multiply_adds_planned",
+)
 
 
 def is_partial(coverage: Coverage) -> bool:
@@ -15,13 +21,28 @@ def headline(ops: int, coverage: Coverage) -> str:
     """The share of the weights, in a sentence without a full stop."""
     kept = coverage["weights_kept"]
     chosen = f"; the config keeps {share_of(kept, coverage)} of them in FP32" if kept else ""
-    return f"{ops} ops hold {share_of(coverage['weights_planned'], coverage)} of the weights{chosen}"
+    found = f"{ops} ops hold {share_of(coverage['weights_planned'], coverage)} of the weights"
+    total, planned = (sum(tower[key] for tower in coverage["towers"].values()) for key in MULTIPLY_ADDS)
+    if total:
+        found += f" and {in_percent(planned, total)} of the multiply-adds"
+    if total and len(coverage["towers"]) > 1:
+        parts = [
+            f"{name} {in_percent(tower['weights_planned'], tower['weights_total'])} and"
+            f" {in_percent(*(tower[key] for key in reversed(MULTIPLY_ADDS)))}"
+            for name, tower in coverage["towers"].items()
+        ]
+        found += f" ({'; '.join(parts)})"
+    return found + chosen
 
 
 def share_of(weights: int, coverage: Coverage) -> str:
     """A share of all weights as a percentage with one digit, rounded down: 100 % means all weights."""
-    thousandths = 1000 * weights // max(coverage["weights_total"], 1)
-    return f"{thousandths / 10:.1f} %"
+    return in_percent(weights, coverage["weights_total"])
+
+
+def in_percent(part: int, whole: int) -> str:
+    """A share as a percentage with one digit, rounded down: 100 % means all."""
+    return f"{1000 * part // max(whole, 1) / 10:.1f} %"
 
 
 def left_out(coverage: Coverage, most: int = 6) -> str:

@@ -357,6 +357,8 @@ def tables(report: dict[str, Any]) -> dict[str, pd.DataFrame]:
     absent = [] if sentences.has_images(report) else [*sentences.BY_MODALITY]
     if not sentences.has_times(report):
         absent.append("seconds")
+    if not sentences.has_router(report):
+        absent.append("router_agreement")
     if not report["measurement"]["effort"]["probes"]:
         absent += sentences.OF_ESTIMATES
     found = {name: table.drop(columns=absent, errors="ignore") for name, table in found.items()}

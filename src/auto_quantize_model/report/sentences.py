@@ -141,6 +141,11 @@ def has_images(report: Report) -> bool:
     return any(batch["image_tokens"] for batch in report["batches"])
 
 
+def has_router(report: Report) -> bool:
+    """Whether routers choose experts in the model."""
+    return report["all_ops"]["router_agreement"] is not None
+
+
 def has_times(report: Report) -> bool:
     """Whether the config has a table of times."""
     return report["frontier"]["status"] == "measured" and report["frontier"]["points"][0]["seconds"] is not None
@@ -452,8 +457,8 @@ def of_inc_check(inc_check: IncCheck) -> list[str]:
     """Why Intel Neural Compressor could not measure the model, and what was done instead; empty where it could."""
     if inc_check["status"] == "no_plan":
         return [
-            f"Intel Neural Compressor cannot plan this model: {inc_check['reason']}. So {INC_INT8} is not measured. The"
-            " other schemes need no plan of Intel Neural Compressor."
+            f"{INC_INT8} is not measured: {inc_check['reason']}. The other schemes need no plan of Intel Neural"
+            " Compressor."
         ]
     if inc_check["status"] != "cannot":
         return []
@@ -484,6 +489,8 @@ def of_schemes(report: Report) -> str:
     return (
         "SQNR, KL divergence and top-1 are those of the model with all ops in the scheme that can have it. Ops are"
         " ranked by the KL divergence that each adds alone."
+        + " The column router is the share of the routers' choices of experts that stay as in FP32."
+        * has_router(report)
     )
 
 
