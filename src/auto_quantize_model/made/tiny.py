@@ -69,7 +69,7 @@ def build_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
     )
     tokens = dict.fromkeys([*shape.tokens, *shape.ids.values(), *(f"<|{role}|>" for role in ROLES)])
     made.add_tokens(list(tokens), special_tokens=True)
-    if shape.image:
+    if shape.image is not None:
         made.chat_template = TEMPLATE.replace("IMAGE", shape.image)
     return made  # type: ignore[no-any-return]
 

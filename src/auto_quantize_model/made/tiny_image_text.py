@@ -59,10 +59,20 @@ def _qwen(architecture: str, text: dict[str, Any], vision: dict[str, Any], proce
 
 
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-QWEN3_VISION = {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 4, "out_hidden_size": 32}
+QWEN3_VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "depth": 2,
+    "num_heads": 4,
+    "out_hidden_size": 32,
+}
 QWEN3_VISION |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-HYBRID = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+HYBRID: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 HYBRID |= {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,

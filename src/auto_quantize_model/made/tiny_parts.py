@@ -34,7 +34,7 @@ class Shape:
         config: of the class's configuration, without vocabulary and token ids.
         image_processor: the class with the PIL backend, and its settings; None for a model of text.
         processor: the class, and its settings; None for a model of text or of images alone.
-        image: what the chat template writes where an image is shown; empty for a model without chat template.
+        image: what the chat template writes where an image is shown; None for no chat template.
         tokens: special tokens, in addition to those of the turns.
         named: tokens by the names that the processor reads from the tokenizer.
         ids: tokens by the keys that the configuration has for their ids.
@@ -45,7 +45,7 @@ class Shape:
     config: dict[str, Any]
     image_processor: tuple[str, dict[str, Any]] | None = None
     processor: tuple[str, dict[str, Any]] | None = None
-    image: str = ""
+    image: str | None = None
     tokens: tuple[str, ...] = ()
     named: dict[str, str] = field(default_factory=dict)
     ids: dict[str, str] = field(default_factory=dict)

@@ -7,6 +7,8 @@ from auto_quantize_model.made.tiny_image_text import IMAGE_TEXT_SHAPES
 from auto_quantize_model.made.tiny_more import MORE_SHAPES
 from auto_quantize_model.made.tiny_parts import Shape
 
+__all__ = ["SHAPES", "Shape"]
+
 SHAPES: dict[str, Shape] = {
     **IMAGE_TEXT_SHAPES,
     **MORE_SHAPES,

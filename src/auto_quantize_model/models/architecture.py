@@ -53,7 +53,8 @@ def check_architecture(config: Mapping[str, Any], path: Path) -> Family:
         raise InputError(f"{path}: architectures is {names!r}; give a list of one class of transformers")
     architecture = names[0]
     if not any(architecture in _classes(known) for table in TABLES for known in table.values()):
-        why = NO_LOGITS if any(architecture in _classes(known) for known in MODEL_MAPPING_NAMES.values()) else ""
+        bare: Mapping[str, Any] = MODEL_MAPPING_NAMES
+        why = NO_LOGITS if any(architecture in _classes(known) for known in bare.values()) else ""
         raise InputError(f"{path}: architecture {architecture} is not supported{why}; supported: {SUPPORTED}")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise InputError(
