@@ -51,6 +51,33 @@ Saved = Plan | Capture | Frontier | Profiles
 KINDS: dict[str, type[Saved]] = {"plan": Plan, "capture": Capture, "frontier": Frontier, "profiles": Profiles}
 
 
+def prepare(model: torch.nn.Module, *, experts: str = "each") -> dict[str, str]:
+    """Make the experts of a model, the Conv1D of GPT-2, and subclasses of Linear and Embedding plain modules, in place.
+
+    `plan` sees plain modules alone. The weights are shared, and every output keeps its bits. The pipeline does the same
+    when it loads a model.
+
+    Args:
+        model: of transformers, FP32, eval mode, on the CPU.
+        experts: `each` makes each matrix of an expert an op. `block` makes the same matrix of all experts one op, for
+            schemes of compressed-tensors alone.
+
+    Returns:
+        {module name: reason}, for modules that stay as they are, because their bits would change.
+
+    Raises:
+        InputError: `experts` is neither of the two.
+    """
+    if experts not in ("each", "block"):
+        raise InputError(f"experts is {experts!r}; give each or block")
+    from auto_quantize_model.models.prepare import prepare as prepared
+
+    if choose := getattr(model, "set_experts_implementation", None):
+        # One expert after the other, as linear layers run.
+        choose("eager")  # type: ignore[operator]
+    return prepared(model, experts)
+
+
 def plan(
     model: torch.nn.Module,
     batches: Batches,
@@ -59,6 +86,7 @@ def plan(
     schemes: Sequence[Any] = ("inc_int8",),
     maps: Sequence[str] = ("isolated",),
     fallback_schemes: Sequence[str] = (),
+    experts: str = "each",
     op_type_dict: Mapping[str, str] | None = None,
     op_name_dict: Mapping[str, str] | None = None,
     reduce_range: bool | None = None,
@@ -78,6 +106,7 @@ def plan(
             `FP8_DYNAMIC`, `W4A16` and `NVFP4`. A mapping is a scheme of your own, as in a config.
         maps: which maps will be measured. The ranking needs `isolated`; each other map takes as long again.
         fallback_schemes: schemes in which the map `fallback` is measured besides `inc_int8`.
+        experts: as `prepare` was told.
         op_type_dict: op types that stay in FP32, such as `{"Embedding": "fp32"}`.
         op_name_dict: ops that stay in FP32, by regular expressions that match whole names.
         reduce_range: whether activations take 7 bits of 8; None is INC's choice for this CPU.
@@ -97,6 +126,7 @@ def plan(
         "schemes": list(schemes),
         "maps": list(maps),
         "fallback_schemes": list(fallback_schemes),
+        "experts": experts,
         "reduce_range": reduce_range,
         "op_type_dict": dict(op_type_dict or {}),
         "op_name_dict": dict(op_name_dict or {}),

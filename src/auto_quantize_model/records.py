@@ -158,9 +158,10 @@ class Op:
         weight_bytes: of its weight in FP32.
         executions: how often the op runs in FP32 on each scored batch.
         tower: `vision` or `language`.
-        unit: one name for the ops that share a scheme, because a serving engine holds them as one matrix or as the
-            experts of one block; an op of its own has its own name.
+        unit: one name for the ops that share a scheme; an op of its own has its own name. A serving engine holds such ops
+            as one matrix, or as the experts of one block.
         expert: whether the op is a matrix of one expert among several.
+        active: the share of the experts of its block that a token takes; 1 for any other op.
         inc_int8: what INC plans for the op; None where INC planned nothing.
         schemes: the names of the schemes that the op can have.
         refused: the other schemes of the plan, each with the reason.
@@ -180,6 +181,7 @@ class Op:
     refused: dict[str, str]
     stored_bytes: dict[str, int] = field(default_factory=dict)
     expert: bool = False
+    active: float = 1.0
 
     @property
     def matrix(self) -> str:
@@ -520,6 +522,7 @@ class Options:
         loss: {scheme: what the scheme costs the output}, in the unit of `Frontier.loss`.
         error: {scheme: standard error of the loss}, for the losses that are estimates.
         seconds: {scheme: time of its ops} by the config's table; empty without one.
+        active: the share of its bytes that a token needs: below 1 for experts.
     """
 
     name: str
@@ -529,6 +532,7 @@ class Options:
     loss: dict[str, float]
     error: dict[str, float]
     seconds: dict[str, float] = field(default_factory=dict)
+    active: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -553,6 +557,7 @@ class Point:
         relative_error: sum of squared errors over the sum of squares of the unquantized output.
         sqnr_db: the same in dB, None for no error; `sqnr_db_lowest` of the batch with the most error.
         seconds: of all units by the config's table of times; None without one.
+        active_bytes: of the weights that one token needs; None in a model without experts.
     """
 
     kind: str
@@ -576,6 +581,7 @@ class Point:
     sqnr_db: float | None
     sqnr_db_lowest: float | None
     seconds: float | None = None
+    active_bytes: int | None = None
 
 
 @closed

@@ -37,7 +37,7 @@ from auto_quantize_model.measure.metrics import squared_error
 from auto_quantize_model.models import checkpoint
 from auto_quantize_model.models.checkpoint import Checkpoint
 from auto_quantize_model.models.coverage import cover
-from auto_quantize_model.models.experts import StackedLinear
+from auto_quantize_model.models.experts import RoutedExperts, StackedLinear
 from auto_quantize_model.models.prepare import changes_of
 from auto_quantize_model.models.snapshot import explained
 from auto_quantize_model.models.units import experts_of, tower_of, unit_of, units_of
@@ -112,6 +112,8 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
     names = [op.op_name for op in planned.ops]
     ops = [with_schemes(op, schemes) for op in planned.ops]
     counts = [run_in_fp32(model, batch, names, planned.measured_op)[0] for batch in scored]
+    active = active_shares(model)
+    ops = [replace(op, active=active.get(op.unit, 1.0)) for op in ops]
     left = {re.escape(name): "fp32" for name in planned.left}
     return Plan(
         engine=spec.engine,
@@ -661,6 +663,15 @@ def with_schemes(op: Op, schemes: Mapping[str, QuantizationScheme | Checkpoint])
         name: stored_bytes(schemes[name], op.shape) for name in able if isinstance(schemes[name], QuantizationScheme)
     }
     return replace(op, schemes=(*op.schemes, *able), refused=refused, stored_bytes=stored)
+
+
+def active_shares(model: torch.nn.Module) -> dict[str, float]:
+    """{module that holds the experts of a block: the share of them that each token took in the last forward}."""
+    return {
+        name: experts.chosen.shape[-1] / len(experts.get_submodule("down_proj"))  # type: ignore[arg-type]
+        for name, experts in model.named_modules()
+        if isinstance(experts, RoutedExperts) and experts.chosen is not None
+    }
 
 
 def run_in_fp32(

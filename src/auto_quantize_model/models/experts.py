@@ -109,7 +109,7 @@ def with_experts(module: Any, form: type[torch.nn.Module], as_block: bool) -> No
         delattr(module, name)
         if f"{name}_bias" in module._parameters:
             delattr(module, f"{name}_bias")
-        setattr(module, name, matrix)
+        setattr(module, name, matrix.train(module.training))
     module.__class__ = type(type(module).__name__, (form, type(module)), {})
 
 

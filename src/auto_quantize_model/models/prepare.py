@@ -202,5 +202,5 @@ def with_inner(module: Any) -> None:
         inner = torch.nn.Embedding(rows, columns, padding_idx=module.padding_idx, device="meta")
         inner.weight = module.weight
         form = InnerEmbedding
-    setattr(module, INNER, inner)
+    setattr(module, INNER, inner.train(module.training))
     module.__class__ = type(type(module).__name__, (type(module), form), {})

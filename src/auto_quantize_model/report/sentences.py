@@ -241,7 +241,9 @@ def weighs(report: Report, point: Mapping[str, Any]) -> str:
     whole = unquantized(report)
     share = f", {percent(point['weight_bytes'] / whole['weight_bytes'])} of those without quantization" if whole else ""
     time = "" if point["seconds"] is None else f" By the config's table the ops take {point['seconds']:.3g} s."
-    return f"The weights take {in_bytes(point['weight_bytes'], 4)}{share}.{time}"
+    needed = point["active_bytes"]
+    active = "" if needed is None else f" One token needs {in_bytes(needed, 4)} of them."
+    return f"The weights take {in_bytes(point['weight_bytes'], 4)}{share}.{active}{time}"
 
 
 def because(report: Report, name: str) -> str:
