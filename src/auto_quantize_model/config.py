@@ -263,7 +263,7 @@ class CalibrationSpec(FromSource):
     prompt: Prompt = "Describe this image."
     """Question for each image that has no prompt of its own."""
     format: Literal["chat", "plain"] = "chat"
-    """chat: the model's chat template. plain: prompt and answer without one, for models that have none."""
+    """chat: the model's chat template. plain: no template, for base models, encoders, T5 and BART, and PaliGemma."""
     repo_id: Repository | None = None
     """hub: the data set, as owner/name."""
     revision: Line | None = None
