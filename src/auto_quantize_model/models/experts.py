@@ -53,20 +53,16 @@ def as_parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
 def with_experts(module: Any, form: type[torch.nn.Module]) -> None:
     """Make each expert's matrices Linears, `NAME.0`, `NAME.1` and so on, where NAME is the stacked parameter's name.
 
-    Their weights are views of the stacked parameter.
+    Their weights are views of the stacked parameter. Biases stay in the module. transformers adds them after the
+    product, and a Linear with a bias has other bits where an expert has one row.
     """
     experts = len(stacked(module).get("down_proj", ())) or None  # LongCat stacks experts without a second matrix
     lists = {}
     for name, weight in stacked(module).items():
-        biases = module._parameters.get(f"{name}_bias")
         matrices = [matrix.t() if is_transposed(module) else matrix for matrix in weight.data[:experts]]
-        lists[name] = torch.nn.ModuleList(
-            linear(matrix, None if biases is None else biases.data[index]) for index, matrix in enumerate(matrices)
-        )
+        lists[name] = torch.nn.ModuleList(linear(matrix, None) for matrix in matrices)
     for name, linears in lists.items():
         delattr(module, name)
-        if f"{name}_bias" in module._parameters:
-            delattr(module, f"{name}_bias")
         setattr(module, name, linears)
     module.__class__ = type(type(module).__name__, (form, type(module)), {})
 
@@ -103,21 +99,28 @@ class RoutedExperts(Experts):
         if expert >= len(own.down_proj):
             return rows if hasattr(own, "identity_expert") else None
         if "gate_up_proj" in own._modules:
-            inner = gated(own, own.gate_up_proj[expert](rows))
+            inner = gated(own, product(own, "gate_up_proj", expert, rows))
         else:
-            inner = own.act_fn(own.up_proj[expert](rows))
-        output: torch.Tensor = own.down_proj[expert](inner)
+            inner = own.act_fn(product(own, "up_proj", expert, rows))
+        output = product(own, "down_proj", expert, inner)
         return own.post_expert_norm(output) if getattr(own, "has_post_expert_norm", False) else output
+
+
+def product(experts: Any, name: str, expert: int, rows: torch.Tensor) -> torch.Tensor:
+    """The product of rows with one matrix of an expert, and the bias where the experts have one."""
+    output: torch.Tensor = getattr(experts, name)[expert](rows)
+    biases = experts._parameters.get(f"{name}_bias")
+    return output if biases is None else output + biases[expert]
 
 
 def gated(experts: Any, both: torch.Tensor) -> torch.Tensor:
     """The product of gate and up that a class of experts makes of both, (rows, 2 * columns)."""
     if hasattr(experts, "_apply_gate"):
-        product: torch.Tensor = experts._apply_gate(both)
-        return product
+        found: torch.Tensor = experts._apply_gate(both)
+        return found
     gate, up = both.chunk(2, dim=-1)
-    product = experts.act_fn(gate) * up
-    return product
+    found = experts.act_fn(gate) * up
+    return found
 
 
 class BatchedExperts(Experts):
@@ -141,7 +144,7 @@ class SplitExperts(Experts):
 
 
 def trial_of_experts(module: Any) -> tuple[Any, ...]:
-    """Random rows for experts, and a random choice of a router where they take one."""
+    """Random rows for experts, and a random choice of a router where they take one. The last expert has one row."""
     found = stacked(module)
     name, weight = next(item for item in found.items() if item[0] != "down_proj")
     experts, width = len(weight), weight.shape[1 if is_transposed(module) else 2]
@@ -149,5 +152,7 @@ def trial_of_experts(module: Any) -> tuple[Any, ...]:
         return torch.randn(2 * experts, width), [2] * experts
     if takes_one_input(module):
         return (torch.randn(experts * TRIAL_ROWS, width),)
-    index = torch.rand(TRIAL_ROWS, len(found["down_proj"])).topk(min(2, len(found["down_proj"]))).indices
+    preference = torch.rand(TRIAL_ROWS, len(found["down_proj"]))
+    preference[:, -1] = torch.eye(TRIAL_ROWS)[0] * 2 - 1  # products of one row have a kernel of their own
+    index = preference.topk(min(2, len(found["down_proj"]))).indices
     return torch.randn(TRIAL_ROWS, width), index, torch.rand(index.shape)
