@@ -1,4 +1,4 @@
-"""A router that chooses other experts in a quantized state: what is counted, and how the chosen experts are quantized."""
+"""A router that chooses otherwise in a quantized state: what is counted, and how the chosen experts are quantized."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
