@@ -475,6 +475,8 @@ class PlanSpec(Block):
     """Schemes to measure: inc_int8, presets of compressed-tensors such as W8A8, and schemes of your own."""
     maps: Maps = ("isolated", "fallback", "requantize")
     """Maps to measure. isolated gives the ranking, so it must be one of them."""
+    experts: Literal["each", "block"] = "each"
+    """each: every matrix of an expert is an op. block: the same matrix of all experts is one op, without inc_int8."""
     fallback_schemes: Names = ()
     """Schemes in which the map fallback is measured as well, of those in schemes; it is always in inc_int8."""
     reduce_range: bool | None = None

@@ -152,14 +152,16 @@ class Op:
 
     Attributes:
         op_name: the name of its module.
-        op_type: `Linear`, `Conv2d`, `Conv3d` or `Embedding`, in INC's spelling.
-        shape: of its weight.
+        op_type: `Linear`, `Conv2d`, `Conv3d` or `Embedding`, in INC's spelling. `Experts` is the same matrix of all
+            experts of a block.
+        shape: of its weight; for `Experts` the number of experts comes first.
         weight_bytes: of its weight in FP32.
         executions: how often the op runs in FP32 on each scored batch.
         tower: `vision` or `language`.
         unit: one name for the ops that share a scheme, because a serving engine holds them as one matrix or as the
             experts of one block; an op of its own has its own name.
         expert: whether the op is a matrix of one expert among several.
+        active: the share of the experts of its block that a token takes; 1 for any other op.
         inc_int8: what INC plans for the op; None where INC planned nothing.
         schemes: the names of the schemes that the op can have.
         refused: the other schemes of the plan, each with the reason.
@@ -179,6 +181,7 @@ class Op:
     refused: dict[str, str]
     stored_bytes: dict[str, int] = field(default_factory=dict)
     expert: bool = False
+    active: float = 1.0
 
     @property
     def matrix(self) -> str:
@@ -248,8 +251,8 @@ class Coverage(TypedDict):
 class IncCheck(TypedDict):
     """Whether INC can measure the model; see `inc.plan.check_inc`.
 
-    `status` is `reproduces_fp32`, or `cannot` where the replay alone measures `inc_int8`. It is `no_plan` where INC
-    cannot even plan the model, and `not_asked` where `inc_int8` is not among the schemes.
+    `status` is `reproduces_fp32`, or `cannot` where the replay alone measures `inc_int8`. It is `no_plan` where nobody
+    can measure `inc_int8` exactly, and `not_asked` where `inc_int8` is not among the schemes.
     """
 
     status: str
@@ -273,6 +276,7 @@ class Plan:
         engine: `replay`, `inc` or `auto`.
         confidence_batches: how many calibration batches are scored.
         maps: which maps are measured.
+        experts: whether each matrix of an expert is an op, or the same matrix of all experts of a block (`block`).
         keep: what the config keeps in FP32.
         reduce_range: whether activations take 7 bits of 8; `reduce_range_by` says who chose, `inc` or `config`.
         measured_op: the op at whose output the errors are measured.
@@ -293,6 +297,7 @@ class Plan:
     engine: str
     confidence_batches: int
     maps: tuple[str, ...]
+    experts: str = "each"
     keep: Keep
     reduce_range: bool
     reduce_range_by: str
@@ -517,6 +522,7 @@ class Options:
         loss: {scheme: what the scheme costs the output}, in the unit of `Frontier.loss`.
         error: {scheme: standard error of the loss}, for the losses that are estimates.
         seconds: {scheme: time of its ops} by the config's table; empty without one.
+        active: the share of its bytes that a token needs: below 1 for experts.
     """
 
     name: str
@@ -526,6 +532,7 @@ class Options:
     loss: dict[str, float]
     error: dict[str, float]
     seconds: dict[str, float] = field(default_factory=dict)
+    active: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -550,6 +557,7 @@ class Point:
         relative_error: sum of squared errors over the sum of squares of the unquantized output.
         sqnr_db: the same in dB, None for no error; `sqnr_db_lowest` of the batch with the most error.
         seconds: of all units by the config's table of times; None without one.
+        active_bytes: of the weights that one token needs; None in a model without experts.
     """
 
     kind: str
@@ -573,6 +581,7 @@ class Point:
     sqnr_db: float | None
     sqnr_db_lowest: float | None
     seconds: float | None = None
+    active_bytes: int | None = None
 
 
 @closed

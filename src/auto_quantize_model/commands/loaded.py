@@ -69,9 +69,9 @@ class Loaded:
         """The first `count` held-out batches, and for each sample the positions of its answer's tokens."""
         return load_heldout(self.run.options.heldout_set, self.run.calibration, self.processor, count)
 
-    def model(self, device: torch.device | str = "cpu") -> torch.nn.Module:
-        """The model in FP32 on a device, loaded again at each call."""
-        model: torch.nn.Module = load_model(self.directory)
+    def model(self, device: torch.device | str = "cpu", experts: str | None = None) -> torch.nn.Module:
+        """The model in FP32 on a device, loaded again at each call; its experts are ops as the plan says, if None."""
+        model: torch.nn.Module = load_model(self.directory, experts or self.run.plan.experts)
         return model.to(device)
 
     @cached_property

@@ -33,7 +33,12 @@ def plan_quantization(args: argparse.Namespace) -> None:
     # INC's conversion with every op in INT8 needs as much memory as a replay on the CPU.
     require_memory(loaded.parameters, torch.device("cpu"))
     batches = loaded.batches()
-    plan = identify(build_plan(loaded.model(), batches, spec), run.manifest, run.calibration, digest_of(args.spec))
+    plan = identify(
+        build_plan(loaded.model(experts=spec.experts), batches, spec),
+        run.manifest,
+        run.calibration,
+        digest_of(args.spec),
+    )
     run.write("plan", args.plan, plan)
     cli.say(f"plan: {len(plan.ops)} ops to measure at {plan.measured_op}, {len(plan.excluded)} excluded")
     if INC_INT8 in plan.schemes:

@@ -5,6 +5,7 @@ measured points.
 """
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -94,7 +95,8 @@ def options_of(plan: Plan, capture: Capture, candidates: Sequence[str], spec: De
         weights = [ops[name].weight_bytes // 4 for name in unit.ops]
         size = weights[0] if unit.tied else sum(weights)
         losses = {name: loss[name] for name in allowed}
-        found.append(Options(unit.name, unit.ops, size, allowed, losses, error, times_of(unit, allowed, spec)))
+        active = ops[unit.ops[0]].active
+        found.append(Options(unit.name, unit.ops, size, allowed, losses, error, times_of(unit, allowed, spec), active))
     require_matches(spec, units)
     return by, found
 
@@ -340,8 +342,15 @@ class Decision:
         """A measured choice."""
         size = bytes_of(choice, self.units)
         loss, error = loss_of(choice, self.units)
-        metrics = {**metrics, "seconds": seconds_of(choice, self.units)}
+        metrics = {**metrics, "seconds": seconds_of(choice, self.units), "active_bytes": self.active_bytes(choice)}
         return Point(kind, name, choice, size + self.other_bytes, 8 * size / self.weights, loss, error, **metrics)
+
+    def active_bytes(self, choice: Choice) -> int | None:
+        """The bytes of the weights that one token needs; None without experts."""
+        if all(unit.active == 1 for unit in self.units):
+            return None
+        needed = (unit.active * unit.bytes[scheme] for unit, scheme in zip(self.units, choice, strict=True))
+        return round(math.fsum(needed)) + self.other_bytes
 
     def between(self, points: Sequence[Point], target: Target) -> State | None:
         """A choice between the smallest that reaches the target and the largest below it; None if they are near."""

@@ -116,7 +116,7 @@ def require_modules(subject: Subject) -> None:
             )
     for scheme, names in subject.groups.items():
         for name in names:
-            if scheme != INC_INT8 and subject.ops[name].op_type != "Linear":
+            if scheme != INC_INT8 and subject.ops[name].op_type not in ("Linear", "Experts"):
                 raise InputError(
                     f"profile {subject.name}: {name} is a {subject.ops[name].op_type}, and {scheme} is for a"
                     " Linear; build the profiles again (snakemake --cores 1 --forcerun build_profiles)"

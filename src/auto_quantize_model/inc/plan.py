@@ -37,12 +37,13 @@ from auto_quantize_model.measure.metrics import squared_error
 from auto_quantize_model.models import checkpoint
 from auto_quantize_model.models.checkpoint import Checkpoint
 from auto_quantize_model.models.coverage import cover
+from auto_quantize_model.models.experts import RoutedExperts, StackedLinear
 from auto_quantize_model.models.prepare import INNER, changes_of
 from auto_quantize_model.models.snapshot import explained
 from auto_quantize_model.models.units import experts_of, tower_of, unit_of, units_of
 from auto_quantize_model.models.weights import require_meaningful
 from auto_quantize_model.records import CalibrationManifest, Excluded, IncCheck, IncInt8, ModelManifest, Op, Plan, Side
-from auto_quantize_model.replay.model import Batch, Replay, goes_along, refusals, require_replayable
+from auto_quantize_model.replay.model import Batch, Replay, goes_along, refusals
 from auto_quantize_model.schemes.compressed import fields_of, nearest, refusal, scheme_of, stored_bytes
 from auto_quantize_model.schemes.scheme import INC_INT8, assigned
 
@@ -111,11 +112,14 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
     names = [op.op_name for op in planned.ops]
     ops = [with_schemes(op, schemes) for op in planned.ops]
     counts = [run_in_fp32(model, batch, names, planned.measured_op)[0] for batch in scored]
+    active = active_shares(model)
+    ops = [replace(op, active=active.get(op.unit, 1.0)) for op in ops]
     left = {re.escape(name): "fp32" for name in planned.left}
     return Plan(
         engine=spec.engine,
         confidence_batches=spec.confidence_batches,
         maps=tuple(spec.maps),
+        experts=spec.experts,
         keep={"op_type_dict": dict(spec.op_type_dict), "op_name_dict": {**spec.op_name_dict, **left}},
         reduce_range=reduced,
         reduce_range_by="inc" if spec.reduce_range is None else "config",
@@ -142,16 +146,16 @@ def planned_and_checked(model: torch.nn.Module, batches: Sequence[Batch], spec: 
         return plan_without_inc(model, batches, spec), {"status": "not_asked"}
     try:
         planned = plan_ops(model, batches, spec)
-    except CannotPlan as error:
-        if len(spec.schemes) == 1:
+        scored = batches[: spec.confidence_batches]
+        inc_check, incs_errors = check_inc(planned, scored)
+        require_measurable(model, planned.ops, spec.engine, inc_check)
+        if spec.engine != "inc" and not refusals(model, planned.ops):
+            for index, incs_error in incs_errors.items():
+                require_same_int8(model, planned, scored, index, incs_error)
+    except WithoutInc as error:
+        if len(spec.schemes) == 1 or spec.engine != "replay":
             raise
         return plan_without_inc(model, batches, spec), {"status": "no_plan", "reason": error.reason}
-    scored = batches[: spec.confidence_batches]
-    inc_check, incs_errors = check_inc(planned, scored)
-    require_measurable(model, planned.ops, spec.engine, inc_check)
-    if spec.engine != "inc" and not refusals(model, planned.ops):
-        for index, incs_error in incs_errors.items():
-            require_same_int8(model, planned, scored, index, incs_error)
     return planned, inc_check
 
 
@@ -208,15 +212,22 @@ class Planned(NamedTuple):
     tune_cfg: dict[str, Any]
 
 
-class CannotPlan(InputError):
-    """INC cannot plan a model; `reason` says why."""
+class WithoutInc(InputError):
+    """INC's scheme cannot be measured in a model, and other schemes can; `reason` says why."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, advice: str = "") -> None:
         super().__init__(
-            f"INC cannot plan this model: {reason}; add a scheme of compressed-tensors, such as W8A8, to"
-            " sensitivity.schemes, because such schemes need no plan of INC"
+            f"{reason}; {advice}add a scheme of compressed-tensors, such as W8A8, to sensitivity.schemes, because such"
+            " schemes need no plan of INC"
         )
         self.reason = reason
+
+
+class CannotPlan(WithoutInc):
+    """INC cannot plan a model."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"INC cannot plan this model: {why}")
 
 
 def plan_ops(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -> Planned:
@@ -239,10 +250,23 @@ def plan_ops(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -
     left = {key: refused[name] for key, (name, _) in names.items() if name in refused and name != measured_op}
     if kept or left:
         planned = planned_by_inc(model, batches, spec, measured_op, left | kept)
+    planned = with_blocks_of_experts(model, planned)
     if not planned.ops:
         raise InputError("sensitivity.op_type_dict and op_name_dict keep every op in FP32: nothing is left to measure")
     modules, others = ([names[key][0] for key in keys] for keys in (kept, left.keys() - kept.keys()))
     return planned._replace(head_only=head_only, kept=modules, left=sorted(others))
+
+
+def with_blocks_of_experts(model: torch.nn.Module, planned: Planned) -> Planned:
+    """A plan of INC with the ops that hold a matrix of all experts of a block, which INC does not see."""
+    modules = dict(model.named_modules())
+    names = [name for name, module in modules.items() if type(module) is StackedLinear]
+    if not names:
+        return planned
+    reason = {INC_INT8: "INC quantizes each expert alone; set sensitivity.experts to each"}
+    blocks = [replace(inventoried(name, "Experts", modules, None), refused=reason) for name in names]
+    excluded = [module for module in planned.excluded if module.op_name not in names]
+    return planned._replace(ops=[*planned.ops[:-1], *blocks, *planned.ops[-1:]], excluded=excluded)
 
 
 def names_of_ops(model: torch.nn.Module, tune_cfg: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -297,13 +321,14 @@ def plan_without_inc(model: torch.nn.Module, batches: Sequence[Batch], spec: Pla
     require_batches(batches, spec)
     measured_op, head_only = find_output_op(model, batches[0])
     modules = dict(model.named_modules())
-    names = {name: (name, "Linear") for name, module in modules.items() if type(module) is torch.nn.Linear}
+    kinds = {torch.nn.Linear: "Linear", StackedLinear: "Experts"}
+    names = {name: (name, kinds[type(module)]) for name, module in modules.items() if type(module) in kinds}
     kept = ops_to_keep(names, spec)
     in_order = [name for name in names if name != measured_op] + [measured_op] * (measured_op in names)
-    ops = [inventoried(name, "Linear", modules, None) for name in in_order if name not in kept]
+    ops = [inventoried(name, names[name][1], modules, None) for name in in_order if name not in kept]
     if not ops:
         raise InputError("sensitivity.op_type_dict and op_name_dict keep every op in FP32: nothing is left to measure")
-    excluded = [Excluded(name, "Linear", reason) for name, reason in kept.items()]
+    excluded = [Excluded(name, names[name][1], reason) for name, reason in kept.items()]
     left = others(model, {*names}, "schemes of compressed-tensors quantize a Linear, and this is none")
     return Planned(measured_op, head_only, ops, [*excluded, *left], list(kept), [], None, {})
 
@@ -403,17 +428,20 @@ def require_same_int8(
     clamp. A state with one op in INT8 does not show that, and the frontier would be wrong.
 
     Raises:
-        InputError: the errors differ in any bit.
+        WithoutInc: the errors differ in any bit.
     """
     batch = batches[index]
     with Replay(model, planned.ops, planned.measured_op) as replay:
         replay.calibrate(batch)
-        found = squared_error(replay.begin(batch), replay.run(assigned(replay.order)))
+        reference = replay.begin(batch)
+        names = [op.op_name for op in planned.ops if op.inc_int8 and op.op_name in replay.first_visit]
+        found = squared_error(reference, replay.run(assigned(names)))
     if found != incs_error:
-        raise InputError(
+        raise WithoutInc(
             f"with every op in INT8, the replay has a sum of squared errors of {found:.4g} at {planned.measured_op} on"
             f" batch {index}, and INC has {incs_error:.4g}. INC computes a function between two ops in INT8, such as"
-            " tanh or clamp; set sensitivity.engine to inc"
+            " tanh or clamp",
+            "set sensitivity.engine to inc, or ",
         )
 
 
@@ -421,19 +449,22 @@ def require_measurable(model: torch.nn.Module, ops: Sequence[Op], engine: str, i
     """Refuse an engine that cannot measure this model, and name an engine that can.
 
     Raises:
-        InputError: INC is asked for and cannot, or the replay is needed and does not cover every op.
+        InputError: INC is asked for and cannot.
+        WithoutInc: the replay is needed and does not cover every op.
     """
     if inc_check["status"] != "cannot":
-        if engine == "replay":
-            require_replayable(model, ops)
+        if engine == "replay" and (refused := refusals(model, ops)):
+            name, reason = next(iter(refused.items()))
+            problem = f"{len(refused)} of {len(ops)} ops cannot be replayed exactly, first {name}: {reason}"
+            raise WithoutInc(problem, "set sensitivity.engine to inc or auto, or ")
         return
     problem = f"INC cannot measure this model: {inc_check['reason']}"
     if refused := refusals(model, ops):
         name, reason = next(iter(refused.items()))
         engine_too = " and set sensitivity.engine to replay" if engine == "inc" else ""
-        raise InputError(
-            f"{problem}. The replay does not cover {len(refused)} of {len(ops)} ops, first {name}: {reason}; keep them"
-            f" in FP32 with {keep_entry(ops, refused)}{engine_too}"
+        raise WithoutInc(
+            f"{problem}. The replay does not cover {len(refused)} of {len(ops)} ops, first {name}: {reason}",
+            f"keep them in FP32 with {keep_entry(ops, refused)}{engine_too}, or ",
         )
     if engine == "inc":
         raise InputError(
@@ -624,7 +655,7 @@ def with_schemes(op: Op, schemes: Mapping[str, QuantizationScheme | Checkpoint])
         elif reason := refusal(scheme, op.op_type, op.shape):
             other = nearest(scheme, op.op_type, op.shape)
             refused[name] = f"{reason}; {other} can hold the op" if other else reason
-    refused = {name: reason for name, reason in refused.items() if reason}
+    refused = {**op.refused, **{name: reason for name, reason in refused.items() if reason}}
     able = tuple(name for name in schemes if name not in refused)
     # INC's INT8 has a byte for each value and a float32 scale for each row.
     stored = {INC_INT8: op.weight_bytes // 4 + 4 * op.shape[0]} if op.shape and op.inc_int8 else {}
@@ -632,6 +663,15 @@ def with_schemes(op: Op, schemes: Mapping[str, QuantizationScheme | Checkpoint])
         name: stored_bytes(schemes[name], op.shape) for name in able if isinstance(schemes[name], QuantizationScheme)
     }
     return replace(op, schemes=(*op.schemes, *able), refused=refused, stored_bytes=stored)
+
+
+def active_shares(model: torch.nn.Module) -> dict[str, float]:
+    """{module that holds the experts of a block: the share of them that each token took in the last forward}."""
+    return {
+        name: experts.chosen.shape[-1] / len(experts.get_submodule("down_proj"))  # type: ignore[arg-type]
+        for name, experts in model.named_modules()
+        if isinstance(experts, RoutedExperts) and experts.chosen is not None
+    }
 
 
 def run_in_fp32(

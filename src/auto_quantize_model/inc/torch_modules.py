@@ -50,9 +50,10 @@ def torch_scores(
         on_op: called with map and op before each score.
     """
     modules = dict(model.named_modules())
-    with observed(modules, plan.ops) as observers:
+    planned = [op for op in plan.ops if op.inc_int8]
+    with observed(modules, planned) as observers:
         reference = output_at(model, batch, plan.measured_op)
-    int8 = {op.op_name: quantized(modules[op.op_name], op, observers[op.op_name]) for op in plan.ops}
+    int8 = {op.op_name: quantized(modules[op.op_name], op, observers[op.op_name]) for op in planned}
     values: dict[str, dict[str, float]] = {}
     for label in plan.maps:
         values[label] = {}
@@ -118,9 +119,11 @@ def quantized(module: torch.nn.Module, op: Op, observers: tuple[Any, ...]) -> Fo
     with copies_sharing_parameters():
         plain: Any = copy.deepcopy(module)
     kind = QUANTIZED[op.op_type]
-    if of_inc(op).pattern == LINEAR_RELU:
-        plain, kind = intrinsic.LinearReLU(plain, torch.nn.ReLU()), quantized_intrinsic.LinearReLU
     plain.qconfig = QConfig(activation=None, weight=lambda: build_observer(of_inc(op).weight.observer))
+    if of_inc(op).pattern == LINEAR_RELU:
+        qconfig = plain.qconfig
+        plain, kind = intrinsic.LinearReLU(plain, torch.nn.ReLU()), quantized_intrinsic.LinearReLU
+        plain.qconfig = qconfig  # torch reads that of the Linear, and asks for one of both
     if not observers:
         # A module itself cannot be set as another module's `forward`: torch would register it as a child.
         forward: Forward = kind.from_float(plain).forward

@@ -6,6 +6,7 @@ compared in each scheme. Any difference is an error, whatever its size. All is c
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from auto_quantize_model.machine import with_threads
 from auto_quantize_model.measure.metrics import Reference, output_at
 from auto_quantize_model.measure.states import UNITS
 from auto_quantize_model.models.checkpoint import Checkpoint
+from auto_quantize_model.models.experts import StackedLinear
 from auto_quantize_model.models.sample import image_positions
 from auto_quantize_model.records import Capture, Plan, Scales, Score
 from auto_quantize_model.replay.by_name import schemes_of
@@ -158,19 +160,28 @@ class Library:
                 continue
             if isinstance(scheme, Checkpoint):
                 load(modules, name, scheme)
-            else:
-                self.quantize(modules[name], name, scheme)
-            with_samples(modules[name])
+                with_samples(modules[name])
+                continue
+            for part, weight in self.parts(modules[name], name):
+                self.quantize(part, name, scheme, weight)
+                with_samples(part)
         return output_at(model, batch, self.measured_op)
+
+    def parts(self, module: Any, name: str) -> list[tuple[torch.nn.Module, torch.Tensor]]:
+        """The Linears of an op and their weights: the op itself, or each expert of a block."""
+        if not isinstance(module, StackedLinear):
+            return [(module, self.weights[name])]
+        module.parts = module.linears()
+        return list(zip(module.parts, self.weights[name], strict=True))
 
     def is_ready(self, name: str, scheme: QuantizationScheme | Checkpoint) -> bool:
         """Whether the calibration has the range of inputs that a scheme needs; without it, the op is unquantized."""
         inputs = None if isinstance(scheme, Checkpoint) else scheme.input_activations
         return not inputs or inputs.dynamic is True or bool((seen := self.scales.get(name)) and seen.input)
 
-    def quantize(self, module: torch.nn.Module, name: str, scheme: QuantizationScheme) -> None:
+    def quantize(self, module: torch.nn.Module, name: str, scheme: QuantizationScheme, weight: torch.Tensor) -> None:
         """Have the library quantize a module, by the minima and maxima of weight and inputs."""
-        found = {"weight": self.of_weight(name, scheme)}
+        found = {"weight": self.of_weight(name, scheme, weight)}
         inputs, seen = scheme.input_activations, self.scales.get(name)
         if inputs and inputs.dynamic is not True and seen and seen.input:
             ends, weight = (seen.input.minimum, seen.input.maximum), self.weights[name]
@@ -180,11 +191,11 @@ class Library:
             put_parameters(module, side, parameters)
         module.quantization_status = QuantizationStatus.FROZEN
 
-    def of_weight(self, name: str, scheme: QuantizationScheme) -> QuantizationParameters:
+    def of_weight(self, name: str, scheme: QuantizationScheme, weight: torch.Tensor) -> QuantizationParameters:
         shared = None
-        if scheme.weights.strategy == "tensor_group":
+        if scheme.weights.strategy == "tensor_group" and self.weights[name].ndim == 2:
             shared = global_scale(self.weights[other] for other in self.units[name])
-        return weight_parameters(self.weights[name], scheme.weights, shared)
+        return weight_parameters(weight, scheme.weights, shared)
 
     def require_same_in_bf16(self, name: str, scheme_name: str) -> None:
         """Compress an op's weight in BF16, as a checkpoint does, and decompress the weight.
@@ -195,8 +206,13 @@ class Library:
         scheme = self.schemes[scheme_name]
         if isinstance(scheme, Checkpoint):  # its weights come compressed
             return
+        for weight in self.weights[name].unsqueeze(0).flatten(0, -3):
+            self.require_same_weight_in_bf16(name, scheme_name, weight.to(torch.bfloat16))
+
+    def require_same_weight_in_bf16(self, name: str, scheme_name: str, weight: torch.Tensor) -> None:
+        """As `require_same_in_bf16`, for one matrix of the op, (rows, columns) in BF16."""
+        scheme: Any = self.schemes[scheme_name]
         scheme = scheme.model_copy(deep=True)
-        weight = self.weights[name].to(torch.bfloat16)
         linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.bfloat16)
         linear.weight.data = weight.clone()
         parameters = weight_parameters(weight, scheme.weights)

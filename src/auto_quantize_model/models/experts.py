@@ -4,7 +4,9 @@ In: a module whose parameters hold one matrix for each expert. Out: the same mod
 shares the memory, and with a forward that gives the same bits. `models.prepare` tries that.
 """
 
+import functools
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,20 +52,60 @@ def as_parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
     return tensor if isinstance(tensor, torch.nn.Parameter) else torch.nn.Parameter(tensor, requires_grad=False)
 
 
-def with_experts(module: Any, form: type[torch.nn.Module]) -> None:
-    """Make each expert's matrices Linears, `NAME.0`, `NAME.1` and so on, where NAME is the stacked parameter's name.
+class StackedLinear(torch.nn.Module):
+    """The same matrix of all experts of a block, as one op.
 
-    Their weights are views of the stacked parameter. Biases stay in the module. transformers adds them after the
-    product, and a Linear with a bias has other bits where an expert has one row.
+    Attributes:
+        weight: (experts, rows, columns), a view of the stacked parameter.
+        parts: for each expert the module that stands for its matrix; None for the matrices themselves.
+    """
+
+    parts: Sequence[torch.nn.Module] | None = None
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def __getitem__(self, expert: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The function that an expert's matrix is."""
+        return functools.partial(self, expert=expert)
+
+    def forward(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
+        """The output of one expert's matrix for its rows, (tokens, columns)."""
+        if self.parts is not None:
+            output: torch.Tensor = self.parts[expert](rows)
+            return output
+        return torch.nn.functional.linear(rows, self.weight[expert])
+
+    def linears(self) -> list[torch.nn.Linear]:
+        """Each expert's matrix as a Linear that shares the memory."""
+        return [linear(weight, None) for weight in self.weight.data]
+
+
+def with_experts(module: Any, form: type[torch.nn.Module], as_block: bool) -> None:
+    """Make the matrices of experts ops, whose weights are views of the stacked parameters.
+
+    Biases stay in the module. transformers adds them after the product, and a Linear with a bias has other bits where
+    an expert has one row.
+
+    Args:
+        module: holds the stacked parameters.
+        form: the class below that runs the experts.
+        as_block: whether all experts of a matrix are one op, with the name of the stacked parameter. Otherwise each
+            expert is a Linear: `NAME.0`, `NAME.1` and so on.
     """
     experts = len(stacked(module).get("down_proj", ())) or None  # LongCat stacks experts without a second matrix
-    lists = {}
-    for name, weight in stacked(module).items():
-        matrices = [matrix.t() if is_transposed(module) else matrix for matrix in weight.data[:experts]]
-        lists[name] = torch.nn.ModuleList(linear(matrix, None) for matrix in matrices)
-    for name, linears in lists.items():
+    found: dict[str, torch.nn.Module] = {}
+    for name, parameter in stacked(module).items():
+        matrices = parameter.data.transpose(1, 2) if is_transposed(module) else parameter.data
+        whole = StackedLinear(matrices[:experts])
+        found[name] = whole if as_block else torch.nn.ModuleList(whole.linears())
+    for name, matrix in found.items():
         delattr(module, name)
-        setattr(module, name, linears)
+        setattr(module, name, matrix)
     module.__class__ = type(type(module).__name__, (form, type(module)), {})
 
 
@@ -139,8 +181,9 @@ class SplitExperts(Experts):
     """Matrices of experts whose rows come one expert after the other, as Linears. In: rows, and how many each has."""
 
     def forward(self, rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-        parts, experts = rows.split(sizes, dim=0), self.get_submodule("weight")
-        return torch.cat([expert(part) for expert, part in zip(experts.children(), parts, strict=True) if len(part)])
+        experts: Any = self.get_submodule("weight")
+        parts = enumerate(rows.split(sizes, dim=0))
+        return torch.cat([experts[expert](part) for expert, part in parts if len(part)])
 
 
 def trial_of_experts(module: Any) -> tuple[Any, ...]:

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from auto_quantize_model.models.experts import TRIAL_ROWS, form_of, linear, trial_of_experts, with_experts
+from auto_quantize_model.models.experts import (
+    TRIAL_ROWS,
+    StackedLinear,
+    form_of,
+    linear,
+    trial_of_experts,
+    with_experts,
+)
 
 INNER = "plain"  # the name of the plain module inside a module that scales or shifts
 PLAIN: tuple[type[torch.nn.Module], ...] = (torch.nn.Linear, torch.nn.Embedding)
@@ -23,11 +30,12 @@ Trial = tuple[Any, ...]  # arguments of a forward
 OTHER_INPUT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def prepare(model: torch.nn.Module) -> dict[str, str]:
+def prepare(model: torch.nn.Module, experts: str = "each") -> dict[str, str]:
     """Make all that a model holds in another form plain, in place.
 
     Args:
         model: in FP32 and eval mode on the CPU, with its weights. Its experts run one after the other (`eager`).
+        experts: `each` makes each matrix of an expert a Linear. `block` makes the same matrix of all experts one op.
 
     Returns:
         {module name: reason}, for modules of a known form that stay as they are, because their bits would change.
@@ -36,13 +44,13 @@ def prepare(model: torch.nn.Module) -> dict[str, str]:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for name, module in list(model.named_modules()):
-            changes = changes_of(module)
+            changes = changes_of(module, experts)
             if changes and not any(is_changed(module, change) for change in changes):
                 refused[name] = f"{type(module).__name__} uses its weight otherwise than a plain module does"
     return refused
 
 
-def changes_of(module: torch.nn.Module) -> list[Change]:
+def changes_of(module: torch.nn.Module, experts: str = "each") -> list[Change]:
     """The ways to make a module plain, the simplest first; empty where it is plain already, or of an unknown form."""
     if INNER in module._modules:
         return []
@@ -53,7 +61,7 @@ def changes_of(module: torch.nn.Module) -> list[Change]:
     if isinstance(module, CONVOLUTIONS) and module.padding == "valid":
         return [with_number_of_padding]
     form = form_of(module)
-    return [partial(with_experts, form=form)] if form else []
+    return [partial(with_experts, form=form, as_block=experts == "block")] if form else []
 
 
 def is_changed(module: Any, change: Change) -> bool:
@@ -103,7 +111,7 @@ def with_random_rows(module: Any) -> Any:
 def runs_plain(module: torch.nn.Module, trial: Trial) -> bool:
     """Whether a forward calls plain modules. Some forwards read the weights by themselves."""
     calls: list[torch.nn.Module] = []
-    plain = [child for child in module.modules() if type(child) in (*PLAIN, *CONVOLUTIONS)]
+    plain = [child for child in module.modules() if type(child) in (*PLAIN, *CONVOLUTIONS, StackedLinear)]
     handles = [child.register_forward_pre_hook(lambda child, args: calls.append(child)) for child in plain]
     try:
         module(*trial)

@@ -282,8 +282,12 @@ def verify_manifest(manifest: ModelManifest) -> Path:
     return directory
 
 
-def load_model(directory: Path) -> PreTrainedModel:
-    """The model of a snapshot in FP32 and eval mode on the CPU, safe for FX, its parameters frozen.
+def load_model(directory: Path, experts: str = "each") -> PreTrainedModel:
+    """The model of a snapshot in FP32 and eval mode on the CPU, its parameters frozen, prepared for FX and the replay.
+
+    Args:
+        directory: the snapshot.
+        experts: as `models.prepare.prepare` takes it.
 
     Raises:
         InputError: `check_snapshot` refuses the snapshot, its weights do not fill the model, or they do not fit into
@@ -307,7 +311,7 @@ def load_model(directory: Path) -> PreTrainedModel:
     require_complete(directory, loading)
     make_fx_safe(model)
     model.eval().requires_grad_(False)
-    prepare(model)
+    prepare(model, experts)
     return model
 
 

@@ -146,7 +146,7 @@ class Backward:
         """Keep an op's output in the state, and the errors that other schemes make there."""
         unquantized = output
         if scheme := self.state.get(site.name):
-            output = site.served[scheme].differentiable(x)
+            output = site.differentiable(scheme, x)
         if not self.recording or not self.schemes.get(site.name):
             return output
         with torch.no_grad():

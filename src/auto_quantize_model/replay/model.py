@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from auto_quantize_model.files import InputError
-from auto_quantize_model.models.experts import RoutedExperts
+from auto_quantize_model.models.experts import RoutedExperts, StackedLinear
 from auto_quantize_model.records import Op, Scales
 from auto_quantize_model.replay.ops import SITES, Site, refusal
 from auto_quantize_model.schemes.inc_int8 import require_formula
@@ -141,7 +141,7 @@ class Replay:
         if not schemes:
             return
         from auto_quantize_model.models.checkpoint import Checkpoint
-        from auto_quantize_model.replay.served import Kept, LastInput, Norm, Served, Stored
+        from auto_quantize_model.replay.served import Kept, LastInput, Norm, Served, ServedExperts, Stored
 
         kept, last = Kept(), {name: LastInput() for name in schemes}
         units: dict[str, list[torch.Tensor]] = {}
@@ -154,10 +154,12 @@ class Replay:
         for op in ops:
             name, module = op.op_name, modules[op.op_name]
             for scheme in (scheme for scheme in op.schemes if scheme in schemes):
-                served: Served | Stored
+                served: Served | ServedExperts | Stored
                 if scheme in checkpoints:
                     before = self.norms.get((scheme, checkpoints[scheme].norms.get(name, "")))
                     served = Stored(module, checkpoints[scheme], name, kept, before)
+                elif isinstance(module, StackedLinear):
+                    served = ServedExperts(module, schemes[scheme], kept, last[scheme])
                 else:
                     served = Served(module, schemes[scheme], units[op.matrix], kept, last[scheme])
                 self.sites[name].served[scheme] = served

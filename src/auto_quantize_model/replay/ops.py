@@ -15,6 +15,7 @@ import torch
 
 from auto_quantize_model.files import InputError
 from auto_quantize_model.machine import has_vnni
+from auto_quantize_model.models.experts import StackedLinear
 from auto_quantize_model.records import ObservedRange, Op, OpScales
 from auto_quantize_model.schemes.inc_int8 import (
     EXACT,
@@ -32,7 +33,7 @@ from auto_quantize_model.schemes.inc_int8 import (
 from auto_quantize_model.schemes.scheme import INC_INT8
 
 if TYPE_CHECKING:  # the library that it imports is needed for its own schemes alone
-    from auto_quantize_model.replay.served import Served, Stored
+    from auto_quantize_model.replay.served import Served, ServedExperts, Stored
 
 
 # An observer of the ranges of inputs, for ops that INC does not plan.
@@ -52,7 +53,8 @@ class Site:
 
     `scheme` is the op's current scheme, None for FP32. `served` are the op's schemes of compressed-tensors. Between
     `observe` and `observed`, in FP32, observers see the op's input and output. `watch`, where set, gets the site, its
-    input and its FP32 output, and returns the output that the model goes on with. `executions` counts calls. Scales
+    input and its FP32 output, and returns the output that the model goes on with. `executions` counts calls. `options`
+    are the keyword arguments of the last call, such as the expert whose matrix is asked for. Scales
     and zero_points of input and output belong to the calibration, the weight's codes to the model.
     """
 
@@ -65,17 +67,19 @@ class Site:
         self.weight = op.inc_int8.weight.observer if op.inc_int8 else {}
         self.pattern = op.inc_int8.pattern if op.inc_int8 else op.op_type
         self.scheme: str | None = None
-        self.served: dict[str, Served | Stored] = {}
+        self.served: dict[str, Served | ServedExperts | Stored] = {}
         self.observers: list[Any] = []
         self.watch: Callable[[Site, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         self.executions = 0
+        self.options: dict[str, Any] = {}
         self.has_scales = False
 
-    def __call__(self, input: torch.Tensor) -> torch.Tensor:  # named as in torch's modules
+    def __call__(self, input: torch.Tensor, **options: Any) -> torch.Tensor:  # named as in torch's modules
         self.executions += 1
+        self.options = options
         if self.scheme:
             return self.in_scheme(self.scheme, input)
-        output: torch.Tensor = self.forward(input)
+        output: torch.Tensor = self.forward(input, **options)
         if self.watch:
             return self.watch(self, input, output)
         # Where INC fuses a ReLU, its observer sees the output after the ReLU.
@@ -92,7 +96,11 @@ class Site:
 
     def in_scheme(self, scheme: str, x: torch.Tensor) -> torch.Tensor:
         """The op's output for `x` in one of its schemes, whatever its current scheme is."""
-        return self.quantized(x) if scheme == INC_INT8 else self.served[scheme](x)
+        return self.quantized(x) if scheme == INC_INT8 else self.served[scheme](x, **self.options)
+
+    def differentiable(self, scheme: str, x: torch.Tensor) -> torch.Tensor:
+        """As `in_scheme`, with a gradient; not for INC's scheme."""
+        return self.served[scheme].differentiable(x, **self.options)
 
     def observe(self) -> None:
         """Start a calibration, with new observers for input and output."""
@@ -344,13 +352,15 @@ SITES: dict[str, tuple[type[torch.nn.Module], type[Site]]] = {
     "Conv2d": (torch.nn.Conv2d, ConvSite),
     "Conv3d": (torch.nn.Conv3d, ConvSite),
     "Embedding": (torch.nn.Embedding, EmbeddingSite),
+    "Experts": (StackedLinear, Site),
 }
 
 
 def refusal(module: torch.nn.Module, op: Op) -> str:
     """Why a site cannot reproduce an op of the plan exactly; empty if it can."""
     if op.inc_int8 is None:
-        return "" if op.op_type == "Linear" and type(module) is torch.nn.Linear else "INC does not plan it"
+        served = op.op_type in ("Linear", "Experts") and type(module) is SITES[op.op_type][0]
+        return "" if served else "INC does not plan it"
     if op.inc_int8.pattern not in (op.op_type, LINEAR_RELU):
         return f"INC fuses it into a {op.inc_int8.pattern}"
     if op.op_type not in SITES:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from auto_quantize_model.machine import KEPT_BYTES
 from auto_quantize_model.models.checkpoint import Checkpoint
+from auto_quantize_model.models.experts import StackedLinear
 from auto_quantize_model.records import OpScales
 from auto_quantize_model.schemes.compressed import (
     QuantizationParameters,
@@ -154,6 +155,36 @@ class Served:
             served, weight = self.served_input(x), self.kept.get(self, self.weight)
         inputs: torch.Tensor = Rounded.apply(x, served)  # type: ignore[no-untyped-call]
         return torch.nn.functional.linear(inputs, weight, self.module.bias)
+
+
+class ServedExperts:
+    """The same matrix of all experts of a block in one scheme; each expert has scales of its own for its weight.
+
+    Args:
+        module: the op's module.
+        scheme, kept, last: as `Served` takes them.
+    """
+
+    def __init__(self, module: StackedLinear, scheme: QuantizationScheme, kept: Kept, last: LastInput) -> None:
+        self.parts = [Served(part, scheme, [part.weight], kept, last) for part in module.linears()]
+
+    @property
+    def ready(self) -> bool:
+        """Whether all that the scheme needs of a calibration is there."""
+        return self.parts[0].ready
+
+    def set_range(self, scales: OpScales | None) -> None:
+        """Use the range of the inputs of all experts that a calibration saw."""
+        for part in self.parts:
+            part.set_range(scales)
+
+    def __call__(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """The output of one expert's matrix for its rows."""
+        return self.parts[expert](x)
+
+    def differentiable(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """As `Served.differentiable`, for one expert's matrix."""
+        return self.parts[expert].differentiable(x)
 
 
 class Norm:

@@ -241,7 +241,9 @@ def weighs(report: Report, point: Mapping[str, Any]) -> str:
     whole = unquantized(report)
     share = f", {percent(point['weight_bytes'] / whole['weight_bytes'])} of those without quantization" if whole else ""
     time = "" if point["seconds"] is None else f" By the config's table the ops take {point['seconds']:.3g} s."
-    return f"The weights take {in_bytes(point['weight_bytes'], 4)}{share}.{time}"
+    needed = point["active_bytes"]
+    active = "" if needed is None else f" One token needs {in_bytes(needed, 4)} of them."
+    return f"The weights take {in_bytes(point['weight_bytes'], 4)}{share}.{active}{time}"
 
 
 def because(report: Report, name: str) -> str:
@@ -457,8 +459,8 @@ def of_inc_check(inc_check: IncCheck) -> list[str]:
     """Why Intel Neural Compressor could not measure the model, and what was done instead; empty where it could."""
     if inc_check["status"] == "no_plan":
         return [
-            f"Intel Neural Compressor cannot plan this model: {inc_check['reason']}. So {INC_INT8} is not measured. The"
-            " other schemes need no plan of Intel Neural Compressor."
+            f"{INC_INT8} is not measured: {inc_check['reason']}. The other schemes need no plan of Intel Neural"
+            " Compressor."
         ]
     if inc_check["status"] != "cannot":
         return []

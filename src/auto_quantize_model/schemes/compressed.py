@@ -6,6 +6,7 @@ with one faster backend for FP4 in `fp4.py`.
 Min/max observers find the ranges, as llm-compressor's `memoryless_minmax` and `static_minmax` do.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -94,9 +95,11 @@ def refusal(scheme: QuantizationScheme, op_type: str, shape: tuple[int, ...]) ->
 
     Args:
         scheme: as `scheme_of` returns it.
-        op_type: such as `Linear`.
-        shape: of the op's weight, (rows, columns) for a Linear.
+        op_type: such as `Linear`; `Experts` for the same matrix of all experts of a block.
+        shape: of the op's weight, (rows, columns) for a Linear, and with the number of experts before for `Experts`.
     """
+    if op_type == "Experts":
+        return refusal(scheme, "Linear", shape[1:])
     if op_type != "Linear":
         return f"compressed-tensors quantizes a Linear, and this op is of the type {op_type}"
     for side, args in (("weight", scheme.weights), ("input", scheme.input_activations)):
@@ -133,9 +136,9 @@ def stored_bytes(scheme: QuantizationScheme, shape: tuple[int, ...]) -> int:
 
     Args:
         scheme: one that the op can have; see `refusal`.
-        shape: of the weight, (rows, columns).
+        shape: of the weight, (rows, columns), or (experts, rows, columns).
     """
-    rows, columns = shape
+    rows, columns = shape[-2:]
     with torch.device("meta"):
         linear = torch.nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16)
         initialize_module_for_quantization(linear, scheme.model_copy(deep=True))
@@ -146,7 +149,8 @@ def stored_bytes(scheme: QuantizationScheme, shape: tuple[int, ...]) -> int:
     if "weight_packed" in stored and "weight_zero_point" in stored:  # without data the library leaves it unpacked
         unpacked = torch.zeros(stored["weight_zero_point"].shape, dtype=torch.int8)
         stored["weight_zero_point"] = pack_to_int32(unpacked, scheme.weights.num_bits, packed_dim=0)
-    return sum(tensor.nbytes for tensor in stored.values())
+    of_matrix: int = sum(tensor.nbytes for tensor in stored.values())
+    return math.prod(shape[:-2]) * of_matrix
 
 
 def put_parameters(module: torch.nn.Module, side: str, found: QuantizationParameters) -> None:
