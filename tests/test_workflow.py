@@ -382,6 +382,38 @@ def test_one_run_makes_the_report_the_summary_and_the_archive(finished: tuple[Pa
 
 
 @pytest.mark.slow
+def test_experts_are_measured_in_schemes_that_need_no_inc(tmp_path: Path) -> None:
+    from auto_quantize_model.made.tiny_text import write_tiny_text
+
+    directory = copy_checkout(tmp_path / "checkout")
+    write_tiny_text("mixtral", directory / "resources" / "models" / "tiny")
+    samples = directory / "resources" / "texts.jsonl"
+    samples.write_text("".join(json.dumps({"prompt": f"Say {word}.", "answer": word}) + "\n" for word in "abcdefgh"))
+    schemes = ["FP8_DYNAMIC", "NVFP4"]
+    changes = {
+        **TINY,
+        "calibration": TINY["calibration"] | {"name": "texts", "path": "resources/texts.jsonl"},
+        "sensitivity": TINY["sensitivity"] | {"schemes": schemes},
+        "decide": TINY["decide"] | {"candidates": schemes},
+    }
+    write_config(directory, changes)
+    results = "results/tiny/texts"
+    ended = snakemake(directory, f"{results}/op_sensitivity_mse_v2_cpu.json", "--cores", "1", "--resources", "gpu=1")
+    assert ended.returncode == 0, ended.stdout
+    report = json.loads((directory / results / "op_sensitivity_mse_v2_cpu.json").read_text())
+    assert report["main_scheme"] == "FP8_DYNAMIC" and list(report["schemes"]) == schemes
+    assert report["measurement"]["inc_check"] == {"status": "not_asked"}
+    assert report["audit"]["status"] == "not_measured" and {*report["audit"]["served"]} > {*schemes}
+    assert 0 <= report["all_ops"]["router_agreement"] <= 1
+    experts = [op["op_name"] for op in report["ops"] if ".experts." in op["op_name"]]
+    assert len(experts) == 2 * 4 * 2 and report["coverage"]["share"] > 0.8
+    units = {unit["name"]: unit["ops"] for unit in report["frontier"]["units"]}
+    assert len(units["model.layers.0.mlp.experts"]) == 8
+    assert any("so the experts of 2 blocks are not explained" in text for text in report["why"]["skipped"])
+    assert not any("experts" in cause["unit"] for cause in report["why"]["causes"])
+
+
+@pytest.mark.slow
 def test_the_archive_holds_the_results_with_their_checksums(finished: tuple[Path, str]) -> None:
     directory, _ = finished
     checksums = json.loads((directory / "results/archives/tiny-digits.tar.sha256.json").read_text())

@@ -19,6 +19,7 @@ from auto_quantize_model.models.experts import (
     Experts,
     RoutedExperts,
     SplitExperts,
+    StackedLinear,
     trial_of_experts,
 )
 from auto_quantize_model.models.prepare import PLAIN, is_changed_in_place, prepare, with_number_of_padding
@@ -151,6 +152,20 @@ def test_experts_with_biases_have_the_bits_of_transformers_where_one_has_one_row
     expected = module(rows, index, weights)
     assert prepare(module) == {} and isinstance(module, RoutedExperts)
     assert torch.equal(module(rows, index, weights), expected)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "nemotron_h", "longcat_flash", "llama4_text", "jetmoe"])
+def test_the_same_matrix_of_all_experts_can_be_one_op(model_type: str) -> None:
+    model = built(model_type)
+    expected, before = logits(model), memory(model)
+    left = prepare(model, "block")
+    assert left.keys() == FORMS[model_type][1].keys()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(logits(model), expected, strict=True))
+    assert memory(model) == before
+    blocks = [module for module in model.modules() if isinstance(module, StackedLinear)]
+    assert blocks and all(module.weight.ndim == 3 for module in blocks)
+    assert prepare(model, "block") == left
+    assert [module for module in model.modules() if isinstance(module, StackedLinear)] == blocks
 
 
 def test_in_the_trial_of_experts_one_of_them_has_one_row() -> None:
