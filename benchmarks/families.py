@@ -111,10 +111,11 @@ def measured(name: str) -> dict[str, Any]:
         snapshot = write(name, Path(folder) / "snapshot")
         manifest = build_manifest(snapshot, name, "local", {})
         model: Any = load_model(snapshot)
-        batches = samples(load_processor(snapshot))
-        plan = build_plan(model, batches, PlanSpec(confidence_batches=1, schemes=SCHEMES, maps=MAPS))
+        processor = load_processor(snapshot)
+        batches, count = samples(processor), 1 + processor.family.takes_images
+        plan = build_plan(model, batches, PlanSpec(confidence_batches=count, schemes=SCHEMES, maps=MAPS))
         scales = calibrate(model, plan, batches, True)
-        of_batch, of_all = [scales[name_of_batch(0)]], scales[ALL_BATCHES]
+        of_batch, of_all = [scales[name_of_batch(index)] for index in range(count)], scales[ALL_BATCHES]
         store = ScoreStore(Path(folder) / "scores")
         capture, _ = capture_sensitivity(model, batches, plan, store, of_batch, of_all=of_all)
         audit = audit_capture(model, batches, plan, capture, AUDITED, of_batch)
@@ -125,12 +126,20 @@ def measured(name: str) -> dict[str, Any]:
         "not_run": sum(not op.ran for op in plan.ops),
         "coverage": plan.coverage,
         "inc_check": plan.inc_check,
+        "tower": of_images(plan, capture) if count > 1 else None,
         "head_only": plan.head_only,
         "by": audit.by if audit.compared else "",
         "compared": audit.compared,
         "served": served,
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def of_images(plan: Any, capture: Any) -> tuple[int, int]:
+    """How many ops of the image's tower have other scores with another image, and how many ran."""
+    scores = capture.of_map("isolated", plan.main_scheme)
+    ran = [scores[op.op_name] for op in plan.ops if op.tower == "vision" and op.ran and op.op_name in scores]
+    return sum(one.mse_value != other.mse_value for one, other in ran if one and other), len(ran)
 
 
 def write(name: str, directory: Path) -> Path:
@@ -156,7 +165,7 @@ def samples(processor: Any) -> list[Any]:
     for number, text in enumerate(TEXTS):
         pixels = generator.integers(0, 256, (40, 60, 3), dtype=np.uint8)
         images = (Image.fromarray(pixels),) if processor.family.takes_images else ()
-        found.append(encode(Sample(str(number), text, images), processor, limits))
+        found.append(encode(Sample(str(number), TEXTS[0] if images else text, images), processor, limits))
     return found
 
 
@@ -168,10 +177,12 @@ def table(groups: dict[str, list[str]]) -> Iterator[str]:
     yield "# Families"
     yield ""
     yield (
-        "Each row is a tiny model with random weights, built from the real class and configuration of transformers"
-        f" {transformers.__version__} and loaded as a user's snapshot is. The plan covers the share of its weights in"
-        " the third column. The audit measured values again, in INC's scheme and in four of compressed-tensors. A row"
-        " exists only if every value had the same bits; otherwise it shows the error."
+        "Each row is a tiny model with random weights. Its class and configuration are those of transformers"
+        f" {transformers.__version__}, and it is loaded as a user's snapshot is. Two columns show the share of the"
+        " weights and of the multiply-adds that the planned ops hold. The audit measured values again, in INC's scheme"
+        f" and in {len(SCHEMES) - 1} schemes of compressed-tensors. A row exists only if every value had the same bits."
+        " Other models are listed with their error. With images, two samples differ in their image alone, and the"
+        " remark says how many ops of the image's tower have other scores."
     )
     yield ""
     yield (
@@ -217,6 +228,8 @@ def remarks(result: dict[str, Any]) -> str:
         found.append(f"left out: {', '.join(most)}")
     if result["head_only"]:
         found.append("measured before the model scales or caps its logits")
+    if result.get("tower"):
+        found.append("{} of {} tower ops have other scores with another image".format(*result["tower"]))
     if result["not_run"]:
         found.append(f"{result['not_run']} ops never ran on these samples")
     if "reason" in result["inc_check"]:

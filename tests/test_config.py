@@ -141,7 +141,9 @@ def test_reading_a_config_imports_no_torch() -> None:
             "sensitivity: {fallback_schemes: [W8A8], maps: [isolated]}",
             "sensitivity.fallback_schemes needs the map fallback; add fallback to sensitivity.maps",
         ),
-        ("sensitivity: {schemes: [W8A8]}", "sensitivity.schemes: inc_int8 is not in the list, and the report"),
+        ("sensitivity: {schemes: [W8A8], engine: auto}", "sensitivity.engine auto measures inc_int8, which is not in"),
+        ("sensitivity: {experts: block, engine: auto}", "sensitivity.experts block needs sensitivity.engine replay"),
+        ("sensitivity: {experts: block, schemes: [inc_int8]}", "sensitivity.experts block needs a scheme of"),
         ("sensitivity: {schemes: [W8A8, W8A8]}", "sensitivity.schemes: an entry is there twice; remove one of the two"),
         (
             "sensitivity: {schemes: [inc_int8, W4A15]}",

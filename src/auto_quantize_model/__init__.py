@@ -6,11 +6,11 @@ The public names are those of `__all__`. Each is imported when it is first used,
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from auto_quantize_model.api import capture, frontier, load, plan, profiles, ranking, save
+    from auto_quantize_model.api import capture, frontier, load, plan, prepare, profiles, ranking, save
     from auto_quantize_model.files import InputError
     from auto_quantize_model.records import Capture, Frontier, Op, Plan, Point, Profile, Profiles, Score
 
-_FUNCTIONS = ("plan", "capture", "ranking", "frontier", "profiles", "save", "load")
+_FUNCTIONS = ("prepare", "plan", "capture", "ranking", "frontier", "profiles", "save", "load")
 _RECORDS = ("Op", "Plan", "Score", "Capture", "Point", "Frontier", "Profile", "Profiles")
 __all__ = [
     "Capture",
@@ -26,6 +26,7 @@ __all__ = [
     "frontier",
     "load",
     "plan",
+    "prepare",
     "profiles",
     "ranking",
     "save",

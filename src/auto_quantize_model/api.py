@@ -28,6 +28,8 @@ from auto_quantize_model.files import InputError, digest_of
 from auto_quantize_model.machine import choose_device, explained_out_of_memory
 from auto_quantize_model.measure.capture import Engine, Progress, capture_sensitivity, digest_of_batch
 from auto_quantize_model.measure.store import ScoreStore
+from auto_quantize_model.models.sample import Batch as Encoded
+from auto_quantize_model.models.sample import samples_in, tokens_of
 from auto_quantize_model.records import (
     Capture,
     Frontier,
@@ -49,6 +51,34 @@ Saved = Plan | Capture | Frontier | Profiles
 KINDS: dict[str, type[Saved]] = {"plan": Plan, "capture": Capture, "frontier": Frontier, "profiles": Profiles}
 
 
+def prepare(model: torch.nn.Module, *, experts: str = "each") -> dict[str, str]:
+    """Make the experts of a model, the Conv1D of GPT-2, and subclasses of Linear and Embedding plain modules, in place.
+
+    `plan` sees plain modules alone. The weights are shared, and every output keeps its bits. The pipeline does the same
+    when it loads a model.
+
+    Args:
+        model: of transformers, FP32, eval mode, on the CPU.
+        experts: `each` makes each matrix of an expert an op. `block` makes the same matrix of all experts one op, for
+            schemes of compressed-tensors alone.
+
+    Returns:
+        {module name: reason}, for modules that stay as they are, because their bits would change.
+
+    Raises:
+        InputError: `experts` is neither of the two.
+    """
+    if experts not in ("each", "block"):
+        raise InputError(f"experts is {experts!r}; give each or block")
+    from auto_quantize_model.models.prepare import prepare as prepared
+
+    choose: Any = getattr(model, "set_experts_implementation", None)
+    if choose:
+        # One expert after the other, as linear layers run.
+        choose("eager")
+    return prepared(model, experts)
+
+
 def plan(
     model: torch.nn.Module,
     batches: Batches,
@@ -57,6 +87,7 @@ def plan(
     schemes: Sequence[Any] = ("inc_int8",),
     maps: Sequence[str] = ("isolated",),
     fallback_schemes: Sequence[str] = (),
+    experts: str = "each",
     op_type_dict: Mapping[str, str] | None = None,
     op_name_dict: Mapping[str, str] | None = None,
     reduce_range: bool | None = None,
@@ -68,14 +99,15 @@ def plan(
 
     Args:
         model: FP32, eval mode, on the CPU. `model(**batch)` returns an object with `logits`, float32 of shape
-            (samples, tokens, vocabulary).
+            (samples, tokens, vocabulary), or (samples, classes).
         batches: the calibration batches. Each has `input_ids`, int64 of shape (samples, tokens), and all else that the
-            model takes.
+            model takes. Those of a model of images alone have `pixel_values` and no `input_ids`.
         confidence_batches: how many of the batches will be scored, each alone.
         schemes: the schemes to measure: `inc_int8`, and as many of compressed-tensors as wanted, such as `W8A8`,
             `FP8_DYNAMIC`, `W4A16` and `NVFP4`. A mapping is a scheme of your own, as in a config.
         maps: which maps will be measured. The ranking needs `isolated`; each other map takes as long again.
         fallback_schemes: schemes in which the map `fallback` is measured besides `inc_int8`.
+        experts: as `prepare` was told.
         op_type_dict: op types that stay in FP32, such as `{"Embedding": "fp32"}`.
         op_name_dict: ops that stay in FP32, by regular expressions that match whole names.
         reduce_range: whether activations take 7 bits of 8; None is INC's choice for this CPU.
@@ -95,6 +127,7 @@ def plan(
         "schemes": list(schemes),
         "maps": list(maps),
         "fallback_schemes": list(fallback_schemes),
+        "experts": experts,
         "reduce_range": reduce_range,
         "op_type_dict": dict(op_type_dict or {}),
         "op_name_dict": dict(op_name_dict or {}),
@@ -405,9 +438,10 @@ def _batches(batches: Batches, name: str, device: torch.device) -> list[Batch]:
                 raise InputError(f"{place}[{key!r}]: a {type(tensor).__name__}; give a tensor, or leave the key out")
             if tensor.device != device:
                 raise InputError(f"{place}[{key!r}]: on {tensor.device}, and the model is on {device}; move the tensor")
-        if "input_ids" not in batch or batch["input_ids"].dim() != 2:
+        of_images = "pixel_values" in batch and "input_ids" not in batch
+        if not of_images and ("input_ids" not in batch or batch["input_ids"].dim() != 2):
             raise InputError(f"{place}: no input_ids of shape (samples, tokens); give the token ids under that key")
-    return [dict(batch) for batch in batches]
+    return [batch if isinstance(batch, Encoded) else dict(batch) for batch in batches]
 
 
 def _require_logits(model: torch.nn.Module, batch: Batch) -> None:
@@ -485,11 +519,12 @@ def _answers(given: Sequence[Sequence[range | None]] | None, heldout: Sequence[B
         InputError: not a list for each batch, not an entry for each sample, or positions that no token predicts.
     """
     if given is None:
-        return [[None] * len(batch["input_ids"]) for batch in heldout]
+        return [[None] * samples_in(batch) for batch in heldout]
     if len(given) != len(heldout):
         raise InputError(f"answers: {len(given)} entries for {len(heldout)} held-out batches; give one for each batch")
     for index, (spans, batch) in enumerate(zip(given, heldout, strict=True)):
-        samples, tokens = batch["input_ids"].shape
+        known = tokens_of(batch)
+        samples, tokens = samples_in(batch), 0 if known is None else known.shape[1]
         if len(spans) != samples:
             raise InputError(f"answers[{index}]: {len(spans)} entries for {samples} samples; give one for each sample")
         for span in spans:

@@ -263,7 +263,7 @@ class CalibrationSpec(FromSource):
     prompt: Prompt = "Describe this image."
     """Question for each image that has no prompt of its own."""
     format: Literal["chat", "plain"] = "chat"
-    """chat: the model's chat template. plain: prompt and answer without one, for models that have none."""
+    """chat: the model's chat template. plain: no template, for base models, encoders, T5 and BART, and PaliGemma."""
     repo_id: Repository | None = None
     """hub: the data set, as owner/name."""
     revision: Line | None = None
@@ -518,6 +518,12 @@ class SensitivitySpec(PlanSpec):
     def contradictions(self) -> Iterator[str]:
         if self.engine == "inc" and len(self.schemes) > 1:
             yield "sensitivity.engine inc measures inc_int8 alone; set sensitivity.schemes to [inc_int8]"
+        if self.engine != "replay" and "inc_int8" not in self.schemes:
+            yield f"sensitivity.engine {self.engine} measures inc_int8, which is not in sensitivity.schemes; add it"
+        if self.experts == "block" and self.engine != "replay":
+            yield "sensitivity.experts block needs sensitivity.engine replay; set engine to replay"
+        if self.experts == "block" and list(self.schemes) == ["inc_int8"]:
+            yield "sensitivity.experts block needs a scheme of compressed-tensors; add one, such as W8A8, to schemes"
         if self.engine != "replay" and self.exact not in ("auto", "all"):
             yield f"sensitivity.exact {self.exact} needs sensitivity.engine replay; set one of the two to its default"
         if self.time_budget and self.engine != "replay":

@@ -158,8 +158,8 @@ class Op:
         weight_bytes: of its weight in FP32.
         executions: how often the op runs in FP32 on each scored batch.
         tower: `vision` or `language`.
-        unit: one name for the ops that share a scheme, because a serving engine holds them as one matrix or as the
-            experts of one block; an op of its own has its own name.
+        unit: one name for the ops that share a scheme; an op of its own has its own name. A serving engine holds such
+            ops as one matrix, or as the experts of one block.
         expert: whether the op is a matrix of one expert among several.
         active: the share of the experts of its block that a token takes; 1 for any other op.
         inc_int8: what INC plans for the op; None where INC planned nothing.

@@ -89,7 +89,7 @@ def extract_into(
         InputError: the source is empty or malformed, has too few samples, or has samples that cannot be used. Or a
             held-out sample is the same as a calibration sample. The message names all such samples.
     """
-    if spec.format == "chat" and processor.tokenizer.chat_template is None:
+    if spec.format == "chat" and processor.family.takes_words and processor.tokenizer.chat_template is None:
         raise InputError(
             f"{model_manifest.path}: no chat template (chat_template.jinja, chat_template.json, or"
             " in tokenizer_config.json); complete the snapshot, or set calibration.format to plain"

@@ -13,6 +13,7 @@ from auto_quantize_model.measure.alone import Alone, Records, distance_of, regai
 from auto_quantize_model.measure.folding import folding_of
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.measure.why import watch_inputs
+from auto_quantize_model.models.sample import samples_in
 from auto_quantize_model.records import Cause, Cured, Frontier, Options, Plan, Profile, Profiles, Scales, Why
 from auto_quantize_model.replay.model import Batch
 
@@ -130,7 +131,7 @@ def explain(
     return Why(
         calibration_batches=len(scored),
         heldout_batches=len(few),
-        heldout_samples=sum(len(batch["input_ids"]) for batch in few),
+        heldout_samples=sum(map(samples_in, few)),
         causes=causes,
         cured=cured,
         skipped=skipped(plan, frontier),

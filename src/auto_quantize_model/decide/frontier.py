@@ -36,6 +36,7 @@ from auto_quantize_model.measure.capture import arithmetic
 from auto_quantize_model.measure.heldout import HeldOut
 from auto_quantize_model.measure.states import UNITS
 from auto_quantize_model.measure.store import ScoreStore
+from auto_quantize_model.models.sample import samples_in
 from auto_quantize_model.records import Capture, Frontier, Op, Options, Plan, Point, Scales, Unit
 from auto_quantize_model.replay.model import Batch
 from auto_quantize_model.schemes.scheme import INC_INT8, UNQUANTIZED
@@ -237,7 +238,8 @@ def measure_frontier(
                 break
             total += len(heldout)
             points += decision.measured([state])
-        asked, positions = on_heldout.asked, sum(batch["input_ids"].numel() for batch in heldout)
+        asked = on_heldout.asked
+        positions = sum(of_batch["image_positions"] + of_batch["text_positions"] for of_batch in on_heldout.totals)
     size = lambda point: (point.weight_bytes, -point.predicted)  # noqa: E731
     return Frontier(
         **asdict(arithmetic(next(model.parameters()).device)),
@@ -247,8 +249,8 @@ def measure_frontier(
         other_bytes=other,
         calibration_batches=len(calibration),
         batches=len(heldout),
-        samples=sum(len(batch["input_ids"]) for batch in heldout),
-        tokens=positions,
+        samples=sum(map(samples_in, heldout)),
+        tokens=round(positions),
         answers=asked,
         points=tuple(sorted((point for point in points if point.kind == "frontier"), key=size)),
         controls=tuple(point for point in points if point.kind != "frontier"),

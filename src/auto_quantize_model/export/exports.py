@@ -116,9 +116,10 @@ def require_modules(subject: Subject) -> None:
             )
     for scheme, names in subject.groups.items():
         for name in names:
-            if scheme != INC_INT8 and subject.ops[name].op_type not in ("Linear", "Experts"):
+            kind = subject.modules.get(name, torch.nn.Linear)
+            if scheme != INC_INT8 and issubclass(kind, PLAIN) and not issubclass(kind, torch.nn.Linear):
                 raise InputError(
-                    f"profile {subject.name}: {name} is a {subject.ops[name].op_type}, and {scheme} is for a"
+                    f"profile {subject.name}: {name} is a {kind.__name__}, and {scheme} is for a"
                     " Linear; build the profiles again (snakemake --cores 1 --forcerun build_profiles)"
                 )
 

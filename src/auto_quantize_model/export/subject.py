@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from auto_quantize_model.escape import one_line
 from auto_quantize_model.export.names import Modules, common_name
+from auto_quantize_model.models.prepare import INNER
 from auto_quantize_model.records import Cause, Cured, Op, Plan, Profile
 from auto_quantize_model.report import coverage, sentences
 from auto_quantize_model.schemes.compressed import scheme_of
@@ -70,7 +71,13 @@ class Subject:
         return {name for unit in self.plan.units if len(unit.ops) > 1 for name in unit.ops}
 
     def holder(self, name: str) -> str | None:
-        """The module of the model as transformers loads it that holds an op: the op itself, or one above it."""
+        """The module of the model as transformers loads it that holds an op: the op itself, or one above it.
+
+        None where the model has neither.
+        """
+        is_inside = name in self.ops and (self.ops[name].expert or name.endswith(f".{INNER}"))
+        if not is_inside:
+            return name if name in self.modules else None
         parts = name.split(".")
         above = (".".join(parts[:depth]) for depth in range(len(parts), 0, -1))
         return next((module for module in above if module in self.modules), None)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from auto_quantize_model.models.sample import samples_in
 from auto_quantize_model.replay.model import Batch
 
 
@@ -10,7 +11,7 @@ class CalibrationLoader:
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self.batches = batches
-        self.batch_size = batches[0]["input_ids"].shape[0]
+        self.batch_size = samples_in(batches[0])
 
     def __iter__(self) -> Iterator[tuple[Batch, None]]:
         return ((batch, None) for batch in self.batches)

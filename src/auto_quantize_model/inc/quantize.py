@@ -21,6 +21,7 @@ from auto_quantize_model.inc.loader import CalibrationLoader
 from auto_quantize_model.inc_pytorch_mse_patching import copies_sharing_parameters, temporary_workspace
 from auto_quantize_model.measure.heldout import record_of, summary, totals
 from auto_quantize_model.measure.metrics import Reference
+from auto_quantize_model.models.sample import samples_in
 from auto_quantize_model.models.snapshot import zero_model
 from auto_quantize_model.replay.model import Batch
 
@@ -42,7 +43,7 @@ def quantize(model: torch.nn.Module, batches: Sequence[Batch], op_name_dict: dic
     conf = PostTrainingQuantConfig(
         approach="static",
         quant_level=1,
-        calibration_sampling_size=[sum(len(batch["input_ids"]) for batch in batches)],
+        calibration_sampling_size=[sum(map(samples_in, batches))],
         op_name_dict=op_name_dict or None,
     )
     with temporary_workspace(), copies_sharing_parameters(), modules_told_by_name():
@@ -120,7 +121,7 @@ def measure_error(
 
 
 def logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """The model's output: float32 (samples, tokens, vocabulary)."""
+    """The model's output: float32 (samples, tokens, vocabulary), or (samples, classes)."""
     with torch.no_grad():
         output: torch.Tensor = model(**batch).logits
     return output

@@ -122,8 +122,9 @@ def write_tiny_text(model_type: str, directory: Path, seed: int = 0) -> Path:
     """Write the snapshot of a tiny causal language model, and return its directory."""
     tokenizer: Any = build_tokenizer(Shape("", {}, ("", {}), ("", {}), ""))
     tokenizer.save_pretrained(directory)
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in (("bos", BEGIN), ("eos", END), ("pad", END))}
-    config = small_config(model_type, len(tokenizer), **{f"{name}_token_id": number for name, number in ids.items()})
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in (("bos", BEGIN), ("eos", END))}
+    # Some classes have a row for the padding's id among the positions, of which there are few.
+    config = small_config(model_type, len(tokenizer), **ids, pad_token_id=1)
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)

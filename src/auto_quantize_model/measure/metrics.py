@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from auto_quantize_model.files import InputError
-from auto_quantize_model.models.sample import image_positions
+from auto_quantize_model.models.sample import image_positions, tokens_of
 
 ROWS_AT_ONCE = 4  # positions whose distributions are in float64 at a time; so few fit in the CPU's cache
 
@@ -35,7 +35,8 @@ class Reference:
     """The FP32 output of one batch, and the metrics of other outputs against it.
 
     Args:
-        output: (batch, tokens, vocabulary) logits, float32.
+        output: (batch, tokens, vocabulary) logits, float32. Those of a classifier are (batch, classes), and then each
+            sample is one position.
         image_tokens: (batch, tokens), true where the input token stands for a part of an image; None without images.
     """
 
@@ -83,7 +84,7 @@ class Reference:
             "text_divergence": nats["text"],
             "top1_agreement": float((output.argmax(-1) == self.top1).double().mean()),
         }
-        return record, divergences.mean(-1).tolist()
+        return record, divergences.reshape(len(divergences), -1).mean(-1).tolist()
 
     def _split(self, per_position: torch.Tensor) -> dict[str, float]:
         return {
@@ -147,16 +148,21 @@ def next_token_loss(
     """The sum of -log p of tokens, given those before them, in nats, and how many tokens these are.
 
     They are the tokens of the answer of a sample that has one. Of a sample without an answer they are all tokens but
-    the first one and those of images.
+    the first one and those of images. Where a token sees those after it, and where the output is not one row for each
+    token, there are none.
 
     Args:
         output: (samples, tokens, vocabulary) logits.
-        batch: its `input_ids`, int64 (samples, tokens), and its image positions, if it has any.
+        batch: its tokens, int64 (samples, tokens), its image positions, if it has any, and whether it is causal.
         spans: for each sample, the positions of its answer's tokens.
     """
-    tokens = batch["input_ids"].to(output.device)
+    known = tokens_of(batch)
+    if known is None or output.shape[:-1] != known.shape:
+        return 0.0, 0
+    tokens = known.to(output.device)
     images = image_positions(batch)
     counted = torch.ones_like(tokens, dtype=torch.bool) if images is None else ~images.to(output.device)
+    counted &= getattr(batch, "causal", True)
     for row, span in enumerate(spans):
         if span is not None:
             counted[row] = False
@@ -173,13 +179,13 @@ def right_answers(output: torch.Tensor, batch: Mapping[str, torch.Tensor], spans
 
     Args:
         output: (samples, tokens, vocabulary) logits.
-        batch: its `input_ids`, int64 (samples, tokens).
+        batch: its tokens, int64 (samples, tokens).
         spans: for each sample, the positions of its answer's tokens.
     """
-    right = []
+    right, tokens = [], tokens_of(batch)
     for row, span in enumerate(spans):
-        if span is not None:
-            expected = batch["input_ids"][row, span.start : span.stop].to(output.device)
+        if span is not None and tokens is not None:
+            expected = tokens[row, span.start : span.stop].to(output.device)
             predicted = output[row, span.start - 1 : span.stop - 1].argmax(-1)
             right.append(bool(torch.equal(predicted, expected)))
     return right

@@ -8,20 +8,36 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 
 from auto_quantize_model.files import InputError
+from auto_quantize_model.models.families import encoder, encoder_decoder
 from auto_quantize_model.models.families.causal import CAUSAL, LISTED_ELSEWHERE
-from auto_quantize_model.models.families.image_text import IMAGE_TEXT
+from auto_quantize_model.models.families.encoder import ENCODER
+from auto_quantize_model.models.families.encoder_decoder import ENCODER_DECODER
+from auto_quantize_model.models.families.image_classifier import IMAGE_CLASSIFIER
+from auto_quantize_model.models.families.image_text import IMAGE_TEXT, PLACED
+from auto_quantize_model.models.families.paligemma import PALIGEMMA
 from auto_quantize_model.models.families.qwen_vl import QWEN_VL
 from auto_quantize_model.models.family import Family
 
 # In this order: the first that matches is the family.
-FAMILIES = (QWEN_VL, IMAGE_TEXT, CAUSAL)
+FAMILIES = (QWEN_VL, PALIGEMMA, PLACED, IMAGE_TEXT, CAUSAL, ENCODER_DECODER, ENCODER, IMAGE_CLASSIFIER)
 SUPPORTED = (
-    "the causal language models of transformers (AutoModelForCausalLM), and its models of images and text"
-    " (AutoModelForImageTextToText)"
+    "the classes of transformers that AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM,"
+    " AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForTokenClassification and"
+    " AutoModelForImageClassification load"
+)
+NO_LOGITS = " (it returns hidden states and no logits, and a divergence needs probabilities; use a class with a head)"
+TABLES: tuple[Mapping[str, Any], ...] = (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    *encoder_decoder.TABLES,
+    *encoder.TABLES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 )
 
 
@@ -36,23 +52,29 @@ def check_architecture(config: Mapping[str, Any], path: Path) -> Family:
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise InputError(f"{path}: architectures is {names!r}; give a list of one class of transformers")
     architecture = names[0]
-    tables = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if not any(architecture in table.values() for table in tables):
-        raise InputError(f"{path}: architecture {architecture} is not supported; supported: {SUPPORTED}")
+    if not any(architecture in _classes(known) for table in TABLES for known in table.values()):
+        bare: Mapping[str, Any] = MODEL_MAPPING_NAMES
+        why = NO_LOGITS if any(architecture in _classes(known) for known in bare.values()) else ""
+        raise InputError(f"{path}: architecture {architecture} is not supported{why}; supported: {SUPPORTED}")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise InputError(
             f"{path}: model_type {model_type!r} is unknown to transformers {transformers.__version__}; correct the file"
         )
     family = next((family for family in FAMILIES if family.matches(config)), None)
     if family is None:
-        expected = " or ".join(dict.fromkeys(table[model_type] for table in tables if model_type in table))
+        expected = " or ".join(dict.fromkeys(name for table in TABLES for name in _classes(table.get(model_type, ()))))
         raise InputError(
             f"{path}: architectures names {architecture}, and model_type {model_type!r} is that of"
-            f" {expected or 'no causal language model'}; correct config.json"
+            f" {expected or 'no supported class'}; correct config.json"
         )
     if reason := family.refuse(config):
         raise InputError(f"{path}: architecture {architecture} of model_type {model_type!r} {reason}")
     return family
+
+
+def _classes(known: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The classes of an entry of transformers' tables, which has one name or several."""
+    return (known,) if isinstance(known, str) else known
 
 
 def takes_images(architecture: str) -> bool:

@@ -22,10 +22,18 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 def encode(sample: Sample, processor: Processor, limits: Limits) -> Batch:
     """The model's keyword arguments for one sample, as `tensors` returns them; only for a trusted chat template.
 
+    A model without chat template takes the plain text.
+
     Raises:
         InputError: as `prepare` does.
     """
-    return tensors(prepare(sample, processor, limits, renderer(processor.tokenizer)), processor)
+    return tensors(prepare(sample, processor, limits, _render(processor)), processor)
+
+
+def _render(processor: Processor) -> Render | None:
+    """The chat template without limits; None where there is none."""
+    has_one = getattr(processor.tokenizer, "chat_template", None) is not None
+    return renderer(processor.tokenizer) if has_one else None
 
 
 def prepare(sample: Sample, processor: Processor, limits: Limits, render: Render | None) -> Prepared:
@@ -44,6 +52,9 @@ def prepare(sample: Sample, processor: Processor, limits: Limits, render: Render
             does not take its images.
     """
     family = processor.family
+    sample = sample if family.takes_answers else replace(sample, answer=None)
+    if not family.takes_words:
+        sample, render = replace(sample, prompt="", turns=()), None
     try:
         check_words(sample, processor, render)
         images = tuple(family.fit(image, processor, limits) for image in sample.images)
@@ -73,7 +84,7 @@ def tensors(prepared: Prepared, processor: Processor) -> Batch:
 
 def answer_span(sample: Sample, processor: Processor, limits: Limits) -> range | None:
     """The positions of the answer's tokens in the encoded sample, as `Prepared` has them."""
-    return prepare(sample, processor, limits, renderer(processor.tokenizer)).answer_span
+    return prepare(sample, processor, limits, _render(processor)).answer_span
 
 
 def collate(encoded: Sequence[Mapping[str, torch.Tensor]]) -> Batch:
@@ -86,7 +97,8 @@ def collate(encoded: Sequence[Mapping[str, torch.Tensor]]) -> Batch:
     require_equal([shapes_of(sample) for sample in encoded])
     stacked = {name: torch.cat([sample[name] for sample in encoded]) for name in encoded[0]}
     positions = [found for sample in encoded if (found := getattr(sample, "image_positions", None)) is not None]
-    return Batch(stacked, torch.cat(positions) if positions else None)
+    causal = all(getattr(sample, "causal", True) for sample in encoded)
+    return Batch(stacked, torch.cat(positions) if positions else None, causal)
 
 
 def shapes_of(encoded: Mapping[str, torch.Tensor]) -> Shapes:
@@ -103,7 +115,7 @@ def require_equal(shapes: Sequence[Shapes]) -> None:
     if len(set(shapes)) <= 1:
         return
     names = [dict(of_sample) for of_sample in shapes]
-    lengths = sorted({of_sample["input_ids"][0] for of_sample in names})
+    lengths = sorted({of_sample.get("input_ids", (1,))[0] for of_sample in names})
     problem = f"samples of {lengths} tokens, or with and without image,"
     if len(lengths) == 1 and len({frozenset(of_sample) for of_sample in names}) == 1:
         differing = [name for name in names[0] if len({of_sample[name] for of_sample in names}) > 1]

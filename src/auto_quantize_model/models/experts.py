@@ -105,7 +105,7 @@ def with_experts(module: Any, form: type[torch.nn.Module], as_block: bool) -> No
         found[name] = whole if as_block else torch.nn.ModuleList(whole.linears())
     for name, matrix in found.items():
         delattr(module, name)
-        setattr(module, name, matrix)
+        setattr(module, name, matrix.train(module.training))
     module.__class__ = type(type(module).__name__, (form, type(module)), {})
 
 

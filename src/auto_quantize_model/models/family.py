@@ -21,7 +21,7 @@ class Processor:
 
     Attributes:
         family: of the model.
-        tokenizer: the snapshot's.
+        tokenizer: the snapshot's; None for a model without words.
         image_processor: the snapshot's.
         whole: the snapshot's own processor of text and images, where the family uses it.
         image_token: the text that the chat template writes where an image is shown.
@@ -29,6 +29,7 @@ class Processor:
         image_backend: the library that resizes images, `torchvision` or `pil`.
         vocabulary: the number of rows of the embedding.
         positions: the number of tokens that the model has positions for; None where the config does not give it.
+        decoder_start_token_id: the decoder's first token, where encoder and decoder are apart.
     """
 
     family: "Family"
@@ -40,6 +41,7 @@ class Processor:
     image_backend: str | None = None
     vocabulary: int | None = None
     positions: int | None = None
+    decoder_start_token_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ class Family:
             the positions of the answer's characters or None, and the fitted images. Then come the processor, and
             whether the tokenizer adds its special tokens.
         tensors: the model's keyword arguments for one prepared sample.
+        takes_words: whether samples have words; where not, no tokenizer, and the words of samples are left out.
+        takes_answers: whether an answer may follow the prompt; where not, the answers of samples are left out.
+        places_images: whether the processor places the images itself, so that a sample without chat template has them.
     """
 
     name: str
@@ -81,3 +86,6 @@ class Family:
     fit: Callable[[Image.Image, Processor, Limits], Image.Image]
     tokenize: Callable[[str, range | None, tuple[Image.Image, ...], Processor, bool], Tokenized]
     tensors: Callable[[Prepared, Processor], Batch]
+    takes_words: bool = True
+    takes_answers: bool = True
+    places_images: bool = False

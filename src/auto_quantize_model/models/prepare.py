@@ -71,7 +71,8 @@ def is_changed(module: Any, change: Change) -> bool:
     settings alone.
     """
     if isinstance(module, PLAIN):
-        if not is_changed_in_place(with_random_rows(module), change):
+        small = with_random_rows(module)
+        if takes_shares(small) or not is_changed_in_place(small, change):
             return False
         change(module)
         return True
@@ -93,6 +94,17 @@ def is_changed_in_place(module: Any, change: Change) -> bool:
     vars(module).clear()
     vars(module).update(fields)
     return False
+
+
+def takes_shares(module: torch.nn.Module) -> bool:
+    """Whether an Embedding also takes a share for each row in place of ids, as that of Ovis2's images does."""
+    if not isinstance(module, torch.nn.Embedding):
+        return False
+    shares = torch.rand(1, 2, len(module.weight))
+    try:
+        return torch.equal(module(shares), shares @ module.weight)
+    except OTHER_INPUT:
+        return False
 
 
 def with_random_rows(module: Any) -> Any:
@@ -192,5 +204,5 @@ def with_inner(module: Any) -> None:
         inner = torch.nn.Embedding(rows, columns, padding_idx=module.padding_idx, device="meta")
         inner.weight = module.weight
         form = InnerEmbedding
-    setattr(module, INNER, inner)
+    setattr(module, INNER, inner.train(module.training))
     module.__class__ = type(type(module).__name__, (type(module), form), {})

@@ -59,14 +59,31 @@ class Batch(dict[str, torch.Tensor]):
     """The model's keyword arguments for some samples.
 
     `image_positions` is bool (samples, tokens), true where a token stands for a part of an image. It is None where the
-    model takes no images. It is not passed to the model.
+    model takes no images. `causal` is whether a token sees only those before it, so that its output is the distribution
+    of the next token. Both are not passed to the model.
     """
 
     image_positions: torch.Tensor | None = None
+    causal: bool = True
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], image_positions: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], image_positions: torch.Tensor | None = None, causal: bool = True
+    ) -> None:
         super().__init__(tensors)
-        self.image_positions = image_positions
+        self.image_positions, self.causal = image_positions, causal
+
+
+def samples_in(batch: Mapping[str, torch.Tensor]) -> int:
+    """The number of samples of a batch, by its tokens, or by its images where the model takes no text."""
+    return len(batch["input_ids"] if "input_ids" in batch else batch["pixel_values"])
+
+
+def tokens_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The tokens to which the rows of the output belong, int64 (samples, tokens): the decoder's, where it has its own.
+
+    None for a model of images alone.
+    """
+    return batch.get("decoder_input_ids", batch.get("input_ids"))
 
 
 def image_positions(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:

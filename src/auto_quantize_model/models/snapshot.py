@@ -199,8 +199,9 @@ def _try_image(directory: Path, processor: Processor) -> None:
     with explained(path):
         try:
             image = processor.family.fit(white, processor, Limits(area, area, area))
-            text = str(processor.image_token)
-            ids, _ = processor.family.tokenize(text, None, (image,), processor, False)
+            placed = processor.family.places_images
+            text = "a text" if placed else str(processor.image_token)
+            ids, _ = processor.family.tokenize(text, None, (image,), processor, placed)
             processor.family.tensors(Prepared(Sample("white", "", (image,)), text, ids, None), processor)
         except InputError as error:
             raise InputError(
@@ -393,16 +394,13 @@ def load_processor(directory: Path, backend: str | None = None) -> Processor:
     for name in PREPROCESSOR_FILES:
         if (directory / name).exists():
             read_object(directory / name)
-    with explained(directory, "no usable tokenizer or image processor"):
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        words = tokenizer("a text", add_special_tokens=False)["input_ids"]  # some values are read only here
-        text = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
-    if not words:  # transformers makes an empty tokenizer if the tokenizer's file is missing
-        raise InputError(
-            f"{directory}: the tokenizer makes no tokens of a text; complete the snapshot with its tokenizer.json"
-        )
+    tokenizer = _tokenizer(directory) if family.takes_words else None
     with explained(directory, "no usable tokenizer or image processor"):
         for_images = family.load(Parts(directory, config, tokenizer, backend))
+    if tokenizer is None:
+        return Processor(family, None, **for_images)
+    with explained(directory / "config.json"):
+        text = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
     # The processor's own template comes first: the tokenizer's may be that of a text model, without images.
     if (directory / "chat_template.json").exists():
         template = read_object(directory / "chat_template.json").get("chat_template")
@@ -411,6 +409,22 @@ def load_processor(directory: Path, backend: str | None = None) -> Processor:
         tokenizer.chat_template = template
     vocabulary = getattr(text, "vocab_size", None)
     return Processor(family, tokenizer, vocabulary=vocabulary, positions=_positions(text), **for_images)
+
+
+def _tokenizer(directory: Path) -> Any:
+    """The snapshot's tokenizer.
+
+    Raises:
+        InputError: transformers refuses its files, or it makes no tokens.
+    """
+    with explained(directory, "no usable tokenizer or image processor"):
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        words = tokenizer("a text", add_special_tokens=False)["input_ids"]  # some values are read only here
+    if not words:  # transformers makes an empty tokenizer if the tokenizer's file is missing
+        raise InputError(
+            f"{directory}: the tokenizer makes no tokens of a text; complete the snapshot with its tokenizer.json"
+        )
+    return tokenizer
 
 
 def _positions(text: Any) -> int | None:

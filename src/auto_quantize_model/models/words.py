@@ -24,6 +24,8 @@ def check_words(sample: Sample, processor: Processor, render: Render | None) -> 
     parts = [part for _, parts in sample.before_answer for part in parts]
     words = [part for part in parts if part is not None] + ([] if sample.answer is None else [sample.answer])
     tokenizer = processor.tokenizer
+    if not processor.family.takes_words:
+        return
     refused = control_tokens(tokenizer, str(tokenizer.chat_template), processor.image_token)
     for text in [*words, "".join(words)]:  # two adjacent texts may make a token together
         require_text(text)
@@ -39,7 +41,7 @@ def check_words(sample: Sample, processor: Processor, render: Render | None) -> 
             "the sample has an image, and the model takes none; use samples of text (calibration.columns.image null, or"
             " a JSONL without 'image')"
         )
-    if render is None:
+    if render is None and not processor.family.places_images:
         raise InputError("the sample has an image, which calibration.format plain cannot place; set it to chat")
 
 

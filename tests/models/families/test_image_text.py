@@ -13,15 +13,20 @@ from transformers import AutoProcessor
 
 from auto_quantize_model.files import InputError
 from auto_quantize_model.made.tiny_shapes import SHAPES
+from auto_quantize_model.models import pixels
 from auto_quantize_model.models.chat_template import renderer
 from auto_quantize_model.models.encode import collate, encode, prepare, tensors
-from auto_quantize_model.models.families import image_text
-from auto_quantize_model.models.families.image_text import IMAGE_TEXT
+from auto_quantize_model.models.families.image_text import IMAGE_TEXT, PLACED
 from auto_quantize_model.models.sample import Limits, Sample, image_positions
 from auto_quantize_model.models.snapshot import build_manifest, load_processor
 from auto_quantize_model.models.words import messages
 
-NAMES = [name for name in SHAPES if not name.startswith("qwen")]
+PLACING = {"blip_2"}
+NAMES = [
+    name
+    for name, shape in SHAPES.items()
+    if shape.processor and name not in PLACING and not name.startswith(("qwen", "paligemma"))
+]
 # The others have a video processor, and AutoProcessor cannot load it without torchvision; or transformers hides them.
 WHOLE = ["llava", "llava_next", "gemma3", "idefics3"]
 
@@ -167,6 +172,21 @@ def test_a_missing_library_of_the_image_processor_is_named(monkeypatch: pytest.M
     def missing(*places: Any, **options: Any) -> Any:
         raise ImportError("LlavaImageProcessor requires the Torchvision library")
 
-    monkeypatch.setattr(image_text.AutoImageProcessor, "from_pretrained", missing)
+    monkeypatch.setattr(pixels.AutoImageProcessor, "from_pretrained", missing)
     with pytest.raises(InputError, match="image processor needs a library .*Torchvision.*pip install torchvision"):
         load_processor(snapshot("llava"))
+
+
+def test_a_processor_that_places_images_needs_no_chat_template() -> None:
+    name = "blip_2"
+    assert build_manifest(snapshot(name), name, "local", {}).architecture == "Blip2ForConditionalGeneration"
+    model, processor = loaded(name)
+    assert processor.family is PLACED
+    for images in ((), (noise(60, 40),)):
+        prepared = prepare(sample(*images), processor, LIMITS, None)
+        assert prepared.answer_span is not None
+        ids = prepared.input_ids[prepared.answer_span.start : prepared.answer_span.stop]
+        assert processor.tokenizer.decode(ids) == "A cat."
+    batches = [batch_of(name, noise(60, 40, seed)) for seed in (0, 1)]
+    one, other = (model(**batch).logits for batch in batches)
+    assert not torch.equal(one, other) and int(batches[0].image_positions.sum()) == 4

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -29,9 +30,13 @@ OTHER_SENSES = re.compile(r"vision|visual|image|video|audio|speech|(^|_)vq_")
 
 
 def matches(config: Mapping[str, Any]) -> bool:
-    """Whether the class is the causal language model of its model_type."""
+    """Whether the class is the causal language model of its model_type, or of the text part of a larger model_type."""
     architecture, model_type = config["architectures"][0], config["model_type"]
-    return bool(architecture == {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **LISTED_ELSEWHERE}.get(model_type))
+    known = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **LISTED_ELSEWHERE}
+    if architecture == known.get(model_type):
+        return True
+    kind = getattr(transformers, architecture, None) if architecture in known.values() else None
+    return kind is not None and bool(kind.config_class.model_type == model_type)
 
 
 def refuse(config: Mapping[str, Any]) -> str:

@@ -1,31 +1,27 @@
-"""Models of images and text in general: transformers' own processor turns text and images into tensors.
-
-An image of more than `max_pixels` is reduced to that area, with its aspect ratio, and is stored so. What the processor
-does with it then (a fixed size, tiles, patches) is the model's own affair. `min_pixels` has no effect.
-"""
+"""Models of images and text in general: transformers' own processor turns text and images into tensors."""
 
 import copy
 import importlib
-import math
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor
-from transformers.models.auto.auto_mappings import IMAGE_PROCESSOR_MAPPING_NAMES, PROCESSOR_MAPPING_NAMES
+from transformers import AutoConfig
+from transformers.models.auto.auto_mappings import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import processor_class_from_name
 from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
-from transformers.utils.import_utils import DummyObject, is_torchvision_available
+from transformers.utils.import_utils import DummyObject
 
 from auto_quantize_model.files import InputError
 from auto_quantize_model.models.families.causal import LISTED_ELSEWHERE
 from auto_quantize_model.models.family import Family, Parts, Processor, Tokenized
-from auto_quantize_model.models.sample import Batch, Limits, Prepared
+from auto_quantize_model.models.pixels import fit, image_processor_of, made_by, refuse_backend, require_same
+from auto_quantize_model.models.sample import Batch, Prepared
 from auto_quantize_model.models.weights import read_object
-from auto_quantize_model.models.words import PROCESSOR_ERRORS, panics, tokenized
+from auto_quantize_model.models.words import tokenized
 
 # Models that the same mapping of transformers holds, and that a conversation with images cannot measure.
 UNFIT = {
@@ -33,7 +29,9 @@ UNFIT = {
     "diffusion_gemma": "it writes by diffusion and does not predict the next token",
     "evolla": "it takes proteins",
     "florence2": "it is an encoder-decoder",
+    "fuyu": "its image processor fails with PIL in this release of transformers",
     "git": "its images have no tokens",
+    "got_ocr2": "its processor writes the prompt itself",
     "instructblipvideo": "it takes videos alone",
     "pi0": "it predicts the motions of a robot",
     "pix2struct": "it is an encoder-decoder",
@@ -44,8 +42,6 @@ UNFIT = {
 }
 # The files that may name the processor's class, in the order in which transformers reads them.
 NAMING_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
-TRAINED_BY = "labels"  # an argument with which a model computes a loss
-TORCHVISION = "install torchvision of the same release as torch (pip install torchvision), or use another model"
 
 
 class NoVideos(dict[str, Any]):
@@ -93,10 +89,7 @@ def refuse(config: Mapping[str, Any]) -> str:
     """Why such a model cannot be measured, or not here, in words; empty if it can."""
     if reason := UNFIT.get(config["model_type"]):
         return f"is not supported: {reason}"
-    backends = IMAGE_PROCESSOR_MAPPING_NAMES.get(config["model_type"])
-    if backends and "pil" not in backends and not is_torchvision_available():
-        return f"has an image processor that needs torchvision, which is not installed; {TORCHVISION}"
-    return ""
+    return refuse_backend(config)
 
 
 def load(parts: Parts) -> dict[str, Any]:
@@ -121,7 +114,7 @@ def load(parts: Parts) -> dict[str, Any]:
     return {
         "image_processor": whole.image_processor,
         "whole": whole,
-        "image_token": getattr(whole, "image_token", None),
+        "image_token": None if (token := getattr(whole, "image_token", None)) is None else str(token),
         "image_token_ids": known,
         "image_backend": parts.backend,
     }
@@ -177,7 +170,7 @@ def _assembled(kind: Any, parts: Parts) -> Any:
     arguments = []
     for name in kind.get_attributes():
         if name == "image_processor":
-            made[name] = _image_processor(parts)
+            made[name] = image_processor_of(parts)
         elif "tokenizer" in name and name not in made:
             made[name] = kind._load_tokenizer_from_pretrained(name, parts.directory, local_files_only=True)
         elif name not in made:
@@ -185,31 +178,6 @@ def _assembled(kind: Any, parts: Parts) -> Any:
         arguments.append(made[name])
     unchecked: Any = type(kind.__name__, (Unchecked, kind), {})
     return unchecked.from_args_and_dict(arguments, known)
-
-
-def _image_processor(parts: Parts) -> Any:
-    """The image processor of the given backend.
-
-    Raises:
-        InputError: it needs a library that is not installed.
-    """
-    try:
-        return AutoImageProcessor.from_pretrained(parts.directory, local_files_only=True, backend=parts.backend)
-    except ImportError as error:
-        advice = TORCHVISION if "torchvision" in str(error).lower() else "install it"
-        raise InputError(
-            f"{parts.directory}: the image processor needs a library that is not installed ({error}); {advice}"
-        ) from None
-
-
-def fit(image: Image.Image, processor: Processor, limits: Limits) -> Image.Image:
-    """The image with at most `limits.max_pixels`, and at least one pixel on each side."""
-    pixels = image.width * image.height
-    if pixels <= limits.max_pixels:
-        return image
-    scale = math.sqrt(limits.max_pixels / pixels)
-    size = max(1, math.floor(image.width * scale)), max(1, math.floor(image.height * scale))
-    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def tokenize(
@@ -223,6 +191,8 @@ def tokenize(
     """
     made, heard = _made(text, images, processor)
     ids = tuple(made["input_ids"][0].tolist())
+    if special and images and answer is not None:
+        return ids, _behind_images(text, answer, ids, processor)
     expanded = heard[0] if len(heard) == 1 and isinstance(heard[0], str) else None
     if answer is None or expanded is None or not expanded.endswith(text[answer.start :]):
         return ids, None
@@ -230,6 +200,13 @@ def tokenize(
     place = range(answer.start + shift, answer.stop + shift)
     again, span = tokenized(expanded, place, processor, _adds(text, processor))
     return ids, span if again == ids else None
+
+
+def _behind_images(text: str, answer: range, ids: tuple[int, ...], processor: Processor) -> range | None:
+    """The positions of the answer's tokens where the tokens of the text alone follow those of the images."""
+    alone, span = tokenized(text, answer, processor, True)
+    shift = len(ids) - len(alone)
+    return range(span.start + shift, span.stop + shift) if span and ids[shift:] == alone else None
 
 
 def _adds(text: str, processor: Processor) -> bool:
@@ -247,22 +224,10 @@ def _made(
     """The tensors that the processor makes, and the texts that it gave to its tokenizer."""
     whole = copy.copy(processor.whole)
     whole.tokenizer = listening = Listening(processor.tokenizer)
-    try:
-        with panics():
-            made = whole(
-                text=[text],
-                images=[list(images)] if images else None,
-                return_tensors="pt",
-                add_special_tokens=_adds(text, processor),
-            )
-    except (*PROCESSOR_ERRORS, OSError, AssertionError) as error:
-        raise InputError(
-            f"the model's processor refuses it ({type(error).__name__}: {error}); change or remove the sample"
-        ) from None
+    shown = [list(images)] if images else None
+    made = made_by(whole, text=[text], images=shown, add_special_tokens=_adds(text, processor))
     heard = [text for texts in listening.heard for text in (texts if isinstance(texts, list) else [texts])]
-    found = {name: value for name, value in dict(made).items() if isinstance(value, torch.Tensor)}
-    found.pop(TRAINED_BY, None)
-    return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}, heard
+    return made, heard
 
 
 def tensors(prepared: Prepared, processor: Processor) -> Batch:
@@ -276,17 +241,24 @@ def tensors(prepared: Prepared, processor: Processor) -> Batch:
     """
     images = prepared.sample.images
     made, _ = _made(prepared.text, images, processor)
-    if tuple(made["input_ids"][0].tolist()) != prepared.input_ids:
-        raise InputError(
-            "the model's processor makes other tokens than at the extraction; run the calibration rule again"
-        )
-    for name, value in made.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise InputError(f"the processor returns {name} that are not finite; complete the snapshot")
+    require_same(made, prepared)
     positions = torch.isin(made["input_ids"], torch.tensor(processor.image_token_ids))
     if images and not bool(positions.any()):
         raise InputError("the model's processor makes no image tokens of its images; complete the chat template")
     return Batch(made, positions)
 
 
+# Their processors place the images themselves, before the text.
+PLACING = {"blip-2", "instructblip"}
+PLACED = Family(
+    "model of images before a text",
+    lambda config: config["model_type"] in PLACING and matches(config),
+    refuse,
+    True,
+    load,
+    fit,
+    tokenize,
+    tensors,
+    places_images=True,
+)
 IMAGE_TEXT = Family("model of images and text", matches, refuse, True, load, fit, tokenize, tensors)
