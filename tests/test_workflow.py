@@ -398,19 +398,23 @@ def test_experts_are_measured_in_schemes_that_need_no_inc(tmp_path: Path) -> Non
     }
     write_config(directory, changes)
     results = "results/tiny/texts"
-    ended = snakemake(directory, f"{results}/op_sensitivity_mse_v2_cpu.json", "--cores", "1", "--resources", "gpu=1")
+    targets = [f"{results}/{name}_cpu.json" for name in ("audit", "frontier")]
+    ended = snakemake(directory, *targets, "--cores", "1", "--resources", "gpu=1")
     assert ended.returncode == 0, ended.stdout
-    report = json.loads((directory / results / "op_sensitivity_mse_v2_cpu.json").read_text())
-    assert report["main_scheme"] == "FP8_DYNAMIC" and list(report["schemes"]) == schemes
-    assert report["measurement"]["inc_check"] == {"status": "not_asked"}
-    assert report["audit"]["status"] == "not_measured" and {*report["audit"]["served"]} > {*schemes}
-    assert 0 <= report["all_ops"]["router_agreement"] <= 1
-    experts = [op["op_name"] for op in report["ops"] if ".experts." in op["op_name"]]
-    assert len(experts) == 2 * 4 * 2 and report["coverage"]["share"] > 0.8
-    units = {unit["name"]: unit["ops"] for unit in report["frontier"]["units"]}
-    assert len(units["model.layers.0.mlp.experts"]) == 8
-    assert any("so the experts of 2 blocks are not explained" in text for text in report["why"]["skipped"])
-    assert not any("experts" in cause["unit"] for cause in report["why"]["causes"])
+    plan, capture, audit, frontier = (
+        json.loads((directory / results / f"{name}.json").read_text())
+        for name in ("plan", "capture_cpu", "audit_cpu", "frontier_cpu")
+    )
+    assert list(plan["schemes"]) == schemes and plan["inc_check"] == {"status": "not_asked"}
+    experts = [op for op in plan["ops"] if op["expert"]]
+    assert len(experts) == 2 * 4 * 2 and all(op["inc_int8"] is None for op in plan["ops"])
+    assert plan["coverage"]["share"] > 0.9
+    assert audit["status"] == "not_measured" and {*audit["served"]} > {*schemes}
+    of_all = [score for score in capture["scores"] if score["map"] == "all"]
+    assert all(0 <= score["router_agreement"] <= 1 for score in of_all) and len(of_all) == 2
+    units = {unit["name"]: unit["ops"] for unit in frontier["units"]}
+    assert [len(ops) for name, ops in units.items() if name.endswith(".experts")] == [8, 8]
+    assert {point["name"] for point in frontier["controls"]} >= {*schemes}
 
 
 @pytest.mark.slow
