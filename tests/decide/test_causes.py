@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from build import a_frontier, a_plan, a_point, an_op, profiles_of
+from build import a_cause, a_frontier, a_plan, a_point, a_why, an_op, profiles_of
 from quick_inc import token_batches
 
-from auto_quantize_model.decide.causes import explain, subjects_of
+from auto_quantize_model.decide.causes import explain, skipped, subjects_of
 from auto_quantize_model.measure.heldout import HeldOut
 from auto_quantize_model.measure.metrics import Reference
 from auto_quantize_model.measure.store import ScoreStore
-from auto_quantize_model.records import Cause, Cure, Frontier, Op, Options, Plan, Profile, Profiles, Why
+from auto_quantize_model.records import Cause, Cure, Frontier, Op, Options, Plan, Profile, Profiles, Why, body_of
 from auto_quantize_model.replay.by_name import schemes_of
 from auto_quantize_model.replay.model import Replay
+from auto_quantize_model.report.explanations import explained as sentences_of
 
 STATIC = {
     "weights": {"num_bits": 8, "strategy": "channel"},
@@ -198,3 +199,21 @@ def test_the_worst_units_and_those_of_each_profile_are_explained() -> None:
     )
     found = [(subject.unit.name, subject.scheme, subject.profiles) for subject in subjects_of(plan, frontier, profiles)]
     assert found == [("b", "A", ()), ("d", "A", ()), ("e", "A", ()), ("c", "A", ("smallest",))]
+
+
+def test_experts_are_not_explained_and_that_is_said() -> None:
+    """Their loss is the largest, in their scheme and in that of a profile."""
+    experts = tuple(f"layers.0.experts.up_proj.{number}" for number in (0, 1))
+    ops = [an_op(name, unit="layers.0.experts", expert=True) for name in experts]
+    plan = a_plan([*ops, an_op("lm_head")], schemes={"W8A8": {}, "C": {"checkpoint": "folder"}})
+    rows = (unit_in(experts, "W8A8", 9.0), unit_in(("lm_head",), "W8A8", 0.5))
+    units = (replace(rows[0], name="layers.0.experts"), rows[1])
+    frontier: Frontier = replace(a_frontier((), []), units=units, candidates=("W8A8", "C"))
+    profiles = profiles_of({"smallest": Profile(a_point(["W8A8", "W8A8"]), {}, ())})
+    assert [subject.unit.name for subject in subjects_of(plan, frontier, profiles)] == ["lm_head"]
+    of_experts = "Each expert has other inputs, so the experts of 1 block are not explained"
+    of_checkpoint = "C is the scheme of a checkpoint, whose tool has chosen its ranges, so that scheme is not explained"
+    assert skipped(plan, frontier) == (of_checkpoint, of_experts)
+    assert skipped(a_plan(["lm_head"], schemes={"W8A8": {}}), replace(frontier, candidates=("W8A8",))) == ()
+    why = replace(a_why(a_cause()), skipped=skipped(plan, frontier))
+    assert sentences_of({"why": body_of(why)}).endswith(f"They do not rank units. {of_checkpoint}. {of_experts}.")

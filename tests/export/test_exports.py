@@ -24,6 +24,7 @@ from auto_quantize_model.export import autoround, inc_int8, llm_compressor, mode
 from auto_quantize_model.export.exports import NO_SCHEMES, ONLY_INC, TOOLS, export
 from auto_quantize_model.export.names import common_name, regular_expressions
 from auto_quantize_model.files import InputError
+from auto_quantize_model.made.tiny_text import write_tiny_text
 from auto_quantize_model.models.snapshot import load_model, module_types, tensor_names
 from auto_quantize_model.records import Cured, Unit
 from auto_quantize_model.report.explanations import NOT_EXPLAINED
@@ -276,6 +277,49 @@ def test_a_tool_that_cannot_hold_a_scheme_gets_no_file_and_the_reason(mixed: Any
     for tool in index.values():
         assert all(note in html.unescape(readme).replace("\\", "") for note in tool["notes"])
     assert "No file, because the tool cannot hold W4A16_G32, W8A8: ModelOpt maps" in index["modelopt"]["notes"][0]
+
+
+FORMS = {
+    "mixtral": (
+        "model.layers.0.mlp.experts.down_proj.3",
+        "model.layers.0.mlp.experts.down_proj.3 lies in model.layers.0.mlp.experts, which is a MixtralExperts",
+    ),
+    "gpt2": ("transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_attn is a Conv1D"),
+    "opt": (
+        "model.decoder.embed_positions.plain",
+        "model.decoder.embed_positions.plain lies in model.decoder.embed_positions, which is a"
+        " OPTLearnedPositionalEmbedding",
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", FORMS)
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "inc_int8"])
+def test_a_profile_with_a_matrix_that_is_no_module_is_refused_for_every_tool_by_name(
+    model_type: str, scheme: str, tmp_path: Path
+) -> None:
+    op_name, what = FORMS[model_type]
+    kind = "Embedding" if op_name.endswith(".plain") else "Linear"
+    if kind == "Embedding" and scheme != "inc_int8":
+        pytest.skip("compressed-tensors quantizes no Embedding")
+    snapshot = write_tiny_text(model_type, tmp_path / "snapshot")
+    ops = [an_op(name, op_type, shape=(32, 32)) for name, op_type in ((op_name, kind), ("lm_head", "Linear"))]
+    modules = module_types(snapshot)
+    assert op_name not in modules or modules[op_name].__name__ == "Conv1D"
+    folder, tools = written(tmp_path, {op_name: scheme, "lm_head": "W8A8"}, modules, ops=ops)
+    assert {*tools} == {*TOOLS} and sorted(path.name for path in folder.iterdir()) == ["README.md"]
+    reason = f"{what}, and no tool has a name for its matrix alone"
+    for tool in tools.values():
+        assert tool["files"] == [] and tool["quantized"] == {} and tool["refused"] == {scheme: reason}
+        assert tool["notes"] == [f"No file, because the tool cannot hold {scheme}: {reason}."]
+    # The same profile without that op is for all tools that can hold its scheme.
+    _, tools = written(tmp_path / "without", {"lm_head": "W8A8"}, modules, ops=ops, kept=[op_name])
+    assert tools["llm_compressor"]["files"] and tools["autoround"]["files"]
+
+
+def test_an_op_of_a_module_that_the_model_does_not_have_is_refused(tmp_path: Path, modules: Any) -> None:
+    with pytest.raises(InputError, match="nowhere.0 is not a module of tiny; make the plan again"):
+        written(tmp_path, {"nowhere.0": "W8A8"}, {name: kind for name, kind in modules.items() if name})
 
 
 def test_a_profile_of_incs_int8_is_for_inc_and_nncf_alone(tmp_path: Path, modules: Any) -> None:

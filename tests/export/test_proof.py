@@ -17,6 +17,7 @@ from auto_quantize_model.export import checkpoint, proof
 from auto_quantize_model.export.checkpoint import Shards, Source, require_bytes, write_checkpoint
 from auto_quantize_model.files import InputError
 from auto_quantize_model.machine import instruction_set
+from auto_quantize_model.made.tiny_text import write_tiny_text
 from auto_quantize_model.measure.heldout import HeldOut
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.snapshot import load_model
@@ -255,3 +256,26 @@ def test_other_numbers_are_refused_here_and_compared_with_the_interval_elsewhere
         InputError, match="divergence of 0.013 nats on the held-out samples, and the profile's interval"
     ):
         proof.promised_and_found("balanced", profile, found | {"kl_divergence": 0.013}, elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "op_name"),
+    [
+        ("mixtral", "model.layers.0.mlp.experts.gate_up_proj.0"),
+        ("gpt2", "transformer.h.0.mlp.c_fc"),  # its weight is transposed
+        ("mixtral", "lm_head"),
+    ],
+)
+def test_an_op_that_is_no_linear_of_the_model_is_not_stored_quantized(
+    model_type: str, op_name: str, tmp_path: Path
+) -> None:
+    snapshot = write_tiny_text(model_type, tmp_path)
+    model: Any = load_model(snapshot)
+    plan = plan_of(model)
+    assert op_name in plan.op_names
+    source = Source(snapshot, plan, {op_name: "FP8_DYNAMIC"}, {})
+    if op_name == "lm_head":
+        assert list(source.schemes) == ["lm_head"]
+        return
+    with pytest.raises(InputError, match=rf"^{op_name}: .*; keep the op unquantized with decide.fixed$"):
+        source.schemes  # noqa: B018

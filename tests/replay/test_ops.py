@@ -1,16 +1,19 @@
 """The arithmetic of the sites, bit for bit that of torch's quantized modules, over shapes, scales and zero points."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from build import ACTIVATION, EMBEDDING, WEIGHT, an_op
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.ao.nn import quantized as nnq
+from torch.ao.nn.intrinsic import quantized as nniq
 
 from auto_quantize_model.files import InputError
 from auto_quantize_model.machine import has_vnni
 from auto_quantize_model.records import OpScales
-from auto_quantize_model.replay.ops import SITES, ConvSite, LinearSite, refusal
+from auto_quantize_model.replay.ops import LINEAR_RELU, SITES, ConvSite, LinearSite, refusal
 from auto_quantize_model.schemes import inc_int8
 from auto_quantize_model.schemes.inc_int8 import (
     check_integer_matmul,
@@ -32,9 +35,9 @@ def op(op_type, **changes):
     return an_op("op", op_type, **changes)
 
 
-def site_for(module):
+def site_for(module, **changes):
     op_type = type(module).__name__
-    return SITES[op_type][1](module, op(op_type))
+    return SITES[op_type][1](module, op(op_type, **changes))
 
 
 def set_qparams(site, in_scale, in_zero, out_scale, out_zero):
@@ -86,21 +89,60 @@ def test_a_weight_is_quantized_as_torch_does(seed, exponent, rows, columns):
     exponents=st.tuples(exponents, exponents, exponents),
     zeros=st.tuples(zero_points, zero_points),
     bias=st.booleans(),
+    relu=st.booleans(),
 )
-def test_a_linear_is_torchs_quantized_linear_and_so_is_its_formula(seed, shape, sizes, exponents, zeros, bias):
+def test_a_linear_is_torchs_quantized_linear_and_so_is_its_formula(seed, shape, sizes, exponents, zeros, bias, relu):
+    """With a ReLU that INC fuses, it is torch's quantized LinearReLU."""
     torch.manual_seed(seed)
     (columns, rows), (x_exponent, w_exponent, y_exponent) = sizes, exponents
     module = torch.nn.Linear(columns, rows, bias=bias)
     module.weight.data *= 10.0**w_exponent
-    site = site_for(module)
+    site = site_for(module, pattern=LINEAR_RELU if relu else "Linear")
     in_scale = float32(10.0**x_exponent)
     # From a tenth of the range to ten times it, so that some outputs saturate.
     out_scale = float32(in_scale * float(module.weight.detach().abs().max()) * columns**0.5 * 10.0 ** (y_exponent / 6))
     set_qparams(site, in_scale, zeros[0], out_scale, zeros[1])
-    theirs = nnq.Linear(columns, rows, bias_=bias)
+    theirs = (nniq.LinearReLU if relu else nnq.Linear)(columns, rows, bias)
     theirs.set_weight_bias(per_channel(module, site.w_scale), module.bias)
     theirs.scale, theirs.zero_point = out_scale, zeros[1]
     x = torch.randn(*shape, columns) * in_scale * 100
+    expected = theirs(torch.quantize_per_tensor(x, in_scale, zeros[0], torch.quint8)).dequantize()
+    assert differing(site.quantized(x), expected) == 0
+    assert differing(site.by_formula(x), expected) == 0
+    if relu:  # the model's own ReLU, which follows, changes nothing
+        assert differing(site.quantized(x).relu(), expected) == 0
+
+
+@given(
+    seed=seeds,
+    images=st.integers(1, 4),
+    channels=st.integers(1, 4),
+    rows=sizes,
+    kernel=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    patches=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    rest=st.tuples(st.integers(0, 7), st.integers(0, 7)),
+    exponents=st.tuples(exponents, exponents, exponents),
+    zeros=st.tuples(zero_points, zero_points),
+    bias=st.booleans(),
+)
+def test_a_patch_embedding_in_two_dimensions_is_torchs_quantized_convolution_and_so_is_its_formula(
+    seed, images, channels, rows, kernel, patches, rest, exponents, zeros, bias
+):
+    """Also where the image does not divide into patches, and the last rows and columns belong to none."""
+    torch.manual_seed(seed)
+    x_exponent, w_exponent, y_exponent = exponents
+    module = torch.nn.Conv2d(channels, rows, kernel, stride=kernel, bias=bias)
+    module.weight.data *= 10.0**w_exponent
+    site = site_for(module)
+    in_scale = float32(10.0**x_exponent)
+    width = (channels * kernel[0] * kernel[1]) ** 0.5
+    out_scale = float32(in_scale * float(module.weight.detach().abs().max()) * width * 10.0 ** (y_exponent / 6))
+    set_qparams(site, in_scale, zeros[0], out_scale, zeros[1])
+    theirs = nnq.Conv2d(channels, rows, kernel, stride=kernel, bias=bias)
+    theirs.set_weight_bias(per_channel(module, site.w_scale), module.bias)
+    theirs.scale, theirs.zero_point = out_scale, zeros[1]
+    height, wide = (count * side + more % side for count, side, more in zip(patches, kernel, rest, strict=True))
+    x = torch.randn(images, channels, height, wide) * in_scale * 100
     expected = theirs(torch.quantize_per_tensor(x, in_scale, zeros[0], torch.quint8)).dequantize()
     assert differing(site.quantized(x), expected) == 0
     assert differing(site.by_formula(x), expected) == 0
@@ -204,11 +246,16 @@ def test_a_site_gives_the_same_bits_on_the_gpu(shape):
 @pytest.mark.parametrize(
     ("module", "entry", "reason"),
     [
-        (torch.nn.Linear(2, 2), op("Linear", pattern="LinearReLU"), "fuses it into a LinearReLU"),
+        (torch.nn.Linear(2, 2), op("Linear", pattern="LinearBn1d"), "fuses it into a LinearBn1d"),
+        (torch.nn.Conv2d(1, 1, 2, stride=2), op("Conv2d", pattern="ConvReLU2d"), "fuses it into a ConvReLU2d"),
         (torch.nn.LSTM(2, 2), op("LSTM"), "no site for op type LSTM"),
         (torch.nn.modules.linear.NonDynamicallyQuantizableLinear(2, 2), op("Linear"), "NonDynamically"),
         (torch.nn.Conv3d(1, 1, 3), op("Conv3d"), "stride is not its kernel"),
         (torch.nn.Conv3d(1, 1, 3, stride=3, padding=1), op("Conv3d"), "has padding"),
+        (torch.nn.Conv2d(1, 1, 3, stride=2), op("Conv2d"), "a Conv2d whose stride is not its kernel"),
+        (torch.nn.Conv2d(1, 1, 2, stride=2, padding="valid"), op("Conv2d"), "has padding"),
+        (torch.nn.Conv2d(2, 2, 2, stride=2, groups=2), op("Conv2d"), "or groups"),
+        (torch.nn.Conv2d(1, 1, 2, stride=2, dilation=2), op("Conv2d"), "dilation"),
         (torch.nn.Linear(2, 2), op("Linear", weight=EMBEDDING), "its weight is planned as Per"),
         (torch.nn.Embedding(2, 2), op("Embedding", weight=WEIGHT), "its weight is planned as Per"),
     ],
@@ -218,10 +265,48 @@ def test_what_a_site_cannot_reproduce_is_named(module, entry, reason):
 
 
 @pytest.mark.parametrize(
-    "module", [torch.nn.Linear(2, 2), torch.nn.Embedding(2, 2), torch.nn.Conv3d(1, 1, 2, stride=2)]
+    "module",
+    [
+        torch.nn.Linear(2, 2),
+        torch.nn.Embedding(2, 2),
+        torch.nn.Conv2d(1, 1, 2, stride=2),
+        torch.nn.Conv3d(1, 1, 2, stride=2),
+    ],
 )
 def test_what_a_site_can_reproduce_is_not_refused(module):
     assert refusal(module, op(type(module).__name__)) == ""
+    if isinstance(module, torch.nn.Linear):
+        assert refusal(module, op("Linear", pattern=LINEAR_RELU)) == ""
+
+
+def test_of_the_ops_that_inc_does_not_plan_a_site_takes_a_linear_alone():
+    assert refusal(torch.nn.Linear(2, 2), replace(op("Linear"), inc_int8=None)) == ""
+    for module in (torch.nn.Embedding(2, 2), torch.nn.Conv2d(1, 1, 2, stride=2)):
+        assert refusal(module, replace(op(type(module).__name__), inc_int8=None)) == "INC does not plan it"
+
+
+def test_where_inc_fuses_a_relu_the_range_of_the_output_is_that_after_it():
+    torch.manual_seed(0)
+    module, x = torch.nn.Linear(8, 4), torch.randn(50, 8)
+    sites = [site_for(module), site_for(module, pattern=LINEAR_RELU)]
+    for site in sites:
+        site.observe()
+        site(x)
+    plain, fused = (site.observed() for site in sites)
+    assert plain.input == fused.input and plain.output.minimum < 0 == fused.output.minimum
+    assert plain.output.maximum == fused.output.maximum
+    assert fused.out_zero_point == 0 and fused.out_scale < plain.out_scale
+
+
+def test_an_op_that_inc_does_not_plan_has_the_ranges_of_its_inputs_and_no_int8():
+    torch.manual_seed(0)
+    site = LinearSite(torch.nn.Linear(8, 4), replace(op("Linear"), inc_int8=None))
+    x = torch.randn(5, 8)
+    site.observe()
+    assert torch.equal(site(x), site.module(x))
+    scales = site.observed()
+    assert (scales.input.minimum, scales.input.maximum) == (float(x.min()), float(x.max()))
+    assert not hasattr(site, "packed") and not hasattr(site, "w_scale")
 
 
 def test_a_site_is_calibrated_by_what_it_sees_and_switched_by_its_flag():
@@ -243,6 +328,18 @@ def test_a_site_is_calibrated_by_what_it_sees_and_switched_by_its_flag():
     torch.testing.assert_close(module(x), reference, atol=float(site.out_scale) * 3, rtol=0.0)
     site.scheme = None
     assert torch.equal(module(x), reference)
+
+
+def test_an_image_is_cut_into_patches_along_both_sides():
+    site = ConvSite(torch.nn.Conv2d(3, 4, (2, 3), stride=(2, 3)), op("Conv2d"))
+    set_qparams(site, 0.1, 3, 0.1, 4)
+    assert site.by_formula(torch.randn(6, 3, 8, 13)).shape == (6, 4, 4, 4)
+
+
+def test_an_op_that_did_not_run_has_scale_1_and_zero_point_0():
+    site = site_for(torch.nn.Linear(8, 4))
+    site.observe()
+    assert site.observed() == OpScales(1.0, 0, 1.0, 0)
 
 
 def test_patches_of_a_whole_frame_are_one_row_each():

@@ -7,13 +7,15 @@ import torch
 import transformers
 from build import COVERAGE
 from test_document import NAMES, parts
+from tiny_models import batch_of, loaded, noise
 
 from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.escape import code
 from auto_quantize_model.inc.plan import build_plan
 from auto_quantize_model.made.digits import build_config, build_tokenizer
 from auto_quantize_model.models.coverage import cover
-from auto_quantize_model.models.prepare import prepare
+from auto_quantize_model.models.prepare import CONVOLUTIONS, prepare
+from auto_quantize_model.models.units import tower_of
 from auto_quantize_model.report import coverage
 from auto_quantize_model.report.document import build_report, render
 
@@ -132,6 +134,85 @@ def test_the_plan_says_what_it_holds(build: Any, share: float, is_prepared: bool
     (tower,) = plan.coverage["towers"].values()
     assert 0.9 < tower["multiply_adds_planned"] / tower["multiply_adds_total"] < 1 or not is_prepared
     assert plan.coverage["share"] == pytest.approx(share, abs=0.02)
+
+
+class Sees(torch.nn.Module):
+    """A vision tower of a convolution and a Linear, what joins it to the text, an attention, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, stride=4), torch.nn.Flatten(2))
+        self.multi_modal_projector = torch.nn.Linear(4, 16)
+        self.text = torch.nn.ModuleDict({"q": torch.nn.Linear(16, 16), "norm": torch.nn.LayerNorm(16)})
+        self.head = torch.nn.Linear(16, 50)
+        self.free = torch.nn.Parameter(torch.ones(5))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        seen = self.text["norm"](self.multi_modal_projector(self.vision(pixels)))
+        query = self.text["q"](seen).unflatten(-1, (2, 8)).transpose(1, 2)
+        attended = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+        out: torch.Tensor = self.head(attended.transpose(1, 2).flatten(2))
+        return out
+
+
+def test_weights_and_multiply_adds_of_each_tower_are_those_counted_by_hand() -> None:
+    model, pixels = Sees().requires_grad_(False), torch.ones(1, 3, 8, 8)  # 2 x 2 patches; 8 channels are the tokens
+    found = cover(model, ["vision.0", "text.q", "head"], [], {}, {"pixels": pixels})
+    assert found["towers"] == {
+        "vision": {
+            "weights_total": (8 * 48 + 8) + (16 * 4 + 16),
+            "weights_planned": 8 * 48,
+            "multiply_adds_total": 4 * 8 * 48 + 8 * 4 * 16,
+            "multiply_adds_planned": 4 * 8 * 48,
+        },
+        "language": {
+            "weights_total": (16 * 16 + 16) + 2 * 16 + (50 * 16 + 50) + 5,
+            "weights_planned": 16 * 16 + 50 * 16,
+            # Of the attention: each of two heads multiplies 8 x 8 queries and keys, and the result with 8 x 8 values.
+            "multiply_adds_total": 8 * 16 * 16 + 2 * 2 * 8 * 8 * 8 + 8 * 16 * 50,
+            "multiply_adds_planned": 8 * 16 * 16 + 8 * 16 * 50,
+        },
+    }
+    assert sum(tower["weights_total"] for tower in found["towers"].values()) == found["weights_total"]
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl"])
+def test_the_towers_of_a_model_of_images_hold_all_its_weights_and_matrices(name: str) -> None:
+    """A hook on each Linear and convolution counts the multiply-adds once more, without torch's counter."""
+    model, batch = loaded(name)[0], batch_of(name, noise(60, 40))
+    names = [one for one, module in model.named_modules() if type(module) in (torch.nn.Linear, *CONVOLUTIONS)]
+    by_hand = dict.fromkeys(names, 0)
+
+    def count(one: str) -> Any:
+        def hook(module: Any, args: Any, output: torch.Tensor) -> None:
+            rows = output.numel() // len(module.weight)
+            by_hand[one] += rows * module.weight.numel()
+
+        return hook
+
+    handles = [model.get_submodule(one).register_forward_hook(count(one)) for one in names]
+    with torch.no_grad():
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    found = cover(model, names, [], {}, batch)
+    assert {*found["towers"]} == {"vision", "language"}
+    for tower, share in found["towers"].items():
+        assert share["multiply_adds_planned"] == sum(of for one, of in by_hand.items() if tower_of(one) == tower) > 0
+        assert share["multiply_adds_planned"] < share["multiply_adds_total"]
+    totals = [share["weights_total"] for share in found["towers"].values()]
+    assert sum(totals) == found["weights_total"] == sum(parameter.numel() for parameter in model.parameters())
+    without = cover(model, names, [], {}, batch_of(name))["towers"]
+    assert without["vision"]["multiply_adds_total"] == 0 < without["language"]["multiply_adds_total"]
+
+
+def test_the_experts_that_a_router_chose_alone_cost_multiply_adds() -> None:
+    model = mixtral().requires_grad_(False)
+    assert prepare(model) == {}
+    experts = [name for name in planned(model) if ".experts." in name]
+    found = cover(model, experts, [], {}, {"input_ids": torch.arange(8)[None]})["towers"]["language"]
+    of_one = 128 * 32 + 32 * 64  # 8 tokens, 2 experts each, 2 blocks
+    assert found["multiply_adds_planned"] == 2 * 8 * 2 * of_one and found["weights_planned"] == 2 * 4 * of_one
 
 
 @pytest.fixture

@@ -141,9 +141,13 @@ def explain(
 def skipped(plan: Plan, frontier: Frontier) -> tuple[str, ...]:
     """What is not explained, in words."""
     names = [name for name in frontier.candidates if "checkpoint" in plan.schemes[name]]
-    found = [f"{name} is the scheme of a checkpoint, whose tool has chosen its ranges" for name in names]
-    if experts := sorted(units_of_experts(plan)):
-        found.append(f"each expert has other inputs, so the experts of {len(experts)} blocks are not explained")
+    found = [
+        f"{name} is the scheme of a checkpoint, whose tool has chosen its ranges, so that scheme is not explained"
+        for name in names
+    ]
+    if experts := len(units_of_experts(plan)):
+        blocks = f"{experts} block{'s' * (experts != 1)}"
+        found.append(f"Each expert has other inputs, so the experts of {blocks} are not explained")
     return tuple(found)
 
 

@@ -94,9 +94,10 @@ class Source:
         """{op_name: its scheme}.
 
         Raises:
-            InputError: an op has the scheme of a checkpoint or of INC, or the snapshot has no tensor for its weight.
+            InputError: an op has the scheme of a checkpoint or of INC, or the snapshot has no tensor for its weight. Or
+                the model as it loads holds the op in no Linear.
         """
-        known = schemes_of(self.plan.schemes, self.model)
+        known, modules = schemes_of(self.plan.schemes, self.model), dict(self.model.named_modules())
         for name, scheme in self.assignment.items():
             if not isinstance(known.get(scheme), QuantizationScheme):
                 raise InputError(f"{name}: a checkpoint cannot be written in the scheme {scheme}; use a preset")
@@ -104,6 +105,11 @@ class Source:
                 raise InputError(
                     f"{name}: {self.directory} holds no tensor with the weight of this op alone, so the op cannot be"
                     " stored quantized; keep the op unquantized with decide.fixed"
+                )
+            if not isinstance(modules[name], torch.nn.Linear):  # the weight of a Conv1D is (columns, rows)
+                raise InputError(
+                    f"{name}: the model loads it as a {type(modules[name]).__name__}, and a checkpoint holds quantized"
+                    " weights of a Linear alone; keep the op unquantized with decide.fixed"
                 )
         return {name: known[scheme] for name, scheme in self.assignment.items()}
 

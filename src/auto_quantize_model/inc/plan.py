@@ -38,7 +38,7 @@ from auto_quantize_model.models import checkpoint
 from auto_quantize_model.models.checkpoint import Checkpoint
 from auto_quantize_model.models.coverage import cover
 from auto_quantize_model.models.experts import RoutedExperts, StackedLinear
-from auto_quantize_model.models.prepare import changes_of
+from auto_quantize_model.models.prepare import INNER, changes_of
 from auto_quantize_model.models.snapshot import explained
 from auto_quantize_model.models.units import experts_of, tower_of, unit_of, units_of
 from auto_quantize_model.models.weights import require_meaningful
@@ -619,12 +619,12 @@ def describe_ops(
 
 
 def others(model: torch.nn.Module, known: Collection[str], reason: str) -> list[Excluded]:
-    """The modules with parameters that are not among the known ones."""
+    """The modules with parameters that are not among the known ones. A plain module inside of one stands for it."""
     uses = "uses its weight otherwise than a plain module does"
     return [
         Excluded(name, type(module).__name__, f"{type(module).__name__} {uses}" if changes_of(module) else reason)
         for name, module in model.named_modules()
-        if name not in known and any(True for _ in module.parameters(recurse=False))
+        if name not in known and INNER not in module._modules and any(True for _ in module.parameters(recurse=False))
     ]
 
 

@@ -119,9 +119,11 @@ def quantized(module: torch.nn.Module, op: Op, observers: tuple[Any, ...]) -> Fo
     with copies_sharing_parameters():
         plain: Any = copy.deepcopy(module)
     kind = QUANTIZED[op.op_type]
-    if of_inc(op).pattern == LINEAR_RELU:
-        plain, kind = intrinsic.LinearReLU(plain, torch.nn.ReLU()), quantized_intrinsic.LinearReLU
     plain.qconfig = QConfig(activation=None, weight=lambda: build_observer(of_inc(op).weight.observer))
+    if of_inc(op).pattern == LINEAR_RELU:
+        qconfig = plain.qconfig
+        plain, kind = intrinsic.LinearReLU(plain, torch.nn.ReLU()), quantized_intrinsic.LinearReLU
+        plain.qconfig = qconfig  # torch reads that of the Linear, and asks for one of both
     if not observers:
         # A module itself cannot be set as another module's `forward`: torch would register it as a child.
         forward: Forward = kind.from_float(plain).forward

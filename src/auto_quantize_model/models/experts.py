@@ -57,16 +57,14 @@ class StackedLinear(torch.nn.Module):
 
     Attributes:
         weight: (experts, rows, columns), a view of the stacked parameter.
-        bias: (experts, rows), or None.
         parts: for each expert the module that stands for its matrix; None for the matrices themselves.
     """
 
     parts: Sequence[torch.nn.Module] | None = None
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
 
     def __len__(self) -> int:
         return len(self.weight)
@@ -80,17 +78,18 @@ class StackedLinear(torch.nn.Module):
         if self.parts is not None:
             output: torch.Tensor = self.parts[expert](rows)
             return output
-        bias = None if self.bias is None else self.bias[expert]
-        return torch.nn.functional.linear(rows, self.weight[expert], bias)
+        return torch.nn.functional.linear(rows, self.weight[expert])
 
     def linears(self) -> list[torch.nn.Linear]:
         """Each expert's matrix as a Linear that shares the memory."""
-        biases = [None] * len(self) if self.bias is None else list(self.bias.data)
-        return [linear(weight, bias) for weight, bias in zip(self.weight.data, biases, strict=True)]
+        return [linear(weight, None) for weight in self.weight.data]
 
 
 def with_experts(module: Any, form: type[torch.nn.Module], as_block: bool) -> None:
     """Make the matrices of experts ops, whose weights are views of the stacked parameters.
+
+    Biases stay in the module. transformers adds them after the product, and a Linear with a bias has other bits where
+    an expert has one row.
 
     Args:
         module: holds the stacked parameters.
@@ -101,14 +100,11 @@ def with_experts(module: Any, form: type[torch.nn.Module], as_block: bool) -> No
     experts = len(stacked(module).get("down_proj", ())) or None  # LongCat stacks experts without a second matrix
     found: dict[str, torch.nn.Module] = {}
     for name, parameter in stacked(module).items():
-        biases = module._parameters.get(f"{name}_bias")
         matrices = parameter.data.transpose(1, 2) if is_transposed(module) else parameter.data
-        whole = StackedLinear(matrices[:experts], None if biases is None else biases.data[:experts])
+        whole = StackedLinear(matrices[:experts])
         found[name] = whole if as_block else torch.nn.ModuleList(whole.linears())
     for name, matrix in found.items():
         delattr(module, name)
-        if f"{name}_bias" in module._parameters:
-            delattr(module, f"{name}_bias")
         setattr(module, name, matrix.train(module.training))
     module.__class__ = type(type(module).__name__, (form, type(module)), {})
 
@@ -145,21 +141,28 @@ class RoutedExperts(Experts):
         if expert >= len(own.down_proj):
             return rows if hasattr(own, "identity_expert") else None
         if "gate_up_proj" in own._modules:
-            inner = gated(own, own.gate_up_proj[expert](rows))
+            inner = gated(own, product(own, "gate_up_proj", expert, rows))
         else:
-            inner = own.act_fn(own.up_proj[expert](rows))
-        output: torch.Tensor = own.down_proj[expert](inner)
+            inner = own.act_fn(product(own, "up_proj", expert, rows))
+        output = product(own, "down_proj", expert, inner)
         return own.post_expert_norm(output) if getattr(own, "has_post_expert_norm", False) else output
+
+
+def product(experts: Any, name: str, expert: int, rows: torch.Tensor) -> torch.Tensor:
+    """The product of rows with one matrix of an expert, and the bias where the experts have one."""
+    output: torch.Tensor = getattr(experts, name)[expert](rows)
+    biases = experts._parameters.get(f"{name}_bias")
+    return output if biases is None else output + biases[expert]
 
 
 def gated(experts: Any, both: torch.Tensor) -> torch.Tensor:
     """The product of gate and up that a class of experts makes of both, (rows, 2 * columns)."""
     if hasattr(experts, "_apply_gate"):
-        product: torch.Tensor = experts._apply_gate(both)
-        return product
+        found: torch.Tensor = experts._apply_gate(both)
+        return found
     gate, up = both.chunk(2, dim=-1)
-    product = experts.act_fn(gate) * up
-    return product
+    found = experts.act_fn(gate) * up
+    return found
 
 
 class BatchedExperts(Experts):
@@ -184,7 +187,7 @@ class SplitExperts(Experts):
 
 
 def trial_of_experts(module: Any) -> tuple[Any, ...]:
-    """Random rows for experts, and a random choice of a router where they take one."""
+    """Random rows for experts, and a random choice of a router where they take one. The last expert has one row."""
     found = stacked(module)
     name, weight = next(item for item in found.items() if item[0] != "down_proj")
     experts, width = len(weight), weight.shape[1 if is_transposed(module) else 2]
@@ -192,5 +195,7 @@ def trial_of_experts(module: Any) -> tuple[Any, ...]:
         return torch.randn(2 * experts, width), [2] * experts
     if takes_one_input(module):
         return (torch.randn(experts * TRIAL_ROWS, width),)
-    index = torch.rand(TRIAL_ROWS, len(found["down_proj"])).topk(min(2, len(found["down_proj"]))).indices
+    preference = torch.rand(TRIAL_ROWS, len(found["down_proj"]))
+    preference[:, -1] = torch.eye(TRIAL_ROWS)[0] * 2 - 1  # products of one row have a kernel of their own
+    index = preference.topk(min(2, len(found["down_proj"]))).indices
     return torch.randn(TRIAL_ROWS, width), index, torch.rand(index.shape)

@@ -52,6 +52,8 @@ def prepare(model: torch.nn.Module, experts: str = "each") -> dict[str, str]:
 
 def changes_of(module: torch.nn.Module, experts: str = "each") -> list[Change]:
     """The ways to make a module plain, the simplest first; empty where it is plain already, or of an unknown form."""
+    if INNER in module._modules:
+        return []
     if isinstance(module, Conv1D):
         return [as_linear]
     if isinstance(module, PLAIN) and type(module) not in PLAIN and not type(module).__module__.startswith("torch."):

@@ -31,7 +31,7 @@ def explained(report: Row) -> str:
         return f"Not explained: {why['reason']}."
     if not why["causes"]:
         return "No unit loses anything in a candidate scheme, so there is nothing to explain."
-    skipped = "".join(f" {text}, so that scheme is not explained." for text in why["skipped"])
+    skipped = "".join(f" {text}." for text in why["skipped"])
     return (
         "The units with the largest losses, and those with the largest losses in each profile. Each unit is quantized"
         f" alone. The calibration samples choose the setting of a cure, and {counted(why['heldout_samples'], 'sample')}"

@@ -20,7 +20,7 @@ from auto_quantize_model.escape import printable_document
 from auto_quantize_model.files import atomic_path
 from auto_quantize_model.models.units import tower_of
 from auto_quantize_model.report.coverage import in_bytes
-from auto_quantize_model.report.sentences import counted, kl_of, mixture_of_units, number, percent
+from auto_quantize_model.report.sentences import counted, in_main, kl_of, mixture_of_units, number, percent
 from auto_quantize_model.schemes.scheme import INC_INT8
 
 Row = dict[str, Any]
@@ -117,7 +117,7 @@ def renumbered(svg: str) -> str:
 
 def heat_map(report: dict[str, Any]) -> Figure:
     """Block by projection, with a panel for each stack of blocks and one for all other ops; colour is SQNR in dB."""
-    title = "SQNR of the output with one op in INT8"
+    title = f"SQNR of the output with one op in {in_main(report)}"
     if "isolated" not in report["maps"]:
         return finish(report, title, NO_RANKING, None)
     towers, others = cells(report)
@@ -132,8 +132,8 @@ def heat_map(report: dict[str, Any]) -> Figure:
     if others:
         panels.append(heat_panel("", others, domain, 48, extent))
     caption = (
-        "Each cell is one op: the SQNR in dB at the model's output with only that op in INT8. Dark cells are sensitive."
-        " Grey cells have no value: the op never ran, adds no error, or was only estimated."
+        f"Each cell is one op: the SQNR in dB at the model's output with only that op in {in_main(report)}. Dark cells"
+        " are sensitive. Grey cells have no value: the op never ran, adds no error, or was only estimated."
     )
     return finish(report, title, caption, alt.vconcat(*panels, spacing=18))
 
@@ -295,8 +295,8 @@ def ranked_ops(report: dict[str, Any]) -> Figure:
         height=min(380, max(120, 7 * len(points))),
     )
     caption = (
-        "The error that an op adds when only this op is INT8: mse_value, the sum of squared errors at the model's"
-        " output. The axis is logarithmic."
+        f"The error that an op adds when only this op is in {in_main(report)}: mse_value, the sum of squared errors at"
+        " the model's output. The axis is logarithmic."
     )
     if spread:
         caption += (
@@ -462,9 +462,9 @@ def modalities(report: dict[str, Any]) -> Figure:
     above = sum(value > 1 for value in ratio.values())
     most = max(ratio, key=lambda name: ratio[name])
     caption = (
-        f"Each point is one op, with only this op in INT8. Above the line, {above} of {counted(len(drawn), 'op')}"
-        " harm image tokens more than text tokens. Errors are relative to the FP32 output at the same tokens. The ratio"
-        f" is largest for {most}: {ratio[most]:.3g}."
+        f"Each point is one op, with only this op in {in_main(report)}. Above the line, {above} of"
+        f" {counted(len(drawn), 'op')} harm image tokens more than text tokens. Errors are relative to the FP32 output"
+        f" at the same tokens. The ratio is largest for {most}: {ratio[most]:.3g}."
     )
     if missing := len(rows) - len(drawn):
         caption += f" {counted(missing, 'op')} without a value above 0 on both axes cannot be drawn."
