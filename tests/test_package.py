@@ -27,10 +27,15 @@ DECLARED = [*BASE, *(entry for extra in PROJECT["optional-dependencies"].values(
 
 
 def distributions(paths: Iterable[Path]) -> set[str]:
-    """The distributions that Python files import from."""
+    """The distributions that Python files import from when they run."""
     found = set()
     for path in paths:
-        for node in ast.walk(ast.parse(path.read_text())):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        of_types = [node for node in nodes if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+        unread = {id(inner) for node in of_types for inner in ast.walk(node)}
+        for node in nodes:
+            if id(node) in unread:
+                continue
             if isinstance(node, ast.Import):
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):

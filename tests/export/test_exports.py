@@ -303,7 +303,8 @@ def test_a_profile_with_a_matrix_that_is_no_module_is_refused_for_every_tool_by_
     if kind == "Embedding" and scheme != "inc_int8":
         pytest.skip("compressed-tensors quantizes no Embedding")
     snapshot = write_tiny_text(model_type, tmp_path / "snapshot")
-    ops = [an_op(name, op_type, shape=(32, 32)) for name, op_type in ((op_name, kind), ("lm_head", "Linear"))]
+    is_expert = ".experts." in op_name
+    ops = [an_op(op_name, kind, shape=(32, 32), expert=is_expert), an_op("lm_head", shape=(32, 32))]
     modules = module_types(snapshot)
     assert op_name not in modules or modules[op_name].__name__ == "Conv1D"
     folder, tools = written(tmp_path, {op_name: scheme, "lm_head": "W8A8"}, modules, ops=ops)
