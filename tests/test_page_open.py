@@ -7,7 +7,7 @@ import page_open
 
 from auto_quantize_model.records import CalibrationManifest, Point
 
-CHOSEN = {"kind", "name", "schemes", "weight_bytes", "bits", "predicted", "predicted_error", "seconds"}
+CHOSEN = {"kind", "name", "schemes", "weight_bytes", "active_bytes", "bits", "predicted", "predicted_error", "seconds"}
 
 
 def test_a_drawn_state_has_all_metrics_of_a_point():

@@ -150,10 +150,9 @@ def test_a_whole_fit_visits_the_same_configurations_in_the_same_order(orders):
 
 @pytest.mark.slow
 def test_an_op_that_no_site_covers_goes_to_incs_own_helper_by_name(caplog):
-    model = (
-        torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)).eval().requires_grad_(False)
-    )
-    batches = DataLoader(TensorDataset(torch.randn(3, 8), torch.zeros(3)), batch_size=3)
+    layers = torch.nn.Conv1d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(24, 4)
+    model = torch.nn.Sequential(*layers).eval().requires_grad_(False)
+    batches = DataLoader(TensorDataset(torch.randn(3, 1, 8), torch.zeros(3)), batch_size=3)
     strategy, tune_cfg = build_strategy(model, quant_config(1), batches)
     orders = []
     for context in (nullcontext, accelerated_mse_v2):
@@ -164,7 +163,7 @@ def test_an_op_that_no_site_covers_goes_to_incs_own_helper_by_name(caplog):
                 )
             )
     assert orders[0] == orders[1]
-    assert "mse_v2 is not accelerated: 0: INC fuses it into a LinearReLU" in caplog.text
+    assert "mse_v2 is not accelerated: 0: no site for op type Conv1d" in caplog.text
 
 
 def test_everything_is_restored_after_an_exception():
