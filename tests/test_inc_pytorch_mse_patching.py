@@ -129,6 +129,17 @@ def test_nothing_is_left_behind_by_a_pass(model, loader):
     assert_same_state(before, process_state(model))
 
 
+def test_hooks_that_a_model_adds_in_its_first_forward_stay(model, loader):
+    def add(module, args):
+        if not module.up._forward_hooks:  # as transformers does to record hidden states
+            module.up.register_forward_hook(lambda module, args, output: None)
+
+    handle = model.model.blocks[0].register_forward_pre_hook(add)
+    run_single_mse_v2_sensitivity_pass(model, quant_config(1), loader, measured_op="lm_head", only=OPS[:1])
+    handle.remove()
+    assert len(model.model.blocks[0].up._forward_hooks) == 1 and not model.lm_head._forward_hooks
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_everything_is_restored_when_scoring_breaks_off(model, loader, error):
     before = process_state(model)

@@ -164,12 +164,21 @@ def _capturing(
         finally:
             assert_and_get_unique_device.cache_clear()
             for module, kept in hooks.items():
-                for handle in [handle for handle in module._forward_hooks if handle not in kept]:
+                # transformers adds hooks too, in the first forward of a model, and needs them in later ones.
+                left = [
+                    handle for handle, hook in module._forward_hooks.items() if handle not in kept and _is_incs(hook)
+                ]
+                for handle in left:
                     del module._forward_hooks[handle]
         capture.calls.append(call)
         return list(call.order)
 
     return patched
+
+
+def _is_incs(hook: Any) -> bool:
+    """Whether INC defines a hook."""
+    return str(getattr(hook, "__module__", "")).startswith("neural_compressor")
 
 
 @contextmanager

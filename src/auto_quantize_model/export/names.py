@@ -16,7 +16,9 @@ def common_name(name: str, modules: Modules, published: Collection[str]) -> str:
     """The part of a module's name that is the same in all tools, after the prefix that differs.
 
     transformers 5 says `model.visual.merger.mlp.0` where checkpoints and vLLM say `visual.merger.mlp.0`, and
-    `model.language_model.layers.0` where they say `model.layers.0` and `language_model.model.layers.0`.
+    `model.language_model.layers.0` where they say `model.layers.0` and `language_model.model.layers.0`. Where that part
+    is also the end of another name, as in LLaVA, whose tower has `layers.0` too, it is the name in transformers 5,
+    without `model.` if that is enough: the tools load the model with transformers.
 
     Args:
         name: of the module.
@@ -24,18 +26,24 @@ def common_name(name: str, modules: Modules, published: Collection[str]) -> str:
         published: names of the published checkpoint's weights.
 
     Raises:
-        InputError: another module's name, in transformers or in the checkpoint, contains this part too.
+        InputError: another module's name contains this part too.
     """
     common = PREFIXES.sub("", name)
     weights = {weight.removesuffix(".weight") for weight in published if weight.endswith(".weight")}
-    here = {other for other in modules if f"{common}." in f"{other}."} - {name}
-    there = {other for other in weights if f"{common}." in f"{other}."}
-    if here or len(there) > 1:
-        raise InputError(
-            f"{name}: the common part of its names, {common}, stands in {', '.join(sorted(here | there)[:3])} as well;"
-            " this model cannot be exported"
-        )
-    return common
+    if not others_with(common, modules) - {name} and len(others_with(common, weights)) <= 1:
+        return common
+    for longer in (name.removeprefix("model."), name):
+        if not (clash := others_with(longer, modules) - {name}):
+            return longer
+    raise InputError(
+        f"{name}: the common part of its names, {common}, stands in {', '.join(sorted(clash)[:3])} as well; this"
+        " model cannot be exported"
+    )
+
+
+def others_with(common: str, names: Iterable[str]) -> set[str]:
+    """The names that contain a part as whole words between dots."""
+    return {name for name in names if f"{common}." in f"{name}."}
 
 
 def regular_expression(common: str) -> str:
