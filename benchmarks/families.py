@@ -28,6 +28,7 @@ MAPS = ("isolated", "fallback", "requantize")
 AUDITED = 3  # ops
 SECONDS = 900  # for one architecture
 ENOUGH = 0.95  # of the weights
+OF_TEXT = ".text"  # after a name that a shape has too
 TEXTS = (
     "The ship lay quiet in the harbour, and nobody on board spoke of the storm.",
     "Two numbers are prime to each other if no larger number divides both of them.",
@@ -56,7 +57,9 @@ def all_names() -> dict[str, list[str]]:
     from auto_quantize_model.made.tiny_shapes import SHAPES
     from auto_quantize_model.made.tiny_text import text_types
 
-    return {"Models of images and text, and encoders": list(SHAPES), "Causal language models": text_types()}
+    # Some model types have a causal class besides the class of a shape.
+    texts = [f"{name}{OF_TEXT}" if name in SHAPES else name for name in text_types()]
+    return {"Models of images and text, encoders and classifiers": list(SHAPES), "Causal language models": texts}
 
 
 def in_own_process(name: str) -> dict[str, Any]:
@@ -148,7 +151,7 @@ def write(name: str, directory: Path) -> Path:
     from auto_quantize_model.made.tiny_shapes import SHAPES
     from auto_quantize_model.made.tiny_text import write_tiny_text
 
-    return write_tiny(name, directory) if name in SHAPES else write_tiny_text(name, directory)
+    return write_tiny(name, directory) if name in SHAPES else write_tiny_text(name.removesuffix(OF_TEXT), directory)
 
 
 def samples(processor: Any) -> list[Any]:
