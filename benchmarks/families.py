@@ -190,7 +190,7 @@ def table(groups: dict[str, list[str]]) -> Iterator[str]:
     yield ""
     yield (
         f"`python benchmarks/families.py` writes this file (torch {torch.__version__}, one thread). At tiny size small"
-        " parts weigh more than they do in a published model, so the share is a lower bound."
+        " parts weigh more than they do in a published model."
     )
     for group, names in groups.items():
         results = {name: json.loads(path.read_text()) for name in names if (path := KEPT / f"{name}.json").exists()}

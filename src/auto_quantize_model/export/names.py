@@ -16,9 +16,9 @@ def common_name(name: str, modules: Modules, published: Collection[str]) -> str:
     """The part of a module's name that is the same in all tools, after the prefix that differs.
 
     transformers 5 says `model.visual.merger.mlp.0` where checkpoints and vLLM say `visual.merger.mlp.0`, and
-    `model.language_model.layers.0` where they say `model.layers.0` and `language_model.model.layers.0`. Where that part
-    is also the end of another name, as in LLaVA, whose tower has `layers.0` too, it is the name in transformers 5,
-    without `model.` if that is enough: the tools load the model with transformers.
+    `model.language_model.layers.0` where they say `model.layers.0` and `language_model.model.layers.0`. In LLaVA that
+    part is the end of a name of the tower too, which has `layers.0` as well. Then a longer part of the name in
+    transformers 5 is taken, because the tools load the model with transformers.
 
     Args:
         name: of the module.
