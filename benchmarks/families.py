@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import multiprocessing
+import re
 import tempfile
 import time
 import warnings
@@ -203,7 +204,8 @@ def table(groups: dict[str, list[str]]) -> Iterator[str]:
             yield row(name, result)
         if others := {name: result["error"] for name, result in results.items() if "error" in result}:
             yield from ("", "Not measured:", "")
-            yield from (f"- `{name}`: {error}" for name, error in sorted(others.items()))
+            # The folder of the snapshot is another one in each run.
+            yield from (f"- `{name}`: {re.sub(r'/[^ ]*/', '', error)}" for name, error in sorted(others.items()))
 
 
 def row(name: str, result: dict[str, Any]) -> str:
