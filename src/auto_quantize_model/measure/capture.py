@@ -414,12 +414,16 @@ def require_executions(plan: Plan, index: int, executions: Mapping[str, int]) ->
     Raises:
         InputError: the message names the op.
     """
-    planned = {op.op_name: op.executions[index] for op in plan.ops}
+    planned = {op.op_name: op for op in plan.ops}
     for name, count in executions.items():
-        if count != planned[name]:
+        expected = planned[name].executions[index]
+        if count != expected:
+            again = "make the plan again (snakemake --cores 1 --forcerun plan_quantization)"
+            # The sums of another device have other last bits, and a router's choice can hang on one.
+            elsewhere = "the router chooses otherwise on this device; set sensitivity.device to cpu, or "
             raise InputError(
-                f"{name} runs {count} times on batch {index}, and the plan says {planned[name]}; make the plan again"
-                " (snakemake --cores 1 --forcerun plan_quantization)"
+                f"{name} runs {count} times on batch {index}, and the plan says {expected};"
+                f" {elsewhere if planned[name].expert else ''}{again}"
             )
 
 
