@@ -205,7 +205,7 @@ def table(groups: dict[str, list[str]]) -> Iterator[str]:
         if others := {name: result["error"] for name, result in results.items() if "error" in result}:
             yield from ("", "Not measured:", "")
             # The folder of the snapshot is another one in each run.
-            yield from (f"- `{name}`: {re.sub(r'/[^ ]*/', '', error)}" for name, error in sorted(others.items()))
+            yield from (f"- `{name}`: {code(re.sub(r'/[^ ]*/', '', error))}" for name, error in sorted(others.items()))
 
 
 def row(name: str, result: dict[str, Any]) -> str:
@@ -226,20 +226,24 @@ def products(coverage: dict[str, Any]) -> str:
 
 
 def remarks(result: dict[str, Any]) -> str:
-    """What a reader must know of a row, in words."""
+    """What a reader must know of a row, in sentences. Names and texts of others stand as code."""
     coverage, found = result["coverage"], []
     if coverage["share"] < ENOUGH:
-        most = [f"{part['pattern']} ({part['reason']})" for part in coverage["left_out"][:2]]
-        found.append(f"left out: {', '.join(most)}")
+        found += [f"Left out: {code(part['pattern'])}, {code(part['reason'])}." for part in coverage["left_out"][:2]]
     if result["head_only"]:
-        found.append("measured before the model scales or caps its logits")
-    if result.get("tower"):
-        found.append("{} of {} tower ops have other scores with another image".format(*result["tower"]))
+        found.append("Measured before the model scales or caps its logits.")
+    if result.get("tower") and result["tower"][1]:
+        found.append("{} of {} tower ops have other scores with another image.".format(*result["tower"]))
     if result["not_run"]:
-        found.append(f"{result['not_run']} ops never ran on these samples")
+        found.append(f"{result['not_run']} of the ops never ran on these samples.")
     if "reason" in result["inc_check"]:
-        found.append(f"INC cannot measure it: {result['inc_check']['reason'].split(' on batch')[0]}")
-    return "; ".join(found).replace("|", "\\|")
+        found.append(f"INC cannot measure it: {code(result['inc_check']['reason'].split(' on batch')[0])}.")
+    return " ".join(found).replace("|", "\\|")
+
+
+def code(text: str) -> str:
+    """A text as code in Markdown."""
+    return f"`{text.replace('`', chr(39))}`"
 
 
 def summary(result: dict[str, Any]) -> str:
