@@ -28,7 +28,7 @@ $(if $(VERBOSE),,PIPELINE_QUIET=1) $(BIN)/snakemake $(1) --cores 1 --resources g
 	$(if $(CONFIG),--configfile $(CONFIG)) $(2)
 endef
 
-.PHONY: help setup run test lint quantize bench bench-3b bench-estimates bench-rivals bench-page bench-gpu bench-faults bench-tests check-exports standin-3b train-digits dag config archive lock clean
+.PHONY: help setup run test lint quantize bench bench-3b bench-estimates bench-rivals bench-families bench-page bench-gpu bench-faults bench-tests check-exports standin-3b train-digits dag config archive lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -77,6 +77,9 @@ bench-estimates: $(READY) ## compare estimates with exact scores of SmolLM2-135M
 bench-rivals: $(READY) ## compare with ModelOpt and AutoRound on SmolLM2-135M (installs both into tmp/, 4 GB; two hours)
 	$(MAKE) run CONFIG=config/smollm2_135m.yaml
 	$(BIN)/python benchmarks/rivals.py
+
+bench-families: $(READY) ## plan, measure and audit a tiny model of each architecture, and write docs/families.md (two hours)
+	$(BIN)/python benchmarks/families.py
 
 bench-page: $(READY) ## measure the size of the page of 417 ops in five schemes, and how fast a browser opens it (5 minutes)
 	$(BIN)/python benchmarks/page_open.py

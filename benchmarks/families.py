@@ -1,6 +1,6 @@
 """Build a tiny model of each architecture from its real class, plan, measure and audit it, and write docs/families.md.
 
-    python benchmarks/families.py                  # all architectures, about an hour on one core
+    python benchmarks/families.py                  # all architectures, about two hours on one core
     python benchmarks/families.py mixtral gemma3   # these alone; the others keep their last result
     python benchmarks/families.py --table          # only the table again
 

@@ -284,7 +284,7 @@ class Plan:
         fallback_schemes: those in which the map fallback is measured besides `inc_int8`.
         schemes: the schemes that are measured, by name. Those of compressed-tensors have their fields; see
             `schemes.compressed.scheme_of`.
-        ops: in INC's order.
+        ops: in INC's order. Without INC they are in the model's order, with the measured op last.
         units: of the ops; serving engines give one scheme to all ops of a unit.
         excluded: the modules that stay in FP32.
     """
@@ -314,7 +314,7 @@ class Plan:
 
     @property
     def op_names(self) -> list[str]:
-        """The names of the ops, in INC's order."""
+        """The names of the ops, in the plan's order."""
         return [op.op_name for op in self.ops]
 
     @property

@@ -93,6 +93,9 @@ def quant_config(confidence_batches: int, kept: Iterable[str] = ()) -> PostTrain
 def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -> Plan:
     """Have INC plan the quantization of `model`, and check that INC can measure it.
 
+    Where INC's scheme is not asked for, or cannot be measured exactly and other schemes are asked for, the plan lists
+    the ops without INC.
+
     Args:
         model: FP32, eval mode, on the CPU.
         batches: the calibration batches; the first `confidence_batches` are the ones that will be scored.
