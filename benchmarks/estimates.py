@@ -113,7 +113,7 @@ def exactly(loaded: Loaded, plan: Plan, model: torch.nn.Module, batches: Sequenc
     for scheme in plan.schemes:
         of_map = capture.of_map("isolated", scheme)
         found[scheme] = {
-            name: math.fsum(score.kl_divergence or 0.0 for score in scores if score) / len(batches)
+            name: math.fsum(score.divergence or 0.0 for score in scores if score) / len(batches)
             for name, scores in of_map.items()
         }
     return found, seconds
@@ -138,7 +138,7 @@ def by_probes(
         seconds[count] = time.monotonic() - started
         found[count] = {scheme: {} for scheme in plan.schemes}
         for one in estimates(values):
-            found[count][one.scheme][one.op_name] = one.kl_divergence
+            found[count][one.scheme][one.op_name] = one.divergence
         cli.say(f"{count} probes: {seconds[count]:.0f} s")
     return found, seconds
 
@@ -224,7 +224,7 @@ def held_out(
         for batch in batches:
             reference = Reference(replay.begin(batch).clone(), None)
             for name, state in chosen.items():
-                found[name].append(reference.compare(replay.run(state))["kl_divergence"])
+                found[name].append(reference.compare(replay.run(state))["divergence"])
     return {name: math.fsum(values) / len(values) for name, values in found.items()}
 
 

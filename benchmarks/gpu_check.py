@@ -188,8 +188,8 @@ def compare_schemes(
 
 def kl_divergences(capture: Capture, scheme: str) -> list[float]:
     """The divergence of each op alone: measured on each batch, or estimated where nothing was measured."""
-    measured = [score.kl_divergence for of in capture.of_map("isolated", scheme).values() for score in of if score]
-    return measured or [made.kl_divergence for made in capture.estimates_of(scheme).values()]
+    measured = [score.divergence for of in capture.of_map("isolated", scheme).values() for score in of if score]
+    return measured or [made.divergence for made in capture.estimates_of(scheme).values()]
 
 
 def standin(args: argparse.Namespace) -> None:

@@ -158,7 +158,7 @@ def made() -> tuple[dict[str, Any], dict[str, Any]]:
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(dict(QWEN2_5_VL_3B)))
     plan = planned(model)
     capture = captured(plan, draw)
-    spec, target = DecideSpec(heldout_batches=SAMPLES), Target(max_kl_divergence=0.02, max_bits=8)
+    spec, target = DecideSpec(heldout_batches=SAMPLES), Target(max_divergence=0.02, max_bits=8)
     by, units = options_of(plan, capture, CANDIDATES, spec)
     other = 2 * (plan.coverage["weights_total"] - sum(unit.weights for unit in units))
     decision = Decision(units, other, Drawn(units, draw))  # type: ignore[arg-type]  of `HeldOut` it needs `measure`
@@ -250,7 +250,7 @@ def captured(plan: Plan, draw: random.Random) -> Capture:
                 of_batch = kl * draw.uniform(0.8, 1.25)
                 parts = {"image_error": 800 * of_batch, "text_error": 200 * of_batch}
                 parts |= {"image_divergence": 54 * of_batch, "text_divergence": 20 * of_batch}
-                sums = {"mse_value": 1000 * of_batch, "kl_divergence": of_batch, "top1_agreement": 1 - min(1, of_batch)}
+                sums = {"mse_value": 1000 * of_batch, "divergence": of_batch, "top1_agreement": 1 - min(1, of_batch)}
                 scores.append(Score(batch, label, scheme, name, **sums, **parts))
     return Capture(
         engine="replay",
@@ -285,10 +285,10 @@ class Drawn:
     def metrics(self, assignment: dict[str, str]) -> dict[str, Any]:
         kl = sum(self.loss.get(choice, 0.0) for choice in assignment.items()) * self.draw.uniform(0.9, 1.1)
         return {
-            **{name: kl for name in ("kl_divergence", "image_kl_divergence", "text_kl_divergence", "relative_error")},
-            "kl_low": 0.9 * kl,
-            "kl_high": 1.1 * kl,
-            "kl_by_sample": (kl,) * SAMPLES,
+            **{name: kl for name in ("divergence", "image_divergence", "text_divergence", "relative_error")},
+            "divergence_low": 0.9 * kl,
+            "divergence_high": 1.1 * kl,
+            "divergence_by_sample": (kl,) * SAMPLES,
             "top1_agreement": 1 - min(1, kl),
             "perplexity": 10 + kl,
             "accuracy": 0.9 - min(0.9, kl / 10),

@@ -310,7 +310,10 @@ def judged(loaded: Loaded, space: Space, methods: Sequence[Method]) -> list[dict
         row |= {"bits": space.bits(method.state), "predicted": space.predicted(method.state)} | measured
         if method.partner is not None:
             partner = found[frozenset(method.partner.items())]
-            more = [mine - theirs for mine, theirs in zip(row["kl_by_sample"], partner["kl_by_sample"], strict=True)]
+            more = [
+                mine - theirs
+                for mine, theirs in zip(row["divergence_by_sample"], partner["divergence_by_sample"], strict=True)
+            ]
             low, high = interval(more, [1.0] * len(more))
             row |= {"partner_bits": space.bits(method.partner)}
             row |= {"more": sum(more) / len(more), "more_low": low, "more_high": high}
@@ -328,7 +331,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             " 95 % interval | this project's bits | more than this project |"
         )
         lines.append("|---|---:|---:|---:|---:|---:|---|---:|---|")
-        for row in sorted(of_budget, key=lambda row: row["kl_divergence"]):
+        for row in sorted(of_budget, key=lambda row: row["divergence"]):
             lines.append(f"| {' | '.join(cells(row))} |")
     return "\n".join(lines)
 
@@ -336,7 +339,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def cells(row: Mapping[str, Any]) -> list[str]:
     found = [row["method"], str(row["samples"] or ""), f"{row['seconds']:.0f}" if row["seconds"] else ""]
     found += [f"{row['bits']:.4f}", "" if row["predicted"] is None else f"{row['predicted']:.4f}"]
-    found += [f"{row['kl_divergence']:.4f}", f"{row['kl_low']:.4f} to {row['kl_high']:.4f}"]
+    found += [f"{row['divergence']:.4f}", f"{row['divergence_low']:.4f} to {row['divergence_high']:.4f}"]
     if "more" not in row:
         return [*found, "", ""]
     return [

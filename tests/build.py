@@ -200,10 +200,8 @@ def three_schemes() -> tuple[Plan, Capture]:
     scores: list[Score] = []
     for scheme, values in KL_OF_SCHEMES.items():
         record: dict[str, Any] = {"text_error": 1.0, "image_error": 0.0, "top1_agreement": 0.5}
-        scores += [
-            Score(0, "isolated", scheme, name, 10 - kl, kl_divergence=kl, **record) for name, kl in values.items()
-        ]
-        scores.append(Score(0, "all", scheme, "", 9.0, kl_divergence=sum(values.values()), **record))
+        scores += [Score(0, "isolated", scheme, name, 10 - kl, divergence=kl, **record) for name, kl in values.items()]
+        scores.append(Score(0, "all", scheme, "", 9.0, divergence=sum(values.values()), **record))
     return plan, replace(a_capture(plan, {}, [{"mse_value": 1.0}]), scores=tuple(scores))
 
 
@@ -231,7 +229,7 @@ def options(name: str, **costs: tuple[int, float]) -> Options:
     return Options(name, (name,), 8, {key: whole[key][0] for key in order}, {key: whole[key][1] for key in order}, {})
 
 
-def a_point(schemes: Sequence[str] = (), kl_divergence: float = 0.01, **changes: Any) -> Point:
+def a_point(schemes: Sequence[str] = (), divergence: float = 0.01, **changes: Any) -> Point:
     """A measured choice on the frontier; its bytes follow its schemes: 8 for each quantized unit, and 16 otherwise."""
     size = sum(16 if scheme == "unquantized" else 8 for scheme in schemes)
     fields: dict[str, Any] = {
@@ -239,22 +237,22 @@ def a_point(schemes: Sequence[str] = (), kl_divergence: float = 0.01, **changes:
         "name": "",
         "weight_bytes": 100 + size,
         "bits": size / max(1, len(schemes)),
-        "predicted": kl_divergence,
+        "predicted": divergence,
         "predicted_error": 0.0,
-        "kl_low": kl_divergence / 2,
-        "kl_high": 2 * kl_divergence,
-        "image_kl_divergence": kl_divergence,
-        "text_kl_divergence": kl_divergence,
-        "kl_by_sample": (kl_divergence, kl_divergence),
-        "top1_agreement": 0.9 if kl_divergence else 1.0,
-        "perplexity": 10.0 + kl_divergence,
+        "divergence_low": divergence / 2,
+        "divergence_high": 2 * divergence,
+        "image_divergence": divergence,
+        "text_divergence": divergence,
+        "divergence_by_sample": (divergence, divergence),
+        "top1_agreement": 0.9 if divergence else 1.0,
+        "perplexity": 10.0 + divergence,
         "accuracy": None,
         "answers_lost": None,
-        "relative_error": kl_divergence,
-        "sqnr_db": 30.0 if kl_divergence else None,
-        "sqnr_db_lowest": 29.0 if kl_divergence else None,
+        "relative_error": divergence,
+        "sqnr_db": 30.0 if divergence else None,
+        "sqnr_db_lowest": 29.0 if divergence else None,
     }
-    return Point(schemes=tuple(schemes), kl_divergence=kl_divergence, **fields | changes)
+    return Point(schemes=tuple(schemes), divergence=divergence, **fields | changes)
 
 
 def a_frontier(
@@ -264,7 +262,7 @@ def a_frontier(
     fields: dict[str, Any] = {
         **asdict(ARITHMETIC),
         "candidates": ("W8A8",),
-        "loss": "kl_divergence",
+        "loss": "divergence",
         "other_bytes": 100,
         "calibration_batches": 4,
         "batches": 2,
@@ -301,12 +299,12 @@ def a_damage(heldout: float, sqnr_db: float | None = 30.0) -> Damage:
     return Damage(Distance(1.1 * heldout, sqnr_db), Distance(heldout, sqnr_db))
 
 
-def a_cure(kind: str, kl_divergence: float = 0.01, **changes: Any) -> Cure:
+def a_cure(kind: str, divergence: float = 0.01, **changes: Any) -> Cure:
     """A cure that leaves so many of 0.04 nats."""
-    gain = 0.04 - kl_divergence
+    gain = 0.04 - divergence
     fields: dict[str, Any] = {
         "settings": {kind: "0.8" if kind == "smoothing" else ""},
-        "damage": a_damage(kl_divergence, 35.1),
+        "damage": a_damage(divergence, 35.1),
         "regained": gain,
         "low": gain - 0.005,
         "high": gain + 0.005,

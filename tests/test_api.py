@@ -81,7 +81,7 @@ def test_the_lines_of_the_documentation_do_it_all(
     assert list(names["ranking"].op_name) == most_sensitive_first(plan, capture)
     assert names["ranking"].index[0] == 1 and names["ranking"].mse_value.is_monotonic_decreasing
     best = names["best"]
-    assert best.point.kl_divergence <= 0.01 and set(names["assignment"].values()) <= {"NVFP4", "FP8_DYNAMIC"}
+    assert best.point.divergence <= 0.01 and set(names["assignment"].values()) <= {"NVFP4", "FP8_DYNAMIC"}
     assert set(names["assignment"]) == set(plan.op_names) - set(best.kept)
 
 
@@ -102,7 +102,7 @@ def test_a_stored_plan_is_measured_where_inc_is_not_installed(
     assert list(table.index) == [1, 2] and list(table.op_name) == most_sensitive_first(plan, capture)
     frontier = aq.frontier(model, BATCHES, HELDOUT, plan, capture, answers=[[range(1, 3), None]])
     assert frontier.answers == 1 and frontier.candidates == ("inc_int8",)
-    best = aq.profiles(frontier, plan, max_kl_divergence=100).profiles["smallest"]
+    best = aq.profiles(frontier, plan, max_divergence=100).profiles["smallest"]
     assert best.assignment.keys() | set(best.kept) == set(plan.op_names)
     with pytest.raises(aq.InputError, match=r"^capture: measured by another plan"):
         aq.ranking(replace(plan, measured_op="body"), capture)

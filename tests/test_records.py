@@ -24,7 +24,7 @@ from auto_quantize_model.records import (
 )
 
 MANIFEST, CALIBRATION, PLAN, CAPTURE, AUDIT, *_ = parts()
-MISSED = build_profiles(two_units(), a_plan("ab"), Target(max_weight_bytes=1, max_kl_divergence=0.02))
+MISSED = build_profiles(two_units(), a_plan("ab"), Target(max_weight_bytes=1, max_divergence=0.02))
 
 
 @pytest.mark.parametrize(

@@ -76,10 +76,18 @@ def test_the_same_task_is_not_done_again(tmp_path, monkeypatch):
 
 
 def test_the_table_has_the_best_choice_first_and_the_difference():
-    row = {"budget": 5.0, "samples": 2, "seconds": 9.4, "bits": 5.0, "predicted": 0.2, "kl_low": 0.1, "kl_high": 0.3}
-    worse = row | {"method": "rival", "kl_divergence": 0.25, "partner_bits": 4.99}
+    row = {
+        "budget": 5.0,
+        "samples": 2,
+        "seconds": 9.4,
+        "bits": 5.0,
+        "predicted": 0.2,
+        "divergence_low": 0.1,
+        "divergence_high": 0.3,
+    }
+    worse = row | {"method": "rival", "divergence": 0.25, "partner_bits": 4.99}
     worse |= {"more": 0.05, "more_low": 0.04, "more_high": 0.06}
-    lines = rivals.table([worse, row | {"method": "ours", "kl_divergence": 0.2}]).splitlines()
+    lines = rivals.table([worse, row | {"method": "ours", "divergence": 0.2}]).splitlines()
     assert lines[1] == "At 5.0 bits:"
     assert lines[-2] == "| ours | 2 | 9 | 5.0000 | 0.2000 | 0.2000 | 0.1000 to 0.3000 |  |  |"
     assert lines[-1].endswith("| 4.9900 | +0.0500 (+0.0400 to +0.0600) |")

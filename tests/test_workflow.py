@@ -74,7 +74,7 @@ TINY = {
     },
     "sensitivity": {"confidence_batches": 1, "audit_ops": 2},
     "decide": {"heldout_batches": 1, "points": 3},
-    "profiles": {"max_kl_divergence": 100.0, "max_bits": 16.0},
+    "profiles": {"max_divergence": 100.0, "max_bits": 16.0},
 }
 
 

@@ -224,8 +224,8 @@ def ranking(plan: Plan, capture: Capture, scheme: str = "inc_int8") -> pd.DataFr
     Returns:
         A table with the index `rank`, from 1. Columns are `op_name`, `op_type`, `tied`, `mse_value` (mean over the
         batches) and its standard deviation, `relative_error` and `sqnr_db` (dB) with the same error at positions of
-        images and of text, `kl_divergence` (nats, also of images and of text) and `top1_agreement` (a share).
-        `measured` is false where `kl_divergence` is an estimate, with its `standard_error` and `split_half`.
+        images and of text, `divergence` (nats, also of images and of text) and `top1_agreement` (a share).
+        `measured` is false where `divergence` is an estimate, with its `standard_error` and `split_half`.
 
     Raises:
         InputError: the capture is of another plan, the map `isolated` was not measured, or the plan lacks the scheme.
@@ -233,7 +233,7 @@ def ranking(plan: Plan, capture: Capture, scheme: str = "inc_int8") -> pd.DataFr
     _require_capture(plan, capture)
     if scheme not in plan.schemes:
         raise InputError(f"scheme: {scheme} is not in the plan; its schemes are {', '.join(plan.schemes)}")
-    rows = isolated(plan, capture, scheme, "mse_value" if scheme == INC_INT8 else "kl_divergence")
+    rows = isolated(plan, capture, scheme, "mse_value" if scheme == INC_INT8 else "divergence")
     return pd.DataFrame(rows).set_index("rank")
 
 
@@ -252,7 +252,7 @@ def frontier(
     never: Mapping[str, Sequence[str]] | None = None,
     at_least: Mapping[str, str] | None = None,
     seconds: Mapping[str, Mapping[str, float]] | None = None,
-    max_kl_divergence: float | None = None,
+    max_divergence: float | None = None,
     max_bits: float | None = None,
     max_seconds: float | None = None,
     store: str | PathLike[str] | None = None,
@@ -272,7 +272,7 @@ def frontier(
         refine_batches: the choices for `max_bits` and `max_seconds` are refined on so many calibration batches.
         fixed, never, at_least: what units get, by regular expressions for whole names of ops.
         seconds: the time of an op in each scheme and `unquantized`, by regular expressions for whole names of ops.
-        max_kl_divergence: also search the smallest choice that reaches this divergence, in nats per token.
+        max_divergence: also search the smallest choice that reaches this divergence, in nats per token.
         max_bits: also measure the best choice for so many bits a weight.
         max_seconds: also measure the best choice that takes so much time, by `seconds`.
 
@@ -297,7 +297,7 @@ def frontier(
     asked |= {"never": {key: list(names) for key, names in (never or {}).items()}, "at_least": dict(at_least or {})}
     asked |= {"seconds": {key: dict(times) for key, times in (seconds or {}).items()}}
     spec = read_block(DecideSpec, asked, "decide")
-    limits = {"max_kl_divergence": max_kl_divergence, "max_bits": max_bits, "max_seconds": max_seconds}
+    limits = {"max_divergence": max_divergence, "max_bits": max_bits, "max_seconds": max_seconds}
     target = read_block(Target, limits, "profiles")
     if max_seconds is not None and not seconds:
         raise InputError("max_seconds needs the times of the ops; give seconds too")
@@ -330,7 +330,7 @@ def profiles(
     frontier: Frontier,
     plan: Plan,
     *,
-    max_kl_divergence: float | None = None,
+    max_divergence: float | None = None,
     max_accuracy_drop: float | None = None,
     min_sqnr_db: float | None = None,
     max_bits: float | None = None,
@@ -342,7 +342,7 @@ def profiles(
     Args:
         frontier: of `frontier`.
         plan: of `plan`.
-        max_kl_divergence: what the output may lose on the held-out batches, in nats per token.
+        max_divergence: what the output may lose on the held-out batches, in nats per token.
         max_accuracy_drop: the share of answers, 0 to 1, that may go wrong where the unquantized model is right.
         min_sqnr_db: what the output has to reach, in dB.
         max_bits: how many bits a weight may take on average.
@@ -357,7 +357,7 @@ def profiles(
         InputError: a value is out of its range.
     """
     asked = {
-        "max_kl_divergence": max_kl_divergence,
+        "max_divergence": max_divergence,
         "max_accuracy_drop": max_accuracy_drop,
         "min_sqnr_db": min_sqnr_db,
         "max_bits": max_bits,

@@ -565,8 +565,8 @@ class DecideSpec(Block):
 class Target(Block):
     """What a profile must reach on the held-out samples. null asks for nothing."""
 
-    max_kl_divergence: Annotated[float, Field(gt=0, le=1000)] | None = None
-    """smallest: the divergence from the unquantized model may be this much, in nats per token."""
+    max_divergence: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """smallest: the divergence from the unquantized model may be this much: nats per token, or the cosine distance."""
     max_accuracy_drop: Share | None = None
     """smallest: this share of the answers, 0 to 1, may become wrong where the unquantized model is right."""
     min_sqnr_db: Annotated[float, Field(ge=-1000, le=1000)] | None = None
@@ -608,7 +608,7 @@ class Config(Block):
     )
     sensitivity: SensitivitySpec = SensitivitySpec(schemes=("inc_int8", "W8A8", "FP8_DYNAMIC", "W4A16", "NVFP4"))
     decide: DecideSpec = DecideSpec(heldout_batches=4)
-    profiles: Target = Target(max_kl_divergence=0.001, max_bits=6.0)
+    profiles: Target = Target(max_divergence=0.001, max_bits=6.0)
     quantize: QuantizeSpec = QuantizeSpec()
 
     def contradictions(self) -> Iterator[str]:

@@ -266,6 +266,40 @@ class Keep(TypedDict):
     op_name_dict: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Output:
+    """What the measured op returns, and the words for it.
+
+    Attributes:
+        position: what has a row of the output: a `token` or a `sample`, or a `position` of embeddings.
+        choice: what the largest channel of a row stands for: a `token` or a `class`. Empty for embeddings, where it
+            stands for nothing.
+    """
+
+    position: str = "token"
+    choice: str = "token"
+
+    @property
+    def divergence(self) -> str:
+        """How outputs are compared; see `measure.divergence`."""
+        return "KL divergence" if self.choice else "cosine distance"
+
+    @property
+    def short(self) -> str:
+        """The divergence in a word."""
+        return "KL" if self.choice else "distance"
+
+    @property
+    def unit(self) -> str:
+        """The unit of the divergence; a cosine distance has none."""
+        return "nats" if self.choice else ""
+
+    @property
+    def heading(self) -> str:
+        """The divergence with its unit, for a table."""
+        return "KL (nats)" if self.choice else "cosine distance"
+
+
 @closed
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -280,6 +314,7 @@ class Plan:
         keep: what the config keeps in FP32.
         reduce_range: whether activations take 7 bits of 8; `reduce_range_by` says who chose, `inc` or `config`.
         measured_op: the op at whose output the errors are measured.
+        output: what the measured op returns.
         head_only: whether the model scales or caps what the measured op returns before it returns its logits.
         fallback_schemes: those in which the map fallback is measured besides `inc_int8`.
         schemes: the schemes that are measured, by name. Those of compressed-tensors have their fields; see
@@ -302,6 +337,7 @@ class Plan:
     reduce_range: bool
     reduce_range_by: str
     measured_op: str
+    output: Output = Output()
     head_only: bool = False
     schemes: dict[str, dict[str, Any]]
     fallback_schemes: tuple[str, ...] = ()
@@ -356,7 +392,7 @@ METRICS = (
     "mse_value",
     "image_error",
     "text_error",
-    "kl_divergence",
+    "divergence",
     "image_divergence",
     "text_divergence",
     "top1_agreement",
@@ -378,7 +414,7 @@ class Score:
         op_name: the op that the map scores, or the unit; empty in the map `all`.
         mse_value: INC's **sum** of squared errors at the measured op.
         image_error, text_error: the same sum at the positions of image and of other tokens; None where INC measured.
-        kl_divergence: nats, mean over positions; None where INC measured.
+        divergence: mean over positions, in nats for logits; None where INC measured.
         image_divergence, text_divergence: its sum at the positions of image and of other tokens; None where INC
             measured.
         top1_agreement: share of positions; None where INC measured.
@@ -392,7 +428,7 @@ class Score:
     mse_value: float
     image_error: float | None = None
     text_error: float | None = None
-    kl_divergence: float | None = None
+    divergence: float | None = None
     image_divergence: float | None = None
     text_divergence: float | None = None
     top1_agreement: float | None = None
@@ -401,7 +437,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The KL divergence of one op or unit in one scheme, in nats per position, estimated by `measure.probes`.
+    """The divergence of one op or unit in one scheme, as a mean over positions, estimated by `measure.probes`.
 
     Attributes:
         standard_error: of the mean over the probes.
@@ -410,7 +446,7 @@ class Estimate:
 
     scheme: str
     op_name: str
-    kl_divergence: float
+    divergence: float
     standard_error: float
     split_half: float
 
@@ -547,10 +583,11 @@ class Point:
         weight_bytes: of all weights of the model in the checkpoint.
         bits: of a weight with its scales, on average over the units.
         predicted: the sum of the units' losses, and `predicted_error` its standard error, 0 without estimates.
-        kl_divergence: nats, mean over positions; `kl_low` and `kl_high` are its 95 % interval over the samples.
-        image_kl_divergence, text_kl_divergence: the same at the positions of image and of other tokens; None without.
-        kl_by_sample: the mean of each sample.
-        top1_agreement: share of positions.
+        divergence: mean over positions, in nats for logits. `divergence_low` and `divergence_high` are its 95 %
+            interval over the samples.
+        image_divergence, text_divergence: the same at the positions of image and of other tokens; None without.
+        divergence_by_sample: the mean of each sample.
+        top1_agreement: share of positions; None for embeddings.
         perplexity: of the answers' tokens, or of all text where samples have no answers; None without such tokens.
         accuracy: share of answers that are right; None without answers.
         answers_lost: how many answers are wrong, and right without quantization; None without answers.
@@ -558,6 +595,7 @@ class Point:
         sqnr_db: the same in dB, None for no error; `sqnr_db_lowest` of the batch with the most error.
         seconds: of all units by the config's table of times; None without one.
         active_bytes: of the weights that one token needs; None in a model without experts.
+        router_agreement: the share of the routers' choices of experts that stay; None in a model without routers.
     """
 
     kind: str
@@ -567,13 +605,13 @@ class Point:
     bits: float
     predicted: float
     predicted_error: float
-    kl_divergence: float
-    kl_low: float
-    kl_high: float
-    image_kl_divergence: float | None
-    text_kl_divergence: float | None
-    kl_by_sample: tuple[float, ...]
-    top1_agreement: float
+    divergence: float
+    divergence_low: float
+    divergence_high: float
+    image_divergence: float | None
+    text_divergence: float | None
+    divergence_by_sample: tuple[float, ...]
+    top1_agreement: float | None
     perplexity: float | None
     accuracy: float | None
     answers_lost: int | None
@@ -582,6 +620,7 @@ class Point:
     sqnr_db_lowest: float | None
     seconds: float | None = None
     active_bytes: int | None = None
+    router_agreement: float | None = None
 
 
 @closed
@@ -600,7 +639,7 @@ class Frontier:
 
     Attributes:
         candidates: the schemes that were chosen from.
-        loss: what is summed to choose: `kl_divergence` in nats, or `relative_error` where INC measured.
+        loss: what is summed to choose: `divergence`, or `relative_error` where INC measured.
         units: with their options.
         other_bytes: of all weights outside of the units.
         calibration_batches: those that set the scales.
@@ -674,12 +713,12 @@ class Profiles:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far one state is from the unquantized model: KL divergence in nats, mean over positions, and SQNR in dB.
+    """How far one state is from the unquantized model: divergence, mean over positions, and SQNR in dB.
 
     `sqnr_db` is that of the measured output; None for no error.
     """
 
-    kl_divergence: float
+    divergence: float
     sqnr_db: float | None
 
 
@@ -759,8 +798,8 @@ class Cure:
         settings: {kind: its setting}, such as a smoothing strength; of `together` those of all its cures.
         reason: why the cure cannot be applied; empty where it was measured.
         damage: of the unit with the cure; None where it cannot be applied.
-        regained: nats that the cure regains on held-out samples, as a mean over them; `low` and `high` are its 95 %
-            interval. None where only calibration batches were measured.
+        regained: how much of the divergence the cure regains on held-out samples, as a mean over them. `low` and `high`
+            are its 95 % interval. None where only calibration batches were measured.
         extra_bytes: what the checkpoint stores besides.
         folds_into: the module that takes the smoothing scale up; empty for none.
         at_run_time: what must be computed besides, in words; empty for nothing.
@@ -829,14 +868,14 @@ class Cured:
         tried: the units whose cure helps each of them alone.
         units: those whose cures together have the least divergence on the calibration batches; empty where the profile
             without cures has less.
-        before: nats of the profile; `kl_divergence` with the cures. None without any.
-        regained: nats, as a mean over the samples; `low` and `high` are its 95 % interval. None without cures.
+        before: the divergence of the profile; `divergence` with the cures. None without any.
+        regained: as a mean over the samples; `low` and `high` are its 95 % interval. None without cures.
     """
 
     tried: tuple[str, ...]
     units: tuple[str, ...]
     before: float
-    kl_divergence: float | None = None
+    divergence: float | None = None
     regained: float | None = None
     low: float | None = None
     high: float | None = None

@@ -118,9 +118,7 @@ def test_a_planted_outlier_channel_is_named_and_smoothing_regains_most_of_the_lo
     why = explained(planted(outlier), "STATIC", UNIT)
     (cause,) = why.causes
     assert [channel.index for channel in cause.inputs.outliers] == [CHANNEL]
-    damage = [
-        part.heldout.kl_divergence for part in (cause.whole, cause.inputs_alone, cause.weight_alone) if part.heldout
-    ]
+    damage = [part.heldout.divergence for part in (cause.whole, cause.inputs_alone, cause.weight_alone) if part.heldout]
     assert damage[1] > 0.5 * damage[0] > 10 * damage[2]
     cure = cure_of(cause, "smoothing")
     assert cure.folds_into == "norm" and cure.is_free and cure.regained and cure.regained > 0.9 * damage[0]
@@ -128,7 +126,7 @@ def test_a_planted_outlier_channel_is_named_and_smoothing_regains_most_of_the_lo
     assert cause.cure and "smoothing" in cause.cure.settings
     cured = why.cured["smallest"]
     assert cured.units == (cause.unit,) and cured.is_confirmed
-    assert cured.kl_divergence is not None and cured.kl_divergence < 0.2 * cured.before
+    assert cured.divergence is not None and cured.divergence < 0.2 * cured.before
     assert cured.before == pytest.approx(damage[0], rel=1e-6)
 
 
@@ -139,7 +137,7 @@ def test_the_whole_is_the_score_of_the_unit_alone(explained: Explain) -> None:
     with Replay(model, plan.ops, plan.measured_op, schemes=schemes_of(SCHEMES, model)) as replay:
         reference = Reference(replay.begin(token_batches(1)[0]).clone(), None)
         found = reference.compare(replay.run(dict.fromkeys(UNIT, "FP8_DYNAMIC")))
-    assert cause.whole.calibration.kl_divergence == pytest.approx(found["kl_divergence"], rel=1e-12)
+    assert cause.whole.calibration.divergence == pytest.approx(found["divergence"], rel=1e-12)
 
 
 def test_a_scheme_of_weights_alone_costs_nothing_at_its_inputs(explained: Explain) -> None:
@@ -148,7 +146,7 @@ def test_a_scheme_of_weights_alone_costs_nothing_at_its_inputs(explained: Explai
 
     (cause,) = explained(planted(far_out), "W4", ("lm_head",)).causes
     assert cause.weight_alone == cause.whole
-    assert cause.inputs_alone.heldout and cause.inputs_alone.heldout.kl_divergence == 0
+    assert cause.inputs_alone.heldout and cause.inputs_alone.heldout.divergence == 0
     assert cause.inputs_alone.heldout.sqnr_db is None
     assert (cause.weight.worst_op, cause.weight.worst_row) == ("lm_head", 7)
     clipped = cure_of(cause, "mse_weight")

@@ -125,7 +125,7 @@ def test_the_choice_for_the_budget_is_refined_on_calibration_batches(
     size = sum(unit.weights for unit in found.units)
     assert asked == [(within[-1].schemes, Budget(int(6.0 * size / 8)), 1)]
     (point,) = (point for point in found.points if point.name == "refined")
-    assert point.kl_divergence == within[0].kl_divergence and len(found.points) == len(plain.points) + 1
+    assert point.divergence == within[0].divergence and len(found.points) == len(plain.points) + 1
 
 
 def test_a_refined_choice_fits_and_counts_its_forwards(measure: Measure) -> None:
@@ -143,12 +143,12 @@ def test_an_op_without_a_time_is_named(measure: Measure) -> None:
 
 def test_a_unit_has_the_loss_of_its_ops_together_and_their_bytes(plan: Plan, capture: Capture) -> None:
     by, units = options_of(plan, capture, CANDIDATES, DecideSpec())
-    assert by == "kl_divergence" and [unit.name for unit in units][0] == UNIT and len(units) == 5
+    assert by == "divergence" and [unit.name for unit in units][0] == UNIT and len(units) == 5
     pair = units[0]
     (score,) = capture.of_map("units", "NVFP4")[UNIT]
     assert score and pair.loss == {
-        "NVFP4": score.kl_divergence,
-        "FP8_DYNAMIC": capture.of_map("units", "FP8_DYNAMIC")[UNIT][0].kl_divergence,  # type: ignore[union-attr]
+        "NVFP4": score.divergence,
+        "FP8_DYNAMIC": capture.of_map("units", "FP8_DYNAMIC")[UNIT][0].divergence,  # type: ignore[union-attr]
         "unquantized": 0.0,
     }
     sizes = {op.op_name: op for op in plan.ops}
@@ -207,7 +207,7 @@ def test_each_choice_has_the_loss_of_its_own_state(
     measure: Measure, model: torch.nn.Module, plan: Plan, scales: Scales
 ) -> None:
     found = measure()
-    assert found.points[-1].kl_divergence == 0 and set(found.points[-1].schemes) == {"unquantized"}
+    assert found.points[-1].divergence == 0 and set(found.points[-1].schemes) == {"unquantized"}
     assert found.points[-1].weight_bytes == 2 * sum(parameter.numel() for parameter in model.parameters())
     sizes = [point.weight_bytes for point in found.points]
     assert sizes == sorted(sizes) and len({point.schemes for point in found.points}) == len(sizes)
@@ -220,10 +220,10 @@ def test_each_choice_has_the_loss_of_its_own_state(
             reference = Reference(replay.begin(batch).clone(), None)
             for point in found.points:
                 record = reference.compare(replay.run(found.assignment(point)))
-                losses.setdefault(point.schemes, []).append(record["kl_divergence"])
+                losses.setdefault(point.schemes, []).append(record["divergence"])
     for point in found.points:
-        assert point.kl_by_sample == tuple(losses[point.schemes])
-        assert point.kl_low <= point.kl_divergence <= point.kl_high
+        assert point.divergence_by_sample == tuple(losses[point.schemes])
+        assert point.divergence_low <= point.divergence <= point.divergence_high
 
 
 def test_a_second_measurement_takes_all_from_the_store(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,8 +234,8 @@ def test_a_second_measurement_takes_all_from_the_store(measure: Measure, monkeyp
 
 def test_the_smallest_choice_within_a_target_is_searched(measure: Measure) -> None:
     before = measure()
-    middle = before.points[1].kl_divergence
-    target = Target(max_kl_divergence=(before.points[0].kl_divergence + middle) / 2)
+    middle = before.points[1].divergence
+    target = Target(max_divergence=(before.points[0].divergence + middle) / 2)
     counts: list[tuple[int, int]] = []
     found = measure(target=target, on_progress=lambda done, total: counts.append((done, total)))
     between = [point for point in found.points if point not in before.points]

@@ -26,12 +26,12 @@ def of_losses(*losses: float, accuracies: tuple[float | None, ...] = (None,) * 4
 @pytest.mark.parametrize(
     ("target", "quantized"),
     [
-        ({"max_kl_divergence": 0.4}, 3),
-        ({"max_kl_divergence": 0.05}, 2),
-        ({"max_kl_divergence": 0.005}, 1),
+        ({"max_divergence": 0.4}, 3),
+        ({"max_divergence": 0.05}, 2),
+        ({"max_divergence": 0.005}, 1),
         ({"min_sqnr_db": 25.0}, 2),
         ({"max_accuracy_drop": 0.1}, 1),
-        ({"max_kl_divergence": 0.05, "max_accuracy_drop": 0.1}, 1),
+        ({"max_divergence": 0.05, "max_accuracy_drop": 0.1}, 1),
     ],
 )
 def test_smallest_has_the_fewest_bytes_of_those_that_reach_the_target(target: dict[str, Any], quantized: int) -> None:
@@ -43,15 +43,15 @@ def test_smallest_has_the_fewest_bytes_of_those_that_reach_the_target(target: di
 
 def test_ops_that_never_ran_are_not_kept() -> None:
     plan = a_plan([an_op("a"), an_op("b"), an_op("c"), an_op("idle", executions=(0,))])
-    found = build_profiles(of_losses(0.4, 0.04, 0.004, 0.0), plan, Target(max_kl_divergence=1))
+    found = build_profiles(of_losses(0.4, 0.04, 0.004, 0.0), plan, Target(max_divergence=1))
     assert found.profiles["smallest"].kept == ()
 
 
 def test_without_a_profile_the_reason_is_told() -> None:
     frontier = of_losses(0.4, 0.04, 0.004, 0.0)
-    found = build_profiles(frontier, PLAN, Target(max_kl_divergence=0.001, max_bits=7.0))
+    found = build_profiles(frontier, PLAN, Target(max_divergence=0.001, max_bits=7.0))
     assert found.missed["smallest"] == (
-        "no measured choice reaches the target (a KL divergence of at most 0.001 nats); the best one loses 0.004 nats"
+        "no measured choice reaches the target (a divergence of at most 0.001); the best one has a divergence of 0.004"
     )
     assert found.missed["safest"] == (
         "no choice of schemes fits the budget (at most 7.0 bits a weight); the smallest has 8.00 bits a weight, 124"
@@ -80,7 +80,7 @@ def test_safest_loses_least_within_the_budget() -> None:
 def test_a_choice_that_is_no_better_than_a_smaller_one_is_not_offered() -> None:
     frontier = of_losses(0.4, 0.04, 0.05, 0.0)
     assert [len(set(point.schemes)) for point in offered(frontier)] == [1, 2]
-    assert build_profiles(frontier, PLAN, Target(max_bits=16.0)).profiles["safest"].point.kl_divergence == 0.04
+    assert build_profiles(frontier, PLAN, Target(max_bits=16.0)).profiles["safest"].point.divergence == 0.04
 
 
 def test_a_uniform_scheme_counts_as_a_choice_and_other_controls_do_not() -> None:
@@ -88,7 +88,7 @@ def test_a_uniform_scheme_counts_as_a_choice_and_other_controls_do_not() -> None
     better = a_point(["W8A8", "unquantized"], 0.001, kind="random", name="random_1")
     uniform = a_point(["W8A8", "unquantized"], 0.002, kind="uniform", name="W8A8")
     found = offered(a_frontier("ab", frontier.points, [better, uniform]))
-    assert [point.kl_divergence for point in found] == [0.04, 0.002]
+    assert [point.divergence for point in found] == [0.04, 0.002]
 
 
 def curve(*losses: float) -> list[Point]:
@@ -103,11 +103,11 @@ def test_the_knee_is_where_more_bytes_bring_less() -> None:
 
 
 def test_a_control_is_compared_sample_by_sample_with_the_point_of_its_bytes() -> None:
-    point = a_point(["W8A8", "unquantized"], 0.02, kl_by_sample=(0.01, 0.03))
-    control = a_point(["unquantized", "W8A8"], 0.05, kind="random", name="random_0", kl_by_sample=(0.02, 0.08))
+    point = a_point(["W8A8", "unquantized"], 0.02, divergence_by_sample=(0.01, 0.03))
+    control = a_point(["unquantized", "W8A8"], 0.05, kind="random", name="random_0", divergence_by_sample=(0.02, 0.08))
     frontier = a_frontier("ab", [a_point(["W8A8", "W8A8"], 0.4), point, two_units().points[-1]], [control])
     (row,) = comparisons(frontier)
-    assert row["frontier_kl_divergence"] == 0.02 and row["more"] == pytest.approx(0.03)
+    assert row["frontier_divergence"] == 0.02 and row["more"] == pytest.approx(0.03)
     assert row["low"] == pytest.approx(0.01) and row["high"] == pytest.approx(0.05)
 
 

@@ -71,7 +71,7 @@ def test_a_number_that_is_not_finite_is_refused_and_the_batch_is_named(monkeypat
     broken = near(float("nan"), {})
     monkeypatch.setattr("auto_quantize_model.decide.refine.around", lambda *given: broken)
     made = Refinement(UNITS, SimpleNamespace(replay=None), [{}])  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"calibration batch 0.*kl_divergence"):
+    with pytest.raises(InputError, match=r"calibration batch 0.*divergence"):
         made.around(FIRST)
 
 

@@ -16,7 +16,7 @@ def test_an_op_is_ranked_by_kl_in_each_scheme_that_it_can_have() -> None:
         "NVFP4": ["a", "c"],
     }
     assert [row["rank"] for row in found["W8A8"]["ops"]] == [1, 2, 3]
-    assert found["NVFP4"]["all"]["kl_divergence"] == 6.0
+    assert found["NVFP4"]["all"]["divergence"] == 6.0
     assert found["NVFP4"]["refused"] == {"b": "its 8 columns do not divide"} and found["W8A8"]["refused"] == {}
 
 
@@ -41,7 +41,7 @@ def test_an_op_without_a_score_is_ranked_by_its_estimate() -> None:
     rows = {row["op_name"]: row for row in found["W8A8"]["ops"]}
     assert list(rows) == ["c", "b", "a"]  # 1.5 and 1 are estimates, 1 is a score
     assert [row["measured"] for row in rows.values()] == [False, False, True]
-    assert (rows["c"]["kl_divergence"], rows["c"]["standard_error"], rows["c"]["split_half"]) == (1.5, 0.25, 0.5)
+    assert (rows["c"]["divergence"], rows["c"]["standard_error"], rows["c"]["split_half"]) == (1.5, 0.25, 0.5)
     assert rows["c"]["mse_value"] is rows["a"]["standard_error"] is None
     check = found["W8A8"]["estimates"]
     assert check["compared"] == 1 and math.isclose(check["ratio"], 0.5) and check["tau"] is None

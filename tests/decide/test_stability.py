@@ -45,7 +45,7 @@ def test_errors_that_add_up_do_so_where_an_op_skips_a_batch_too() -> None:
 
 def test_the_squared_error_is_compared_with_the_divergence() -> None:
     isolated = {
-        f"op{row}": [a_score(error, kl_divergence=divergence)]
+        f"op{row}": [a_score(error, divergence=divergence)]
         for row, (error, divergence) in enumerate([(1.0, 0.1), (2.0, 0.3), (3.0, 0.2)])
     }
     assert assess(isolated, [a_score(6.0)])["metric_tau"] == pytest.approx(1 / 3)

@@ -65,7 +65,7 @@ def written(
     """The folder of an exported profile, and its part of the index."""
     ops = plan.pop("ops", [an_op(name, shape=(32, 32)) for name in (*assignment, *kept)])
     schemes = {"inc_int8": {}} | {name: fields_of(scheme) for name, scheme in SCHEMES.items()}
-    point = a_point(kl_divergence=0.0123, bits=4.75, weight_bytes=3_000_000, top1_agreement=0.75, sqnr_db=31.0)
+    point = a_point(divergence=0.0123, bits=4.75, weight_bytes=3_000_000, top1_agreement=0.75, sqnr_db=31.0)
     profile = a_profile(point, assignment=dict(assignment), kept=tuple(kept))
     made_for = a_plan(ops, **{"schemes": schemes, "units": UNITS, **plan})
     index = export(folder / "exports", profiles_of({"balanced": profile}), made_for, modules, published, 2, (), why)

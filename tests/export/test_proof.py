@@ -112,7 +112,7 @@ def test_the_loaded_checkpoint_has_the_metrics_that_were_measured_bit_for_bit(me
     assert set(measured.assignment.values()) == set(SCHEMES)
     found = measured.found()
     assert found == measured.promised
-    assert found["kl_divergence"] > 0
+    assert found["divergence"] > 0
 
 
 def test_the_bytes_are_those_of_the_profile_and_what_is_not_rounded(measured: Measured) -> None:
@@ -224,7 +224,7 @@ def test_the_folder_holds_the_proved_checkpoint_and_its_readme(of_text: Measured
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"kl_divergence": 0.5}, "kl_divergence was measured as 0.5"), ({"weight_bytes": 1}, "and the profile says 1;")],
+    [({"divergence": 0.5}, "divergence was measured as 0.5"), ({"weight_bytes": 1}, "and the profile says 1;")],
 )
 def test_nothing_is_left_of_a_checkpoint_that_breaks_its_promise(
     of_text: Measured, tmp_path: Path, changes: dict[str, Any], said: str
@@ -235,27 +235,25 @@ def test_nothing_is_left_of_a_checkpoint_that_breaks_its_promise(
 
 
 def promise(**changes: Any) -> Point:
-    return a_point(["NVFP4"], 0.01, kl_low=0.008, kl_high=0.012, **changes)
+    return a_point(["NVFP4"], 0.01, divergence_low=0.008, divergence_high=0.012, **changes)
 
 
 def test_other_numbers_are_refused_here_and_compared_with_the_interval_elsewhere() -> None:
     profile = a_profile(promise())
     here = a_frontier(["a"], [promise()], device="cpu", instruction_set=instruction_set())
     elsewhere = replace(here, device="cuda")
-    found = {"kl_divergence": 0.01, "accuracy": None}
+    found = {"divergence": 0.01, "accuracy": None}
     assert proof.promised_and_found("balanced", profile, found, here)["status"] == "bit_identical"
     assert proof.promised_and_found("balanced", profile, found, elsewhere)["status"] == "bit_identical"
-    near = found | {"kl_divergence": 0.0101}
+    near = found | {"divergence": 0.0101}
     record = proof.promised_and_found("balanced", profile, near, elsewhere)
     assert (record["status"], record["promised"], record["found"]) == ("measured_elsewhere", found, near)
-    with pytest.raises(
-        InputError, match="profile balanced: kl_divergence was measured as 0.01, and the quantized model"
-    ):
+    with pytest.raises(InputError, match="profile balanced: divergence was measured as 0.01, and the quantized model"):
         proof.promised_and_found("balanced", profile, near, here)
     with pytest.raises(
         InputError, match="divergence of 0.013 nats on the held-out samples, and the profile's interval"
     ):
-        proof.promised_and_found("balanced", profile, found | {"kl_divergence": 0.013}, elsewhere)
+        proof.promised_and_found("balanced", profile, found | {"divergence": 0.013}, elsewhere)
 
 
 @pytest.mark.parametrize(

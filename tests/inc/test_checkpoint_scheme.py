@@ -81,7 +81,7 @@ def test_the_plan_names_the_checkpoint_its_files_and_the_ops_that_lack(plan: Pla
 
 def test_the_op_that_was_spoiled_is_the_most_sensitive_by_far(capture: Capture) -> None:
     scores = capture.of_map("isolated", "my_gptq")
-    worst, second = sorted((score.kl_divergence, name) for name, (score,) in scores.items())[::-1][:2]
+    worst, second = sorted((score.divergence, name) for name, (score,) in scores.items())[::-1][:2]
     assert worst[1] == SPOILED and worst[0] > 3 * second[0]
     assert len(scores) == 14
 
@@ -90,11 +90,11 @@ def test_estimates_find_that_op_too_and_give_an_op_the_norm_that_goes_with_it(
     model, plan: Plan, capture: Capture, tmp_path: Path
 ) -> None:
     estimated, _ = capture_sensitivity(model, token_batches(), plan, ScoreStore(tmp_path), exact="none")
-    found = {name: made.kl_divergence for name, made in estimated.estimates_of("my_gptq").items()}
+    found = {name: made.divergence for name, made in estimated.estimates_of("my_gptq").items()}
     assert max(found, key=found.__getitem__) == SPOILED
     for name in plan.schemes["my_gptq"]["norms"][SMOOTHED]:
         (measured,) = capture.of_map("isolated", "my_gptq")[name]
-        assert measured.kl_divergence / 3 < found[name] < 3 * measured.kl_divergence
+        assert measured.divergence / 3 < found[name] < 3 * measured.divergence
 
 
 def test_the_library_finds_the_same_bits_in_its_own_modules(model, plan: Plan, capture: Capture) -> None:

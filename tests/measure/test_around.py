@@ -39,7 +39,7 @@ def replay(request: pytest.FixtureRequest) -> Iterator[Replay]:
 
 def divergence(replay: Replay, state: Mapping[str, str]) -> float:
     batch = token_batches(2)[BATCH]
-    return Reference(replay.begin(batch).clone(), None).compare(replay.run(state))["kl_divergence"]
+    return Reference(replay.begin(batch).clone(), None).compare(replay.run(state))["divergence"]
 
 
 def near(replay: Replay, state: Mapping[str, str], wanted: Mapping[str, Any], probes: int = PROBES) -> Around:

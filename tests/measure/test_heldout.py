@@ -124,11 +124,11 @@ def test_a_summary_counts_each_position_and_names_the_worst_batch() -> None:
     records = [a_record(1.0, [0.1]), a_record(4.0, [0.4, 0.6], top1_agreement=0.5, right=1)]
     found = summary(records, [of_batch(100.0, 4), of_batch(40.0, 8)], 2)
     assert found["relative_error"] == 5 / 140 and found["sqnr_db_lowest"] == pytest.approx(10)
-    assert found["kl_divergence"] == pytest.approx(1.1 / 3) and found["kl_by_sample"] == (0.1, 0.4, 0.6)
+    assert found["divergence"] == pytest.approx(1.1 / 3) and found["divergence_by_sample"] == (0.1, 0.4, 0.6)
     assert found["top1_agreement"] == pytest.approx((4 + 4) / 12) and found["accuracy"] == 0.5
     assert found["perplexity"] == pytest.approx(math.e)
-    assert found["text_kl_divergence"] == pytest.approx(1.1 / 3) and found["image_kl_divergence"] is None
-    assert 0.1 <= found["kl_low"] < found["kl_divergence"] < found["kl_high"] <= 0.6
+    assert found["text_divergence"] == pytest.approx(1.1 / 3) and found["image_divergence"] is None
+    assert 0.1 <= found["divergence_low"] < found["divergence"] < found["divergence_high"] <= 0.6
     without = summary([a_record(0.0, [0.0], next_tokens=0)], [of_batch(1.0, 4)], 0)
     assert without["sqnr_db_lowest"] is None and without["accuracy"] is None and without["perplexity"] is None
 

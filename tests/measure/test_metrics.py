@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from auto_quantize_model.measure.metrics import Reference, kl_divergences
+from auto_quantize_model.measure.divergence import kl_divergences
+from auto_quantize_model.measure.metrics import Reference
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def test_an_equal_output_has_no_error_and_agrees_everywhere(outputs):
         "mse_value": 0.0,
         "image_error": 0.0,
         "text_error": 0.0,
-        "kl_divergence": 0.0,
+        "divergence": 0.0,
         "image_divergence": 0.0,
         "text_divergence": 0.0,
         "top1_agreement": 1.0,
@@ -62,35 +61,6 @@ def test_top1_agreement_is_a_share_of_positions(outputs):
     assert Reference(reference, None).compare(output)["top1_agreement"] == (7 + unmoved) / 14
 
 
-@given(st.integers(0, 2**32 - 1), st.floats(1e-3, 30), st.integers(1, 9))
-def test_the_divergence_is_torchs_and_never_negative(seed, spread, rows):
-    generator = torch.Generator().manual_seed(seed)
-    reference, output = (torch.randn(2, rows, 11, generator=generator) * spread for _ in range(2))
-    log_p, log_q = (side.double().log_softmax(-1) for side in (reference, output))
-    expected = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-    found = kl_divergences(reference, output)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    assert found.shape == (2, rows) and found.min() >= 0
-
-
-@given(st.integers(0, 2**32 - 1), st.floats(1e-9, 1e-5))
-def test_a_tiny_divergence_keeps_its_digits(seed, size):
-    generator = torch.Generator().manual_seed(seed)
-    reference, change = (torch.randn(1, 4, 100, generator=generator).double() for _ in range(2))
-    p = reference.softmax(-1)
-    error = size * change
-    centred = error - (p * error).sum(-1, keepdim=True)
-    # To second order, half the variance of the change; the third order is smaller by the size of the change.
-    expected = (p * centred.pow(2)).sum(-1) / 2
-    torch.testing.assert_close(kl_divergences(reference, reference + error), expected, rtol=1e-3, atol=1e-29)
-
-
-def test_a_divergence_of_thousands_of_nats_is_finite():
-    reference = torch.tensor([[0.0, 0.0, -3000.0]])
-    output = torch.tensor([[0.0, 0.0, 3000.0]])
-    assert math.isclose(float(kl_divergences(reference, output)), 3000 - math.log(2), rel_tol=1e-12)
-
-
 def test_divergences_at_image_and_text_positions_are_sums_over_these(outputs):
     reference, output = outputs
     image = torch.zeros(2, 7, dtype=torch.int64)
@@ -98,5 +68,5 @@ def test_divergences_at_image_and_text_positions_are_sums_over_these(outputs):
     against = Reference(reference, image)
     record, totals, each = against.compare(output), against.totals(), kl_divergences(reference, output)
     assert math.isclose(record["image_divergence"], float(each[:, 2:5].sum()), rel_tol=1e-12)
-    assert math.isclose(record["image_divergence"] + record["text_divergence"], 14 * record["kl_divergence"])
+    assert math.isclose(record["image_divergence"] + record["text_divergence"], 14 * record["divergence"])
     assert (totals["image_positions"], totals["text_positions"]) == (6, 8)

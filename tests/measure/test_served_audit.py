@@ -116,10 +116,10 @@ def test_one_wrong_bit_fails_the_audit_and_is_named(
         (score for score in capture.scores if (score.map, score.scheme, score.batch) == ("isolated", scheme, 0)),
         key=lambda score: score.mse_value,
     )
-    assert worst.kl_divergence is not None
-    wrong = replace(worst, kl_divergence=math.nextafter(worst.kl_divergence, 1))
+    assert worst.divergence is not None
+    wrong = replace(worst, divergence=math.nextafter(worst.divergence, 1))
     scores = tuple(wrong if score is worst else score for score in capture.scores)
-    with pytest.raises(InputError, match=rf"^audit: batch 0, scheme {scheme}, {worst.op_name}: the kl_divergence is"):
+    with pytest.raises(InputError, match=rf"^audit: batch 0, scheme {scheme}, {worst.op_name}: the divergence is"):
         audit_served(model, batches, 0, plan, replace(capture, scores=scores), 2, scales[ALL_BATCHES])
 
 

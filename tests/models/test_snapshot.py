@@ -83,8 +83,8 @@ def test_remote_code_of_another_file_or_in_a_block(snapshot, name, block):
 
 
 def test_unsupported_architecture(snapshot):
-    edit_config(snapshot, architectures=["BertModel"])
-    with pytest.raises(InputError, match="BertModel is not supported .it returns hidden states.* use a class"):
+    edit_config(snapshot, architectures=["WhisperForAudioClassification"])
+    with pytest.raises(InputError, match="WhisperForAudioClassification is not supported; supported: the classes of"):
         check_snapshot(snapshot)
 
 
@@ -477,7 +477,7 @@ def test_a_buffer_of_integers_is_no_quantized_weight(tmp_path):
 def test_weights_that_mean_nothing(tiny_snapshot, batches):
     model = load_model(tiny_snapshot)
     model.lm_head.weight.zero_()
-    with pytest.raises(InputError, match="logits .* are the same for the whole vocabulary"):
+    with pytest.raises(InputError, match="output on the first calibration batch is the same in all channels"):
         find_output_op(model, batches[0])
     model.model.visual.merger.mlp[0].weight[0, 0] = torch.inf
     with pytest.raises(InputError, match=r"weights that are not finite: model\.visual\.merger\.mlp\.0\.weight"):

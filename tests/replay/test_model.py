@@ -84,7 +84,7 @@ def test_with_auto_inc_measures_what_no_site_covers_and_the_values_are_the_same(
         start(model, plan)
     mixed = captured(model, batches, replace(plan, engine="auto"), tmp_path / "b")
     assert mse_values(mixed) == expected
-    by_inc = {score.op_name for score in mixed.scores if score.map == "isolated" and score.kl_divergence is None}
+    by_inc = {score.op_name for score in mixed.scores if score.map == "isolated" and score.divergence is None}
     assert by_inc == {uncovered}
 
 

@@ -241,7 +241,7 @@ def estimated(names: str, measured: str) -> dict[str, Any]:
     """A report in which only some ops were measured; each has the KL divergence that its error would give."""
     found = report(names)
     for each in found["maps"]["isolated"]["ops"]:
-        each["kl_divergence"] = each["mse_value"]
+        each["divergence"] = each["mse_value"]
         if each["op_name"] not in measured:
             each |= {"measured": False, "mse_value": None, "mse_value_std": None, "standard_error": 0.4}
     found["measurement"] = found["measurement"] | {"effort": {"exact": "top:2", "probes": 16, "reason": "a test"}}
@@ -255,7 +255,7 @@ def test_estimates_are_compared_by_the_kl_divergence() -> None:
     assert found["warnings"] == ["A report has estimates of some ops, so the KL divergence ranks the ops of both."]
     assert compared(whole, estimated("jbcdefghia", "ab"))["moved"]
     for each in whole["maps"]["isolated"]["ops"]:
-        each["kl_divergence"] = None
+        each["divergence"] = None
     with pytest.raises(InputError, match="one report has estimates, and the other has no KL divergence"):
         compared(whole, estimated("abcdefghij", "ab"))
 

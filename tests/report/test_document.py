@@ -52,7 +52,7 @@ PLAN = {
 def record(mse_value):
     """What replay measures of one op: a tenth of the error at image tokens."""
     at = {"image_error": mse_value / 10, "text_error": mse_value * 0.9}
-    return {"mse_value": mse_value, **at, "kl_divergence": 0.25, "top1_agreement": 0.5}
+    return {"mse_value": mse_value, **at, "divergence": 0.25, "top1_agreement": 0.5}
 
 
 def parts(
@@ -138,7 +138,7 @@ def test_scores_are_aggregated_over_batches():
     assert math.isclose(row["sqnr_db"], -10 * math.log10(0.006))
     assert math.isclose(row["image_relative_error"], 1.2 / 400)
     assert math.isclose(row["text_relative_error"], 10.8 / 1600)
-    assert (row["kl_divergence"], row["top1_agreement"]) == (0.25, 0.5)
+    assert (row["divergence"], row["top1_agreement"]) == (0.25, 0.5)
 
 
 def test_the_ten_most_sensitive_come_first():
@@ -172,7 +172,7 @@ def test_an_op_that_ran_in_one_batch_is_scored_on_that_batch():
 def test_what_inc_alone_measured_has_no_other_metrics():
     report = build_report(*parts(scores=by_inc()))
     row = report["maps"]["isolated"]["ops"][0]
-    assert row["kl_divergence"] is row["top1_agreement"] is row["image_relative_error"] is None
+    assert row["divergence"] is row["top1_agreement"] is row["image_relative_error"] is None
     assert "| KL (nats) |" not in render(report)[0]
 
 
@@ -307,8 +307,8 @@ def test_no_text_of_a_stranger_is_markup_in_the_markdown_and_the_json_holds_it_r
 
 @pytest.mark.parametrize("text", STRANGERS)
 def test_no_name_of_a_scheme_or_a_unit_is_markup_in_the_markdown(text):
-    plain = build_report(*parts(frontier=with_strangers("STRANGER"), target=Target(max_kl_divergence=1)))
-    hostile = build_report(*parts(frontier=with_strangers(text), target=Target(max_kl_divergence=1)))
+    plain = build_report(*parts(frontier=with_strangers("STRANGER"), target=Target(max_divergence=1)))
+    hostile = build_report(*parts(frontier=with_strangers(text), target=Target(max_divergence=1)))
     plain["model"]["stand_in"] = hostile["model"]["stand_in"] = None
     plain["model"]["model"], hostile["model"]["model"] = "STRANGER (stand-in)", f"{text} (stand-in)"
     shown_alike(plain, hostile, text, 8)
@@ -348,13 +348,13 @@ def test_tables_hold_no_formula():
 
 def a_decision(**changes):
     """A report with the frontier of the units a and b, and its profiles."""
-    return of_three_schemes(frontier=two_units(**changes), target=Target(max_kl_divergence=0.02, max_bits=15))
+    return of_three_schemes(frontier=two_units(**changes), target=Target(max_divergence=0.02, max_bits=15))
 
 
 def test_a_report_with_a_frontier_matches_its_schema_and_holds_no_value_of_a_sample():
     report = a_decision()
     markdown, document = render(report)
-    assert json.loads(document) == report and "kl_by_sample" not in document and '"assignment"' not in document
+    assert json.loads(document) == report and "divergence_by_sample" not in document and '"assignment"' not in document
     assert [row["name"] for row in report["frontier"]["comparisons"]] == ["random_0", "first and last layers"]
     assert report["frontier"]["prediction"]["compared"] == 5
     assert list(report["profiles"]["profiles"]) == ["smallest", "safest"]

@@ -18,7 +18,7 @@ CURED = Cured(("a",), ("a",), 0.04, 0.012, 0.028, 0.02, 0.03)
 
 
 def report_with(why: Why | NotMeasured) -> dict[str, Any]:
-    return build_report(*parts(frontier=two_units(), target=Target(max_kl_divergence=1)), why)
+    return build_report(*parts(frontier=two_units(), target=Target(max_divergence=1)), why)
 
 
 def told(cause: Cause, kind: str) -> str:

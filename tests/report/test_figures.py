@@ -30,12 +30,12 @@ SVG = "{http://www.w3.org/2000/svg}"
 DRAWN = {}  # SVG by specification
 
 
-def choice(quantized, kl_divergence, **changes):
+def choice(quantized, divergence, **changes):
     """A choice with the first so many of the four ops in W8A8."""
     schemes = ["W8A8"] * quantized + ["unquantized"] * (4 - quantized)
     return a_point(
         schemes,
-        kl_divergence,
+        divergence,
         **{"accuracy": 0.8 if quantized == 4 else 0.9, "answers_lost": int(quantized == 4), **changes},
     )
 
@@ -126,7 +126,7 @@ CASES = {
     "no frontier": (report_of, {"frontier": "decide.heldout_batches is 0", "ranked_ops": "lm_head"}),
     "a frontier": (lambda: report_of(measured()), {"frontier": "random choice"}),
     "profiles": (
-        lambda: report_of(measured(), Target(max_kl_divergence=0.02, max_bits=15)),
+        lambda: report_of(measured(), Target(max_divergence=0.02, max_bits=15)),
         {"frontier": "smallest, balanced"},
     ),
     "a frontier without controls": (lambda: report_of(measured(controls=[choice(4, 0.08)])), {"frontier": "best for"}),
@@ -183,12 +183,12 @@ def test_the_frontier_is_drawn_with_intervals_and_without_the_choice_that_loses_
 
 
 def test_a_bar_that_would_reach_zero_ends_a_decade_below_its_point():
-    found = measured([choice(4, 0.08, kl_low=0.0), choice(0, 0.0)])
+    found = measured([choice(4, 0.08, divergence_low=0.0), choice(0, 0.0)])
     assert frontier_points(report_of(found))[-1]["low"] == pytest.approx(0.008)
 
 
 def test_profiles_of_one_choice_share_one_label(tmp_path):
-    texts = drawn(figures(report_of(measured(), Target(max_kl_divergence=0.02)))["frontier"], tmp_path)
+    texts = drawn(figures(report_of(measured(), Target(max_divergence=0.02)))["frontier"], tmp_path)
     assert "smallest, balanced" in texts and "smallest" not in texts
 
 
@@ -223,7 +223,7 @@ def test_both_panels_of_the_ranking_have_the_colours_of_all_towers():
 
 
 def test_no_label_lies_on_another_at_417_ops(tmp_path):
-    report = report_of(measured(), Target(max_kl_divergence=0.02, max_bits=15))
+    report = report_of(measured(), Target(max_divergence=0.02, max_bits=15))
     row = report["maps"]["isolated"]["ops"][0]
     rows = [row | {"op_name": name, "mse_value": 500.0 - i, "rank": i + 1} for i, name in enumerate(OPS_417)]
     report["maps"]["isolated"]["ops"] = rows

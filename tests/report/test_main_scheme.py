@@ -51,11 +51,11 @@ def captured(plan: Plan, **of_all: float) -> Capture:
     """Scores in both schemes; squared errors order the ops otherwise than the KL divergence."""
     record: dict[str, Any] = {"text_error": 1.0, "image_error": 0.5, "top1_agreement": 0.5}
     scores = [
-        Score(0, "isolated", scheme, name, 10 - kl, kl_divergence=kl, **record)
+        Score(0, "isolated", scheme, name, 10 - kl, divergence=kl, **record)
         for scheme, of_ops in KL.items()
         for name, kl in of_ops.items()
     ]
-    scores += [Score(0, "all", scheme, "", 9.0, kl_divergence=6.0, **record, **of_all) for scheme in SCHEMES]
+    scores += [Score(0, "all", scheme, "", 9.0, divergence=6.0, **record, **of_all) for scheme in SCHEMES]
     return replace(a_capture(plan, {}, [{"mse_value": 1.0}]), scores=tuple(scores), plan_digest=digest_of_record(plan))
 
 
@@ -68,7 +68,7 @@ def decided() -> Any:
 def reported(plan: Plan, frontier: Any = UNMEASURED, **of_all: float) -> dict[str, Any]:
     audit = an_audit(status="not_measured", batch=None, ops=(), maps=(), compared=0, served={"FP8_DYNAMIC": 7})
     made = a_model_manifest(), a_calibration_manifest(), plan, captured(plan, **of_all), audit
-    return build_report(*made, frontier, build_profiles(frontier, plan, Target(max_kl_divergence=1)))
+    return build_report(*made, frontier, build_profiles(frontier, plan, Target(max_divergence=1)))
 
 
 @pytest.fixture(scope="module", params=["decided", "undecided"])
@@ -91,7 +91,7 @@ def test_the_ranking_is_that_of_the_main_scheme_by_its_divergence(report: dict[s
     assert [row["op_name"] for row in report["most_sensitive"]] == ["a", "b", "c"]
     assert list(report["maps"]) == ["isolated"]  # `fallback` is not asked for, and `requantize` is INC's
     assert "in FP8_DYNAMIC, all others stay FP32" in report["maps"]["isolated"]["direction"]
-    assert list(tables(report)["ranking"]["kl_divergence"]) == [3.0, 2.0, 1.0]
+    assert list(tables(report)["ranking"]["divergence"]) == [3.0, 2.0, 1.0]
     assert [line.split()[1] for line in top_table(report).splitlines()[1:]] == ["a", "b", "c"]
 
 

@@ -93,7 +93,7 @@ def test_the_page_is_the_same_bytes_each_time_and_loads_nothing():
 
 def test_names_are_escaped_in_the_markup_and_cannot_end_a_script():
     hostile = f"</script><img src=x onerror=alert(1)>\u2028{HOSTILE}"
-    report = renamed(report_of(measured(), Target(max_kl_divergence=1)), "lm_head", hostile)
+    report = renamed(report_of(measured(), Target(max_divergence=1)), "lm_head", hostile)
     export = {hostile: {"files": [hostile], "notes": [hostile]}}
     page = Elements(render_page(report, {"files": {}, "exports": {"smallest": export}, "texts": {hostile: hostile}}))
     assert not [tag for tag, _ in page.tags if tag == "img"]
@@ -119,10 +119,10 @@ def test_the_page_shows_control_characters_and_has_no_empty_columns_of_images():
 
 
 def test_the_summary_says_what_is_decided_what_it_costs_and_how_sure_that_is():
-    said = rendered(report_of(measured(), Target(max_kl_divergence=0.02))).said()
+    said = rendered(report_of(measured(), Target(max_divergence=0.02))).said()
     assert "Quantize to 10.00 bits a weight on average: 3 ops in W8A8 and 1 unquantized." in said
     assert "Of 9 answers that are right without quantization, none is lost (95 % interval 0 to" in said
-    assert "reaches the target (max_kl_divergence 0.02)" in said
+    assert "reaches the target (max_divergence 0.02)" in said
     assert "safest: none, because the config's profiles block sets no budget" in said
     assert "At equal bytes 1 of 1 random choices loses more than the frontier" in said
     assert "1 value (1 op, maps isolated, batch 0) was measured again" in said
@@ -132,7 +132,7 @@ def test_the_summary_says_what_is_decided_what_it_costs_and_how_sure_that_is():
 
 def test_a_profile_that_breaks_the_model_is_said_on_the_page():
     points = [choice(4, 0.08, sqnr_db=4.0), choice(0, 0.0)]
-    said = rendered(report_of(measured(points), Target(max_kl_divergence=1))).said()
+    said = rendered(report_of(measured(points), Target(max_divergence=1))).said()
     assert "The profile smallest breaks the model. The SQNR is 4 dB (limit 10 dB). Choose a stricter target." in said
 
 
@@ -143,7 +143,7 @@ def test_a_profile_that_breaks_the_model_is_said_on_the_page():
         (lambda: report_of(), "decide.heldout_batches is 0"),
         (lambda: report_of(measured(), Target(min_sqnr_db=90)), "no measured choice reaches"),
         (lambda: report_of(measured(), Target(max_weight_bytes=1)), "no choice of schemes fits the budget"),
-        (lambda: report_of(measured(), Target(max_kl_divergence=1)), "Quantize to W8A8 every op"),
+        (lambda: report_of(measured(), Target(max_divergence=1)), "Quantize to W8A8 every op"),
         (lambda: report_of(measured(), Target(max_bits=15)), "This is the knee"),
         (lambda: report_of(plan={"maps": ("fallback",)}), "The isolated map was not measured, so there is no ranking."),
         (from_inc, "were not measured"),
@@ -157,7 +157,7 @@ def test_what_was_not_measured_or_not_reached_is_said(report, sentence):
 
 
 def test_the_commands_write_pictures_and_the_page_with_relative_links(tmp_path):
-    report, table = report_of(measured(), Target(max_kl_divergence=1)), tmp_path / "run" / "ranking.csv"
+    report, table = report_of(measured(), Target(max_divergence=1)), tmp_path / "run" / "ranking.csv"
     write_text(tmp_path / "run" / "report.md", "# Report\n")
     write_text(table, "op_name\n")
     texts = [tmp_path / "run" / "report.md", table]
@@ -244,7 +244,7 @@ def test_the_table_sorts_by_number_and_by_name_in_both_directions(opened):
     values = {"lm_head": 1200.0, "visual.proj": 95.0, "layers.1.mlp": 9.0, "layers.0.mlp": 1e-7}
     for row in report["maps"]["isolated"]["ops"]:
         row |= {"mse_value": values[row["op_name"]], "mse_value_std": None}
-    report["maps"]["isolated"]["ops"][-1]["kl_divergence"] = None
+    report["maps"]["isolated"]["ops"][-1]["divergence"] = None
     page = opened(report)
     assert column(page, "rank") == ["1", "2", "3 =", "4 ="]
     assert column(page, "mse_value") == ["1200", "95", "9", "1.000e-7"]
@@ -265,7 +265,7 @@ def test_the_table_sorts_by_number_and_by_name_in_both_directions(opened):
     assert column(page, "op_name") == sorted(values, reverse=True)
     for _ in range(2):  # what has no value stands last both ways
         page.get_by_role("button", name="KL").click()
-        assert column(page, "kl_divergence")[-1] == "–"
+        assert column(page, "divergence")[-1] == "–"
 
 
 @pytest.mark.slow
@@ -304,7 +304,7 @@ def test_the_map_can_be_chosen_and_each_starts_at_its_most_sensitive_op(opened):
 
 def decided():
     """A report whose smallest profile leaves lm_head alone, the unit with the largest loss."""
-    report = report_of(measured(), Target(max_kl_divergence=0.02))
+    report = report_of(measured(), Target(max_divergence=0.02))
     report["frontier"]["units"][-1]["loss"]["W8A8"] = 0.05
     return report
 
@@ -344,9 +344,7 @@ def test_the_slider_chooses_for_its_budget_and_shows_the_nearest_measured_choice
 @pytest.mark.slow
 def test_a_refined_profile_is_shown_as_it_is_and_no_choice_of_the_slider_is_near_it(opened):
     made = a_point(["unquantized", *["W8A8"] * 3], 0.009, accuracy=0.9, answers_lost=0, name="refined")
-    report = report_of(
-        measured([choice(4, 0.08), choice(3, 0.01), made, choice(0, 0.0)]), Target(max_kl_divergence=0.02)
-    )
+    report = report_of(measured([choice(4, 0.08), choice(3, 0.01), made, choice(0, 0.0)]), Target(max_divergence=0.02))
     report["frontier"]["units"][-1]["loss"]["W8A8"] = 0.05
     page = opened(report)
     facts = of_budget(page)
@@ -491,7 +489,7 @@ def test_the_table_filters_by_scheme_and_tower_and_says_what_each_op_is_kept_as(
     page = opened(a_decision())
     assert column(page, "kept_as") == ["unquantized", "unquantized", "W8A8"]
     page.get_by_role("combobox", name="Scheme").select_option("NVFP4")
-    assert column(page, "op_name") == ["a", "c"] and column(page, "kl_divergence") == ["5", "1"]
+    assert column(page, "op_name") == ["a", "c"] and column(page, "divergence") == ["5", "1"]
     assert "Only this op is in NVFP4." in page.locator("#direction").inner_text()
     page = opened(report_of(measured()))
     page.get_by_role("combobox", name="Tower").select_option("vision")
@@ -530,7 +528,7 @@ def of_417_ops():
     report = a_decision()
     row = report["maps"]["isolated"]["ops"][0]
     rows = [
-        row | {"op_name": name, "mse_value": 500.0 - i, "kl_divergence": 10 ** (-1 - i / 100), "rank": i + 1}
+        row | {"op_name": name, "mse_value": 500.0 - i, "divergence": 10 ** (-1 - i / 100), "rank": i + 1}
         for i, name in enumerate(OPS_417)
     ]
     report["maps"]["isolated"]["ops"] = rows
@@ -565,7 +563,7 @@ def test_a_page_of_417_ops_in_five_schemes_stays_below_8_megabytes():
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_body_never_scrolls_sideways_and_every_chart_can_be_reached(opened, width):
     report = renamed(
-        report_of(measured(), Target(max_kl_divergence=1)), "lm_head", "model." + "very_long_name." * 12 + "proj"
+        report_of(measured(), Target(max_divergence=1)), "lm_head", "model." + "very_long_name." * 12 + "proj"
     )
     page = opened(report, width)
     assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -575,7 +573,7 @@ def test_the_body_never_scrolls_sideways_and_every_chart_can_be_reached(opened, 
 
 @pytest.mark.slow
 def test_in_print_controls_are_hidden_and_pictures_fit_the_paper(opened):
-    page = opened(report_of(measured(), Target(max_kl_divergence=1)), 700)
+    page = opened(report_of(measured(), Target(max_divergence=1)), 700)
     page.emulate_media(media="print")
     for hidden in (".controls", "#ops thead button", "p.screen", "nav", ".tools"):
         assert not page.locator(hidden).first.is_visible()

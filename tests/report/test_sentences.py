@@ -14,37 +14,37 @@ def rendered(report):
     return render(report)[0]
 
 
-def of_mixed(kl_divergence=0.02, **changes):
+def of_mixed(divergence=0.02, **changes):
     """A frontier of two schemes; its smallest choice mixes both."""
     mixed = ["NVFP4", "NVFP4", "W8A8", "unquantized"]
-    points = [a_point(mixed, kl_divergence, **{"accuracy": 0.8, "answers_lost": 1, **changes}), choice(0, 0.0)]
+    points = [a_point(mixed, divergence, **{"accuracy": 0.8, "answers_lost": 1, **changes}), choice(0, 0.0)]
     return measured(points, candidates=("W8A8", "NVFP4"))
 
 
 def test_the_decision_names_each_scheme_and_says_the_loss_before_the_bytes():
-    headline, why = sentences.decision(report_of(of_mixed(weight_bytes=82), Target(max_kl_divergence=0.05)))
+    headline, why = sentences.decision(report_of(of_mixed(weight_bytes=82), Target(max_divergence=0.05)))
     assert headline == "Quantize to 10.00 bits a weight on average: 1 op in W8A8, 2 ops in NVFP4 and 1 unquantized."
     assert why == (
         "Of 9 answers that are right without quantization, 1 is lost (95 % interval 0 to 5). On held-out samples the KL"
         " divergence from the unquantized model is 0.02 nats per token (95 % interval 0.01 to 0.04). The most likely"
         " token stays the same at 90.00 % of the positions. The weights take 82 bytes, 50.00 % of those"
         " without quantization. This is the smallest"
-        " measured choice that reaches the target (max_kl_divergence 0.05)."
+        " measured choice that reaches the target (max_divergence 0.05)."
     )
 
 
 def test_one_scheme_for_every_op_is_said_in_one_word():
-    headline, _ = sentences.decision(report_of(measured(), Target(max_kl_divergence=1)))
+    headline, _ = sentences.decision(report_of(measured(), Target(max_divergence=1)))
     assert headline == "Quantize to W8A8 every op that can have this scheme: 8.00 bits a weight."
 
 
 @pytest.mark.parametrize(
     ("target", "name", "reason"),
     [
-        ({"max_kl_divergence": 0.05, "min_sqnr_db": 3}, "smallest", "(max_kl_divergence 0.05, min_sqnr_db 3)."),
+        ({"max_divergence": 0.05, "min_sqnr_db": 3}, "smallest", "(max_divergence 0.05, min_sqnr_db 3)."),
         ({"max_accuracy_drop": 0.0}, "smallest", "that reaches the target (max_accuracy_drop 0)."),
         ({}, "balanced", "This is the knee of the measured curve, beyond which more bytes bring less."),
-        ({"max_bits": 12, "max_kl_divergence": 1e-9}, "balanced", "beyond which more bytes bring less."),
+        ({"max_bits": 12, "max_divergence": 1e-9}, "balanced", "beyond which more bytes bring less."),
     ],
 )
 def test_the_decision_is_the_first_profile_that_exists_with_its_reason(target, name, reason):
@@ -66,9 +66,9 @@ def test_where_nothing_is_decided_each_reason_is_said_once():
         "Nothing was measured: decide.heldout_batches is 0.",
     )
     points = [choice(4, 0.08), choice(0, 0.0)]
-    headline, why = sentences.decision(report_of(measured(points), Target(max_kl_divergence=0.01)))
+    headline, why = sentences.decision(report_of(measured(points), Target(max_divergence=0.01)))
     assert headline == "Nothing is decided."
-    assert "reaches the target (a KL divergence of at most 0.01 nats); the best one loses 0.08 nats" in why
+    assert "reaches the target (a divergence of at most 0.01); the best one has a divergence of 0.08" in why
     assert "The measured curve has no knee: each byte buys about the same." in why
     assert "The config's profiles block sets no budget." in why
 
@@ -85,23 +85,23 @@ def test_where_nothing_is_decided_each_reason_is_said_once():
 )
 def test_answers_are_judged_only_where_the_unquantized_model_has_enough_right(accuracy, lost, whole, sentence):
     points = [choice(4, 0.08, accuracy=accuracy, answers_lost=lost), choice(0, 0.0, accuracy=whole, answers_lost=0)]
-    assert sentence in sentences.decision(report_of(measured(points), Target(max_kl_divergence=1)))[1]
+    assert sentence in sentences.decision(report_of(measured(points), Target(max_divergence=1)))[1]
 
 
 def test_a_choice_that_loses_fewer_answers_is_compared_with_the_smallest():
-    report = report_of(measured(), Target(max_kl_divergence=0.05))
+    report = report_of(measured(), Target(max_divergence=0.05))
     assert "The smallest measured choice, with 8.00 bits, loses 1." in sentences.decision(report)[1]
 
 
 def test_without_answers_nothing_is_said_of_them():
     points = [choice(*pair, accuracy=None, answers_lost=None) for pair in ((4, 0.08), (0, 0.0))]
-    report = report_of(measured(points, answers=0), Target(max_kl_divergence=1))
+    report = report_of(measured(points, answers=0), Target(max_divergence=1))
     assert "answer" not in sentences.decision(report)[1] and "answers lost" not in rendered(report)
     assert "| answers lost | answers right |" in rendered(report_of(measured()))
 
 
 def test_each_profile_has_a_line_and_each_that_is_missing_a_reason():
-    assert sentences.of_profiles(report_of(measured(), Target(max_kl_divergence=0.05))) == [
+    assert sentences.of_profiles(report_of(measured(), Target(max_divergence=0.05))) == [
         "smallest: 10.00 bits a weight, 3 ops in W8A8 and 1 unquantized; KL 0.01 nats",
         "balanced: 10.00 bits a weight, 3 ops in W8A8 and 1 unquantized; KL 0.01 nats",
         "safest: none, because the config's profiles block sets no budget",
@@ -138,14 +138,14 @@ BROKEN = {"sqnr_db": 4.0, "top1_agreement": 0.412, "accuracy": 0.1}
 def test_a_decided_profile_that_breaks_the_model_is_said_with_values_and_limits():
     works = [record(10.0) | {"top1_agreement": 1.0}] * 2
     points = [choice(4, 0.08, **BROKEN), choice(0, 0.0)]
-    report = report_of(measured(points), Target(max_kl_divergence=1), all_int8=works)
+    report = report_of(measured(points), Target(max_divergence=1), all_int8=works)
     assert sentences.breaks(report) == [
         "The profile smallest breaks the model. The SQNR is 4 dB (limit 10 dB). The most likely token stays the same at"
         " 41.2 % of the positions (limit 75 %). 10.00 % of the answers are right, and 90.00 % without quantization"
         " (limit 75 % of that). Choose a stricter target."
     ]
     assert "\n\n**The profile smallest breaks" in rendered(report)
-    report = report_of(measured(), Target(max_kl_divergence=1), all_int8=works)
+    report = report_of(measured(), Target(max_divergence=1), all_int8=works)
     assert sentences.breaks(report) == []  # 30 dB, 90 %, 8 answers of 9
     assert not sentences.damages(report, {"sqnr_db": None, "top1_agreement": 1.0, "accuracy": 0.9})
 
@@ -171,9 +171,9 @@ def test_of_a_fallback_map_without_information_is_warned_where_there_is_one(maps
 
 
 def test_a_scheme_that_is_far_worse_on_held_out_samples_is_warned_of():
-    def warnings(kl_divergence):
-        points = [a_point(["W8A8"] * 3, kl_divergence), a_point(["unquantized"] * 3, 0.0)]
-        uniform = [a_point(["W8A8"] * 3, kl_divergence, kind="uniform", name="W8A8")]
+    def warnings(divergence):
+        points = [a_point(["W8A8"] * 3, divergence), a_point(["unquantized"] * 3, 0.0)]
+        uniform = [a_point(["W8A8"] * 3, divergence, kind="uniform", name="W8A8")]
         return of_three_schemes(frontier=a_frontier("abc", points, uniform))["warnings"]
 
     assert warnings(20.0) == []  # the scored samples have 6 nats
@@ -219,7 +219,7 @@ STABILITY |= {"metric_tau": None, "additivity": None}
     ],
 )
 def test_what_is_said_of_the_ranking_fits_what_is_known_of_it(changes, ops, name, sentence):
-    found = dict(sentences.between(STABILITY | changes, ops, ops))
+    found = dict(sentences.between(STABILITY | changes, ops, ops, "KL divergence"))
     assert sentence in found[name] if sentence else name not in found
 
 
@@ -248,7 +248,7 @@ def test_numbers_that_are_compared_have_the_digits_that_tell_them_apart():
 @pytest.mark.parametrize(
     ("target", "configs", "step"),
     [
-        (Target(max_kl_divergence=1), "", "make quantize PROFILE=smallest"),
+        (Target(max_divergence=1), "", "make quantize PROFILE=smallest"),
         (Target(), "a.yaml b.yaml", 'make quantize PROFILE=balanced CONFIG="a.yaml b.yaml"'),
     ],
 )
@@ -270,7 +270,7 @@ def test_where_inc_cannot_quantize_the_model_the_next_step_is_an_export_for_its_
         (measured(int8, candidates=("inc_int8",)), "use an export in exports"),
         (measured(), "make quantize PROFILE=smallest"),
     ):
-        report = report_of(found, Target(max_kl_divergence=1))
+        report = report_of(found, Target(max_divergence=1))
         report["measurement"]["inc_check"] = {"status": "cannot", "reason": "no reason"}
         assert sentences.closing(report, "page.html", "exports", "")[-1] == f"Next: {step}"
 

@@ -81,7 +81,6 @@ def by_inc(run: Run, profile: Profile, frontier: Frontier, beside: Sequence[str]
     from auto_quantize_model.machine import WORKING_BYTES, require_free
     from auto_quantize_model.measure.heldout import compared
     from auto_quantize_model.measure.metrics import Reference
-    from auto_quantize_model.models.sample import image_positions
 
     loaded = Loaded(run)
     require_inc(run.plan)
@@ -92,7 +91,7 @@ def by_inc(run: Run, profile: Profile, frontier: Frontier, beside: Sequence[str]
     heldout, answers = loaded.heldout(frontier.batches)
     with incs_surroundings(frontier.threads, run.plan.reduce_range):
         model = loaded.model()
-        references = [Reference(logits(model, batch), image_positions(batch)) for batch in heldout]
+        references = [Reference.of(logits(model, batch), batch, run.plan.measured_op) for batch in heldout]
         with atomic_folder(directory, beside=beside) as folder:
             quantize(model, batches, op_name_dict, folder)
         del model  # before INC's is loaded

@@ -180,11 +180,11 @@ def cured_profile(
     """
     on_scored = alone.measure(scored, {"+".join(units): state for units, state in states.items()})
     tried = max(states, key=len)
-    units = min(states, key=lambda units: distance_of(on_scored["+".join(units)]).kl_divergence)
-    before = profile.point.kl_divergence
+    units = min(states, key=lambda units: distance_of(on_scored["+".join(units)]).divergence)
+    before = profile.point.divergence
     if not units:
         return Cured(tried, (), before)
     (records,) = alone.measure(heldout, {"cured": states[units]}).values()
-    values = iter(profile.point.kl_by_sample)
+    values = iter(profile.point.divergence_by_sample)
     own: Records = [{**record, "divergences": [next(values) for _ in record["divergences"]]} for record in records]
-    return Cured(tried, units, before, distance_of(records).kl_divergence, *regained(own, records))
+    return Cured(tried, units, before, distance_of(records).divergence, *regained(own, records))

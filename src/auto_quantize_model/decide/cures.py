@@ -180,7 +180,7 @@ class UnitCures:
 
     def kl(self, name: str) -> float:
         """The divergence of a state on the calibration batches."""
-        return distance_of(self.on_calibration[name]).kl_divergence
+        return distance_of(self.on_calibration[name]).divergence
 
     def best_trials(self) -> dict[str, Trial]:
         """Of each kind the setting with the least divergence on the calibration batches."""
@@ -252,7 +252,7 @@ class UnitCures:
             for cure in cures
             if cure.is_confirmed and not cure.at_run_time and cure.settings.keys() <= EXPORTED and cure.damage
         ]
-        best = min(able, key=lambda cure: cure.damage.calibration.kl_divergence, default=None)  # type: ignore[union-attr]
+        best = min(able, key=lambda cure: cure.damage.calibration.divergence, default=None)  # type: ignore[union-attr]
         strengths = [trial for trial in self.trials.values() if trial.kind == SMOOTHING]
         return Cause(
             unit=self.subject.unit.name,

@@ -72,7 +72,7 @@ def options_of(plan: Plan, capture: Capture, candidates: Sequence[str], spec: De
         InputError: a pattern of the config matches no unit, or leaves a unit without any option.
     """
     units, ops = deciding_units(plan, candidates), {op.op_name: op for op in plan.ops}
-    by = "kl_divergence" if all(score.kl_divergence is not None for score in capture.scores) else "relative_error"
+    by = "divergence" if all(score.divergence is not None for score in capture.scores) else "relative_error"
     references = [batch.reference for batch in capture.batches]
     scores = {scheme: capture.of_map("isolated", scheme) | capture.of_map(UNITS, scheme) for scheme in candidates}
     estimates = {scheme: capture.estimates_of(scheme) for scheme in candidates}
@@ -87,7 +87,7 @@ def options_of(plan: Plan, capture: Capture, candidates: Sequence[str], spec: De
             if of_unit := scores[scheme].get(unit.name):
                 loss[scheme] = aggregated(of_unit, references)[by] or 0.0  # a measured score has both metrics
             elif made := estimates[scheme].get(unit.name):
-                loss[scheme], error[scheme] = made.kl_divergence, made.standard_error
+                loss[scheme], error[scheme] = made.divergence, made.standard_error
             else:
                 raise InputError(
                     f"{unit.name} was not measured in {scheme}; capture again with the candidates of the config"

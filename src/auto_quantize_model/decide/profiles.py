@@ -50,8 +50,8 @@ def offered(frontier: Frontier) -> list[Point]:
     """
     known = [*frontier.points, *(point for point in frontier.controls if point.kind == "uniform")]
     found: list[Point] = []
-    for point in sorted(known, key=lambda point: (point.weight_bytes, point.kl_divergence)):
-        better = not found or point.kl_divergence < found[-1].kl_divergence
+    for point in sorted(known, key=lambda point: (point.weight_bytes, point.divergence)):
+        better = not found or point.divergence < found[-1].divergence
         if better and set(point.schemes) != {"unquantized"}:
             found.append(point)
     return found
@@ -68,12 +68,12 @@ def safest(points: Sequence[Point], target: Target) -> Point | None:
     """The point with the least divergence within the budget; None without a budget or such a point."""
     if not has_budget(target):
         return None
-    return min((point for point in points if fits(point, target)), key=lambda point: point.kl_divergence, default=None)
+    return min((point for point in points if fits(point, target)), key=lambda point: point.divergence, default=None)
 
 
 def has_loss_target(target: Target) -> bool:
     """Whether the target limits what the output may lose."""
-    return any(value is not None for value in (target.max_kl_divergence, target.max_accuracy_drop, target.min_sqnr_db))
+    return any(value is not None for value in (target.max_divergence, target.max_accuracy_drop, target.min_sqnr_db))
 
 
 def has_budget(target: Target) -> bool:
@@ -84,8 +84,8 @@ def has_budget(target: Target) -> bool:
 def reaches(point: Point, unquantized: Point, target: Target) -> bool:
     """Whether a choice loses no more than the target allows in every part that is set; false without any part."""
     parts = []
-    if target.max_kl_divergence is not None:
-        parts.append(point.kl_divergence <= target.max_kl_divergence)
+    if target.max_divergence is not None:
+        parts.append(point.divergence <= target.max_divergence)
     if target.max_accuracy_drop is not None:
         known = point.accuracy is not None and unquantized.accuracy is not None
         parts.append(known and dropped(point, unquantized) <= target.max_accuracy_drop)
@@ -116,13 +116,13 @@ def knee(points: Sequence[Point]) -> Point | None:
     with the greatest distance from the chord between the curve's ends, both axes scaled to 0 to 1. The axes are the
     bytes and the logarithm of the divergence.
     """
-    curve = [point for point in points if point.kl_divergence > 0]
+    curve = [point for point in points if point.divergence > 0]
     if len(curve) < 3:
         return None
     first, last = curve[0], curve[-1]
 
     def distance(point: Point) -> float:
-        lost = math.log(first.kl_divergence / point.kl_divergence) / math.log(first.kl_divergence / last.kl_divergence)
+        lost = math.log(first.divergence / point.divergence) / math.log(first.divergence / last.divergence)
         return lost - (point.weight_bytes - first.weight_bytes) / (last.weight_bytes - first.weight_bytes)
 
     farthest = max(curve[1:-1], key=distance)
@@ -135,8 +135,8 @@ def without_smallest(points: Sequence[Point], frontier: Frontier, target: Target
         return "the config's profiles block sets no limit for the loss"
     if target.max_accuracy_drop is not None and frontier.unquantized.accuracy is None:
         return f"no held-out sample has an answer: the target is {described(target)}"
-    best = min((point.kl_divergence for point in points), default=None)
-    nearest = "" if best is None else f"; the best one loses {best:.3g} nats"
+    best = min((point.divergence for point in points), default=None)
+    nearest = "" if best is None else f"; the best one has a divergence of {best:.3g}"
     return f"no measured choice reaches the target ({described(target)}){nearest}"
 
 
@@ -157,7 +157,7 @@ def without_safest(points: Sequence[Point], target: Target) -> str:
 def described(target: Target, budget: bool = False) -> str:
     """The parts of a target that are set: those of the loss, or those of the budget."""
     texts = {
-        "max_kl_divergence": "a KL divergence of at most {} nats",
+        "max_divergence": "a divergence of at most {}",
         "max_accuracy_drop": "an accuracy drop of at most {}",
         "min_sqnr_db": "an SQNR of at least {} dB",
         "max_bits": "at most {} bits a weight",

@@ -19,7 +19,7 @@ def comparisons(frontier: Frontier) -> list[dict[str, Any]]:
     """Each control of `RULES` next to the point of the frontier whose bytes are nearest.
 
     Returns:
-        Rows of {kind, name, bits, kl_divergence, frontier_bits, frontier_kl_divergence, more, low, high}. `more` is how
+        Rows of {kind, name, bits, divergence, frontier_bits, frontier_divergence, more, low, high}. `more` is how
         many nats the control's divergence is above the frontier's, as a mean over the samples. `low` and `high` are
         the 95 % interval of that difference by samples.
     """
@@ -27,7 +27,7 @@ def comparisons(frontier: Frontier) -> list[dict[str, Any]]:
     for control in frontier.controls:
         if control.kind in RULES:
             mine = min(frontier.points, key=lambda point: abs(point.weight_bytes - control.weight_bytes))  # noqa: B023
-            pairs = zip(control.kl_by_sample, mine.kl_by_sample, strict=True)
+            pairs = zip(control.divergence_by_sample, mine.divergence_by_sample, strict=True)
             differences = [theirs - ours for theirs, ours in pairs]
             low, high = interval(differences, [1.0] * len(differences))
             rows.append(
@@ -35,9 +35,9 @@ def comparisons(frontier: Frontier) -> list[dict[str, Any]]:
                     "kind": control.kind,
                     "name": control.name,
                     "bits": control.bits,
-                    "kl_divergence": control.kl_divergence,
+                    "divergence": control.divergence,
                     "frontier_bits": mine.bits,
-                    "frontier_kl_divergence": mine.kl_divergence,
+                    "frontier_divergence": mine.divergence,
                     "more": statistics.fmean(differences),
                     "low": low,
                     "high": high,
@@ -55,9 +55,9 @@ def prediction(frontier: Frontier) -> dict[str, Any]:
         summed, ratio is None.
     """
     points: Sequence[Point] = [*frontier.points, *frontier.controls]
-    known = [(point.predicted, point.kl_divergence) for point in points if point.predicted > 0 < point.kl_divergence]
+    known = [(point.predicted, point.divergence) for point in points if point.predicted > 0 < point.divergence]
     logs = [math.log(measured / predicted) for predicted, measured in known]
-    of_nats = frontier.loss == "kl_divergence"
+    of_nats = frontier.loss == "divergence"
     return {
         "compared": len(known),
         "tau": tau([predicted for predicted, _ in known], [measured for _, measured in known]),

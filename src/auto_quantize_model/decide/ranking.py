@@ -24,9 +24,9 @@ def aggregated(scores: Sequence[Score | None], references: Sequence[Mapping[str,
         `mse_value` is the mean of INC's sums of squared errors, `mse_value_std` their standard deviation between
         batches (null for one batch). `relative_error` is the sum of errors over the sum of squares of the FP32 output.
         `image_relative_error` and `text_relative_error` are the same at those positions. `sqnr_db` is -10 log10 of
-        `relative_error`, in dB. `kl_divergence` (nats), `top1_agreement` and `router_agreement` are
-        means. `image_kl_divergence` and
-        `text_kl_divergence` are means over those positions. A value is null if it was not measured, if there are no
+        `relative_error`, in dB. `divergence` (nats), `top1_agreement` and `router_agreement` are
+        means. `image_divergence` and
+        `text_divergence` are means over those positions. A value is null if it was not measured, if there are no
         positions, or (the SQNR) if the error is 0.
     """
     pairs = [(score, reference) for score, reference in zip(scores, references, strict=True) if score is not None]
@@ -36,14 +36,14 @@ def aggregated(scores: Sequence[Score | None], references: Sequence[Mapping[str,
             ("relative_error", "mse_value", "all"),
             ("image_relative_error", "image_error", "image"),
             ("text_relative_error", "text_error", "text"),
-            ("image_kl_divergence", "image_divergence", "image_positions"),
-            ("text_kl_divergence", "text_divergence", "text_positions"),
+            ("image_divergence", "image_divergence", "image_positions"),
+            ("text_divergence", "text_divergence", "text_positions"),
         )
     }
     overall = relative["relative_error"]
     means = {
         name: mean([getattr(score, name) for score, _ in pairs])
-        for name in ("mse_value", "kl_divergence", "top1_agreement", "router_agreement")
+        for name in ("mse_value", "divergence", "top1_agreement", "router_agreement")
     }
     errors = [score.mse_value for score, _ in pairs]
     return {
@@ -77,7 +77,7 @@ def ranked(
     """
     rows = [row_of(op, scores.get(op.op_name), references, estimates.get(op.op_name)) for op in ops]
     if not all(row["measured"] for row in rows):
-        by = "kl_divergence"
+        by = "divergence"
     if label not in HIGH_IS_SENSITIVE:
         return [{"rank": None, "tied": False, **row} for row in rows]
     rows.sort(key=lambda row: row[by])
@@ -95,7 +95,7 @@ def row_of(
     row |= aggregated(scores or [None] * len(references), references)
     if scores is not None or estimate is None:
         return row | {"standard_error": None, "split_half": None}
-    return row | {key: getattr(estimate, key) for key in ("kl_divergence", "standard_error", "split_half")}
+    return row | {key: getattr(estimate, key) for key in ("divergence", "standard_error", "split_half")}
 
 
 def most_sensitive_first(plan: Plan, capture: Capture) -> list[str]:
@@ -105,7 +105,7 @@ def most_sensitive_first(plan: Plan, capture: Capture) -> list[str]:
 
 def ranking_metric(scheme: str) -> str:
     """The metric that ranks ops in a scheme: INC's own in `inc_int8`, else the KL divergence."""
-    return "mse_value" if scheme == INC_INT8 else "kl_divergence"
+    return "mse_value" if scheme == INC_INT8 else "divergence"
 
 
 def isolated(plan: Plan, capture: Capture, scheme: str, by: str) -> list[dict[str, Any]]:

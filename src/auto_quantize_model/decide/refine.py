@@ -23,7 +23,6 @@ from auto_quantize_model.measure.capture import digest_of_batch
 from auto_quantize_model.measure.heldout import ADVICE, HeldOut, in_words
 from auto_quantize_model.measure.metrics import Reference, require_finite
 from auto_quantize_model.measure.probes import Wanted
-from auto_quantize_model.models.sample import image_positions
 from auto_quantize_model.records import Options
 from auto_quantize_model.replay.model import Batch
 
@@ -107,7 +106,7 @@ class Refinement:
         for index, batch in enumerate(self.batches):
             seeds = range(index * PROBES, (index + 1) * PROBES)
             found.append(around(self.heldout.replay, batch, state, wanted, seeds))
-            numbers = {"kl_divergence": found[-1].divergence, "its slopes": float(found[-1].slopes.sum())}
+            numbers = {"divergence": found[-1].divergence, "its slopes": float(found[-1].slopes.sum())}
             require_finite(numbers, f"calibration batch {index}", in_words(state), ADVICE)
             for _ in range(FORWARDS):
                 self.on_forward()
@@ -117,8 +116,8 @@ class Refinement:
         """The mean divergence of a choice over the batches."""
         state, found = state_of(choice, self.units), []
         for batch in self.batches:
-            reference = Reference(self.heldout.replay.begin(batch), image_positions(batch))
-            found.append(reference.compare(self.heldout.replay.run(state))["kl_divergence"])
+            reference = Reference.of(self.heldout.replay.begin(batch), batch, self.heldout.plan.measured_op)
+            found.append(reference.compare(self.heldout.replay.run(state))["divergence"])
             self.on_forward()
         return math.fsum(found) / len(found)
 

@@ -28,12 +28,12 @@ def of_schemes(plan: Plan, capture: Capture) -> dict[str, dict[str, Any]]:
     found = {}
     for name in plan.schemes:
         ops = [op for op in plan.ops if op.ran and name in op.schemes]
-        rows = isolated(plan, capture, name, by="kl_divergence")
+        rows = isolated(plan, capture, name, by="divergence")
         fallback = capture.of_map("fallback", name) if name in plan.fallback_schemes else {}
         found[name] = {
             "all": aggregated(capture.all_in(name), references),
             "ops": rows,
-            "fallback": ranked("fallback", ops, fallback, references, by="kl_divergence") if fallback else [],
+            "fallback": ranked("fallback", ops, fallback, references, by="divergence") if fallback else [],
             "estimates": checked(rows, capture.estimates_of(name)),
             "refused": {op.op_name: op.refused[name] for op in plan.ops if name in op.refused},
         }
@@ -49,8 +49,8 @@ def checked(rows: Sequence[Mapping[str, Any]], estimates: Mapping[str, Estimate]
     """
     if not estimates:
         return None
-    measured = {row["op_name"]: row["kl_divergence"] for row in rows if row["measured"]}
-    made = [estimates[name].kl_divergence for name in measured]
+    measured = {row["op_name"]: row["divergence"] for row in rows if row["measured"]}
+    made = [estimates[name].divergence for name in measured]
     together = math.fsum(measured.values())
     return {
         "compared": len(measured),
@@ -67,7 +67,7 @@ def agreements(schemes: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """
     found = []
     for first, second in itertools.combinations(schemes, 2):
-        values = [{row["op_name"]: row["kl_divergence"] for row in schemes[name]["ops"]} for name in (first, second)]
+        values = [{row["op_name"]: row["divergence"] for row in schemes[name]["ops"]} for name in (first, second)]
         common = [name for name in values[0] if name in values[1]]
         top = min(TOP, len(common))
         tops = [set(sorted(common, key=of_one.__getitem__, reverse=True)[:top]) for of_one in values]

@@ -76,7 +76,7 @@ def rank_taus(values: list[list[float]]) -> list[float]:
 
 def _between_metrics(isolated: Scores) -> float | None:
     """Tau-b between the squared error and the KL divergence; None where INC measured, because INC gives errors only."""
-    pairs = [[(score.mse_value, score.kl_divergence) for score in scores] for scores in _complete(isolated).values()]
+    pairs = [[(score.mse_value, score.divergence) for score in scores] for scores in _complete(isolated).values()]
     known = [[(error, divergence) for error, divergence in of_one if divergence is not None] for of_one in pairs]
     if known != pairs:
         return None

@@ -13,7 +13,7 @@ from typing import Any
 from auto_quantize_model.escape import code, prose
 from auto_quantize_model.export.llm_compressor import LM_HEAD
 from auto_quantize_model.models.architecture import takes_images
-from auto_quantize_model.records import ModelManifest, Profile
+from auto_quantize_model.records import ModelManifest, Output, Profile
 from auto_quantize_model.report.coverage import in_bytes
 from auto_quantize_model.report.sentences import counted, number, percent
 
@@ -24,10 +24,11 @@ IMAGES = """pip install lmms_eval vllm
 python -m lmms_eval --model vllm --model_args model={folder} --tasks mme,mmmu_val --batch_size 16"""
 
 
-def card(manifest: ModelManifest, profile: Profile, record: Mapping[str, Any], folder: Path) -> str:
+def card(manifest: ModelManifest, output: Output, profile: Profile, record: Mapping[str, Any], folder: Path) -> str:
     """The text of README.md.
 
     Args:
+        output: of the plan.
         record: as `proof.promised_and_found` returns it, with the `bytes` of the checkpoint.
         folder: where the checkpoint will lie.
     """
@@ -37,18 +38,18 @@ def card(manifest: ModelManifest, profile: Profile, record: Mapping[str, Any], f
         f"A checkpoint of compressed-tensors {version('compressed-tensors')}, for transformers and vLLM. It holds the"
         f" weights of {code(manifest.architecture)} in the schemes below."
     )
-    parts = [title, *notes, about, *facts(profile, record), *commands(manifest, profile, folder)]
+    parts = [title, *notes, about, *facts(profile, record, output), *commands(manifest, profile, folder)]
     return "\n\n".join(parts) + "\n"
 
 
-def facts(profile: Profile, record: Mapping[str, Any]) -> list[str]:
+def facts(profile: Profile, record: Mapping[str, Any], output: Output) -> list[str]:
     """The tables of schemes and of metrics, and sentences about the bytes and the comparison."""
     point, found, size = profile.point, record["found"], record["bytes"]
     schemes = Counter(profile.assignment.values()).most_common()
     ops = "\n".join(["| scheme | ops |", "|---|---:|", *(f"| {code(name)} | {count} |" for name, count in schemes)])
     ops += f"\n| unquantized | {len(profile.kept)} |"
     metrics: list[tuple[str, str, Callable[[float | None], str]]] = [
-        ("KL divergence, nats", "kl_divergence", number),
+        (output.heading, "divergence", number),
         ("top-1 agreement", "top1_agreement", percent),
         ("perplexity", "perplexity", number),
         ("accuracy", "accuracy", percent),

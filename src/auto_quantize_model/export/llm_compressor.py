@@ -66,7 +66,7 @@ def notes(subject: Subject) -> list[str]:
     found = [LM_HEAD] if any(name.rpartition(".")[2] == "lm_head" for name in subject.profile.assignment) else []
     if not subject.cured:
         return found
-    text = explanations.of_cured(body_of(subject.cured))
+    text = explanations.of_cured(body_of(subject.cured), subject.plan.output.unit)
     return [*found, f"{text} {CURED} has these cures." if subject.cured.is_confirmed else text]
 
 
@@ -81,8 +81,8 @@ def files(subject: Subject, above: str) -> dict[str, str]:
         smoothed = smoothing(subject, cured.values())
         told = [
             *subject.described(),
-            explanations.of_cured(body_of(subject.cured)),
-            *map(of_exported, cured.values()),
+            explanations.of_cured(body_of(subject.cured), subject.plan.output.unit),
+            *(of_exported(cause, subject.plan.output.unit) for cause in cured.values()),
             CURES,
         ]
         told += [USE_CURES, *([FIRST] if smoothed else [])]
@@ -92,9 +92,9 @@ def files(subject: Subject, above: str) -> dict[str, str]:
     return found
 
 
-def of_exported(cause: Cause) -> str:
+def of_exported(cause: Cause, unit: str) -> str:
     """What the cure of one unit regains alone."""
-    return f"{cause.unit} in {cause.scheme}, alone: {explanations.of_cure(body_of(cause), body_of(cause.cure))}"
+    return f"{cause.unit} in {cause.scheme}, alone: {explanations.of_cure(body_of(cause), body_of(cause.cure), unit)}"
 
 
 def commented(above: str, recipe: dict[str, Any]) -> str:

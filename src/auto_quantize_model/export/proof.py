@@ -25,8 +25,7 @@ from auto_quantize_model.machine import with_threads
 from auto_quantize_model.measure.heldout import compared, record_of, summary, totals
 from auto_quantize_model.measure.metrics import Reference, output_at
 from auto_quantize_model.measure.served_audit import with_samples
-from auto_quantize_model.models.sample import image_positions
-from auto_quantize_model.models.snapshot import explained, model_class
+from auto_quantize_model.models.snapshot import explained, model_class, name_hidden_state
 from auto_quantize_model.models.weights import read_object
 from auto_quantize_model.records import Frontier, ModelManifest, Profile
 from auto_quantize_model.replay.model import Batch
@@ -79,7 +78,7 @@ def quantize(
             found = measure_loaded(model, source, heldout, answers, on_batch)
         record = promised_and_found(name, profile, found, frontier)
         record |= {"kind": "checkpoint", "bytes": {"promised": profile.point.weight_bytes, **vars(written)}}
-        write_text(folder / "README.md", card(manifest, profile, record, directory))
+        write_text(folder / "README.md", card(manifest, source.plan.output, profile, record, directory))
     return record
 
 
@@ -108,6 +107,7 @@ def load_back(folder: Path, source: Source) -> Any:
             module.weight = torch.nn.Parameter(exact)
         with_samples(module.float())
     model.eval().requires_grad_(False)
+    name_hidden_state(model, read_object(folder / "config.json"))
     return model
 
 
@@ -172,7 +172,7 @@ def measure_loaded(
     records, sums = [], []
     for index, batch in enumerate(heldout):
         with unquantized(model, source):
-            reference = Reference(output_at(model, batch, source.plan.measured_op), image_positions(batch))
+            reference = Reference.of(output_at(model, batch, source.plan.measured_op), batch, source.plan.measured_op)
         output = output_at(model, batch, source.plan.measured_op)
         records.append(record_of(output, reference, batch, answers[index]))
         sums.append(totals(reference, index))
@@ -210,7 +210,7 @@ def promised_and_found(name: str, profile: Profile, found: dict[str, Any], front
             outside of the profile's 95 % interval, and the profile was measured elsewhere.
     """
     record = compared(name, profile, found, frontier)
-    low, high, divergence = profile.point.kl_low, profile.point.kl_high, found["kl_divergence"]
+    low, high, divergence = profile.point.divergence_low, profile.point.divergence_high, found["divergence"]
     if record["status"] != "bit_identical" and not low <= divergence <= high:
         raise InputError(
             f"profile {name}: the checkpoint has a KL divergence of {divergence:.3g} nats on the held-out samples, and"

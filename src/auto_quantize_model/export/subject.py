@@ -92,16 +92,18 @@ class Subject:
 
     def described(self) -> list[str]:
         """What the profile quantizes, what that costs, and its error on held-out samples, in sentences."""
+        what = self.plan.output
         point, kept = self.profile.point, len(self.ops) - len(self.profile.assignment)
         parts = [f"{sentences.counted(len(ops), 'op')} in {scheme}" for scheme, ops in self.groups.items()]
-        low, high = sentences.number(point.kl_low), sentences.number(point.kl_high, "nats")
+        low, high = sentences.number(point.divergence_low), sentences.number(point.divergence_high, what.unit)
         return [
             f"Profile {self.name} of {self.plan.model}: {', '.join(parts)}, and {kept} unquantized."
             f" A weight takes {point.bits:.2f} bits on average, and all weights take"
             f" {coverage.in_bytes(point.weight_bytes, 4)}.",
-            f"On held-out samples the KL divergence is {sentences.number(point.kl_divergence, 'nats')} (95 % interval"
-            f" {low} to {high}). The most likely token stays the same at {sentences.percent(point.top1_agreement)} of"
-            f" the positions, and the output has {sentences.sqnr(point.sqnr_db)}.",
+            f"On held-out samples the {what.divergence} is {sentences.number(point.divergence, what.unit)} (95 %"
+            f" interval {low} to {high}).",
+            *sentences.same_choice(what, point.top1_agreement),
+            f"The output has {sentences.sqnr(point.sqnr_db)}.",
         ]
 
 

@@ -57,7 +57,7 @@ def sensitivities(plan: Plan, capture: Capture, batch: int) -> dict[str, float]:
     if label != "isolated" and capture.estimates:
         estimates = capture.estimates_of(INC_INT8)
         ran = [op.op_name for op in plan.ops if op.executions[batch]]
-        return {name: estimates[name].kl_divergence for name in ran if name in estimates}
+        return {name: estimates[name].divergence for name in ran if name in estimates}
     return {score.op_name: score.mse_value for score in of_batch if score.map == label}
 
 

@@ -15,7 +15,6 @@ from auto_quantize_model.measure.capture import Progress, Share, Work, context, 
 from auto_quantize_model.measure.metrics import Reference
 from auto_quantize_model.measure.states import ALL
 from auto_quantize_model.measure.store import Shelf
-from auto_quantize_model.models.sample import image_positions
 from auto_quantize_model.records import Plan
 from auto_quantize_model.replay.model import Batch
 from auto_quantize_model.schemes.scheme import INC_INT8
@@ -51,7 +50,7 @@ def measure_by_inc(work: Work, share: Share, on_progress: Progress) -> None:
 
     for index, batch in enumerate(work.batches):
         _, output = run_in_fp32(model, batch, plan.op_names, plan.measured_op)
-        work.references[index] = Reference(output, image_positions(batch)).totals()
+        work.references[index] = Reference.of(output, batch, plan.measured_op).totals()
         exercised = {op.op_name for op in plan.ops if op.executions[index]}
         with work.shelf(base | {"batch": digest_of_batch(batch)}) as shelf:
             for label, names in share.items():

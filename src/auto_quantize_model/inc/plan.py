@@ -38,11 +38,23 @@ from auto_quantize_model.models import checkpoint
 from auto_quantize_model.models.checkpoint import Checkpoint
 from auto_quantize_model.models.coverage import cover
 from auto_quantize_model.models.experts import RoutedExperts, StackedLinear
+from auto_quantize_model.models.hidden_state import HIDDEN_STATE, without_part
 from auto_quantize_model.models.prepare import INNER, changes_of
+from auto_quantize_model.models.sample import tokens_of
 from auto_quantize_model.models.snapshot import explained
 from auto_quantize_model.models.units import experts_of, tower_of, unit_of, units_of
 from auto_quantize_model.models.weights import require_meaningful
-from auto_quantize_model.records import CalibrationManifest, Excluded, IncCheck, IncInt8, ModelManifest, Op, Plan, Side
+from auto_quantize_model.records import (
+    CalibrationManifest,
+    Excluded,
+    IncCheck,
+    IncInt8,
+    ModelManifest,
+    Op,
+    Output,
+    Plan,
+    Side,
+)
 from auto_quantize_model.replay.model import Batch, Replay, goes_along, refusals
 from auto_quantize_model.schemes.compressed import fields_of, nearest, refusal, scheme_of, stored_bytes
 from auto_quantize_model.schemes.scheme import INC_INT8, assigned
@@ -114,7 +126,11 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
     }
     names = [op.op_name for op in planned.ops]
     ops = [with_schemes(op, schemes) for op in planned.ops]
-    counts = [run_in_fp32(model, batch, names, planned.measured_op)[0] for batch in scored]
+    counts, outputs = [], []
+    for batch in scored:
+        count, logits = run_in_fp32(model, batch, names, planned.measured_op)
+        counts.append(count)
+        outputs.append(output_of(model, planned.measured_op, logits.shape, batch))
     active = active_shares(model)
     ops = [replace(op, active=active.get(op.unit, 1.0)) for op in ops]
     left = {re.escape(name): "fp32" for name in planned.left}
@@ -127,6 +143,7 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
         reduce_range=reduced,
         reduce_range_by="inc" if spec.reduce_range is None else "config",
         measured_op=planned.measured_op,
+        output=outputs[0],
         head_only=planned.head_only,
         schemes=fields,
         fallback_schemes=spec.fallback_schemes,
@@ -245,6 +262,8 @@ def plan_ops(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -
     """
     require_batches(batches, spec)
     measured_op, head_only = find_output_op(model, batches[0])
+    if measured_op == HIDDEN_STATE:
+        raise CannotPlan("it has no head, and the last hidden state at which it is measured is no op of INC's")
     planned = planned_by_inc(model, batches, spec, measured_op, {})
     names = names_of_ops(model, planned.tune_cfg)
     kept = ops_to_keep(names, spec)
@@ -327,11 +346,13 @@ def plan_without_inc(model: torch.nn.Module, batches: Sequence[Batch], spec: Pla
     kinds = {torch.nn.Linear: "Linear", StackedLinear: "Experts"}
     names = {name: (name, kinds[type(module)]) for name, module in modules.items() if type(module) in kinds}
     kept = ops_to_keep(names, spec)
+    apart = without_part(model, batches[0], names) - {*kept} if measured_op == HIDDEN_STATE else set()
+    reasons = kept | dict.fromkeys(sorted(apart), "it has no part in the last hidden state, where errors are measured")
     in_order = [name for name in names if name != measured_op] + [measured_op] * (measured_op in names)
-    ops = [inventoried(name, names[name][1], modules, None) for name in in_order if name not in kept]
+    ops = [inventoried(name, names[name][1], modules, None) for name in in_order if name not in reasons]
     if not ops:
         raise InputError("sensitivity.op_type_dict and op_name_dict keep every op in FP32: nothing is left to measure")
-    excluded = [Excluded(name, names[name][1], reason) for name, reason in kept.items()]
+    excluded = [Excluded(name, names[name][1], reason) for name, reason in reasons.items()]
     left = others(model, {*names}, "schemes of compressed-tensors quantize a Linear, and this is none")
     return Planned(measured_op, head_only, ops, [*excluded, *left], list(kept), [], None, {})
 
@@ -499,7 +520,8 @@ def identify(plan: Plan, manifest: ModelManifest, calibration: CalibrationManife
 def find_output_op(model: Any, batch: Batch) -> tuple[str, bool]:
     """The module whose output the model returns as its logits, and whether the model changes that output first.
 
-    Some models scale or cap what their head returns. Then the head is the module, and the second value is true.
+    A model without a head returns its last hidden state in place of logits. Some models scale or cap what their head
+    returns. Then the head is the module, and the second value is true.
 
     Raises:
         InputError: a weight is not finite, or the model cannot run on the first calibration batch. Or its FP32 logits
@@ -515,7 +537,8 @@ def find_output_op(model: Any, batch: Batch) -> tuple[str, bool]:
     handles = [module.register_forward_hook(remember(name)) for name, module in leaves]
     try:
         with torch.no_grad(), explained("the first calibration batch", "the FP32 model cannot run on it"):
-            logits = model(**batch).logits
+            returned = model(**batch)
+            logits = returned[HIDDEN_STATE] if HIDDEN_STATE in dict(model.named_modules()) else returned.logits
     finally:
         for handle in handles:
             handle.remove()
@@ -525,8 +548,8 @@ def find_output_op(model: Any, batch: Batch) -> tuple[str, bool]:
         )
     if (logits == logits[..., :1]).all():
         raise InputError(
-            "the FP32 model's logits on the first calibration batch are the same for the whole vocabulary, so there is"
-            " nothing to measure; check the weights"
+            "the FP32 model's output on the first calibration batch is the same in all channels, so there is nothing to"
+            " measure; check the weights"
         )
     if found := next((name for name, output in reversed(outputs.items()) if output is logits), ""):
         return found, False
@@ -538,6 +561,15 @@ def find_output_op(model: Any, batch: Batch) -> tuple[str, bool]:
             " model.path"
         )
     return name, True
+
+
+def output_of(model: torch.nn.Module, measured_op: str, shape: Sequence[int], batch: Batch) -> Output:
+    """What an output of that shape on a batch has rows of, and what its channels stand for."""
+    if measured_op == HIDDEN_STATE:
+        return Output("position", "")
+    tokens = tokens_of(batch)
+    choice = "class" if "Classification" in type(model).__name__ else "token"
+    return Output("token" if tokens is not None and tuple(tokens.shape) == tuple(shape[:-1]) else "sample", choice)
 
 
 def ops_to_keep(ops: Mapping[str, tuple[str, str]], spec: PlanSpec) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """All tiny models, by name."""
 
+from auto_quantize_model.made.tiny_embeddings import EMBEDDING_SHAPES
 from auto_quantize_model.made.tiny_encoder_decoders import ENCODER_DECODER_SHAPES
 from auto_quantize_model.made.tiny_encoders import ENCODER_SHAPES
 from auto_quantize_model.made.tiny_image_classifiers import IMAGE_CLASSIFIER_SHAPES
@@ -13,6 +14,7 @@ SHAPES: dict[str, Shape] = {
     **IMAGE_TEXT_SHAPES,
     **MORE_SHAPES,
     **ENCODER_SHAPES,
+    **EMBEDDING_SHAPES,
     **IMAGE_CLASSIFIER_SHAPES,
     **ENCODER_DECODER_SHAPES,
 }

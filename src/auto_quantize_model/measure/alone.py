@@ -17,7 +17,6 @@ from auto_quantize_model.measure.aggregate import decibels, interval, weighted
 from auto_quantize_model.measure.capture import context, digest_of_batch
 from auto_quantize_model.measure.metrics import Reference, require_finite
 from auto_quantize_model.measure.store import ScoreStore
-from auto_quantize_model.models.sample import image_positions
 from auto_quantize_model.records import Distance, Plan, Scales
 from auto_quantize_model.replay.altered import Alteration, add_altered
 from auto_quantize_model.replay.by_name import schemes_of
@@ -82,7 +81,7 @@ class Alone:
         found: dict[str, list[Mapping[str, Any]]] = {name: [] for name in states}
         keys = {name: self.key(state) for name, state in states.items()}
         for index, batch in enumerate(batches):
-            reference = Reference(self.replay.begin(batch), image_positions(batch))
+            reference = Reference.of(self.replay.begin(batch), batch, self.replay.measured_op)
             square = reference.totals()["all"]
             with self.store.shelf(self.base | {"batch": digest_of_batch(batch)}) as shelf:
                 # The ops that run last come first, so that each run shares most blocks with the run before.

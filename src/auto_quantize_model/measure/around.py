@@ -17,8 +17,7 @@ import numpy.typing as npt
 import torch
 
 from auto_quantize_model.measure.metrics import Reference
-from auto_quantize_model.measure.probes import Wanted, fisher_direction, ready_schemes, together
-from auto_quantize_model.models.sample import image_positions
+from auto_quantize_model.measure.probes import Wanted, ready_schemes, together
 from auto_quantize_model.replay.backward import Backward
 from auto_quantize_model.replay.model import Batch, Replay
 from auto_quantize_model.schemes.scheme import Assignment
@@ -31,8 +30,8 @@ class Around:
     """The divergence near a state. A change is one unit in another scheme.
 
     Attributes:
-        divergence: of the state, the mean over positions in nats.
-        slopes: (changes,), first order, in nats.
+        divergence: of the state, the mean over positions, in nats for logits.
+        slopes: (changes,), first order, in the same unit.
         apart: (changes, changes), second order, from products of the same row. Half of the diagonal is the second order
             of one change. Another entry is what two changes add together.
         whole: (changes,), the diagonal of the second order from the sums over all rows of a sample.
@@ -65,16 +64,16 @@ def around(
     Raises:
         InputError: the measured op runs inside of a block.
     """
-    reference = Reference(replay.begin(batch).clone(), image_positions(batch))
+    reference = Reference.of(replay.begin(batch).clone(), batch, replay.measured_op)
     positions = reference.output.shape[:-1].numel()
     divergence = 0.0
 
     def direction(output: torch.Tensor, index: int) -> torch.Tensor:
         nonlocal divergence
         if index:
-            return fisher_direction(output, seeds[index - 1])
-        divergence = reference.compare(output)["kl_divergence"]
-        return (output.softmax(-1) - reference.output.softmax(-1)) / positions
+            return reference.divergence.direction(output, seeds[index - 1])
+        divergence = reference.compare(output)["divergence"]
+        return reference.divergence.gradient(reference.output, output) / positions
 
     ran = {name: scheme for name, scheme in state.items() if name in replay.order}
     state = {name: scheme for name, scheme in ran.items() if replay.sites[name].ready(scheme)}

@@ -25,7 +25,6 @@ from auto_quantize_model.measure.metrics import Reference
 from auto_quantize_model.measure.probes import Values, Wanted, estimates, probe
 from auto_quantize_model.measure.states import ALL, ALONE, UNITS, maps_of, states
 from auto_quantize_model.measure.store import ScoreStore, Shelf
-from auto_quantize_model.models.sample import image_positions
 from auto_quantize_model.records import (
     METRICS,
     Arithmetic,
@@ -276,7 +275,7 @@ class ByReplay:
         self.replay.set_scales(of_batch, self.of_all)
         self.seen = self.of_all or of_batch
         self.of = self.base | {"batch": digest_of_batch(batch), "scales": digest_of_scales(of_batch)}
-        reference = Reference(self.replay.begin(batch), image_positions(batch))
+        reference = Reference.of(self.replay.begin(batch), batch, self.plan.measured_op)
         require_executions(self.plan, index, self.replay.executions)
         self.work.references[index] = require_finite(reference.totals(), index, "reference", "")
         return reference

@@ -114,10 +114,10 @@ def selected(effort: Effort, estimates: Sequence[Estimate]) -> dict[str, set[str
         by_scheme.setdefault(made.scheme, []).append(made)
     found = {}
     for scheme, ops in by_scheme.items():
-        ops = sorted(ops, key=lambda made: -made.kl_divergence)
+        ops = sorted(ops, key=lambda made: -made.divergence)
         top = top_of(effort, len(ops))
-        border = ops[top - 1].kl_divergence if top else math.inf
-        near = [made for made in ops[top:] if made.kl_divergence + 2 * made.standard_error >= border]
+        border = ops[top - 1].divergence if top else math.inf
+        near = [made for made in ops[top:] if made.divergence + 2 * made.standard_error >= border]
         found[scheme] = {made.op_name for made in (*ops[:top], *near[:top])}
     return found
 

@@ -17,7 +17,6 @@ from auto_quantize_model.measure.aggregate import decibels, interval, weighted
 from auto_quantize_model.measure.capture import context, digest_of_batch, state_key
 from auto_quantize_model.measure.metrics import Reference, next_token_loss, require_finite, right_answers
 from auto_quantize_model.measure.store import ScoreStore, Shelf
-from auto_quantize_model.models.sample import image_positions
 from auto_quantize_model.records import Frontier, Plan, Profile, Scales
 from auto_quantize_model.replay.by_name import schemes_of
 from auto_quantize_model.replay.model import Batch, Replay
@@ -76,7 +75,7 @@ class HeldOut:
         records: list[list[Record]] = [[] for _ in states]
         self.totals = []
         for index, batch in enumerate(self.batches):
-            reference = Reference(self.replay.begin(batch), image_positions(batch))
+            reference = Reference.of(self.replay.begin(batch), batch, self.plan.measured_op)
             self.totals.append(totals(reference, index))
             of = self.base | {"batch": digest_of_batch(batch), "answers": _spans(self.answers[index])}
             with self.store.shelf(of) as shelf:
@@ -89,6 +88,8 @@ class HeldOut:
         key = state_key(state, self.plan.schemes, self.scales)
         if (record := shelf.get(key)) is None:
             record = record_of(self.replay.run(state), reference, self.batches[index], self.answers[index])
+            if (agreement := self.replay.routing_agreement()) is not None:
+                record["router_agreement"] = agreement
             numbers = {name: value for name, value in record.items() if isinstance(value, float)}
             require_finite(numbers, f"held-out batch {index}", in_words(state), ADVICE)
             shelf.add(key, record)
@@ -149,22 +150,24 @@ def summary(records: Sequence[Record], totals: Sequence[Mapping[str, float]], as
     squares = [of_batch["all"] for of_batch in totals]
     relative = math.fsum(record["mse_value"] for record in records) / math.fsum(squares)
     worst = max(record["mse_value"] / square for record, square in zip(records, squares, strict=True))
+    agreement = _share(records, positions, "router_agreement")
     tokens = sum(record["next_tokens"] for record in records)
     loss = math.fsum(record["next_token_loss"] for record in records)
     return {
-        "kl_divergence": weighted(by_sample, of_sample),
-        "kl_low": low,
-        "kl_high": high,
-        "image_kl_divergence": _at(records, totals, "image"),
-        "text_kl_divergence": _at(records, totals, "text"),
-        "kl_by_sample": tuple(by_sample),
-        "top1_agreement": weighted([record["top1_agreement"] for record in records], positions),
+        "divergence": weighted(by_sample, of_sample),
+        "divergence_low": low,
+        "divergence_high": high,
+        "image_divergence": _at(records, totals, "image"),
+        "text_divergence": _at(records, totals, "text"),
+        "divergence_by_sample": tuple(by_sample),
+        "top1_agreement": _share(records, positions, "top1_agreement"),
         "perplexity": math.exp(loss / tokens) if tokens else None,
         "accuracy": sum(record["right"] for record in records) / asked if asked else None,
         "answers_lost": sum(record["lost"] for record in records) if asked else None,
         "relative_error": relative,
         "sqnr_db": decibels(relative),
         "sqnr_db_lowest": decibels(worst),
+        **({"router_agreement": agreement} if agreement is not None else {}),
     }
 
 
@@ -172,6 +175,12 @@ def _at(records: Sequence[Record], totals: Sequence[Mapping[str, float]], part: 
     """The mean divergence at the positions of a part, `image` or `text`; None without such positions."""
     positions = math.fsum(of_batch[f"{part}_positions"] for of_batch in totals)
     return math.fsum(record[f"{part}_divergence"] for record in records) / positions if positions else None
+
+
+def _share(records: Sequence[Record], positions: Sequence[float], name: str) -> float | None:
+    """The mean of a share over all positions; None where the records do not have it."""
+    shares = [record[name] for record in records if name in record]
+    return weighted(shares, positions) if shares else None
 
 
 def _spans(answers: Sequence[range | None]) -> list[list[int] | None]:

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from auto_quantize_model.files import InputError
+from auto_quantize_model.measure.divergence import KL, ROWS_IN_CACHE, Divergence, divergence_at
 from auto_quantize_model.models.sample import image_positions, tokens_of
-
-ROWS_AT_ONCE = 4  # positions whose distributions are in float64 at a time; so few fit in the CPU's cache
 
 
 def output_at(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], measured_op: str) -> torch.Tensor:
@@ -36,16 +35,25 @@ class Reference:
 
     Args:
         output: (batch, tokens, vocabulary) logits, float32. Those of a classifier are (batch, classes), and then each
-            sample is one position.
+            sample is one position. A last hidden state is (batch, positions, channels).
         image_tokens: (batch, tokens), true where the input token stands for a part of an image; None without images.
+            For a model of images alone it is (batch,).
+        divergence: how far an output is from this one.
     """
 
-    def __init__(self, output: torch.Tensor, image_tokens: torch.Tensor | None) -> None:
-        self.output = output
+    def __init__(self, output: torch.Tensor, image_tokens: torch.Tensor | None, divergence: Divergence = KL) -> None:
+        self.output, self.divergence = output, divergence
         self.top1 = output.argmax(-1)
         if image_tokens is None:
             image_tokens = torch.zeros(output.shape[:-1], dtype=torch.bool)
+        if image_tokens.ndim < output.ndim - 1:
+            image_tokens = image_tokens.unsqueeze(-1).expand(output.shape[:-1])
         self.image = image_tokens.to(output.device).bool()
+
+    @classmethod
+    def of(cls, output: torch.Tensor, batch: Mapping[str, torch.Tensor], measured_op: str) -> "Reference":
+        """The reference for the FP32 output of a batch at the measured op."""
+        return cls(output, image_positions(batch), divergence_at(measured_op))
 
     def totals(self) -> dict[str, float]:
         """What sums of errors and divergences are divided by.
@@ -63,9 +71,9 @@ class Reference:
 
         Returns:
             `mse_value` (INC's sum of squared errors), `image_error` and `text_error` (the same sum at image and text
-            positions). `kl_divergence` (nats, of the next-token distribution from the FP32 one, mean over positions),
+            positions). `divergence` (of the output from the FP32 one, mean over positions, in nats for logits),
             `image_divergence` and `text_divergence` (its **sum** at image and text positions). `top1_agreement` (share
-            of positions whose most likely token is that of FP32).
+            of positions whose most likely token or class is that of FP32), which embeddings do not have.
         """
         return self.compare_samples(output)[0]
 
@@ -73,17 +81,18 @@ class Reference:
         """The record of another output, as `compare` returns it, and the mean divergence of each sample."""
         errors = (self.output - output).pow(2)
         at = self._split(errors.sum(-1).double())
-        divergences = kl_divergences(self.output, output)
-        nats = self._split(divergences)
+        divergences = self.divergence.between(self.output, output)
+        of_parts = self._split(divergences)
         record = {
             "mse_value": float(errors.sum()),
             "image_error": at["image"],
             "text_error": at["text"],
-            "kl_divergence": float(divergences.mean()),
-            "image_divergence": nats["image"],
-            "text_divergence": nats["text"],
-            "top1_agreement": float((output.argmax(-1) == self.top1).double().mean()),
+            "divergence": float(divergences.mean()),
+            "image_divergence": of_parts["image"],
+            "text_divergence": of_parts["text"],
         }
+        if self.divergence.names_tokens:
+            record["top1_agreement"] = float((output.argmax(-1) == self.top1).double().mean())
         return record, divergences.reshape(len(divergences), -1).mean(-1).tolist()
 
     def _split(self, per_position: torch.Tensor) -> dict[str, float]:
@@ -109,37 +118,6 @@ def require_finite(record: dict[str, float], place: str, state: str, advice: str
         if not math.isfinite(value):
             raise InputError(f"{place}: {metric} of {state} is {value}; {advice}")
     return record
-
-
-def kl_divergences(reference: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """KL(reference || output) at each position, of the distributions that logits over the last dimension give.
-
-    The divergence is log(1 + sum p (exp(d - m) - 1)). Here p is the reference's distribution, d the difference of the
-    logits, and m the mean of d under p. No two large terms cancel in this form, so a tiny divergence keeps its digits.
-    A difference of logarithms would lose them.
-
-    Args:
-        reference: logits of shape (..., vocabulary).
-        output: logits of the same shape.
-
-    Returns:
-        Nats, float64, of the shape (...).
-    """
-    rows = reference.flatten(0, -2), output.flatten(0, -2)
-    found = [_divergences(p, q) for p, q in zip(*(side.split(ROWS_AT_ONCE) for side in rows), strict=True)]
-    return torch.cat(found).reshape(reference.shape[:-1])
-
-
-def _divergences(reference: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """As `kl_divergences`, for logits of shape (rows, vocabulary) that fit in float64."""
-    p = reference.double().softmax(-1)
-    d = output.double() - reference.double()
-    d -= (p * d).sum(-1, keepdim=True)
-    found = torch.log1p((p * d.expm1()).sum(-1)).clamp(min=0)  # rounding can leave -1e-17 where the divergence is 0
-    if not found.isfinite().all():  # exp overflows where a logit grew by more than 700; nothing cancels there
-        large = (reference.double().log_softmax(-1) + d).logsumexp(-1)
-        found = torch.where(found.isfinite(), found, large)
-    return found
 
 
 def next_token_loss(
@@ -169,7 +147,7 @@ def next_token_loss(
             counted[row, span.start : span.stop] = True
     rows = output[:, :-1][counted[:, 1:]], tokens[:, 1:][counted[:, 1:]]
     total = 0.0
-    for logits, of_rows in zip(*(side.split(ROWS_AT_ONCE) for side in rows), strict=True):
+    for logits, of_rows in zip(*(side.split(ROWS_IN_CACHE) for side in rows), strict=True):
         total += float(torch.nn.functional.cross_entropy(logits.double(), of_rows, reduction="sum"))
     return total, len(rows[1])
 

@@ -1,9 +1,9 @@
-"""Estimates of every op's KL divergence in every scheme at once, by random directions with the Fisher covariance.
+"""Estimates of every op's divergence in every scheme at once, by random directions with the Fisher covariance.
 
 In: a replay with a batch. Out: for each scheme and op, two values for each probe; the estimate comes from their means.
 
-For a small error e of the logits the divergence is e' F e / 2. F = diag(p) - p p' is the Fisher matrix of the softmax
-p. With r standard normal, v = sqrt(p) r - p <sqrt(p), r> has the covariance F. So <v, e> squared has the mean e' F e.
+For a small error e of the output the divergence is e' F e / 2. For logits, F = diag(p) - p p' is the Fisher matrix of
+the softmax p. A random direction v has the covariance F (`measure.divergence`). So <v, e> squared has the mean e' F e.
 The backward pass of v gives the gradient g at each op's output, and <g, q(output) - output> is <v, e> to first order.
 One set of gradients serves every op and scheme. Large errors are underestimated, because the first order misses them.
 
@@ -18,35 +18,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from auto_quantize_model.measure.divergence import divergence_at
 from auto_quantize_model.records import Estimate
 from auto_quantize_model.replay.backward import Backward
 from auto_quantize_model.replay.model import Replay
 from auto_quantize_model.schemes.scheme import UNQUANTIZED
 
-ROWS_AT_ONCE = 64  # positions whose distributions are in memory at a time
 Values = dict[str, dict[str, list[float]]]  # of one probe: {scheme: {name: nats of all rows together, and apart}}
 Array = npt.NDArray[np.float64]
 Wanted = tuple[Sequence[str], Sequence[str]]  # ops that are quantized together, and their schemes
-
-
-def fisher_direction(logits: torch.Tensor, seed: int) -> torch.Tensor:
-    """A random direction with the Fisher covariance of the softmax at each position.
-
-    Args:
-        logits: (..., vocabulary), float32.
-        seed: the same on every device gives the same direction, apart from rounding.
-
-    Returns:
-        float32 of the shape of `logits`.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    found = torch.empty_like(logits)
-    for p, out in zip(*(of.flatten(0, -2).split(ROWS_AT_ONCE) for of in (logits, found)), strict=True):
-        p = p.softmax(-1)
-        root = p.sqrt()
-        r = torch.randn(p.shape, generator=generator).to(p.device)
-        torch.sub(root * r, p * (root * r).sum(-1, keepdim=True), out=out)
-    return found
 
 
 def probe(
@@ -72,7 +52,8 @@ def probe(
     """
     ready = ready_schemes(replay, wanted)
     backward = Backward(replay, ready, len(seeds))
-    products = backward.run(lambda logits, index: fisher_direction(logits, seeds[index]), on_block)
+    divergence = divergence_at(replay.measured_op)
+    products = backward.run(lambda output, index: divergence.direction(output, seeds[index]), on_block)
     positions = replay.measured.shape[:-1].numel()
     found: list[Values] = [{} for _ in seeds]
     for name, (ops, schemes) in wanted.items():

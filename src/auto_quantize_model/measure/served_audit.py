@@ -20,7 +20,6 @@ from auto_quantize_model.measure.metrics import Reference, output_at
 from auto_quantize_model.measure.states import UNITS
 from auto_quantize_model.models.checkpoint import Checkpoint
 from auto_quantize_model.models.experts import StackedLinear
-from auto_quantize_model.models.sample import image_positions
 from auto_quantize_model.records import Capture, Plan, Scales, Score
 from auto_quantize_model.replay.by_name import schemes_of
 from auto_quantize_model.replay.model import Batch, Replay
@@ -76,7 +75,7 @@ def audit_served(
     compared = dict.fromkeys((*schemes, MIXED), 0)
     own = Replay(copied(model), plan.ops, plan.measured_op, schemes=schemes)
     with with_threads(capture.arithmetic.threads), own as replay:
-        reference = Reference(library.logits(batch, {}), image_positions(batch))
+        reference = Reference.of(library.logits(batch, {}), batch, plan.measured_op)
         replay.set_scales(scales)
         replay.begin(batch)
         for done, (scheme, what, assignment, score) in enumerate(states):
@@ -114,7 +113,7 @@ def states_to_audit(
         scores = {name: of_op[index] for name, of_op in capture.of_map("isolated", scheme).items()}
         values = {name: score.mse_value for name, score in scores.items() if score}
         if not values:  # nothing was measured alone, so the estimates order the ops
-            values = {name: made.kl_divergence for name, made in capture.estimates_of(scheme).items() if name in able}
+            values = {name: made.divergence for name, made in capture.estimates_of(scheme).items() if name in able}
         names = sorted(values, key=lambda name: (values[name], name))
         others = [str(name) for name in generator.permutation(names[1:-1])]
         for name in dict.fromkeys([*names[:1], *names[-1:], *others][:count]):
@@ -131,7 +130,7 @@ def unit_to_audit(
 ) -> Iterator[tuple[str, str, Assignment, Score | None]]:
     """The unit of several ops with the most divergence in a scheme, as `states_to_audit` yields it."""
     scores = {name: of_unit[index] for name, of_unit in capture.of_map(UNITS, scheme).items()}
-    known = {name: score.kl_divergence for name, score in scores.items() if score and score.kl_divergence is not None}
+    known = {name: score.divergence for name, score in scores.items() if score and score.divergence is not None}
     if known:
         name = max(sorted(known), key=known.__getitem__)
         ops = next(unit.ops for unit in plan.units if unit.name == name)

@@ -10,12 +10,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_MAPPING_NAMES,
 )
 
 from auto_quantize_model.files import InputError
-from auto_quantize_model.models.families import encoder, encoder_decoder
+from auto_quantize_model.models.families import embedding, encoder, encoder_decoder
 from auto_quantize_model.models.families.causal import CAUSAL, LISTED_ELSEWHERE
+from auto_quantize_model.models.families.embedding import IMAGE_EMBEDDING, TEXT_EMBEDDING
 from auto_quantize_model.models.families.encoder import ENCODER
 from auto_quantize_model.models.families.encoder_decoder import ENCODER_DECODER
 from auto_quantize_model.models.families.image_classifier import IMAGE_CLASSIFIER
@@ -25,19 +25,31 @@ from auto_quantize_model.models.families.qwen_vl import QWEN_VL
 from auto_quantize_model.models.family import Family
 
 # In this order: the first that matches is the family.
-FAMILIES = (QWEN_VL, PALIGEMMA, PLACED, IMAGE_TEXT, CAUSAL, ENCODER_DECODER, ENCODER, IMAGE_CLASSIFIER)
+FAMILIES = (
+    QWEN_VL,
+    PALIGEMMA,
+    PLACED,
+    IMAGE_TEXT,
+    CAUSAL,
+    ENCODER_DECODER,
+    ENCODER,
+    IMAGE_CLASSIFIER,
+    TEXT_EMBEDDING,
+    IMAGE_EMBEDDING,
+)
 SUPPORTED = (
     "the classes of transformers that AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM,"
     " AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForTokenClassification and"
-    " AutoModelForImageClassification load"
+    " AutoModelForImageClassification load, and those of AutoModel and AutoModelForTextEncoding that embed texts or"
+    " images"
 )
-NO_LOGITS = " (it returns hidden states and no logits, and a divergence needs probabilities; use a class with a head)"
 TABLES: tuple[Mapping[str, Any], ...] = (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     *encoder_decoder.TABLES,
     *encoder.TABLES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    *embedding.TABLES,
 )
 
 
@@ -53,19 +65,19 @@ def check_architecture(config: Mapping[str, Any], path: Path) -> Family:
         raise InputError(f"{path}: architectures is {names!r}; give a list of one class of transformers")
     architecture = names[0]
     if not any(architecture in _classes(known) for table in TABLES for known in table.values()):
-        bare: Mapping[str, Any] = MODEL_MAPPING_NAMES
-        why = NO_LOGITS if any(architecture in _classes(known) for known in bare.values()) else ""
-        raise InputError(f"{path}: architecture {architecture} is not supported{why}; supported: {SUPPORTED}")
+        raise InputError(f"{path}: architecture {architecture} is not supported; supported: {SUPPORTED}")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise InputError(
             f"{path}: model_type {model_type!r} is unknown to transformers {transformers.__version__}; correct the file"
         )
     family = next((family for family in FAMILIES if family.matches(config)), None)
     if family is None:
-        expected = " or ".join(dict.fromkeys(name for table in TABLES for name in _classes(table.get(model_type, ()))))
+        expected = [*dict.fromkeys(name for table in TABLES for name in _classes(table.get(model_type, ())))]
+        if architecture in expected:
+            raise InputError(f"{path}: architecture {architecture} takes no text and no image, and is not supported")
         raise InputError(
             f"{path}: architectures names {architecture}, and model_type {model_type!r} is that of"
-            f" {expected or 'no supported class'}; correct config.json"
+            f" {' or '.join(expected) or 'no supported class'}; correct config.json"
         )
     if reason := family.refuse(config):
         raise InputError(f"{path}: architecture {architecture} of model_type {model_type!r} {reason}")

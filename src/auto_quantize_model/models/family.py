@@ -76,6 +76,7 @@ class Family:
         takes_words: whether samples have words; where not, no tokenizer, and the words of samples are left out.
         takes_answers: whether an answer may follow the prompt; where not, the answers of samples are left out.
         places_images: whether the processor places the images itself, so that a sample without chat template has them.
+        hidden_state: whether the models return a last hidden state and no logits.
     """
 
     name: str
@@ -89,3 +90,4 @@ class Family:
     takes_words: bool = True
     takes_answers: bool = True
     places_images: bool = False
+    hidden_state: bool = False

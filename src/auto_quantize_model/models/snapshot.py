@@ -8,7 +8,7 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from auto_quantize_model.machine import require_memory
 from auto_quantize_model.models.architecture import check_architecture
 from auto_quantize_model.models.family import Parts, Processor
 from auto_quantize_model.models.fx_safe import make_fx_safe
+from auto_quantize_model.models.hidden_state import with_hidden_state
 from auto_quantize_model.models.prepare import prepare
 from auto_quantize_model.models.sample import Limits, Prepared, Sample
 from auto_quantize_model.models.weights import (
@@ -313,6 +314,7 @@ def load_model(directory: Path, experts: str = "each") -> PreTrainedModel:
     make_fx_safe(model)
     model.eval().requires_grad_(False)
     prepare(model, experts)
+    name_hidden_state(model, config)
     return model
 
 
@@ -345,7 +347,14 @@ def zero_model(directory: Path) -> PreTrainedModel:
         parameter.data = torch.zeros_like(parameter)
     make_fx_safe(model)
     model.eval().requires_grad_(False)
+    name_hidden_state(model, read_object(directory / "config.json"))
     return model
+
+
+def name_hidden_state(model: torch.nn.Module, config: Mapping[str, Any]) -> None:
+    """Give the last hidden state of a model without a head its module, at which the model is measured."""
+    if check_architecture(config, Path("config.json")).hidden_state:
+        with_hidden_state(model)
 
 
 def _of_config(directory: Path) -> PreTrainedModel:

@@ -145,13 +145,13 @@ def _ranks_by(rows: list[list[dict[str, Any]]]) -> str:
     """The metric that ranks in both reports: INC's error, or the KL divergence where one report has estimates."""
     if all(row["mse_value"] is not None for of_one in rows for row in of_one):
         return "mse_value"
-    if any(row["kl_divergence"] is None for of_one in rows for row in of_one):
+    if any(row["divergence"] is None for of_one in rows for row in of_one):
         raise InputError("one report has estimates, and the other has no KL divergence; measure it with the replay")
-    return "kl_divergence"
+    return "divergence"
 
 
 # The spread of each metric that ranks. A measured KL divergence has none.
-SPREADS = {"mse_value": "mse_value_std", "kl_divergence": "standard_error"}
+SPREADS = {"mse_value": "mse_value_std", "divergence": "standard_error"}
 
 
 def standings(rows: list[dict[str, Any]], by: str = "mse_value") -> Ranking:

@@ -6,6 +6,7 @@ In: the manifests, the plan and the capture. Out: one document, the same for the
 import math
 import statistics
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from auto_quantize_model.records import (
     Frontier,
     ModelManifest,
     NotMeasured,
+    Output,
     Plan,
     Profiles,
     Score,
@@ -44,7 +46,7 @@ from auto_quantize_model.schemes.scheme import INC_INT8, UNQUANTIZED, without_pl
 
 SCHEMA = Path(__file__).with_name("schema.json")
 TEMPLATES = Path(__file__).with_name("templates")
-SCHEMA_VERSION = 12
+SCHEMA_VERSION = 13
 OF_THE_MODEL = ("model", "source", "architecture", "stand_in", "rounded", "digest")
 # Below this SQNR the all-INT8 output is mostly error, and the error that one op in FP32 removes is noise.
 FALLBACK_FLOOR_DB = 10.0
@@ -110,7 +112,7 @@ def build_report(
             *sentences.of_inc_check(plan.inc_check),
             *sentences.of_head(vars(plan)),
             *(of_fallback(all_ops, scores["fallback"]) if "fallback" in maps else []),
-            *of_heldout(schemes, frontier),
+            *of_heldout(schemes, frontier, plan.output),
         ],
         "main_scheme": main,
         "all_ops": all_ops,
@@ -148,7 +150,7 @@ def of_frontier(frontier: Frontier | NotMeasured, plan: Plan) -> dict[str, Any]:
     if isinstance(frontier, NotMeasured):
         return body
     for point in (*body["points"], *body["controls"]):
-        del point["kl_by_sample"]
+        del point["divergence_by_sample"]
     fields = {name: without_places(plan.schemes.get(name, {})) for name in frontier.candidates}
     return body | {"fields": fields, "comparisons": comparisons(frontier), "prediction": prediction(frontier)}
 
@@ -157,7 +159,7 @@ def of_profiles(profiles: Profiles) -> dict[str, Any]:
     """The profiles as the report shows them; a point lists the scheme of each unit, so assignments are left out."""
     body = body_of(profiles)
     for profile in body["profiles"].values():
-        del profile["assignment"], profile["point"]["kl_by_sample"]
+        del profile["assignment"], profile["point"]["divergence_by_sample"]
     return body
 
 
@@ -171,6 +173,7 @@ def measurement(plan: Plan, capture: Capture) -> dict[str, Any]:
         "plan_digest": capture.plan_digest,
         "measured_op": plan.measured_op,
         "head_only": plan.head_only,
+        "output": asdict(plan.output),
         "config_digest": plan.config_digest,
         "reduce_range": plan.reduce_range,
         "reduce_range_by": plan.reduce_range_by,
@@ -255,15 +258,15 @@ def of_fallback(all_ops: Mapping[str, Any], scores: Scores) -> list[str]:
     return found
 
 
-def of_heldout(schemes: Mapping[str, Any], frontier: Frontier | NotMeasured) -> list[str]:
+def of_heldout(schemes: Mapping[str, Any], frontier: Frontier | NotMeasured, output: Output) -> list[str]:
     """A warning for each scheme that is far worse on held-out samples than on the scored ones."""
     found = []
     for point in frontier.controls if isinstance(frontier, Frontier) else ():
-        seen = schemes[point.name]["all"]["kl_divergence"] if point.name in schemes else None
-        if point.kind == "uniform" and seen and point.kl_divergence > HELDOUT_GAP * seen:
+        seen = schemes[point.name]["all"]["divergence"] if point.name in schemes else None
+        if point.kind == "uniform" and seen and point.divergence > HELDOUT_GAP * seen:
             found.append(
-                f"{point.name} has a KL divergence of {seen:.3g} nats on the scored samples and"
-                f" {point.kl_divergence:.3g} on held-out ones. Raise calibration.num_samples."
+                f"{point.name} has a {output.divergence} of {sentences.number(seen, output.unit)} on the scored samples"
+                f" and {sentences.number(point.divergence)} on held-out ones. Raise calibration.num_samples."
             )
     return found
 
@@ -376,5 +379,5 @@ def top_table(report: dict[str, Any]) -> str:
     rows = pd.DataFrame(report["most_sensitive"])
     columns = ["rank", "op_name", "op_type", "mse_value", "sqnr_db"]
     if not rows["measured"].all():  # the KL divergence ranks, and an estimate has no other metric
-        columns = ["rank", "op_name", "op_type", "kl_divergence", "standard_error", "measured"]
+        columns = ["rank", "op_name", "op_type", "divergence", "standard_error", "measured"]
     return rows[columns].to_string(index=False, float_format=lambda value: f"{value:.4g}", na_rep="–")

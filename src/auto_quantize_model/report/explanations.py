@@ -9,7 +9,7 @@ from typing import Any
 
 from auto_quantize_model.records import NotMeasured
 from auto_quantize_model.report.coverage import in_bytes
-from auto_quantize_model.report.sentences import counted, joined, number, percent
+from auto_quantize_model.report.sentences import counted, joined, number, output, percent
 
 Row = Mapping[str, Any]
 NOT_EXPLAINED = NotMeasured("not_measured", "no cure was tried")
@@ -39,28 +39,28 @@ def explained(report: Row) -> str:
     )
 
 
-def of_cause(cause: Row) -> list[str]:
+def of_cause(cause: Row, unit: str = "nats") -> list[str]:
     """Why a unit breaks: its loss, the loss of each side alone, and what its inputs and its weight look like."""
-    return [of_loss(cause), of_sides(cause), *of_inputs(cause), *of_weight(cause)]
+    return [of_loss(cause, unit), of_sides(cause, unit), *of_inputs(cause), *of_weight(cause)]
 
 
-def of_loss(cause: Row) -> str:
+def of_loss(cause: Row, unit: str) -> str:
     """What the unit alone costs, and which profiles have it so."""
     whole, held = cause["whole"], cause["profiles"]
     used = f"The {'profile' if len(held) == 1 else 'profiles'} {joined(held)} {'has' if len(held) == 1 else 'have'}"
     return (
-        f"Alone in {cause['scheme']} the unit costs {number(nats(whole))} nats on held-out samples and"
-        f" {number(nats(whole, 'calibration'))} on calibration samples."
+        f"Alone in {cause['scheme']} the unit costs {number(loss_of(whole), unit)} on held-out samples and"
+        f" {number(loss_of(whole, 'calibration'))} on calibration samples."
         f" {used if held else 'No profile has'} the unit in this scheme."
     )
 
 
-def of_sides(cause: Row) -> str:
+def of_sides(cause: Row, unit: str = "nats") -> str:
     """Which side breaks the unit."""
-    weight, inputs = nats(cause["weight_alone"]), nats(cause["inputs_alone"])
+    weight, inputs = loss_of(cause["weight_alone"]), loss_of(cause["inputs_alone"])
     if not inputs:
         return "The scheme leaves inputs unquantized, so the weight costs all."
-    told = f"The weight alone costs {number(weight)} nats and the inputs alone {number(inputs)}"
+    told = f"The weight alone costs {number(weight, unit)} and the inputs alone {number(inputs)}"
     if weight >= MOST * inputs:
         return f"{told}: the weight breaks the unit."
     if inputs >= MOST * weight:
@@ -107,13 +107,13 @@ def name_of(cure: Row) -> str:
     return joined([NAMES[kind].format(setting) for kind, setting in cure["settings"].items()])
 
 
-def of_cure(cause: Row, cure: Row) -> str:
-    """What a cure regains, in nats and in dB, and what it costs; or why it cannot be applied."""
+def of_cure(cause: Row, cure: Row, unit: str = "nats") -> str:
+    """What a cure regains, in the divergence's unit and in dB, and what it costs; or why it cannot be applied."""
     if cure["reason"]:
         name = NAMES[cure["kind"]].format("").replace("percentile ", "percentile").strip()
         return f"{name[:1].upper()}{name[1:]}: not applicable, because {cure['reason']}."
     name, many = name_of(cure), len(cure["settings"]) > 1 or cure["kind"] != "smoothing"
-    change = of_change(cure, nats(cause["whole"]), many)
+    change = of_change(cure, loss_of(cause["whole"]), many, unit)
     told = f"{name[:1].upper()}{name[1:]} {change}, for {in_bytes(cure['extra_bytes'])}. {of_decibels(cause, cure)}"
     if cure["folds_into"]:
         told += f" The scale folds into {cure['folds_into']}."
@@ -122,17 +122,17 @@ def of_cure(cause: Row, cure: Row) -> str:
     return told.replace("  ", " ").strip()
 
 
-def of_change(cure: Row, before: float, many: bool) -> str:
+def of_change(cure: Row, before: float, many: bool, unit: str) -> str:
     """What a cure regains of a loss on held-out samples, beyond the interval or not."""
     end = "" if many else "s"
     if cure["low"] > 0:
         interval = f"(95 % interval {number(cure['low'])} to {number(cure['high'])})"
-        return f"regain{end} {number(cure['regained'])} of {number(before, 'nats')} {interval}"
+        return f"regain{end} {number(cure['regained'])} of {number(before, unit)} {interval}"
     if cure["high"] < 0:
         interval = f"(95 % interval {number(-cure['high'])} to {number(-cure['low'])})"
-        return f"cost{end} {number(-cure['regained'])} nats more than the {number(before)} before {interval}"
+        return f"cost{end} {number(-cure['regained'], unit)} more than the {number(before)} before {interval}"
     interval = f"(95 % interval {number(cure['low'])} to {number(cure['high'])})"
-    return f"show{end} no sure gain on {number(before, 'nats')} {interval}"
+    return f"show{end} no sure gain on {number(before, unit)} {interval}"
 
 
 def best_of(cause: Row) -> Row | None:
@@ -156,7 +156,7 @@ def of_decibels(cause: Row, cure: Row) -> str:
     return f"The SQNR regains {after - before:.1f} of the {other - before:.1f} dB that {side}."
 
 
-def instead(report: Row, cause: Row) -> str:
+def instead(report: dict[str, Any], cause: Row) -> str:
     """What more bytes would buy: the smallest larger scheme of the unit that loses less."""
     unit = next(unit for unit in report["frontier"]["units"] if unit["name"] == cause["unit"])
     size, loss = unit["bytes"][cause["scheme"]], unit["loss"][cause["scheme"]]
@@ -166,11 +166,11 @@ def instead(report: Row, cause: Row) -> str:
     best = min(larger, key=lambda name: (unit["bytes"][name], unit["loss"][name]))
     return (
         f"Without a cure, {best} takes {in_bytes(unit['bytes'][best] - size)} more and costs"
-        f" {number(unit['loss'][best])} nats on calibration samples."
+        f" {number(unit['loss'][best], output(report).unit)} on calibration samples."
     )
 
 
-def of_cured(cured: Row) -> str:
+def of_cured(cured: Row, unit: str = "nats") -> str:
     """What the cures of several units regain in a whole profile."""
     if not cured["units"]:
         return (
@@ -178,7 +178,7 @@ def of_cured(cured: Row) -> str:
             " samples, so they are not exported."
         )
     many = len(cured["units"]) > 1
-    change = of_change(cured, cured["before"], many)
+    change = of_change(cured, cured["before"], many, unit)
     end = "" if cured["low"] > 0 else ", so nothing is exported"
     return (
         f"In the whole profile, on all its held-out samples, the cure{'s' if many else ''} of"
@@ -186,9 +186,9 @@ def of_cured(cured: Row) -> str:
     )
 
 
-def nats(damage: Row, part: str = "heldout") -> float:
+def loss_of(damage: Row, part: str = "heldout") -> float:
     """The divergence of a state on held-out or on calibration samples."""
-    found: float = damage[part]["kl_divergence"]
+    found: float = damage[part]["divergence"]
     return found
 
 

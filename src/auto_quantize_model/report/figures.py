@@ -19,8 +19,18 @@ import vl_convert
 from auto_quantize_model.escape import printable_document
 from auto_quantize_model.files import atomic_path
 from auto_quantize_model.models.units import tower_of
+from auto_quantize_model.records import Output
 from auto_quantize_model.report.coverage import in_bytes
-from auto_quantize_model.report.sentences import counted, in_main, kl_of, mixture_of_units, number, percent
+from auto_quantize_model.report.sentences import (
+    counted,
+    divergence_of,
+    heldout,
+    in_main,
+    mixture_of_units,
+    number,
+    output,
+    percent,
+)
 from auto_quantize_model.schemes.scheme import INC_INT8
 
 Row = dict[str, Any]
@@ -160,7 +170,11 @@ def cells(report: dict[str, Any]) -> tuple[dict[str, list[Row]], list[Row]]:
         (stack, block, projection), row = found[op["op_name"]], rows.get(op["op_name"])
         value = row["sqnr_db"] if row else None
         cell = {"sqnr": value, "text": f"{value:.1f}" if value is not None else "–"}
-        cell |= hover(row, len(rows)) if row else {"op": op["op_name"], "type": op["op_type"], "mse_value": "never ran"}
+        cell |= (
+            hover(row, len(rows), output(report).unit)
+            if row
+            else {"op": op["op_name"], "type": op["op_type"], "mse_value": "never ran"}
+        )
         (towers.setdefault(stack, []) if stack else others).append(cell | {"block": block, "projection": projection})
     return towers, others
 
@@ -196,15 +210,16 @@ def heat_panel(tower: str, found: list[Row], domain: list[float], step: int, ext
 
 def strips(report: dict[str, Any]) -> Figure:
     """KL divergence of each op alone: a panel for each scheme, a row for each projection, a point for each op."""
-    title = "KL divergence of each op alone, by projection and scheme"
+    what = output(report)
+    title = f"{what.divergence[0].upper()}{what.divergence[1:]} of each op alone, by projection and scheme"
     if "isolated" not in report["maps"]:
         return finish(report, title, NO_RANKING, None)
     schemes = {name: scheme["ops"] for name, scheme in report["schemes"].items()}
     schemes = schemes or {INC_INT8: report["maps"]["isolated"]["ops"]}
     rows = [(scheme, row) for scheme, ops in schemes.items() for row in ops]
-    drawn = [(scheme, row) for scheme, row in rows if row["kl_divergence"]]
+    drawn = [(scheme, row) for scheme, row in rows if row["divergence"]]
     if not drawn:
-        return finish(report, title, "No op has a KL divergence above 0.", None)
+        return finish(report, title, f"No op has a {what.divergence} above 0.", None)
     found = places(report)
     blocks: dict[str, int] = {}
     towers: dict[str, set[str]] = {}
@@ -217,7 +232,7 @@ def strips(report: dict[str, Any]) -> Figure:
         part = tower_of(row["op_name"])
         line = f"{projection} ({part})" if len(towers[projection]) > 1 else projection
         point = {"op": row["op_name"], "scheme": scheme, "part": part, "projection": line}
-        point |= {"value": row["kl_divergence"], "kl": kl_of(row, "nats"), "place": [*schemes].index(scheme)}
+        point |= {"value": row["divergence"], "kl": divergence_of(row, what.unit), "place": [*schemes].index(scheme)}
         # From 0 to 1: the blocks of a row lie below each other, so that equal values stay apart.
         points.append(point | {"depth": (block + 0.5) / blocks[stack]})
     order = {name: place for place, name in enumerate(found)}
@@ -229,10 +244,10 @@ def strips(report: dict[str, Any]) -> Figure:
     if missing := len(rows) - len(drawn):
         caption += f" {counted(missing, 'value')} of 0 cannot be drawn."
     values = [point["value"] for point in points]
-    return finish(report, title, caption, strip_chart(points, decades(min(values), max(values))))
+    return finish(report, title, caption, strip_chart(points, decades(min(values), max(values)), what))
 
 
-def strip_chart(points: list[Row], domain: list[float]) -> alt.FacetChart:
+def strip_chart(points: list[Row], domain: list[float], what: Output) -> alt.FacetChart:
     """The panels of `strips`, two in a row."""
     longest = max(len(point["projection"]) for point in points)
     extent = min(300, 12 + 6 * longest)
@@ -242,12 +257,12 @@ def strip_chart(points: list[Row], domain: list[float]) -> alt.FacetChart:
     axis = alt.Axis(format="~e", values=values[::every], labelFlush=True)
     # No sorting, as in `heat_panel`.
     y_axis = alt.Axis(labelLimit=extent, minExtent=extent, ticks=False, grid=True)
-    hints = {"op": "op", "scheme": "scheme", "kl": "KL"}
+    hints = {"op": "op", "scheme": "scheme", "kl": "divergence"}
     base = alt.Chart(alt.Data(values=points), width=320, height=alt.Step(28)).mark_point(
         filled=True, size=20, opacity=0.8
     )
     encoded = base.encode(
-        x=alt.X("value:Q", title="KL divergence (nats)", scale=scale, axis=axis),
+        x=alt.X("value:Q", title=what.heading.replace("KL", "KL divergence"), scale=scale, axis=axis),
         y=alt.Y("projection:N", sort=None, title=None, axis=y_axis),
         yOffset=alt.YOffset("depth:Q", scale=alt.Scale(domain=[-0.25, 1.25])),  # with a gap between rows
         color=color,
@@ -273,7 +288,7 @@ def ranked_ops(report: dict[str, Any]) -> Figure:
     high = max(row["mse_value"] + (row["mse_value_std"] or 0) for row in drawn)
     domain = decades(min(row["mse_value"] for row in drawn), high)
     points = [
-        hover(row, len(rows))
+        hover(row, len(rows), output(report).unit)
         | {
             "rank": row["rank"],
             "value": row["mse_value"],
@@ -359,33 +374,32 @@ def frontier(report: dict[str, Any]) -> Figure:
         return finish(report, title, "No choice loses anything, so there is no curve to draw.", None)
     named: dict[tuple[float, float], list[str]] = {}
     for name, profile in report["profiles"]["profiles"].items():
-        named.setdefault((profile["point"]["bits"], profile["point"]["kl_divergence"]), []).append(name)
+        named.setdefault((profile["point"]["bits"], profile["point"]["divergence"]), []).append(name)
     profiles = [{"profile": ", ".join(names), "bits": bits, "kl": kl} for (bits, kl), names in named.items() if kl > 0]
     caption = (
-        f"The mixed-precision model, measured on {counted(found['samples'], 'held-out sample')} with"
-        f" {found['tokens']} tokens: KL divergence from the unquantized model, on a logarithmic axis. Bits count scales"
-        " as well. The line joins the best choices for growing budgets. Bars are 95 % intervals over the samples. A"
-        " choice without any loss is not drawn."
+        f"The mixed-precision model, measured on {heldout(report)}: {output(report).divergence} from the unquantized"
+        " model, on a logarithmic axis. Bits count scales as well. The line joins the best choices for growing budgets."
+        " Bars are 95 % intervals over the samples. A choice without any loss is not drawn."
     )
-    return finish(report, title, caption, frontier_chart(points, profiles))
+    return finish(report, title, caption, frontier_chart(points, profiles, output(report)))
 
 
 def frontier_points(report: dict[str, Any]) -> list[Row]:
     """The choices that lose something, with their texts."""
     points = []
     for point in [*report["frontier"]["controls"], *report["frontier"]["points"]]:  # the frontier lies on top
-        if point["kl_divergence"] > 0:
+        if point["divergence"] > 0:
             points.append(
                 {
                     "curve": KINDS[point["kind"]][0],
                     "choice": point["name"] or "best for its bytes",
                     "bits": point["bits"],
-                    "kl": point["kl_divergence"],
+                    "kl": point["divergence"],
                     # A bar cannot reach 0 on a logarithmic axis.
-                    "low": max(point["kl_low"], point["kl_divergence"] / 10),
-                    "high": point["kl_high"],
+                    "low": max(point["divergence_low"], point["divergence"] / 10),
+                    "high": point["divergence_high"],
                     "bits_text": f"{point['bits']:.2f}",
-                    "kl_text": f"{number(point['kl_divergence'])} nats",
+                    "kl_text": number(point["divergence"], output(report).unit),
                     "units": mixture_of_units(report, point),
                     "weights": in_bytes(point["weight_bytes"], 4),
                     "top1": percent(point["top1_agreement"]),
@@ -397,7 +411,7 @@ def frontier_points(report: dict[str, Any]) -> list[Row]:
     return points
 
 
-def frontier_chart(points: list[Row], profiles: list[Row]) -> Panel:
+def frontier_chart(points: list[Row], profiles: list[Row], what: Output) -> Panel:
     """The line of the frontier, all points with intervals, and the names of the profiles."""
     lowest, highest = min(point["low"] for point in points), max(point["high"] for point in points)
     domain = decades(lowest, highest)
@@ -411,14 +425,21 @@ def frontier_chart(points: list[Row], profiles: list[Row]) -> Panel:
     wide = alt.Scale(zero=False, domain=[min(bits) - margin, max(bits) + margin], nice=False)
     x = alt.X("bits:Q", title="bits a weight, with scales", scale=wide)
     scale, axis = alt.Scale(type="log", domain=domain, nice=False), alt.Axis(format="~e", values=powers(domain))
-    title = "KL divergence (nats per token), held-out"
+    unit = f"{what.unit} per {what.position}".strip()
+    title = f"{what.divergence} ({unit}), held-out"
     y = alt.Y("kl:Q", title=title, scale=scale, axis=axis)
     base = alt.Chart(alt.Data(values=points), width=640, height=340).encode(x=x, color=color)
     bars = base.mark_rule(strokeWidth=1.2, opacity=0.5).encode(
         y=alt.Y("low:Q", title=title, scale=scale, axis=axis), y2="high:Q"
     )
     line = base.transform_filter(f"datum.curve === '{KINDS['frontier'][0]}'").mark_line(strokeWidth=2).encode(y=y)
-    hints = {"curve": "kind", "choice": "choice", "bits_text": "bits a weight", "kl_text": "KL", "top1": "top-1"}
+    hints = {
+        "curve": "kind",
+        "choice": "choice",
+        "bits_text": "bits a weight",
+        "kl_text": "divergence",
+        "top1": "top-1",
+    }
     hints |= {
         "lost": "answers lost",
         "accuracy": "answers right",
@@ -457,7 +478,10 @@ def modalities(report: dict[str, Any]) -> Figure:
     errors = [row[f"{kind}_relative_error"] for row in drawn for kind in ("image", "text")]
     domain = decades(min(errors), max(errors))
     values = {"image": "image_relative_error", "text": "text_relative_error"}
-    points = [hover(row, len(rows)) | {f"{key}_value": row[name] for key, name in values.items()} for row in drawn]
+    points = [
+        hover(row, len(rows), output(report).unit) | {f"{key}_value": row[name] for key, name in values.items()}
+        for row in drawn
+    ]
     ratio = {row["op_name"]: row["image_relative_error"] / row["text_relative_error"] for row in drawn}
     above = sum(value > 1 for value in ratio.values())
     most = max(ratio, key=lambda name: ratio[name])
@@ -521,7 +545,7 @@ def by_part(points: Iterable[Row]) -> tuple[alt.Color, alt.Shape]:
     )
 
 
-def hover(row: Row, ops: int) -> Row:
+def hover(row: Row, ops: int, unit: str) -> Row:
     """The values of an op for its tooltip, as text that needs no formatting in the browser."""
     spread = f" ± {row['mse_value_std']:.2g}" if row["mse_value_std"] is not None else ""
     return {
@@ -531,7 +555,7 @@ def hover(row: Row, ops: int) -> Row:
         "rank_text": f"{row['rank']} of {ops}",
         "mse_value": f"{row['mse_value']:.4g}{spread}" if row["measured"] else "estimated",
         "sqnr_text": of_sqnr(row),
-        "kl": kl_of(row, "nats"),
+        "kl": divergence_of(row, unit),
         "top1": percent(row["top1_agreement"]),
         "at_image": number(row["image_relative_error"]),
         "at_text": number(row["text_relative_error"]),
@@ -547,7 +571,14 @@ def of_sqnr(row: Row) -> str:
 
 def tooltip(points: Sequence[Row]) -> list[alt.Tooltip]:
     """The tooltip over what `hover` returns."""
-    names = {"op": "op", "type": "type", "rank_text": "rank", "mse_value": "mse_value", "sqnr_text": "SQNR", "kl": "KL"}
+    names = {
+        "op": "op",
+        "type": "type",
+        "rank_text": "rank",
+        "mse_value": "mse_value",
+        "sqnr_text": "SQNR",
+        "kl": "divergence",
+    }
     names |= {"top1": "top-1", "at_image": "image error", "at_text": "text error"}
     known = {key: name for key, name in names.items() if any(point.get(key, "–") != "–" for point in points)}
     return [alt.Tooltip(field=key, type="nominal", title=name) for key, name in known.items()]

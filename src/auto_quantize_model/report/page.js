@@ -2,12 +2,14 @@
 (() => {
   const { at, breakable, button, drawNear, inBytes, make, percent, read, shown, views, withTools } = ui;
   const data = read("data");
-  const { maps, schemes, frontier, profiles } = data;
+  const { maps, schemes, frontier, profiles, words } = data;
   const decides = frontier.status === "measured";
   const UNQUANTIZED = "unquantized";
 
+  const inUnit = (value) => (shown(value) + " " + words.unit).trim();
+  const places = words.position === "sample" ? "samples" : "positions";
   const ofKl = (row) =>
-    row.measured ? shown(row.kl_divergence) : "≈ " + shown(row.kl_divergence, 2) + " ± " + shown(row.standard_error, 1);
+    row.measured ? shown(row.divergence) : "≈ " + shown(row.divergence, 2) + " ± " + shown(row.standard_error, 1);
   const ofSqnr = (row) => (!row.measured ? "–" : row.sqnr_db === null ? "no error" : row.sqnr_db.toFixed(2));
 
   // ---- One op: its numbers in each scheme, and its scheme in each profile.
@@ -52,7 +54,7 @@
     const titles = { whole: "whole unit", weight_alone: "weight alone", inputs_alone: "inputs alone" };
     return make("div", Object.entries(sides).map(([side, value]) => {
       const bar = make("span", [], { class: "bar", style: "width: " + (most > 0 ? (100 * value) / most : 0) + "%" });
-      return make("div", [make("span", titles[side]), make("span", bar), make("span", shown(value) + " nats", { class: "n" })]);
+      return make("div", [make("span", titles[side]), make("span", bar), make("span", inUnit(value), { class: "n" })]);
     }), { class: "sides" });
   };
   const whyOf = (name) =>
@@ -70,7 +72,7 @@
       const row = found.ops.get(name);
       if (!row) return [scheme, found.refused[name] ?? "not measured"];
       const numbers = [ofKl(row), ofSqnr(row), row.measured ? percent(row.top1_agreement) : "–"];
-      const parts = [shown(row.image_kl_divergence), shown(row.text_kl_divergence)];
+      const parts = [shown(row.image_divergence), shown(row.text_divergence)];
       return [scheme, ...numbers, ...parts, row.measured ? "measured" : "estimated"];
     });
     const choices = [...Object.entries(profiles), ...(budgeted ? [["your budget", budgeted]] : [])];
@@ -81,7 +83,7 @@
       make("h2", make("code", name), { id: "op-name" }),
       make("p", "Tower: " + (data.towers[name] ?? "–") + ". " + (unit ? "Unit: " + unit.name + ". " + shares : "The op is part of no decision.")),
       make("h3", "The op alone in each scheme"),
-      make("div", tableOf(["scheme", "KL (nats)", "SQNR (dB)", "top-1", "KL at image", "KL at text", "by"], inSchemes), { class: "scroll", tabindex: "0" }),
+      make("div", tableOf(["scheme", words.heading, "SQNR (dB)", "top-1", words.short + " at image", words.short + " at text", "by"], inSchemes), { class: "scroll", tabindex: "0" }),
     );
     if (choices.length > 0) {
       const rows = choices.map(([title, choice]) => [title, given(choice, name)]);
@@ -101,7 +103,7 @@
   const units = decides ? frontier.units : [];
   const weights = units.reduce((sum, unit) => sum + unit.weights, 0);
   const patterns = patternsOf(data.linears);
-  const inNats = frontier.loss === "kl_divergence";
+  const inNats = frontier.loss === "divergence";
   const uniform = decides ? frontier.controls.filter((point) => point.kind === "uniform") : [];
   const bitsOf = (bytes) => (8 * bytes) / weights;
   const fact = (name, text) => make("div", [make("dt", name), make("dd", text)]);
@@ -121,7 +123,7 @@
     const text = loss + (error ? " ± " + shown(error, 1) : "");
     const bound = above ? ". The least possible sum is at most " + shown(above, 2) + " lower" : ", the least for these bytes";
     const least = more ? ", a larger sum than the least for these bytes" : bound;
-    return (inNats ? "KL divergence " + text + " nats per token" : "relative error " + text) + least;
+    return (inNats ? words.divergence + " " + (text + " " + words.unit).trim() + " per " + words.position : "relative error " + text) + least;
   };
   const ofUnits = (choice) =>
     [...frontier.candidates, UNQUANTIZED]
@@ -139,8 +141,8 @@
     const named = near.kind === "uniform" ? " (" + near.name + " for all)" : near.name ? " (" + near.name + ")" : "";
     const parts = [
       near.bits.toFixed(2) + " bits a weight" + named + ", " + inBytes(near.weight_bytes) +
-        ": KL divergence " + shown(near.kl_divergence) + " nats (95 % interval " + shown(near.kl_low) + " to " + shown(near.kl_high) + ")",
-      "the most likely token stays the same at " + percent(near.top1_agreement) + " of the positions",
+        ": " + words.divergence + " " + inUnit(near.divergence) + " (95 % interval " + shown(near.divergence_low) + " to " + shown(near.divergence_high) + ")",
+      ...(words.choice ? ["the most likely " + words.choice + " stays the same at " + percent(near.top1_agreement) + " of the " + places] : []),
       ...(near.accuracy === null ? [] : [percent(near.accuracy) + " of the answers are right"]),
     ];
     return parts.join("; ");
@@ -204,7 +206,7 @@
   // ---- The table of all ops.
   const measured = (key) => [maps, schemes].some((all) => Object.values(all).some((found) => found.ops.some((row) => row[key] !== null)));
   // A column without any value is left out: INC measures one sum, a text has no image, a running total has no rank.
-  const optional = { rank: "rank", kl_divergence: "kl_divergence", top1_agreement: "top1_agreement" };
+  const optional = { rank: "rank", divergence: "divergence", top1_agreement: "top1_agreement" };
   Object.assign(optional, { image_relative_error: "image_relative_error", text_relative_error: "image_relative_error" });
   const columns = [
     ["rank", "rank"],
@@ -214,7 +216,7 @@
     ["mse_value", "mse_value"],
     ["relative_error", "relative error"],
     ["sqnr_db", "SQNR (dB)"],
-    ["kl_divergence", "KL (nats)"],
+    ["divergence", words.heading],
     ["top1_agreement", "top-1"],
     ["image_relative_error", "image error"],
     ["text_relative_error", "text error"],
@@ -251,7 +253,7 @@
       let text = texts.has(key) ? valueOf(row, key) : shown(row[key]);
       if (key === "rank" && row.tied) text += " =";
       if (key === "sqnr_db") text = ofSqnr(row);
-      if (key === "kl_divergence") text = ofKl(row);
+      if (key === "divergence") text = ofKl(row);
       if (key === "mse_value" && row.mse_value_std !== null) text += " ± " + shown(row.mse_value_std, 2);
       const content = key === "op_name" ? make("button", make("code", text), { type: "button" }) : text;
       line.append(make("td", content, { class: texts.has(key) ? key : "n" }));
@@ -287,7 +289,7 @@
     }
     at("count").textContent = count + " of " + found.length + " ops";
     const direction = map?.direction ?? "";
-    at("direction").textContent = scheme && scheme !== "inc_int8" ? "Only this op is in " + scheme + ". The KL divergence ranks: the highest is the most sensitive." : direction;
+    at("direction").textContent = scheme && scheme !== "inc_int8" ? "Only this op is in " + scheme + ". The " + words.divergence + " ranks: the highest is the most sensitive." : direction;
   };
 
   const choices = (id, values) => at(id).append(...values.map((value) => make("option", value, { value })));

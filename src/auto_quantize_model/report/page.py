@@ -20,6 +20,7 @@ from markupsafe import Markup, escape
 
 from auto_quantize_model.escape import printable_document
 from auto_quantize_model.models.units import tower_of
+from auto_quantize_model.records import Output
 from auto_quantize_model.report import coverage, explanations, sentences
 from auto_quantize_model.report.figures import Figure, figures, strips
 
@@ -83,19 +84,26 @@ def data_of(report: dict[str, Any]) -> dict[str, Any]:
         "decided": decided[0] if decided else None,
         "linears": linears,
         "why": [told(report, cause) for cause in report["why"].get("causes", ())],
+        "words": words_of(sentences.output(report)),
         "towers": {op["op_name"]: tower_of(op["op_name"]) for op in report["ops"]},
     }
 
 
+def words_of(output: Output) -> dict[str, str]:
+    """The words for the divergence and for what it is measured at."""
+    keys = ("divergence", "short", "unit", "heading", "position", "choice")
+    return {key: getattr(output, key) for key in keys}
+
+
 def told(report: dict[str, Any], cause: dict[str, Any]) -> dict[str, Any]:
     """Why a unit breaks, as the panel of one of its ops shows it: sentences, both sides alone, and histograms."""
-    more = explanations.instead(report, cause)
-    cures = [explanations.of_cure(cause, cure) for cure in cause["cures"]]
+    more, unit = explanations.instead(report, cause), sentences.output(report).unit
+    cures = [explanations.of_cure(cause, cure, unit) for cure in cause["cures"]]
     return {
         "ops": cause["ops"],
         "scheme": cause["scheme"],
-        "sentences": explanations.of_cause(cause),
-        "sides": {side: explanations.nats(cause[side]) for side in ("whole", "weight_alone", "inputs_alone")},
+        "sentences": explanations.of_cause(cause, unit),
+        "sides": {side: explanations.loss_of(cause[side]) for side in ("whole", "weight_alone", "inputs_alone")},
         "cures": [*cures, more] if more else cures,
         "histograms": {side: cause[side]["histogram"] for side in ("inputs", "weight")},
     }

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from auto_quantize_model.measure.aggregate import interval_of_count
-from auto_quantize_model.records import IncCheck
+from auto_quantize_model.records import IncCheck, Output
 from auto_quantize_model.report.coverage import in_bytes
 from auto_quantize_model.schemes.scheme import INC_INT8, UNQUANTIZED
 
@@ -34,7 +34,7 @@ BROKEN_SQNR_DB = 10.0  # a tenth of the output's power is error
 BROKEN_TOP1 = 0.75  # share of positions at which the most likely token is that of FP32
 BROKEN_ANSWERS = 0.75  # share of the correct answers that are left
 # Columns that compare image tokens with text tokens. Without an image they are empty or repeat the whole.
-BY_MODALITY = ("image_relative_error", "text_relative_error", "image_kl_divergence", "text_kl_divergence")
+BY_MODALITY = ("image_relative_error", "text_relative_error", "image_divergence", "text_divergence")
 # Columns that only estimates fill.
 OF_ESTIMATES = ("measured", "standard_error", "split_half")
 
@@ -44,11 +44,11 @@ def number(value: float | None, unit: str = "") -> str:
     return "–" if value is None else f"{value:.4g} {unit}".strip()
 
 
-def kl_of(row: Mapping[str, Any], unit: str = "") -> str:
-    """The KL divergence of an op. An estimate has a sign before it and its standard error after it."""
+def divergence_of(row: Mapping[str, Any], unit: str = "") -> str:
+    """The divergence of an op. An estimate has a sign before it and its standard error after it."""
     if row["measured"]:
-        return number(row["kl_divergence"], unit)
-    return f"≈ {row['kl_divergence']:.2g} ± {row['standard_error']:.1g} {unit}".strip()
+        return number(row["divergence"], unit)
+    return f"≈ {row['divergence']:.2g} ± {row['standard_error']:.1g} {unit}".strip()
 
 
 def percent(value: float | None) -> str:
@@ -124,6 +124,19 @@ def states(report: Report) -> list[dict[str, Any]]:
     return [*found, {"state": UNQUANTIZED, **report["frontier"]["points"][-1]}]
 
 
+def output(report: Report) -> Output:
+    """What was measured, with the words for it."""
+    return Output(**report["measurement"]["output"])
+
+
+def same_choice(what: Output, share: float | None) -> list[str]:
+    """At how many positions the model chooses the same; no sentence for embeddings, which choose nothing."""
+    where = {"token": "positions", "sample": "samples"}.get(what.position)
+    if share is None or where is None:
+        return []
+    return [f"The most likely {what.choice} stays the same at {percent(share)} of the {where}."]
+
+
 def in_main(report: Report) -> str:
     """The main scheme in words."""
     return "INT8" if report["main_scheme"] == INC_INT8 else str(report["main_scheme"])
@@ -133,12 +146,14 @@ def lead(report: Report) -> str:
     """What the scores are, before a colon."""
     if report["main_scheme"] == INC_INT8:
         return "The sensitivity of each op by Intel Neural Compressor's mse_v2:"
-    return f"The sensitivity of each op in {report['main_scheme']}, by its KL divergence:"
+    return f"The sensitivity of each op in {report['main_scheme']}, by its {output(report).divergence}:"
 
 
 def has_images(report: Report) -> bool:
-    """Whether a scored batch holds an image."""
-    return any(batch["image_tokens"] for batch in report["batches"])
+    """Whether scored batches hold images beside text, so that both can be compared."""
+    return any(batch["image_tokens"] for batch in report["batches"]) and any(
+        batch["image_tokens"] < batch["tokens"] for batch in report["batches"]
+    )
 
 
 def has_router(report: Report) -> bool:
@@ -154,7 +169,16 @@ def has_times(report: Report) -> bool:
 def tokens(report: Report) -> str:
     """The number of tokens in the scored batches, and of image tokens among them if there are any."""
     of_images, of_all = (sum(batch[key] for batch in report["batches"]) for key in ("image_tokens", "tokens"))
+    if of_images == of_all:
+        return counted(of_all, "image")
     return f"{of_images} image tokens among {of_all}" if of_images else counted(of_all, "token")
+
+
+def heldout(report: Report) -> str:
+    """The number of held-out samples, and of positions in them if these are more."""
+    found, position = report["frontier"], output(report).position
+    samples = counted(found["samples"], "held-out sample")
+    return samples if position == "sample" else f"{samples} with {counted(found['tokens'], position)}"
 
 
 def decision(report: Report) -> tuple[str, str]:
@@ -197,11 +221,13 @@ def mixture_of_units(report: Report, point: Mapping[str, Any]) -> str:
 
 def lost(report: Report, point: Mapping[str, Any]) -> str:
     """What a user of the model loses with a choice, measured on the held-out samples."""
-    low, high = (number(point[key]) for key in ("kl_low", "kl_high"))
+    what = output(report)
+    low, high = (number(point[key]) for key in ("divergence_low", "divergence_high"))
+    mean = f"{number(point['divergence'], what.unit)} per {what.position}"
     parts = [
-        f"On held-out samples the KL divergence from the unquantized model is {number(point['kl_divergence'])} nats per"
-        f" token (95 % interval {low} to {high}).",
-        f"The most likely token stays the same at {percent(point['top1_agreement'])} of the positions.",
+        f"On held-out samples the {what.divergence} from the unquantized model is {mean} (95 % interval {low} to"
+        f" {high}).",
+        *same_choice(what, point["top1_agreement"]),
     ]
     return " ".join([*answers_lost(report, point), *parts])
 
@@ -248,7 +274,7 @@ def weighs(report: Report, point: Mapping[str, Any]) -> str:
 
 def because(report: Report, name: str) -> str:
     """The target or the budget that a profile stands for, in brackets; empty for the knee."""
-    of_loss = ("max_kl_divergence", "max_accuracy_drop", "min_sqnr_db")
+    of_loss = ("max_divergence", "max_accuracy_drop", "min_sqnr_db")
     of_budget = ("max_bits", "max_weight_bytes", "max_seconds")
     keys = {"smallest": of_loss, "safest": of_budget}
     asked = report["profiles"]["target"]
@@ -261,7 +287,7 @@ def of_profiles(report: Report) -> list[str]:
     found = report["profiles"]
     lines = [
         f"{name}: {profile['point']['bits']:.2f} bits a weight, {mixture(report, profile['point'])};"
-        f" KL {number(profile['point']['kl_divergence'])} nats"
+        f" {output(report).short} {number(profile['point']['divergence'], output(report).unit)}"
         for name, profile in found["profiles"].items()
     ]
     return [*lines, *(f"{name}: none, because {why}" for name, why in found["missed"].items())]
@@ -324,7 +350,8 @@ def damages(report: Report, state: Mapping[str, Any]) -> list[str]:
     top1 = state["top1_agreement"]
     if top1 is not None and top1 < BROKEN_TOP1:
         same, limit = apart(100 * top1, 100 * BROKEN_TOP1)
-        found.append(f"The most likely token stays the same at {same} % of the positions (limit {limit} %).")
+        choice = output(report).choice
+        found.append(f"The most likely {choice} stays the same at {same} % of the positions (limit {limit} %).")
     whole = unquantized(report)
     if whole and state["accuracy"] is not None and whole["accuracy"] * report["frontier"]["answers"] > FEW_RIGHT - 0.5:
         left, before = percent(state["accuracy"]), percent(whole["accuracy"])
@@ -347,9 +374,7 @@ def without_frontier(report: Report) -> list[str]:
     found = [
         f"Nothing was decided: {report['frontier']['reason']}. The calibration batches show only the cost of {scheme}."
     ]
-    top1 = all_ops["top1_agreement"]
-    if top1 is not None:
-        found.append(f"The most likely token is the same as in FP32 at {percent(top1)} of the positions.")
+    found += same_choice(output(report), all_ops["top1_agreement"])
     return [*found, f"With every op in {scheme} the output has {sqnr(all_ops['sqnr_db'])}."]
 
 
@@ -367,7 +392,7 @@ def certainty(report: Report) -> list[tuple[str, str]]:
         return [*found, ("Ranking", "No two ops were measured alone, so nothing shows how steady the scores are.")]
     if not ops:
         return [*found, ("Ranking", "No op ran on the scored batches, so there is no ranking.")]
-    return found + between(report["stability"], ops, measured)
+    return found + between(report["stability"], ops, measured, output(report).divergence)
 
 
 RULES = {"random": "random choices", "edges": "choices with the first and last layers first"}
@@ -396,7 +421,7 @@ def proof(frontier: dict[str, Any]) -> list[tuple[str, str]]:
 def against(rows: list[dict[str, Any]], title: str) -> str:
     """How often controls lose more than the frontier at equal bytes, and where they lose less."""
     more = sum(row["low"] > 0 for row in rows)
-    ratios = [row["kl_divergence"] / row["frontier_kl_divergence"] for row in rows if row["frontier_kl_divergence"]]
+    ratios = [row["divergence"] / row["frontier_divergence"] for row in rows if row["frontier_divergence"]]
     text = (
         f"At equal bytes {more} of {len(rows)} {title} {'loses' if more == 1 else 'lose'} more than the frontier,"
         " beyond the 95 % interval."
@@ -409,7 +434,7 @@ def against(rows: list[dict[str, Any]], title: str) -> str:
     return text
 
 
-def between(stability: dict[str, Any], ops: int, measured: int) -> list[tuple[str, str]]:
+def between(stability: dict[str, Any], ops: int, measured: int, divergence: str) -> list[tuple[str, str]]:
     """How far batches and metrics agree on the ranking, whether errors add up, and how many ops are tied."""
     found: list[tuple[str, str]] = []
     over = f" over the {measured} measured ops" if measured < ops else ""
@@ -434,7 +459,7 @@ def between(stability: dict[str, Any], ops: int, measured: int) -> list[tuple[st
         found.append(("Between batches", text))
     if stability["metric_tau"] is not None:
         metric_tau = fixed(stability["metric_tau"], ".2f")
-        text = f"Squared error and KL divergence order the ops with a tau of {metric_tau}{over}."
+        text = f"Squared error and {divergence} order the ops with a tau of {metric_tau}{over}."
         found.append(("Between metrics", text))
     if stability["additivity"] is not None and ops > 1:
         text = (
@@ -489,8 +514,8 @@ AUDITORS = {
 def of_schemes(report: Report) -> str:
     """What the table of schemes shows."""
     return (
-        "SQNR, KL divergence and top-1 are those of the model with all ops in the scheme that can have it. Ops are"
-        " ranked by the KL divergence that each adds alone."
+        f"SQNR, {output(report).divergence}{' and top-1' * bool(output(report).choice)} are those of the model with all"
+        f" ops in the scheme that can have it. Ops are ranked by the {output(report).divergence} that each adds alone."
         + " The column router is the share of the routers' choices of experts that stay as in FP32."
         * has_router(report)
     )
@@ -517,11 +542,27 @@ def of_effort(report: Report) -> str:
     return " ".join(found)
 
 
+def of_divergence(report: Report) -> str:
+    """What the divergence and the top-1 agreement are."""
+    what = output(report)
+    if not what.choice:
+        return (
+            "The cosine distance is 1 minus the cosine of the angle between an embedding and that of FP32. The mean is"
+            " over the positions of the last hidden state."
+        )
+    of = "next-token distribution" if what.choice == "token" else "distribution over classes"
+    where = "samples" if what.position == "sample" else "positions"
+    return (
+        f"KL is the divergence of the {of} from that of FP32, in nats, averaged over {where}. Top-1 is the share of"
+        f" {where} whose most likely {what.choice} stays the same."
+    )
+
+
 def of_agreement(report: Report) -> str:
     """What the table of agreements shows."""
     return (
-        "How far two schemes agree on which ops are sensitive. Kendall's tau of the KL divergences is 1 for the same"
-        " order and 0 for chance. The last column counts the most sensitive ops that both share."
+        f"How far two schemes agree on which ops are sensitive. Kendall's tau of the {output(report).divergence}s is 1"
+        " for the same order and 0 for chance. The last column counts the most sensitive ops that both share."
     )
 
 

@@ -46,7 +46,7 @@ def test_a_state_is_measured_without_next_tokens_and_answers(name: str) -> None:
     reference = Reference(logits, image_positions(batch))
     record = record_of(logits + 0.1 * torch.randn_like(logits), reference, batch, [None, None])
     found = summary([record], [totals(reference, 0)], 0)
-    assert len(record["divergences"]) == 2 and found["kl_divergence"] == pytest.approx(sum(record["divergences"]) / 2)
+    assert len(record["divergences"]) == 2 and found["divergence"] == pytest.approx(sum(record["divergences"]) / 2)
     assert found["perplexity"] is None and found["accuracy"] is None
     assert reference.totals()["text_positions"] == logits.shape[:-1].numel()
 

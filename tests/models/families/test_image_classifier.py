@@ -51,8 +51,8 @@ def test_each_sample_is_one_position_of_an_image() -> None:
     reference = Reference(logits, image_positions(batch))
     record = record_of(logits + 0.1 * torch.randn_like(logits), reference, batch, [None, None])
     found = summary([record], [totals(reference, 0)], 0)
-    assert found["image_kl_divergence"] == pytest.approx(found["kl_divergence"])
-    assert found["text_kl_divergence"] is found["perplexity"] is found["accuracy"] is None
+    assert found["image_divergence"] == pytest.approx(found["divergence"])
+    assert found["text_divergence"] is found["perplexity"] is found["accuracy"] is None
 
 
 def test_a_sample_has_one_image_and_its_words_are_left_out() -> None:
