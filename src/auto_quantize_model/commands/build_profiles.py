@@ -25,7 +25,7 @@ def build_profiles(args: argparse.Namespace) -> None:
     found = profiles.build_profiles(run.frontier, run.plan, read_block(Target, args.target, "profiles"))
     run.write("profiles", args.profiles, found)
     known: dict[str, Any] = {"profiles": body_of(found), "frontier": body_of(run.frontier)}
-    known["coverage"] = run.plan.coverage
+    known |= {"coverage": run.plan.coverage, "measurement": {"output": body_of(run.plan.output)}}
     cli.say(f"profiles: {coverage.headline(len(run.plan.ops), run.plan.coverage)}")
     for warning in coverage.warnings(run.plan.coverage):
         cli.say(f"warning: {warning}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from auto_quantize_model.escape import code, prose
 from auto_quantize_model.export.llm_compressor import LM_HEAD
-from auto_quantize_model.models.architecture import takes_images
+from auto_quantize_model.models.architecture import continues_text, takes_images
 from auto_quantize_model.records import ModelManifest, Output, Profile
 from auto_quantize_model.report.coverage import in_bytes
 from auto_quantize_model.report.sentences import counted, number, percent
@@ -86,9 +86,12 @@ def bytes_of(bits: float, size: Mapping[str, Any]) -> str:
 
 
 def commands(manifest: ModelManifest, profile: Profile, folder: Path) -> list[str]:
-    """How to serve and to evaluate the checkpoint."""
-    place = shlex.quote(str(folder))
-    evaluate = (IMAGES if takes_images(manifest.architecture) else TEXT).format(folder=place)
+    """How to serve and to evaluate the checkpoint; for a model that writes no text, how to load it."""
+    place, kind = shlex.quote(str(folder)), manifest.architecture
+    if not takes_images(kind) and not continues_text(kind):
+        load = f"model = transformers.{kind}.from_pretrained({str(folder)!r})"
+        return ["## Load", f"```python\nimport transformers\n\n{load}\n```"]
+    evaluate = (IMAGES if takes_images(kind) else TEXT).format(folder=place)
     head = any(name.rpartition(".")[2] == "lm_head" for name in profile.assignment)
     return [
         "## Serve and evaluate",

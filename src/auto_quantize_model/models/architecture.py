@@ -89,6 +89,11 @@ def _classes(known: str | tuple[str, ...]) -> tuple[str, ...]:
     return (known,) if isinstance(known, str) else known
 
 
+def continues_text(architecture: str) -> bool:
+    """Whether a supported class is a causal language model of text alone, by its name alone."""
+    return architecture in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *LISTED_ELSEWHERE.values()}
+
+
 def takes_images(architecture: str) -> bool:
     """Whether a supported class takes images, by its name alone."""
     others = LISTED_ELSEWHERE.values()

@@ -513,9 +513,10 @@ AUDITORS = {
 
 def of_schemes(report: Report) -> str:
     """What the table of schemes shows."""
+    what = output(report)
     return (
-        f"SQNR, {output(report).divergence}{' and top-1' * bool(output(report).choice)} are those of the model with all"
-        f" ops in the scheme that can have it. Ops are ranked by the {output(report).divergence} that each adds alone."
+        f"{joined(['SQNR', what.divergence, *['top-1'] * bool(what.choice)])} are those of the model with all ops in the"
+        f" scheme that can have it. Ops are ranked by the {what.divergence} that each adds alone."
         + " The column router is the share of the routers' choices of experts that stay as in FP32."
         * has_router(report)
     )
