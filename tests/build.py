@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from types import MappingProxyType
 from typing import Any
 
+from auto_quantize_model.models.units import tower_of
 from auto_quantize_model.records import (
     Answers,
     Arithmetic,
@@ -114,7 +115,7 @@ def an_op(name: str, op_type: str = "Linear", *, executions: Sequence[int] = (1,
         activation=Side(changes.pop("activation", ACTIVATION)),
         weight=Side(weight),
     )
-    fields: dict[str, Any] = {"shape": (2, 2), "weight_bytes": 16, "tower": "language", "unit": name}
+    fields: dict[str, Any] = {"shape": (2, 2), "weight_bytes": 16, "tower": tower_of(name), "unit": name}
     fields |= {"schemes": ("inc_int8",), "refused": {}, **changes}
     fields.setdefault("stored_bytes", {"inc_int8": fields["weight_bytes"] // 4})
     return Op(op_name=name, op_type=op_type, executions=tuple(executions), inc_int8=scheme, **fields)

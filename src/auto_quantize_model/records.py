@@ -157,7 +157,7 @@ class Op:
         shape: of its weight; for `Experts` the number of experts comes first.
         weight_bytes: of its weight in FP32.
         executions: how often the op runs in FP32 on each scored batch.
-        tower: `vision` or `language`.
+        tower: `vision`, `language` or `audio`.
         unit: one name for the ops that share a scheme; an op of its own has its own name. A serving engine holds such
             ops as one matrix, or as the experts of one block.
         expert: whether the op is a matrix of one expert among several.

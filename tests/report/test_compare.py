@@ -38,6 +38,7 @@ def report(
     found["stability"]["rank_tau"] = rank_tau
     rows = [row(name, float(value), spread) for value, name in enumerate(reversed(names), start=1)][::-1]
     found["maps"]["isolated"]["ops"] = rows
+    found["ops"] = [found["ops"][0] | {"op_name": name, "tower": "language"} for name in names]
     return found
 
 

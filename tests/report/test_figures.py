@@ -13,6 +13,7 @@ from auto_quantize_model.commands import draw_figures
 from auto_quantize_model.config import Target
 from auto_quantize_model.documents import write_document
 from auto_quantize_model.files import InputError
+from auto_quantize_model.models.units import tower_of
 from auto_quantize_model.report.document import build_report
 from auto_quantize_model.report.figures import figures, frontier_points, of_all, save, strips
 
@@ -206,6 +207,7 @@ def test_only_the_ten_most_sensitive_of_many_ops_are_labelled_and_all_are_in_the
     (row,) = (row for row in report["maps"]["isolated"]["ops"] if row["op_name"] == "lm_head")
     rows = [row | {"op_name": name, "mse_value": 500.0 - i, "rank": i + 1} for i, name in enumerate(names)]
     report["maps"]["isolated"]["ops"] = rows
+    report["ops"] = [report["ops"][0] | {"op_name": name} for name in names]
     picture = figures(report)["ranked_ops"]
     assert [text for text in drawn(picture, tmp_path) if text in names] == names[:10]
     spec = json.dumps(picture.spec)
@@ -218,6 +220,7 @@ def test_both_panels_of_the_ranking_have_the_colours_of_all_towers():
     names = [*(f"visual.blocks.{index}.proj" for index in range(10)), "lm_head"]
     rows = [row | {"op_name": name, "mse_value": 20.0 - i, "rank": i + 1} for i, name in enumerate(names)]
     report["maps"]["isolated"]["ops"] = rows
+    report["ops"] = [report["ops"][0] | {"op_name": name, "tower": tower_of(name)} for name in names]
     spec = json.dumps(figures(report)["ranked_ops"].spec)
     assert '"domain": ["vision", "language"]' in spec and '"domain": ["vision"]' not in spec
 

@@ -42,7 +42,7 @@ from auto_quantize_model.models.hidden_state import HIDDEN_STATE, without_part
 from auto_quantize_model.models.prepare import INNER, changes_of
 from auto_quantize_model.models.sample import tokens_of
 from auto_quantize_model.models.snapshot import explained
-from auto_quantize_model.models.units import experts_of, tower_of, unit_of, units_of
+from auto_quantize_model.models.units import experts_of, tower_of, towers_with, unit_of, units_of
 from auto_quantize_model.models.weights import require_meaningful
 from auto_quantize_model.records import (
     CalibrationManifest,
@@ -132,7 +132,8 @@ def build_plan(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec)
         counts.append(count)
         outputs.append(output_of(model, planned.measured_op, logits.shape, batch))
     active = active_shares(model)
-    ops = [replace(op, active=active.get(op.unit, 1.0)) for op in ops]
+    tower = towers_with(scored[0])
+    ops = [replace(op, active=active.get(op.unit, 1.0), tower=tower(op.op_name)) for op in ops]
     left = {re.escape(name): "fp32" for name in planned.left}
     return Plan(
         engine=spec.engine,

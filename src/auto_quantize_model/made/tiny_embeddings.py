@@ -27,7 +27,7 @@ EMBEDDING_SHAPES: dict[str, Shape] = {
     "nomic_bert_embedding": Shape("NomicBertModel", BERT),
     "t5_encoder": Shape("T5EncoderModel", T5),
     "mistral_embedding": Shape("MistralModel", TEXT),
-    "qwen3_embedding": Shape("Qwen3Model", TEXT),
+    "embedding_qwen3": Shape("Qwen3Model", TEXT),
     "gemma3_embedding": Shape("Gemma3TextModel", TEXT | {"use_bidirectional_attention": True, "sliding_window": 64}),
     "clip_text": Shape("CLIPTextModel", BERT | {"max_position_embeddings": 128}),
     "vit_embedding": _of_images("ViTModel", VISION),

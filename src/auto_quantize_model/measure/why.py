@@ -48,7 +48,8 @@ class Inputs:
         """Take the inputs (..., columns) of a held-out batch, after all calibration batches.
 
         Args:
-            image: (samples, tokens), true at the positions of images; None for a batch without images.
+            image: (samples, tokens), true at the positions of images; None for a batch without images. For a model of
+                images alone it is (samples,).
         """
         largest = x.abs().flatten(0, -2).amax(0)
         self.largest = torch.maximum(self.largest, largest) if self.largest.numel() else largest
@@ -56,7 +57,8 @@ class Inputs:
         self.counts += counted(x, low, high)
         self.outside += int(((x < low) | (x > high)).sum())
         self._widen("all", x)
-        if tower_of(self.op_name) == "vision":
+        alone = image is not None and image.ndim == 1  # the model takes images alone
+        if alone or tower_of(self.op_name) == "vision":
             self._widen("image", x)
         elif image is None:
             self._widen("text", x)

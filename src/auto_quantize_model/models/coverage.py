@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from auto_quantize_model.models.units import tower_of
+from auto_quantize_model.models.units import tower_of, towers_with
 from auto_quantize_model.records import Coverage, TowerShare
 
 ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unknown to torch's counter
@@ -48,13 +48,14 @@ def cover(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     total = in_plan = in_fp32 = 0
+    tower_at = tower_of if batch is None else towers_with(batch)
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     towers: dict[str, TowerShare] = {} if batch is None else multiply_adds(model, planned, batch)
     for parameter in model.parameters():
         names = owners[id(parameter)]
         modules = {name.rpartition(".")[0] for name in names}
         total += parameter.numel()
-        tower = towers.setdefault(tower_of(names[0]), nothing())
+        tower = towers.setdefault(tower_at(names[0]), nothing())
         tower["weights_total"] += parameter.numel()
         if any(name.removesuffix(".weight") in planned for name in names):
             in_plan += parameter.numel()
@@ -65,9 +66,9 @@ def cover(
             module, _, own = names[0].rpartition(".")
             thing = module if own in ("weight", "bias") else names[0]
             key = NUMBERED.sub("*", thing), type(model.get_submodule(module)).__name__
-            group = groups.setdefault(
-                key, {"things": set(), "weights": 0, "bytes": 0, "reason": reasons.get(module, "")}
-            )
+            # A module that holds a plain one shares its weight, and the reason stands at one of the two.
+            reason = next((reasons[owner] for owner in sorted(modules) if owner in reasons), "")
+            group = groups.setdefault(key, {"things": set(), "weights": 0, "bytes": 0, "reason": reason})
             group["things"].add(thing)
             group["weights"] += parameter.numel()
             group["bytes"] += parameter.numel() * parameter.element_size()
@@ -111,9 +112,10 @@ def multiply_adds(
     root = type(model).__name__
     of_module = {name: sum(counts.values()) // 2 for name, counts in counter.get_flop_counts().items()}
     found: dict[str, TowerShare] = {}
+    tower_at = towers_with(batch)
     whole = of_module["Global"]
     for name, _ in model.named_modules():
-        tower, above = tower_of(name), tower_of(name.rpartition(".")[0])
+        tower, above = tower_at(name), tower_at(name.rpartition(".")[0])
         of_tower = found.setdefault(tower, nothing())
         count = of_module.get(f"{root}.{name}", 0)
         if name in planned:
@@ -121,5 +123,5 @@ def multiply_adds(
         if tower != above:  # a tower's outermost modules hold all of its multiply-adds
             of_tower["multiply_adds_total"] += count
             whole -= count
-    found.setdefault("language", nothing())["multiply_adds_total"] += whole
+    found.setdefault(tower_at(""), nothing())["multiply_adds_total"] += whole
     return found

@@ -1,9 +1,10 @@
 """The parts of a model that an op belongs to: its tower, and its unit, whose ops share a scheme."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from auto_quantize_model.models.sample import tokens_of
 from auto_quantize_model.records import Op, Unit
 from auto_quantize_model.schemes.scheme import INC_INT8
 
@@ -15,9 +16,6 @@ AUDIO = re.compile(r"(\w+_)?(audio|speech|acoustic)(_\w+)?")
 VISION = re.compile(
     r"(\w+_)?(vision|visual|image|video)(_\w+)?|((multi_modal|mm)_)?projector|connector|aligner|merger|qformer"
     r"|language_projection|resampler(_\w+)?|perceiver(_\w+)?|perception_\w+|vq_?model|generation_\w+"
-    # The names that classifiers of images give to all but their heads.
-    r"|\w*vit(_\w+)?|deit|beit|\w*swin|swinv2|convnext(v2)?|cvt|dinat|dinov2\w*|efficientnet|focalnet|hiera|ijepa"
-    r"|mobilenet_v\d|poolformer|pvt(_v2)?|resnet|regnet|segformer|swiftformer|textnet"
 )
 
 
@@ -30,6 +28,12 @@ def tower_of(op_name: str) -> str:
     if any(AUDIO.fullmatch(part) for part in parts):
         return "audio"
     return "vision" if any(VISION.fullmatch(part) for part in parts) else "language"
+
+
+def towers_with(batch: Mapping[str, Any]) -> Callable[[str], str]:
+    """What gives the tower of a module by its name. All of a model that takes images alone is the vision tower."""
+    alone = "pixel_values" in batch and tokens_of(batch) is None
+    return (lambda op_name: "vision") if alone else tower_of
 
 
 def siblings_of(op_name: str, modules: Mapping[str, object]) -> list[str]:

@@ -10,10 +10,9 @@ from typing import Any
 import altair as alt
 
 from auto_quantize_model.escape import printable_document
-from auto_quantize_model.models.units import tower_of
 from auto_quantize_model.report import compare_text, coverage, sentences
 from auto_quantize_model.report.compare import Ranking, rankings
-from auto_quantize_model.report.figures import GREY, INK, PAPER, SOFT, VERMILION, Figure, Row, finish
+from auto_quantize_model.report.figures import GREY, INK, PAPER, SOFT, VERMILION, Figure, Row, finish, towers_of
 from auto_quantize_model.report.page import COMMON, STYLE, bundle, source, specs_of, template, together
 from auto_quantize_model.report.sentences import PROFILES
 
@@ -48,7 +47,7 @@ def render_comparison(comparison: dict[str, Any], first: dict[str, Any], second:
         others=others,
         profiles=profiles,
         units=units_of(profiles, *reports),
-        ops=ops_of(comparison, ranks),
+        ops=ops_of(comparison, ranks, towers_of(first) | towers_of(second)),
         candidates=of_candidates(*reports),
         figures=drawn,
         specs=specs_of(drawn),
@@ -92,7 +91,7 @@ def units_of(profiles: list[str], first: dict[str, Any], second: dict[str, Any])
     return found
 
 
-def ops_of(comparison: dict[str, Any], ranks: list[Ranking]) -> list[dict[str, Any]]:
+def ops_of(comparison: dict[str, Any], ranks: list[Ranking], towers: dict[str, str]) -> list[dict[str, Any]]:
     """All ops of both runs by their rank in the second, with the move; and last the ops of one run alone."""
     moved = {move["op_name"]: move for move in comparison["moved"]}
     found = []
@@ -100,12 +99,10 @@ def ops_of(comparison: dict[str, Any], ranks: list[Ranking]) -> list[dict[str, A
         one = ranks[0][name]
         sides = {"first": one.rank, "second": other.rank, "first_range": one.range, "second_range": other.range}
         beyond = compare_text.BEYOND[moved[name]["beyond_noise"]] if name in moved else "no"
-        found.append(
-            {"op_name": name, "tower": tower_of(name), "beyond": beyond, "move": one.rank - other.rank, **sides}
-        )
+        found.append({"op_name": name, "tower": towers[name], "beyond": beyond, "move": one.rank - other.rank, **sides})
     for run in RUNS:
         for name in comparison[f"only_{run}"]:
-            found.append({"op_name": name, "tower": tower_of(name), "beyond": f"only in the {run} run", "move": None})
+            found.append({"op_name": name, "tower": towers[name], "beyond": f"only in the {run} run", "move": None})
     return found
 
 

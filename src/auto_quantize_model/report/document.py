@@ -132,6 +132,7 @@ def build_report(
             {
                 "op_name": op.op_name,
                 "op_type": op.op_type,
+                "tower": op.tower,
                 "status": "measured" if op.ran else "not_exercised",
                 "executions": list(op.executions),
             }

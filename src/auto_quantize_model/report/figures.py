@@ -7,7 +7,7 @@ paper are written as six digits: the page replaces each of them for a dark scree
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,6 @@ import vl_convert
 
 from auto_quantize_model.escape import printable_document
 from auto_quantize_model.files import atomic_path
-from auto_quantize_model.models.units import tower_of
 from auto_quantize_model.records import Output
 from auto_quantize_model.report.coverage import in_bytes
 from auto_quantize_model.report.sentences import (
@@ -163,18 +162,15 @@ def places(report: dict[str, Any]) -> dict[str, tuple[str, int, str]]:
 def cells(report: dict[str, Any]) -> tuple[dict[str, list[Row]], list[Row]]:
     """Planned ops by their stack of blocks, and the ops outside of stacks."""
     rows = {row["op_name"]: row for row in report["maps"]["isolated"]["ops"]}
-    found = places(report)
+    found, hover = places(report), hover_of(report, len(rows))
     towers: dict[str, list[Row]] = {}
     others: list[Row] = []
     for op in report["ops"]:
         (stack, block, projection), row = found[op["op_name"]], rows.get(op["op_name"])
         value = row["sqnr_db"] if row else None
         cell = {"sqnr": value, "text": f"{value:.1f}" if value is not None else "–"}
-        cell |= (
-            hover(row, len(rows), output(report).unit)
-            if row
-            else {"op": op["op_name"], "type": op["op_type"], "mse_value": "never ran"}
-        )
+        never = {"op": op["op_name"], "type": op["op_type"], "part": op["tower"], "mse_value": "never ran"}
+        cell |= hover(row) if row else never
         (towers.setdefault(stack, []) if stack else others).append(cell | {"block": block, "projection": projection})
     return towers, others
 
@@ -199,7 +195,7 @@ def heat_panel(tower: str, found: list[Row], domain: list[float], step: int, ext
         middle = (domain[0] + domain[1]) / 2
         white = alt.condition(f"datum.sqnr !== null && datum.sqnr < {middle}", alt.value("white"), alt.value("black"))
         layers.append(base.mark_text(fontSize=11).encode(text="text:N", color=white))
-    title = f"{tower_of(tower).capitalize()}: {tower}" if tower else "Outside the repeated blocks"
+    title = f"{found[0]['part'].capitalize()}: {tower}" if tower else "Outside the repeated blocks"
     return alt.layer(*layers).properties(
         width=step * len({cell["block"] for cell in found}),
         height=20 * len({cell["projection"] for cell in found}),
@@ -221,15 +217,15 @@ def strips(report: dict[str, Any]) -> Figure:
     if not drawn:
         return finish(report, title, f"No op has a {what.divergence} above 0.", None)
     found = places(report)
-    blocks: dict[str, int] = {}
+    parts, blocks = towers_of(report), dict[str, int]()
     towers: dict[str, set[str]] = {}
     for name, (stack, block, projection) in found.items():
         blocks[stack] = max(block + 1, blocks.get(stack, 0))
-        towers.setdefault(projection, set()).add(tower_of(name))
+        towers.setdefault(projection, set()).add(parts[name])
     points = []
     for scheme, row in drawn:
         stack, block, projection = found[row["op_name"]]
-        part = tower_of(row["op_name"])
+        part = parts[row["op_name"]]
         line = f"{projection} ({part})" if len(towers[projection]) > 1 else projection
         point = {"op": row["op_name"], "scheme": scheme, "part": part, "projection": line}
         point |= {"value": row["divergence"], "kl": divergence_of(row, what.unit), "place": [*schemes].index(scheme)}
@@ -287,8 +283,9 @@ def ranked_ops(report: dict[str, Any]) -> Figure:
         return finish(report, title, why, None)
     high = max(row["mse_value"] + (row["mse_value_std"] or 0) for row in drawn)
     domain = decades(min(row["mse_value"] for row in drawn), high)
+    hover = hover_of(report, len(rows))
     points = [
-        hover(row, len(rows), output(report).unit)
+        hover(row)
         | {
             "rank": row["rank"],
             "value": row["mse_value"],
@@ -477,11 +474,8 @@ def modalities(report: dict[str, Any]) -> Figure:
         return finish(report, title, no_modalities(report, pairs), None)
     errors = [row[f"{kind}_relative_error"] for row in drawn for kind in ("image", "text")]
     domain = decades(min(errors), max(errors))
-    values = {"image": "image_relative_error", "text": "text_relative_error"}
-    points = [
-        hover(row, len(rows), output(report).unit) | {f"{key}_value": row[name] for key, name in values.items()}
-        for row in drawn
-    ]
+    values, hover = {"image": "image_relative_error", "text": "text_relative_error"}, hover_of(report, len(rows))
+    points = [hover(row) | {f"{key}_value": row[name] for key, name in values.items()} for row in drawn]
     ratio = {row["op_name"]: row["image_relative_error"] / row["text_relative_error"] for row in drawn}
     above = sum(value > 1 for value in ratio.values())
     most = max(ratio, key=lambda name: ratio[name])
@@ -545,21 +539,31 @@ def by_part(points: Iterable[Row]) -> tuple[alt.Color, alt.Shape]:
     )
 
 
-def hover(row: Row, ops: int, unit: str) -> Row:
-    """The values of an op for its tooltip, as text that needs no formatting in the browser."""
-    spread = f" ± {row['mse_value_std']:.2g}" if row["mse_value_std"] is not None else ""
-    return {
-        "op": row["op_name"],
-        "type": row["op_type"],
-        "part": tower_of(row["op_name"]),
-        "rank_text": f"{row['rank']} of {ops}",
-        "mse_value": f"{row['mse_value']:.4g}{spread}" if row["measured"] else "estimated",
-        "sqnr_text": of_sqnr(row),
-        "kl": divergence_of(row, unit),
-        "top1": percent(row["top1_agreement"]),
-        "at_image": number(row["image_relative_error"]),
-        "at_text": number(row["text_relative_error"]),
-    }
+def hover_of(report: dict[str, Any], ops: int) -> Callable[[Row], Row]:
+    """What gives the values of a ranked op for its tooltip, as text that needs no formatting in the browser."""
+    towers, unit = towers_of(report), output(report).unit
+
+    def hover(row: Row) -> Row:
+        spread = f" ± {row['mse_value_std']:.2g}" if row["mse_value_std"] is not None else ""
+        return {
+            "op": row["op_name"],
+            "type": row["op_type"],
+            "part": towers[row["op_name"]],
+            "rank_text": f"{row['rank']} of {ops}",
+            "mse_value": f"{row['mse_value']:.4g}{spread}" if row["measured"] else "estimated",
+            "sqnr_text": of_sqnr(row),
+            "kl": divergence_of(row, unit),
+            "top1": percent(row["top1_agreement"]),
+            "at_image": number(row["image_relative_error"]),
+            "at_text": number(row["text_relative_error"]),
+        }
+
+    return hover
+
+
+def towers_of(report: dict[str, Any]) -> dict[str, str]:
+    """{op: its tower}."""
+    return {op["op_name"]: op["tower"] for op in report["ops"]}
 
 
 def of_sqnr(row: Row) -> str:

@@ -19,10 +19,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from auto_quantize_model.escape import printable_document
-from auto_quantize_model.models.units import tower_of
 from auto_quantize_model.records import Output
 from auto_quantize_model.report import coverage, explanations, sentences
-from auto_quantize_model.report.figures import Figure, figures, strips
+from auto_quantize_model.report.figures import Figure, figures, strips, towers_of
 
 TEMPLATES = Path(__file__).with_name("templates")
 COMMON, ALLOCATE, SCRIPT, STYLE = (
@@ -85,7 +84,7 @@ def data_of(report: dict[str, Any]) -> dict[str, Any]:
         "linears": linears,
         "why": [told(report, cause) for cause in report["why"].get("causes", ())],
         "words": words_of(sentences.output(report)),
-        "towers": {op["op_name"]: tower_of(op["op_name"]) for op in report["ops"]},
+        "towers": towers_of(report),
     }
 
 

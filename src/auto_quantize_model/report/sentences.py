@@ -515,8 +515,8 @@ def of_schemes(report: Report) -> str:
     """What the table of schemes shows."""
     what = output(report)
     return (
-        f"{joined(['SQNR', what.divergence, *['top-1'] * bool(what.choice)])} are those of the model with all ops in the"
-        f" scheme that can have it. Ops are ranked by the {what.divergence} that each adds alone."
+        f"{joined(['SQNR', what.divergence, *['top-1'] * bool(what.choice)])} are those of the model with all ops in"
+        f" the scheme that can have it. Ops are ranked by the {what.divergence} that each adds alone."
         + " The column router is the share of the routers' choices of experts that stay as in FP32."
         * has_router(report)
     )

@@ -23,7 +23,7 @@ from auto_quantize_model.models.encode import collate, encode, prepare
 from auto_quantize_model.models.families.image_classifier import IMAGE_CLASSIFIER, UNFIT
 from auto_quantize_model.models.sample import Sample, image_positions, samples_in
 from auto_quantize_model.models.snapshot import build_manifest
-from auto_quantize_model.models.units import tower_of
+from auto_quantize_model.models.units import towers_with
 
 
 def batch_of(name: str, count: int = 2, seed: int = 0) -> Any:
@@ -42,7 +42,8 @@ def test_a_snapshot_is_accepted_and_an_image_reaches_the_logits(name: str) -> No
     assert logits.shape == (2, 5) and bool(logits.isfinite().all()) and not torch.equal(logits, other)
     assert samples_in(batch) == 2 and CalibrationLoader([batch]).batch_size == 2
     language = {op for op, module in model.named_modules() if list(module.parameters(recurse=False))} - {""}
-    assert {op.partition(".")[0] for op in language if tower_of(op) == "language"} == {"classifier"}
+    tower = towers_with(batch)
+    assert {tower(op) for op in language} == {"vision"}
 
 
 def test_each_sample_is_one_position_of_an_image() -> None:
