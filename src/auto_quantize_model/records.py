@@ -487,6 +487,39 @@ class Arithmetic:
     int8_kernel: str
 
 
+@dataclass(frozen=True)
+class ProbeValues:
+    """What one probe gave on one batch: {scheme: {op or unit: two values}}; see `measure.probes.probe`."""
+
+    batch: int
+    number: int
+    values: dict[str, dict[str, list[float]]]
+
+
+@closed
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one of several jobs measured of a capture.
+
+    Attributes:
+        number: of the part, from 1.
+        parts: how many jobs share the work.
+        batches: every scored batch with its reference, which each part computes.
+        probes: for the parts that estimate.
+        scores: for the parts that measure.
+    """
+
+    number: int
+    parts: int
+    arithmetic: Arithmetic
+    tf32: bool
+    candidates: tuple[str, ...]
+    effort: Effort
+    batches: tuple[ScoredBatch, ...]
+    probes: tuple[ProbeValues, ...] = ()
+    scores: tuple[Score, ...] = ()
+
+
 @closed
 @dataclass(frozen=True, kw_only=True)
 class Capture:

@@ -239,7 +239,7 @@ def test_an_estimate_that_is_not_finite_is_named(tmp_path, monkeypatch):
     model, batches, plan = planned()
     exact = served.quantized_weight
     monkeypatch.setattr(served, "quantized_weight", lambda *args: exact(*args) * math.nan)
-    with pytest.raises(InputError, match=r"^batch 0, map isolated, scheme W8A8: estimated KL divergence of \S+ is nan"):
+    with pytest.raises(InputError, match=r"^batch 0, map isolated, scheme W8A8: estimated divergence of \S+ is nan"):
         capture_sensitivity(model, batches, plan, ScoreStore(tmp_path), exact="none")
 
 

@@ -53,12 +53,11 @@ Progress = Callable[[int, int], None]  # done and total: block runs (replay) or 
 Share = dict[str, list[str]]  # {map: ops}
 
 
-@dataclass
-class Work:
-    """What an engine measures, and where it puts the scores.
+@dataclass(kw_only=True)
+class Measured:
+    """What was measured of a plan.
 
     Attributes:
-        batches: the scored batches.
         scores: {(batch, scheme, map, op_name): record}, for all scores that are known already.
         references: for each batch, the sums of squares of the FP32 output.
         second_pass: for each batch, the scores of INC's second pass: {op_name: mse_value}.
@@ -66,6 +65,45 @@ class Work:
         effort: which scores of the isolated map are measured.
         estimates: of every op, unit and scheme, where not all scores are measured.
         selected: {scheme: ops and units whose scores alone are measured}; None for all.
+    """
+
+    plan: Plan
+    scores: dict[tuple[int, str, str, str], Mapping[str, float]] = field(default_factory=dict)
+    references: dict[int, dict[str, float]] = field(default_factory=dict)
+    second_pass: dict[int, dict[str, float]] = field(default_factory=dict)
+    candidates: Sequence[str] = ()
+    effort: Effort = Effort()
+    estimates: Sequence[Estimate] = ()
+    selected: Mapping[str, set[str]] | None = None
+
+    def estimate(self, values: Sequence[Sequence[Values]]) -> None:
+        """Take the estimates from the values of each probe on each batch, and choose the scores to measure."""
+        self.estimates = estimates(values)
+        found: dict[str, set[str]] = {}
+        ops = set(self.plan.op_names)
+        for of_ops in (True, False):
+            part = [made for made in self.estimates if (made.op_name in ops) == of_ops]
+            for scheme, names in selected(self.effort, part).items():
+                found[scheme] = found.get(scheme, set()) | names
+        self.selected = found
+
+    def is_measured(self, scheme: str, label: str, name: str) -> bool:
+        """Whether the score of a state is measured, and not only estimated."""
+        return label not in ALONE or self.selected is None or name in self.selected.get(scheme, ())
+
+    def units(self, scheme: str) -> dict[str, tuple[str, ...]]:
+        """{unit: its ops} for the units of several ops that are measured in a scheme."""
+        if scheme not in self.candidates:
+            return {}
+        return {unit.name: unit.ops for unit in self.plan.units if len(unit.ops) > 1 and scheme in unit.schemes}
+
+
+@dataclass(kw_only=True)
+class Work(Measured):
+    """What an engine measures, and where it puts the scores.
+
+    Attributes:
+        batches: the scored batches.
         opened: the shelves that were opened.
         found: how many records the store already had.
         dropped: how many of the store's records were damaged.
@@ -73,15 +111,7 @@ class Work:
 
     model: torch.nn.Module
     batches: Sequence[Batch]
-    plan: Plan
     store: ScoreStore
-    scores: dict[tuple[int, str, str, str], Mapping[str, float]]
-    references: dict[int, dict[str, float]]
-    second_pass: dict[int, dict[str, float]]
-    candidates: Sequence[str] = ()
-    effort: Effort = Effort()
-    estimates: Sequence[Estimate] = ()
-    selected: Mapping[str, set[str]] | None = None
     opened: set[Path] = field(default_factory=set)
     found: int = 0
     dropped: int = 0
@@ -95,15 +125,11 @@ class Work:
             self.dropped += shelf.dropped
         return shelf
 
-    def is_measured(self, scheme: str, label: str, name: str) -> bool:
-        """Whether the score of a state is measured, and not only estimated."""
-        return label not in ALONE or self.selected is None or name in self.selected.get(scheme, ())
-
-    def units(self, scheme: str) -> dict[str, tuple[str, ...]]:
-        """{unit: its ops} for the units of several ops that are measured in a scheme."""
-        if scheme not in self.candidates:
-            return {}
-        return {unit.name: unit.ops for unit in self.plan.units if len(unit.ops) > 1 and scheme in unit.schemes}
+    def record(self, started: float) -> dict[str, Any]:
+        """What the run record says of the work since a time of the monotonic clock, and of the machine."""
+        found = {"resumed_scores": self.found, "dropped_scores": self.dropped}
+        device = next(self.model.parameters()).device
+        return found | {"seconds": round(time.monotonic() - started, 3)} | usage(device)
 
 
 # Measures a share of the maps: `inc.engine.measure_by_inc`.
@@ -158,7 +184,7 @@ def capture_sensitivity(
                 " and no sensitivity.time_budget, or set sensitivity.engine to replay"
             )
         exact = "all"
-    work = Work(model, batches[: plan.confidence_batches], plan, store, {}, {}, {}, candidates)
+    work = Work(model=model, batches=batches[: plan.confidence_batches], plan=plan, store=store, candidates=candidates)
     of_replay, of_inc = share_of_engines(model, plan)
     if of_inc and by_inc is None:
         raise InputError("the plan asks for INC, and INC is not available here; set sensitivity.engine to replay")
@@ -170,10 +196,7 @@ def capture_sensitivity(
             raise InputError(f"{error}; {without_replay(plan)}") from None
     if of_inc and by_inc:
         by_inc(work, of_inc, on_progress)
-    record |= {"resumed_scores": work.found, "dropped_scores": work.dropped}
-    record["seconds"] = round(time.monotonic() - started, 3)
-    device = next(model.parameters()).device
-    return assembled(work, device), record | usage(device)
+    return assembled(work, *arithmetic_of(model)), record | work.record(started)
 
 
 def news(record: Mapping[str, Any]) -> str:
@@ -227,8 +250,7 @@ def measure_by_replay(
         if probes := work.effort.probes:
             runs = len(replay.sequence) * costs.forwards_of_probes(probes)
             by_replay.expect(len(indices) * runs)
-            work.estimates = estimates([by_replay.probed(index, probes, runs) for index in indices])
-            work.selected = by_replay.selected()
+            work.estimate([by_replay.probed(index, range(probes), runs) for index in indices])
         by_replay.expect(sum(cost for cost, _ in by_replay.states()) * len(indices))
         for index in indices:
             started = time.monotonic()
@@ -329,17 +351,20 @@ class ByReplay:
         positions = reference.output.shape[:-1].numel()
         return found, found.isolated_forwards * weights * positions
 
-    def probed(self, index: int, probes: int, runs: float) -> list[Values]:
-        """The values of each probe on a batch, from the store as far as it has them.
+    def probed(self, index: int, probes: Sequence[int], runs: float) -> list[Values]:
+        """The values of probes on a batch, from the store as far as it has them.
 
         Args:
+            probes: their numbers.
             runs: how many block runs they cost.
         """
         self.begin(index)
         wanted = self.wanted()
         alone = [self.key(dict.fromkeys(ops, scheme)) for ops, schemes in wanted.values() for scheme in schemes]
-        keys = [digest_of(["probe", number, alone]) for number in range(probes)]
-        seeds = {key: int(digest_of([self.of["batch"], number])[:15], 16) for number, key in enumerate(keys)}
+        keys = [digest_of(["probe", number, alone]) for number in probes]
+        seeds = {
+            key: int(digest_of([self.of["batch"], number])[:15], 16) for number, key in zip(probes, keys, strict=True)
+        }
         before = self.done
         with self.work.shelf(self.of) as shelf:
             missing = [key for key in keys if shelf.get(key) is None]
@@ -349,7 +374,7 @@ class ByReplay:
                 for key, values in zip(missing, found, strict=True):
                     for scheme, estimated in values.items():
                         for name, pair in estimated.items():
-                            require_finite({"estimated KL divergence": pair[0]}, index, "isolated", name, scheme)
+                            require_finite({"estimated divergence": pair[0]}, index, "isolated", name, scheme)
                     shelf.add(key, values)
             self.step(before + runs - self.done)
             return [shelf.records[key] for key in keys]
@@ -363,20 +388,11 @@ class ByReplay:
                     found[unit.name] = ran, schemes
         return found
 
-    def selected(self) -> dict[str, set[str]]:
-        """The ops and units whose scores alone are measured, for each scheme, by their estimates."""
-        found: dict[str, set[str]] = {}
-        for of_ops in (True, False):
-            part = [made for made in self.work.estimates if (made.op_name in self.ops) == of_ops]
-            for scheme, names in selected(self.work.effort, part).items():
-                found[scheme] = found.get(scheme, set()) | names
-        return found
-
-    def measure(self, index: int) -> None:
-        """Measure the states of a batch that the store does not have."""
+    def measure(self, index: int, share: slice = slice(None)) -> None:
+        """Measure the states of a batch, or a share of them, as far as the store does not have them."""
         reference = self.begin(index)
         with self.work.shelf(self.of) as shelf:
-            for cost, (scheme, label, name, assignment) in self.states():
+            for cost, (scheme, label, name, assignment) in self.states()[share]:
                 key = self.key(assignment)
                 if (record := shelf.get(key)) is None:
                     record = require_finite(reference.compare(self.replay.run(assignment)), index, label, name, scheme)
@@ -389,6 +405,11 @@ class ByReplay:
     def key(self, assignment: Assignment) -> str:
         """A state's key on the batch's shelf."""
         return state_key(assignment, self.plan.schemes, self.seen)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks a forward of the batch that was begun runs."""
+        return len(self.replay.sequence)
 
     def expect(self, runs: float) -> None:
         """More block runs will follow."""
@@ -446,19 +467,19 @@ def require_finite(
     return metrics.require_finite(record, place, name or "all ops", advice)
 
 
-def assembled(work: Work, device: torch.device) -> Capture:
+def assembled(work: Measured, by: Arithmetic, tf32: bool) -> Capture:
     """All scores as one capture: rows by batch, map and the plan's order."""
-    plan = work.plan
+    plan, batches = work.plan, range(work.plan.confidence_batches)
     return Capture(
         engine=plan.engine,
-        arithmetic=arithmetic(device),
-        tf32=device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
+        arithmetic=by,
+        tf32=tf32,
         model=plan.model,
         calibration=plan.calibration,
         plan_digest=digest_of_record(plan),
         versions=plan.versions,
-        batches=tuple(ScoredBatch(index, work.references[index]) for index in range(len(work.batches))),
-        second_pass=tuple(work.second_pass.get(index, {}) for index in range(len(work.batches))),
+        batches=tuple(ScoredBatch(index, work.references[index]) for index in batches),
+        second_pass=tuple(work.second_pass.get(index, {}) for index in batches),
         scores=tuple(rows(work)),
         effort=work.effort,
         estimates=tuple(work.estimates),
@@ -466,9 +487,9 @@ def assembled(work: Work, device: torch.device) -> Capture:
     )
 
 
-def rows(work: Work) -> Iterator[Score]:
+def rows(work: Measured) -> Iterator[Score]:
     """The scores in order; an op has no score on a batch where it did not run."""
-    for index, scheme in product(range(len(work.batches)), work.plan.schemes):
+    for index, scheme in product(range(work.plan.confidence_batches), work.plan.schemes):
         ran = [op.op_name for op in work.plan.ops if op.executions[index] and scheme in op.schemes]
         units = [name for name, ops in work.units(scheme).items() if not set(ran).isdisjoint(ops)]
         of_map = {ALL: [""], UNITS: units}
@@ -477,6 +498,12 @@ def rows(work: Work) -> Iterator[Score]:
                 if work.is_measured(scheme, label, name):
                     record = work.scores[index, scheme, label, name]
                     yield Score(index, label, scheme, name, **{key: record.get(key) for key in METRICS})  # type: ignore[arg-type]
+
+
+def arithmetic_of(model: torch.nn.Module) -> tuple[Arithmetic, bool]:
+    """By which arithmetic a model is measured on its device, and whether a GPU may round products to TF32."""
+    device = next(model.parameters()).device
+    return arithmetic(device), device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
 
 
 def arithmetic(device: torch.device) -> Arithmetic:
