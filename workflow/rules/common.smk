@@ -137,9 +137,10 @@ def hub_flags(name):
 def shipped_snapshot(wildcards):
     """The files of the shipped snapshot, which are part of the repository; the files of another model are not.
 
-    Their times do not count, because a clone has new ones: `why_model_stale` compares the contents.
+    Their times do not count, because a clone has new ones: `why_model_stale` compares the contents. A run elsewhere
+    has no such inputs, because Snakemake would run the job again once the checkout has another place.
     """
-    if config["model"]["source"] != "digits":
+    if config["model"]["source"] != "digits" or not ROOT.samefile("."):
         return []
     return [ancient(str(path)) for path in sorted(Path(config["model"]["path"]).glob("*"))]
 
@@ -188,16 +189,21 @@ def config_digest(rule):
     return digest_of(ASKED[rule])
 
 
+def placed(path):
+    """The path of an output, in the folder that the `prefix` of a module names."""
+    return Path(workflow.modifier.path_modifier.replace_prefix(path))
+
+
 def is_made(rule, document):
     """Whether a rule's document exists and was made by this config."""
-    return Path(document).exists() and not why_stale(Path(document), config_digest(rule))
+    return placed(document).exists() and not why_stale(placed(document), config_digest(rule))
 
 
 try:
     require_endpoint(os.environ.get("HF_ENDPOINT") or None)
     require_sources(
         checked,
-        Path(f"results/{MODEL}/model_manifest.json"),
+        placed(f"results/{MODEL}/model_manifest.json"),
         is_made("extract_calibration", f"{RUN}/calibration_manifest.json"),
         is_made("plan_quantization", f"{RUN}/plan.json"),
     )
