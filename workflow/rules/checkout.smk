@@ -1,7 +1,7 @@
 """Where the checkout of this workflow lies: its library, scripts, default config and shipped model are files of it."""
 
 import os
-import tarfile
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -21,9 +21,8 @@ def checkout_of(folder):
     if not unpacked.exists():
         unpacked.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=unpacked.parent) as made:
-            repository.git.archive(commit, output=f"{made}/files.tar")
-            with tarfile.open(f"{made}/files.tar") as files:
-                files.extractall(f"{made}/files", filter="data")
+            repository.git.archive(commit, output=f"{made}/files.zip")
+            shutil.unpack_archive(f"{made}/files.zip", f"{made}/files")
             try:
                 os.rename(f"{made}/files", unpacked)  # whole, or not at all
             except OSError:
