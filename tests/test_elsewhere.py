@@ -5,6 +5,7 @@ One module runs end to end, from a checkout whose path has spaces and braces. Al
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -120,8 +121,6 @@ def test_a_directory_elsewhere_takes_the_shipped_model_and_the_defaults_of_the_c
 
 def quoted(path: Path) -> str:
     """A path as Snakemake quotes it for a shell."""
-    import shlex
-
     return shlex.quote(str(path))
 
 
@@ -164,6 +163,42 @@ def test_a_module_with_a_prefix_keeps_its_results_below_it(checkout: Path, tmp_p
     outputs = re.findall(r"^    output: (.*)", told, re.MULTILINE)
     assert len(outputs) == len(EVERYTHING) + 1
     assert all(path.startswith("below/") or path == "own.txt" for line in outputs for path in line.split(", "))
+
+
+# As snakedeploy writes it for a repository on GitHub.
+DEPLOYED = """
+configfile: "config/config.yaml"
+module auto_quantize_model:
+    snakefile:
+        github("org/auto-quantize-model", path="workflow/Snakefile", tag="v1")
+    config:
+        config
+use rule * from auto_quantize_model
+"""
+
+
+def test_a_module_from_a_host_unpacks_the_commit_that_its_tag_names(checkout: Path, tmp_path: Path) -> None:
+    origin = copy_checkout(tmp_path / "origin")
+    author = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
+    for words in ([*author, "commit", "--quiet", "-m", "all"], ["tag", "v1"]):
+        subprocess.run(["git", *words], cwd=origin, check=True)
+    folder = tmp_path / "deployed"
+    shutil.copytree(checkout / "config", folder / "config")
+    (folder / "workflow").mkdir()
+    (folder / "workflow/Snakefile").write_text(DEPLOYED)
+    settings = {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.{origin}.insteadOf",
+        "GIT_CONFIG_VALUE_0": "https://github.com/org/auto-quantize-model",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "GITHUB_TOKEN": "",
+    }
+    ended = snakemake(folder, "--dry-run", "--printshellcmds", **settings)
+    assert ended.returncode == 0, ended.stdout
+    assert rules_of(ended.stdout) == EVERYTHING
+    (unpacked,) = (folder / ".snakemake/auto-quantize").iterdir()
+    assert f"exec python {unpacked}/scripts/get_model.py --name digits_vlm" in ended.stdout
+    assert f" --path {unpacked}/resources/models/digits_vlm " in ended.stdout
 
 
 def write_module(folder: Path, checkout: Path, config: dict[str, object]) -> None:

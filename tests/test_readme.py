@@ -16,11 +16,11 @@ from auto_quantize_model.config_text import read_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES += [ROOT / "resources" / "README.md", ROOT / "results" / "README.md"]
+PAGES += [*(ROOT / folder / "README.md" for folder in ("resources", "results", "config", "profiles")), ROOT / "CHANGELOG.md"]
 RULE = re.compile(r"^rule (\w+):", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # What a reader has from elsewhere.
-OTHER = {"git", "cd", ".", "pip"}
+OTHER = {"git", "cd", ".", "pip", "snakedeploy"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
