@@ -1,4 +1,4 @@
-"""The workflow away from its checkout: planned by Snakemake alone, from any folder, and as a module of another Snakefile.
+"""The workflow away from its checkout: planned by Snakemake alone, in any folder, and as a module.
 
 One module runs end to end, from a checkout whose path has spaces and braces. All other tests are dry runs.
 """
@@ -16,7 +16,17 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from test_workflow import EVERYTHING, FROM_PLAN, TINY, changed, copy_checkout, dry_run, planned, snakemake, write_samples
+from test_workflow import (
+    EVERYTHING,
+    FROM_PLAN,
+    TINY,
+    changed,
+    copy_checkout,
+    dry_run,
+    planned,
+    snakemake,
+    write_samples,
+)
 
 MODULE = """
 configfile: "whole.yaml"
@@ -61,7 +71,9 @@ def closure(name: str) -> list[Distribution]:
         package = pending.pop()
         found[package] = distribution(package)
         needed = map(Requirement, found[package].requires or ())
-        pending |= {canonicalize_name(one.name) for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})}
+        pending |= {
+            canonicalize_name(one.name) for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})
+        }
         pending -= set(found)
     return list(found.values())
 
@@ -201,6 +213,21 @@ def test_a_module_from_a_host_unpacks_the_commit_that_its_tag_names(checkout: Pa
     assert f" --path {unpacked}/resources/models/digits_vlm " in ended.stdout
 
 
+def test_a_table_of_models_is_one_run_with_a_page_across_them(checkout: Path, tmp_path: Path) -> None:
+    arguments = ("--snakefile", str(checkout / "workflow/models.smk"))
+    told = dry_run(tmp_path, *arguments)
+    assert told.returncode == 0, told.stdout
+    names = ("digits_vlm", "smollm2_135m")
+    assert rules_of(told.stdout) == {f"{name}_{rule}" for name in names for rule in EVERYTHING} | {"compare_models"}
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/models.tsv").write_text("model\tconfig\tcalibration\nmine\tgone.yaml\t\n")
+    ended = dry_run(tmp_path, *arguments)
+    assert ended.returncode == 1 and "Traceback" not in ended.stdout
+    assert ended.stdout.splitlines()[-1].startswith("config/models.tsv: line 2: gone.yaml: No such file")
+    linted = snakemake(checkout, "--lint", "--snakefile", "workflow/models.smk")
+    assert linted.returncode == 0, linted.stdout
+
+
 def write_module(folder: Path, checkout: Path, config: dict[str, object]) -> None:
     """Write a Snakefile with a rule of its own that uses the workflow of a checkout as a module."""
     (folder / "Snakefile").write_text(MODULE.format(snakefile=str(checkout / "workflow/Snakefile")))
@@ -253,7 +280,9 @@ def test_a_changed_config_of_a_module_reruns_what_depends_on_it(ran: tuple[Path,
 
 
 @pytest.mark.slow
-def test_snakemake_alone_finds_nothing_stale_in_what_a_whole_environment_made(ran: tuple[Path, str], alone: str) -> None:
+def test_snakemake_alone_finds_nothing_stale_in_what_a_whole_environment_made(
+    ran: tuple[Path, str], alone: str
+) -> None:
     assert rules_of(snakemake_alone(alone, ran[0], "--dry-run")) == set()
 
 

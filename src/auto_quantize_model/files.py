@@ -129,7 +129,7 @@ def named_errors(path: Path, hidden: Path | None = None) -> Iterator[None]:
 
 
 def _errors_of_a_disk() -> tuple[type[Exception], ...]:
-    """The errors that can hide an error of the disk; safetensors is not imported for its own, because planning has it not."""
+    """The errors that can hide an error of the disk. Planning has no safetensors, so this module does not import it."""
     loaded = sys.modules.get("safetensors")
     return (OSError, RuntimeError, *([loaded.SafetensorError] if loaded else []))
 
