@@ -26,7 +26,8 @@ WORN_WORDS = (
 )
 PLACES = (
     *("*.md", "Makefile", "pyproject.toml", "docs/**/*.md", "config/**/*.md", "config/**/*.yaml", "envs/*.in"),
-    *("envs/*.yaml", "resources/README.md", "resources/*/README.md", "results/README.md"),
+    *("envs/*.yaml", "profiles/*.md", ".test/config/*.yaml", ".github/workflows/*.yaml", "CITATION.cff"),
+    *("resources/README.md", "resources/*/README.md", "results/README.md", ".snakemake-workflow-catalog.yml"),
     *("src/**/*", "scripts/**/*.py", "workflow/**/*", "benchmarks/**/*.py"),
 )
 

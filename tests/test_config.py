@@ -428,7 +428,9 @@ def test_a_shipped_snapshot_that_is_not_there_is_named_before_any_job(
 ) -> None:
     config = read_typed(tmp_path, "model: {path: ./resources/models/digits_vlm/}")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"\Aconfig: model.path: .* does not exist; run in the checkout, or restore"):
+    with pytest.raises(
+        InputError, match=r"\Aconfig: model.path: .* does not exist; restore the snapshot in the checkout"
+    ):
         require_sources(config, tmp_path / "manifest.json")
     (tmp_path / "manifest.json").touch()
     require_sources(config, tmp_path / "manifest.json")

@@ -16,11 +16,14 @@ from auto_quantize_model.config_text import read_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES += [ROOT / "resources" / "README.md", ROOT / "results" / "README.md"]
+PAGES += [
+    *(ROOT / folder / "README.md" for folder in ("resources", "results", "config", "profiles")),
+    ROOT / "CHANGELOG.md",
+]
 RULE = re.compile(r"^rule (\w+):", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # What a reader has from elsewhere.
-OTHER = {"git", "cd", ".", "pip"}
+OTHER = {"git", "cd", ".", "pip", "snakedeploy"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -111,7 +114,7 @@ def test_the_rule_graph_of_the_readme_has_few_edges_and_every_rule_of_a_run() ->
     graph = (ROOT / "README.md").read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
     edges = re.findall(r"(\w+)_rule\[\w+\] --> (\w+)_rule", graph)
     assert 0 < len(edges) <= 16
-    assert {rule for edge in edges for rule in edge} == rules() - {"all", "quantize_model"}
+    assert {rule for edge in edges for rule in edge} == rules() - {"all", "quantize_model", "compare_models"}
 
 
 def test_an_edge_that_a_longer_path_implies_is_left_out() -> None:

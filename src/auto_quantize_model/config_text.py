@@ -427,6 +427,20 @@ def place(keys: Iterable[Any]) -> str:
     return path or "the config"
 
 
+def with_shipped_files(config: Config, checkout: Path) -> Config:
+    """The config, with the checkout's files where relative paths lead to nothing from the working directory.
+
+    So a run elsewhere finds the model and the texts that are part of the repository. A path that the pipeline itself
+    makes stays, because it is made in the working directory.
+    """
+    found: dict[str, Block] = {}
+    for name, block in (("model", config.model), ("calibration", config.calibration)):
+        if block.path and block.source in ("digits", "local") and not os.path.exists(block.path):
+            if (shipped := checkout / block.path).exists():
+                found[name] = block.model_copy(update={"path": str(shipped)})
+    return config.model_copy(update=found)
+
+
 def require_sources(
     config: Config, model_manifest: Path, calibration_made: bool = False, plan_made: bool = False
 ) -> None:
@@ -445,7 +459,7 @@ def require_sources(
     model, calibration = config.model, config.calibration
     next_steps = {
         "local": "give a Hugging Face snapshot directory",
-        "digits": f"run in the checkout, or restore the snapshot there (git checkout -- {SHIPPED_MODEL})",
+        "digits": f"restore the snapshot in the checkout (git checkout -- {SHIPPED_MODEL})",
     }
     step = next_steps.get(model.source)
     if step and not model_manifest.exists() and (why := unreadable(model.path, folder=True)):

@@ -12,14 +12,13 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
-
-from safetensors import SafetensorError
 
 MARKER = ".auto-quantize-model.json"  # in a folder that `folders` wrote: the names and sha256 of its files
 NEXT_STEPS = {
@@ -117,7 +116,7 @@ def named_errors(path: Path, hidden: Path | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except _errors_of_a_disk() as error:
         told = getattr(error, "filename", None)
         if isinstance(error, OSError) and isinstance(told, (str, Path)) and hidden:
             inner = Path(told).absolute()
@@ -127,6 +126,12 @@ def named_errors(path: Path, hidden: Path | None = None) -> Iterator[None]:
         if message is None:
             raise
         raise InputError(message) from None
+
+
+def _errors_of_a_disk() -> tuple[type[Exception], ...]:
+    """The errors that can hide an error of the disk. Planning has no safetensors, so this module does not import it."""
+    loaded = sys.modules.get("safetensors")
+    return (OSError, RuntimeError, *([loaded.SafetensorError] if loaded else []))
 
 
 @contextmanager

@@ -37,11 +37,12 @@ rule archive_results:
     benchmark:
         f"{RUN}/benchmarks/archive_results.tsv"
     params:
+        script=script_path("archive_results"),
         code=code_digest("scripts/archive_results.py"),
         files=files_to_pack,
         documents=documents_to_pack,
     shell:
-        "exec python scripts/archive_results.py"
+        "exec python {params.script:q}"
         " --archive {output.archive:q} --checksums {output.checksums:q}"
         " --log {log:q}"
         " --documents {params.documents:q}"

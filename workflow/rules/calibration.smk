@@ -16,12 +16,13 @@ rule extract_calibration:
     benchmark:
         f"{RUN}/benchmarks/extract_calibration.tsv"
     params:
+        script=script_path("extract_calibration"),
         code=code_digest("scripts/extract_calibration.py"),
         files=file_options,
         spec=block("calibration"),
         config_digest=config_digest("extract_calibration"),
     shell:
-        "exec python scripts/extract_calibration.py {params.files}"
+        "exec python {params.script:q} {params.files}"
         " --spec {params.spec:q}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"

@@ -3,9 +3,10 @@
 import filecmp
 import json
 import os
+import re
 import shlex
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from snakemake.logging import logger
@@ -33,6 +34,15 @@ def chosen_device():
     return "cpu" if gpus is not None and gpus.value == 0 else config["sensitivity"]["device"]
 
 
+def require_packages():
+    """End a run before the first job if its jobs would run in this Python without their packages."""
+    if MISSING and workflow.local_exec and not workflow.deployment_settings.deployment_method:
+        sys.exit(
+            f"This Python ({sys.executable}) has no {', '.join(MISSING)}, so it can plan and not measure; install them"
+            " (make setup), and run the Snakemake of that environment (.venv/bin/snakemake)"
+        )
+
+
 def require_device():
     """End a run without its GPU before the first job. Jobs on other machines check for themselves."""
     jobs = workflow.dag.needrun_jobs()
@@ -48,7 +58,6 @@ def require_device():
 
 
 DEVICE = chosen_device()
-ROOT = Path(workflow.basedir).parent
 MODEL = config["model"]["name"]
 CALIBRATION = config["calibration"]["name"]
 RUN = f"results/{MODEL}/{CALIBRATION}"
@@ -108,6 +117,15 @@ def documents_to_pack(wildcards, input):
     return [f"{kind}={getattr(input, option)}" for option, kind in kinds.items()]
 
 
+def script_path(name):
+    """A script of the checkout; from the checkout itself as a short path, so that a printed command runs by hand.
+
+    Snakemake does not rerun a job when such a param changes, so a checkout at another place reruns nothing.
+    """
+    path = Path("scripts" if ROOT.samefile(".") else ROOT / "scripts", f"{name}.py")
+    return lambda wildcards, output: str(path)
+
+
 def hub_flags(name):
     """Repository and revision of a block whose source is the hub, as its script takes them."""
     if config[name]["source"] != "hub":
@@ -119,9 +137,10 @@ def hub_flags(name):
 def shipped_snapshot(wildcards):
     """The files of the shipped snapshot, which are part of the repository; the files of another model are not.
 
-    Their times do not count, because a clone has new ones: `why_model_stale` compares the contents.
+    Their times do not count, because a clone has new ones: `why_model_stale` compares the contents. A run elsewhere
+    has no such inputs, because Snakemake would run the job again once the checkout has another place.
     """
-    if config["model"]["source"] != "digits":
+    if config["model"]["source"] != "digits" or not ROOT.samefile("."):
         return []
     return [ancient(str(path)) for path in sorted(Path(config["model"]["path"]).glob("*"))]
 
@@ -170,16 +189,21 @@ def config_digest(rule):
     return digest_of(ASKED[rule])
 
 
+def placed(path):
+    """The path of an output, in the folder that the `prefix` of a module names."""
+    return Path(workflow.modifier.path_modifier.replace_prefix(path))
+
+
 def is_made(rule, document):
     """Whether a rule's document exists and was made by this config."""
-    return Path(document).exists() and not why_stale(Path(document), config_digest(rule))
+    return placed(document).exists() and not why_stale(placed(document), config_digest(rule))
 
 
 try:
     require_endpoint(os.environ.get("HF_ENDPOINT") or None)
     require_sources(
         checked,
-        Path(f"results/{MODEL}/model_manifest.json"),
+        placed(f"results/{MODEL}/model_manifest.json"),
         is_made("extract_calibration", f"{RUN}/calibration_manifest.json"),
         is_made("plan_quantization", f"{RUN}/plan.json"),
     )
@@ -226,7 +250,12 @@ def why_samples_stale(rule, made):
     why = why_document_stale(rule, made)
     if why or config["calibration"]["source"] != "local":
         return why
-    return why_other_samples(Path(made.output.calibration_manifest), Path(config["calibration"]["path"]))
+    path = Path(config["calibration"]["path"])
+    try:
+        return why_other_samples(Path(made.output.calibration_manifest), path)
+    except ModuleNotFoundError as error:  # Parquet files and folders of images take a library
+        logger.warning(f"{path} is not compared with the samples drawn from it: this Python has no {error.name}.")
+        return ""
 
 
 def why_plan_stale(rule, made):
@@ -268,9 +297,35 @@ def code_digest(script, *extra):
         sys.exit(redacted(str(error)))
 
 
+def installed_version(package):
+    """The version of a package in this Python, without the build (+cpu); None if it is not installed.
+
+    A build belongs to the machine on which a job runs, and the one that plans may have another. The score store has
+    the build of that job's torch in its keys, so no score of another build is taken.
+    """
+    try:
+        return version(package).partition("+")[0]
+    except PackageNotFoundError:
+        return None
+
+
+MISSING = [package for package in (*MEASURING, *DRAWING) if installed_version(package) is None]
+if MISSING:
+    logger.warning(
+        f"This Python has no {', '.join(MISSING)}. It can plan a run, and takes the versions of envs/requirements.lock."
+    )
+LOCKED = dict(re.findall(r"^([\w.-]+)==([^\s+]+)", (ROOT / "envs/requirements.lock").read_text(), re.MULTILINE))
+
+
 def versions_of(*packages):
-    """The versions of packages that a rule's output depends on."""
-    return " ".join(f"{package}={version(package)}" for package in packages)
+    """The versions of packages that a rule's output depends on: those with which its job runs.
+
+    Jobs run in this Python. One that lacks a package does not run jobs, so it knows nothing of their versions. The
+    lock does: `make setup` installs these. If results were made with others, a plan without the packages says that the
+    params have changed, and shows both versions.
+    """
+    found = LOCKED if MISSING else {package: installed_version(package) for package in packages}
+    return " ".join(f"{package}={found[package]}" for package in packages)
 
 
 # The params of a rule that replays the model.

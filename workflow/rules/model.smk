@@ -14,6 +14,7 @@ rule get_model:
     benchmark:
         f"results/{MODEL}/benchmarks/get_model.tsv"
     params:
+        script=script_path("get_model"),
         code=code_digest("scripts/get_model.py"),
         name=MODEL,
         source=config["model"]["source"],
@@ -21,7 +22,7 @@ rule get_model:
         hub=hub_flags("model"),
         config_digest=config_digest("get_model"),
     shell:
-        "exec python scripts/get_model.py"
+        "exec python {params.script:q}"
         " --name {params.name:q}"
         " --source {params.source:q}"
         " --path {params.path:q}"

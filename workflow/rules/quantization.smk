@@ -20,6 +20,7 @@ rule quantize_model:
         f"{RUN}/benchmarks/quantize_model.tsv"
     threads: 64
     params:
+        script=script_path("quantize_model"),
         code=code_digest("scripts/quantize_model.py"),
         files=file_options,
         versions=versions_of(*MEASURING),
@@ -27,7 +28,7 @@ rule quantize_model:
         directory=folder_of_output,
         config_digest=config_digest("quantize_model"),
     shell:
-        "exec python scripts/quantize_model.py {params.files}"
+        "exec python {params.script:q} {params.files}"
         " --profile {params.profile:q}"
         " --directory {params.directory:q}"
         " --config-digest {params.config_digest}"

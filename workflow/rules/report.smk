@@ -14,12 +14,13 @@ rule build_profiles:
     benchmark:
         f"{RUN}/benchmarks/build_profiles.tsv"
     params:
+        script=script_path("build_profiles"),
         code=code_digest("scripts/build_profiles.py"),
         files=file_options,
         target=block("profiles"),
         config_digest=config_digest("build_profiles"),
     shell:
-        "exec python scripts/build_profiles.py {params.files}"
+        "exec python {params.script:q} {params.files}"
         " --target {params.target:q}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"
@@ -48,11 +49,12 @@ rule explain_units:
         gpu=1 if DEVICE == "cuda" else 0,
     params:
         **REPLAYED,
+        script=script_path("explain_units"),
         code=code_digest("scripts/explain_units.py"),
         files=file_options,
         config_digest=config_digest("explain_units"),
     shell:
-        "exec python scripts/explain_units.py {params.files}"
+        "exec python {params.script:q} {params.files}"
         " --device {params.device}"
         " {params.flags}"
         " --config-digest {params.config_digest}"
@@ -78,11 +80,12 @@ rule export_profiles:
     benchmark:
         f"{RUN}/benchmarks/export_profiles.tsv"
     params:
+        script=script_path("export_profiles"),
         code=code_digest("scripts/export_profiles.py", "src/auto_quantize_model/export/templates"),
         files=input_options,
         directory=folder_of_output,
     shell:
-        "exec python scripts/export_profiles.py {params.files}" " --directory {params.directory:q}" " --log {log:q}"
+        "exec python {params.script:q} {params.files}" " --directory {params.directory:q}" " --log {log:q}"
 
 
 rule render_report:
@@ -121,6 +124,7 @@ rule render_report:
     benchmark:
         f"{RUN}/benchmarks/render_report.tsv"
     params:
+        script=script_path("render_report"),
         # Templates are part of the code. As inputs they would have new times in every fresh clone.
         code=code_digest(
             "scripts/render_report.py",
@@ -130,7 +134,7 @@ rule render_report:
         ),
         files=file_options,
     shell:
-        "exec python scripts/render_report.py {params.files}" " --log {log:q}"
+        "exec python {params.script:q} {params.files}" " --log {log:q}"
 
 
 rule draw_figures:
@@ -167,12 +171,13 @@ rule draw_figures:
     benchmark:
         f"{RUN}/benchmarks/draw_figures.tsv"
     params:
+        script=script_path("draw_figures"),
         code=code_digest("scripts/draw_figures.py"),
         files=input_options,
         versions=versions_of(*DRAWING),
         directory=folder_of_output,
     shell:
-        "exec python scripts/draw_figures.py {params.files}" " --directory {params.directory:q}" " --log {log:q}"
+        "exec python {params.script:q} {params.files}" " --directory {params.directory:q}" " --log {log:q}"
 
 
 rule render_page:
@@ -194,6 +199,7 @@ rule render_page:
     benchmark:
         f"{RUN}/benchmarks/render_page.tsv"
     params:
+        script=script_path("render_page"),
         code=code_digest(
             "scripts/render_page.py",
             "src/auto_quantize_model/report/templates/op_sensitivity.html.j2",
@@ -204,7 +210,7 @@ rule render_page:
         files=file_options,
         versions=versions_of(*DRAWING),
     shell:
-        "exec python scripts/render_page.py {params.files}" " --log {log:q}"
+        "exec python {params.script:q} {params.files}" " --log {log:q}"
 
 
 rule publish_summary:
@@ -221,7 +227,8 @@ rule publish_summary:
     benchmark:
         f"{RUN}/benchmarks/publish_summary.tsv"
     params:
+        script=script_path("publish_summary"),
         code=code_digest("scripts/publish_summary.py"),
         files=file_options,
     shell:
-        "exec python scripts/publish_summary.py {params.files}" " --log {log:q}"
+        "exec python {params.script:q} {params.files}" " --log {log:q}"

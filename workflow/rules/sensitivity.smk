@@ -22,13 +22,14 @@ rule plan_quantization:
     benchmark:
         f"{RUN}/benchmarks/plan_quantization.tsv"
     params:
+        script=script_path("plan_quantization"),
         code=code_digest("scripts/plan_quantization.py"),
         files=file_options,
         versions=versions_of(*MEASURING),
         spec=plan_spec,
         config_digest=config_digest("plan_quantization"),
     shell:
-        "exec python scripts/plan_quantization.py {params.files}"
+        "exec python {params.script:q} {params.files}"
         " --spec {params.spec:q}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"
@@ -64,12 +65,13 @@ rule calibrate_scales:
         gpu=1 if DEVICE == "cuda" else 0,
     params:
         **REPLAYED,
+        script=script_path("calibrate_scales"),
         code=code_digest("scripts/calibrate_scales.py"),
         files=file_options,
         whole_set="--whole-set" if NEEDS_WHOLE_SET else "",
         config_digest=config_digest("calibrate_scales"),
     shell:
-        "exec python scripts/calibrate_scales.py {params.files}"
+        "exec python {params.script:q} {params.files}"
         " {params.whole_set}"
         " --device {params.device}"
         " {params.flags}"
@@ -107,13 +109,14 @@ rule capture_sensitivity:
         gpu=1 if DEVICE == "cuda" else 0,
     params:
         **REPLAYED,
+        script=script_path("capture_sensitivity"),
         code=code_digest("scripts/capture_sensitivity.py"),
         files=file_options,
         effort=effort_flags(),
         candidates=CANDIDATES,
         config_digest=config_digest("capture_sensitivity"),
     shell:
-        "exec python scripts/capture_sensitivity.py {params.files}"
+        "exec python {params.script:q} {params.files}"
         " {params.effort}"
         " --candidates {params.candidates:q}"
         " --device {params.device}"
@@ -140,13 +143,14 @@ rule audit_capture:
         f"{RUN}/benchmarks/audit_capture.tsv"
     threads: 64
     params:
+        script=script_path("audit_capture"),
         code=code_digest("scripts/audit_capture.py"),
         files=file_options,
         versions=versions_of(*MEASURING),
         ops=config["sensitivity"]["audit_ops"],
         config_digest=config_digest("audit_capture"),
     shell:
-        "exec python scripts/audit_capture.py {params.files}"
+        "exec python {params.script:q} {params.files}"
         " --ops {params.ops}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"
@@ -174,6 +178,7 @@ rule measure_frontier:
         gpu=1 if DEVICE == "cuda" else 0,
     params:
         **REPLAYED,
+        script=script_path("measure_frontier"),
         code=code_digest("scripts/measure_frontier.py"),
         files=file_options,
         candidates=CANDIDATES,
@@ -181,7 +186,7 @@ rule measure_frontier:
         target=block("profiles"),
         config_digest=config_digest("measure_frontier"),
     shell:
-        "exec python scripts/measure_frontier.py {params.files}"
+        "exec python {params.script:q} {params.files}"
         " --candidates {params.candidates:q}"
         " --spec {params.spec:q}"
         " --target {params.target:q}"

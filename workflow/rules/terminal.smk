@@ -13,7 +13,6 @@ from snakemake_interface_logger_plugins.common import LogEvent
 from auto_quantize_model.documents import read_document
 from auto_quantize_model.escape import printable, redacted
 from auto_quantize_model.files import InputError
-from auto_quantize_model.report import sentences
 
 QUIET = "PIPELINE_QUIET" in os.environ  # the jobs read it too
 # Errors of Snakemake that a failed job causes. The job's own sentence says more, and comes last.
@@ -66,6 +65,8 @@ def show_result():
         return
     made = {job.rule.name: job for job in workflow.dag.jobs}
     try:
+        from auto_quantize_model.report import sentences  # takes numpy and scipy, which planning has not
+
         if "render_page" in made:
             step = made["render_page"]
             exports = str(Path(step.input.exports).parent)
@@ -78,6 +79,8 @@ def show_result():
             return
     except InputError as error:
         lines = [f"error: {error}"]
+    except ModuleNotFoundError as error:  # the jobs ran elsewhere
+        lines = [f"The results are made. Their summary needs {error.name}, which this Python has not."]
     atexit.register(say, "\n".join(lines))
 
 

@@ -30,6 +30,7 @@ COMMANDS = (
     "archive_results",
     "quantize_model",
     "compare_sensitivity",
+    "compare_models",
     "inc_qwen2_5_vl_3b_sensitivity",
     "make_standin",
     "train_digits",

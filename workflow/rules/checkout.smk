@@ -1,0 +1,31 @@
+"""Where the checkout of this workflow lies: its library, scripts, default config and shipped model are files of it."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+
+def checkout_of(folder):
+    """The checkout that holds a folder of this workflow, as Snakemake names the folder.
+
+    A module may name a repository of a host instead, as snakedeploy writes it. Snakemake reads single files from a bare
+    clone then, and the library is more than one file. So the commit is unpacked once, in the working directory, where
+    jobs on other machines find it too.
+    """
+    if folder.is_local:
+        return Path(folder.get_path_or_uri(secret_free=True)).parent
+    repository = folder.hosted_repo.repo
+    commit = repository.commit(folder.ref).hexsha
+    unpacked = Path(".snakemake/auto-quantize", commit).absolute()
+    if not unpacked.exists():
+        unpacked.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=unpacked.parent) as made:
+            repository.git.archive(commit, output=f"{made}/files.zip")
+            shutil.unpack_archive(f"{made}/files.zip", f"{made}/files")
+            try:
+                os.rename(f"{made}/files", unpacked)  # whole, or not at all
+            except OSError:
+                if not unpacked.exists():  # no other process was faster
+                    raise
+    return unpacked
