@@ -84,6 +84,7 @@ QUICK += [
     "config/tiny.yaml",
 ]
 ON_GPU = "sensitivity={device: cuda}"
+CAPTURE = "results/tiny/digits/capture_cpu.json"
 SCALES = "results/tiny/digits/scales_cpu.json"
 RECORD = "results/tiny/digits/op_sensitivity_mse_v2_cpu.run.json"
 LIMIT = 600  # seconds that a step of this script may take
@@ -123,10 +124,10 @@ def prove(folder: Path, short: bool) -> None:
     run.local(wanted)
     expected = digests(checkout)
     with cluster(folder / "cluster"):
-        for name in ["plain"] if short else ["plain", "killed", "limit", "stopped"]:
-            run.empty()
-            started = time.monotonic()
-            CASES[name](run, wanted)
+        run.empty()
+        for case in [plain] if short else [plain, killed, limit, stopped]:
+            name, started = case.__name__, time.monotonic()
+            case(run, wanted)
             differing = [path for path, digest in expected.items() if digests(checkout).get(path) != digest]
             if differing or digests(checkout).keys() != expected.keys():
                 raise InputError(f"{name}: {', '.join(differing) or 'other files'} differ from those of a local run")
@@ -203,6 +204,12 @@ class Pipeline:
         """Remove what the workflow wrote."""
         for path in [*self.checkout.glob("results/*/"), self.checkout / "context", self.checkout / ".snakemake"]:
             shutil.rmtree(path, ignore_errors=True)
+
+    def forget_capture(self) -> None:
+        """Remove the capture and all scores, and keep what was made before and after."""
+        for name in (CAPTURE, RECORD):
+            (self.checkout / name).unlink()
+        shutil.rmtree(self.checkout / "results" / "scores")
 
     def host(self) -> str:
         """The host on which the capture ended."""
@@ -286,7 +293,8 @@ def plain(run: Pipeline, wanted: list[str]) -> None:
 
 
 def killed(run: Pipeline, wanted: list[str]) -> None:
-    running = run.on_cluster(wanted)
+    run.forget_capture()
+    running = run.on_cluster([CAPTURE])
     capture = run.in_the_middle()
     job, node, _ = running_job()
     tell("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
@@ -299,11 +307,12 @@ def killed(run: Pipeline, wanted: list[str]) -> None:
 
 
 def limit(run: Pipeline, wanted: list[str]) -> None:
-    running = run.on_cluster(wanted)
+    run.forget_capture()
+    running = run.on_cluster([CAPTURE])
     run.in_the_middle()
     job, _, minutes = running_job()
     tell("scontrol", "update", f"jobid={job}", "timelimit=1")
-    second, _, doubled = until(lambda: running_job() if running_job()[:1] not in ((), (job,)) else None, "second job")
+    _, _, doubled = until(lambda: running_job() if running_job()[:1] not in ((), (job,)) else None, "second job")
     said = run.finish(running)
     require_resumed(run)
     if doubled != 2 * minutes:
@@ -313,12 +322,13 @@ def limit(run: Pipeline, wanted: list[str]) -> None:
 
 
 def stopped(run: Pipeline, wanted: list[str]) -> None:
-    running = run.on_cluster(wanted)
+    run.forget_capture()
+    running = run.on_cluster([CAPTURE])
     run.in_the_middle()
     running.send_signal(signal.SIGTERM)
     run.finish(running, 1)
     until(lambda: not tell("squeue", "-h"), "end of the cancelled job")
-    run.finish(run.on_cluster(wanted))
+    run.finish(run.on_cluster([CAPTURE]))
     require_resumed(run)
 
 
@@ -337,22 +347,16 @@ def running_job() -> tuple[str, str, int] | tuple[()]:
 
 
 def in_minutes(limit: str) -> int:
-    """A time limit of SLURM, such as `11:00` or `1:30:00`, in minutes."""
-    *hours, minutes, _ = map(int, limit.split(":"))
-    return 60 * sum(hours) + minutes
+    """A time limit of SLURM, such as `11:00` or `1-02:30:00`, in minutes."""
+    days, _, time_of_day = limit.rpartition("-")
+    *hours, minutes, _ = map(int, time_of_day.split(":"))
+    return 60 * (24 * int(days or 0) + sum(hours)) + minutes
 
 
 def require_resumed(run: Pipeline) -> None:
     if not run.resumed():
         raise InputError("the capture began again, and did not resume with its scores")
 
-
-CASES: dict[str, Callable[[Pipeline, list[str]], None]] = {
-    "plain": plain,
-    "killed": killed,
-    "limit": limit,
-    "stopped": stopped,
-}
 
 if __name__ == "__main__":
     sys.exit(main())
