@@ -1,6 +1,6 @@
 """Run the pipeline on a real SLURM with two virtual nodes on this machine, and disturb it.
 
-    python benchmarks/slurm.py [--short]
+    python benchmarks/slurm.py [plain] [killed] [limit] [stopped] [failed] [--short]
 
 Debian's munge and slurm-wlm must be installed, and root must start this. Daemons and nodes run in namespaces of their
 own, so /etc/slurm and /run/munge of this machine stay as they are, and all processes end with this script. A node has
@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -92,6 +93,7 @@ LIMIT = 600  # seconds that a step of this script may take
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", default=["plain", "killed", "limit", "stopped", "failed"], help="(all)")
     parser.add_argument("--short", action="store_true", help="a run up to the scales, and the failure")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where all files go (%(default)s)")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
@@ -103,7 +105,9 @@ def main() -> int:
         # The first process of the new namespace takes all others with it when it ends.
         spaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         return subprocess.run([*spaces, sys.executable, *sys.argv, "--inside"]).returncode
-    return cli.run(lambda: prove(args.folder.resolve(), args.short), None)
+    return cli.run(
+        lambda: prove(args.folder.resolve(), ["plain", "failed"] if args.short else args.cases, args.short), None
+    )
 
 
 def why_not() -> str:
@@ -115,42 +119,33 @@ def why_not() -> str:
     return ""
 
 
-def prove(folder: Path, short: bool) -> None:
+def prove(folder: Path, cases: list[str], short: bool) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    python = environment(folder / "venv")
-    checkout = copied(folder / "checkout")
+    run = Pipeline(environment(folder / "venv", "slurm.lock"), copied(folder / "checkout"))
     wanted = [SCALES] if short else []
-    run = Pipeline(python, checkout)
     run.local(wanted)
-    expected = digests(checkout)
+    expected = digests(run.checkout)
     with cluster(folder / "cluster"):
-        run.empty()
-        for case in [plain] if short else [plain, killed, limit, stopped]:
-            name, started = case.__name__, time.monotonic()
+        for case in [plain, killed, limit, stopped, failed]:
+            if case.__name__ not in cases:
+                continue
+            started = time.monotonic()
             case(run, wanted)
-            differing = [path for path, digest in expected.items() if digests(checkout).get(path) != digest]
-            if differing or digests(checkout).keys() != expected.keys():
-                raise InputError(f"{name}: {', '.join(differing) or 'other files'} differ from those of a local run")
-            cli.say(f"{name}: {len(expected)} files with the bytes of a local run, {time.monotonic() - started:.0f} s")
-        failed(run)
-    cli.say("failed: the sentence of the job is Snakemake's last")
+            found = digests(run.checkout)
+            if differing := [name for name in found | expected if found.get(name) != expected.get(name)]:
+                raise InputError(f"{case.__name__}: {', '.join(differing)} differ from those of a local run")
+            seconds = time.monotonic() - started
+            cli.say(f"{case.__name__}: {len(expected)} files with the bytes of a local run, {seconds:.0f} s")
 
 
-def environment(folder: Path) -> Path:
-    """The Python of this environment with SLURM's plugins, which are installed into another folder."""
+def environment(folder: Path, *locks: str) -> Path:
+    """The Python of this environment with the packages of more locks, which are installed into another folder."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     site = next(folder.glob("lib/python*/site-packages"))
     (site / "base.pth").write_text(str(next(path for path in sys.path if path.endswith("site-packages"))))
-    quiet = [
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "--target",
-        site,
-        "-r",
-        ROOT / "envs" / "slurm.lock",
-    ]
-    subprocess.run([sys.executable, "-m", "pip", "install", *quiet], check=True)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    wanted = [part for lock in locks for part in ("-r", ROOT / "envs" / lock)]
+    subprocess.run([*install, "--target", site, *wanted], check=True)
     return folder / "bin" / "python"
 
 
@@ -175,14 +170,14 @@ class Pipeline:
         self.python, self.checkout = python, checkout
         self.log = checkout / "snakemake.log"
 
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Snakemake, whose output goes to `log`."""
+    def start(self, *arguments: str, **settings: str) -> subprocess.Popen[bytes]:
+        """Snakemake with settings in its environment; its output goes to `log`."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIPELINE_", "PYTHONPATH"))}
         with open(self.log, "wb") as file:
             return subprocess.Popen(
                 [self.python, "-m", "snakemake", *arguments],
                 cwd=self.checkout,
-                env=kept,
+                env=kept | settings,
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
@@ -285,6 +280,7 @@ def until(found: Callable[[], Found], what: str, seconds: float = 0.5) -> Found:
 
 
 def plain(run: Pipeline, wanted: list[str]) -> None:
+    run.empty()
     said = run.finish(run.on_cluster(wanted, "--config", ON_GPU, "--resources", "gpu=0"))
     if "has been submitted with SLURM jobid" not in said:
         raise InputError(f"no job went to SLURM; see {run.log}")
@@ -317,7 +313,7 @@ def limit(run: Pipeline, wanted: list[str]) -> None:
     require_resumed(run)
     if doubled != 2 * minutes:
         raise InputError(f"{minutes} minutes at first, and then {doubled}")
-    if "stopped by SIGTERM; run again to resume" not in said:
+    if not re.search("^stopped by SIG(TERM|HUP); run again to resume$", said, re.MULTILINE):
         raise InputError(f"the sentence of the stopped job is not in {run.log}")
 
 
@@ -332,7 +328,7 @@ def stopped(run: Pipeline, wanted: list[str]) -> None:
     require_resumed(run)
 
 
-def failed(run: Pipeline) -> None:
+def failed(run: Pipeline, wanted: list[str]) -> None:
     scales = SCALES.replace("cpu", "cuda")
     said = run.finish(run.on_cluster([scales], "--config", ON_GPU, "--retries", "0"), 1)
     last = said.splitlines()[-1]

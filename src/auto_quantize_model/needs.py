@@ -121,8 +121,7 @@ def minutes(step: str, size: Size, device: str, threads: int, attempt: int = 1, 
     if step == "capture_sensitivity" and size.budget is not None:
         measuring = size.budget
     loading = size.weights * SECONDS_OF_WEIGHT / 60
-    doublings: int = 1 << (attempt - 1)
-    return math.ceil((AT_LEAST + MARGIN * (loading + measuring)) * doublings)
+    return math.ceil(AT_LEAST + MARGIN * (loading + measuring)) << (attempt - 1)
 
 
 def megabytes(step: str, size: Size, device: str, attempt: int = 1) -> int:
