@@ -32,8 +32,6 @@ from auto_quantize_model import cli
 from auto_quantize_model.documents import read_document
 from auto_quantize_model.files import InputError, write_json
 from auto_quantize_model.machine import (
-    GIB,
-    WORKING_BYTES,
     choose_device,
     explained_out_of_memory,
     instruction_set,
@@ -47,6 +45,7 @@ from auto_quantize_model.measure.served_audit import Library
 from auto_quantize_model.measure.states import ALL, states
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.snapshot import count_parameters, load_model, load_processor, verify_manifest
+from auto_quantize_model.needs import GIB, WORKING_BYTES
 from auto_quantize_model.records import CalibrationManifest, Capture, ModelManifest, Op, Plan, Scales, as_record
 from auto_quantize_model.replay.by_name import schemes_of
 from auto_quantize_model.replay.devices import op_inputs, site_differences

@@ -25,13 +25,14 @@ from scipy.stats import spearmanr
 from auto_quantize_model import cli
 from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.files import InputError, read_json, write_json
-from auto_quantize_model.machine import GIB, choose_device
+from auto_quantize_model.machine import choose_device
 from auto_quantize_model.made.shapes import SHAPES
 from auto_quantize_model.made.standin import build_once
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.metrics import Reference
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.snapshot import count_parameters, load_model
+from auto_quantize_model.needs import GIB
 from auto_quantize_model.records import Capture, Plan, as_record, body_of
 from auto_quantize_model.replay.model import Batch, Replay
 from auto_quantize_model.schemes.scheme import INC_INT8

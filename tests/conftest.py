@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import slurm
 import torch
 from hypothesis import settings
 
@@ -35,6 +36,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="torch sees no GPU here"))
+    for item in items:
+        if item.get_closest_marker("slurm") and (why := slurm.why_not()):
+            item.add_marker(pytest.mark.skip(reason=why))
 
 
 @pytest.fixture(scope="session")

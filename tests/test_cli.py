@@ -314,6 +314,14 @@ def test_a_job_whose_workflow_ended_before_it_began_does_nothing(tmp_path: Path)
     assert job.stderr == "error: the Snakemake that started this job has ended; run Snakemake again\n"
 
 
+def test_a_process_id_of_another_host_ends_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    monkeypatch.setenv("PIPELINE_PID", str(ended.pid))
+    monkeypatch.setenv("PIPELINE_HOST", "login01 4b6f pid:[4026531836]")
+    assert run_script("def work(): pass", tmp_path / "work.log").returncode == 0
+
+
 @pytest.mark.parametrize("log", ["file/work.log", "notes.txt", "folder", "n" * 256 + ".log"])
 def test_a_log_that_cannot_be_opened_is_one_line(tmp_path: Path, log: str) -> None:
     (tmp_path / "file").touch()

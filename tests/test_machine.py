@@ -8,15 +8,13 @@ import torch
 
 from auto_quantize_model.files import InputError
 from auto_quantize_model.machine import (
-    COPIES,
-    KEPT_BYTES,
-    WORKING_BYTES,
     choose_device,
     explained_out_of_memory,
     require_free,
     require_memory,
     usage,
 )
+from auto_quantize_model.needs import COPIES, KEPT_BYTES, WORKING_BYTES
 
 
 @pytest.fixture(autouse=True)

@@ -212,6 +212,41 @@ def test_the_threads_of_the_config_reach_each_step_that_measures(checkout: Path)
     assert sorted(steps) == ["calibrate_scales", "capture_sensitivity", "explain_units", "measure_frontier"]
 
 
+REPLAYING = ["calibrate_scales", "capture_sensitivity", "explain_units", "measure_frontier"]
+
+
+def test_every_rule_states_what_it_asks_of_a_scheduler() -> None:
+    text = "".join(path.read_text() for path in sorted((ROOT / "workflow" / "rules").glob("*.smk")))
+    rules = dict(re.findall(r"^rule (\w+):\n(.*?)^    shell:", text, re.MULTILINE | re.DOTALL))
+    assert rules.keys() == EVERYTHING | {"quantize_model"}
+    for name, body in rules.items():
+        for stated in ("    threads: ", "        mem_mb=", "        runtime="):
+            assert body.count(stated) == 1, (name, stated)
+        assert body.count("**ONE_GPU") == (name in REPLAYING), name
+
+
+@pytest.mark.parametrize(("arguments", "device"), [((), "cuda"), (("--resources", "gpu=0"), "cpu")])
+def test_results_have_the_name_of_the_device_that_was_asked_for_and_only_a_gpu_is_asked_of_a_scheduler(
+    checkout: Path, arguments: tuple[str, ...], device: str
+) -> None:
+    told = dry_run(checkout, "--printshellcmds", "--config", "sensitivity={device: cuda}", *arguments).stdout
+    steps = dict(re.findall(r"^rule (\w+):\n(.*?)^Shell command: ", told, re.MULTILINE | re.DOTALL))
+    asked = sorted(name for name, body in steps.items() if "gpu=1, gpu_manufacturer=nvidia" in body)
+    assert asked == (REPLAYING if device == "cuda" else [])
+    assert "gpu=" not in "".join(body for name, body in steps.items() if name not in asked)
+    assert f"/capture_{device}.json" in told and told.count(f"--device {device} ") == len(REPLAYING)
+
+
+@pytest.mark.parametrize("profile", ["slurm", "kubernetes"])
+def test_a_profile_keeps_what_the_default_profile_says_of_files_and_names_its_executor(profile: str) -> None:
+    profiles = ROOT / "workflow" / "profiles"
+    default = yaml.safe_load((profiles / "default" / "config.yaml").read_text())
+    made = yaml.safe_load((profiles / profile / "config.yaml").read_text())
+    assert made["executor"] == profile and made["max-threads"] and made["retries"]
+    assert default.pop("resources") == {"gpu": 1}  # many nodes have a GPU each
+    assert default.items() <= made.items() and "resources" not in made
+
+
 def test_a_bad_config_ends_before_any_job_with_a_line_for_each_problem_and_no_traceback(
     checkout: Path, tmp_path: Path
 ) -> None:

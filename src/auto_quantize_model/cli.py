@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import Any, TextIO
 from unittest import mock
 
-import psutil
 from tqdm import tqdm
 
 from auto_quantize_model.escape import one_line, printable, redacted
@@ -30,6 +29,7 @@ from auto_quantize_model.files import (
     require_file,
     require_writable,
 )
+from auto_quantize_model.host import has_ended, workflow_process
 
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -107,18 +107,15 @@ def end_with_parent() -> None:
     """Have the kernel end a job of the workflow when the workflow ends, so that no orphan process keeps writing.
 
     The workflow names itself in the environment, because it may have ended while this process was still importing. A
-    script that a person started is not a job, and does not end with any other program. Only Linux has that signal. On
-    other systems the score store's lock keeps a second writer out.
+    script that a person started is not a job, and does not end with any other program. Neither does a job whose
+    Snakemake runs on another host: that scheduler ends its jobs. Only Linux has that signal. On other systems the score
+    store's lock keeps a second writer out.
     """
-    workflow = os.environ.get("PIPELINE_PID", "")
-    if sys.platform != "linux" or not workflow.isdecimal():
+    workflow = workflow_process(os.environ)
+    if sys.platform != "linux" or workflow is None:
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    try:
-        ended = psutil.Process(int(workflow)).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        ended = True
-    if ended:
+    if has_ended(workflow):
         raise InputError("the Snakemake that started this job has ended; run Snakemake again")
 
 

@@ -12,11 +12,8 @@ import psutil
 import torch
 
 from auto_quantize_model.files import InputError
+from auto_quantize_model.needs import GIB, bytes_loaded, bytes_of_replay
 
-GIB = 1 << 30
-WORKING_BYTES = 2 * GIB  # kept block outputs and activations
-COPIES = 5  # of the logits: reference, output, their difference, a direction, and its gradient
-KEPT_BYTES = 2 << 30  # for quantized weights of a replay; a weight that does not fit is made again
 LOWER = "lower calibration.batch_size, max_pixels or max_tokens, or measure on a machine with more memory"
 
 
@@ -73,17 +70,14 @@ def require_memory(parameters: int, replay_on: torch.device | None = None, schem
     """Refuse a model that will not fit, before it is loaded.
 
     Args:
-        parameters: number of the model's weights; each takes 4 bytes in FP32 and, in a replay, 1 as an INT8 code.
+        parameters: number of the model's weights.
         replay_on: the device of the replay; None without a replay. Weights pass through the host's memory to a GPU.
-        schemes: how many the replay measures; with more than `inc_int8`, it keeps up to `KEPT_BYTES` of weights.
-        logits: bytes of the output on the largest batch. Probes hold its error in each scheme, and a few copies.
+        schemes, logits: as `bytes_of_replay` takes them.
 
     Raises:
         InputError: the message says what is needed, what is free, and what to lower.
     """
-    kept = min(KEPT_BYTES, 4 * (schemes - 1) * parameters)
-    loaded = 4 * parameters
-    replayed = 5 * parameters + WORKING_BYTES + kept + (schemes + COPIES) * logits
+    loaded, replayed = bytes_loaded(parameters), bytes_of_replay(parameters, schemes, logits)
     on_cpu = replay_on is not None and replay_on.type == "cpu"
     places = [("this machine", psutil.virtual_memory().available, replayed if on_cpu else loaded)]
     if replay_on is not None and replay_on.type == "cuda":

@@ -18,11 +18,11 @@ def named(found: dict[str, Any], model: str) -> dict[str, Any]:
     return found | {"model": found["model"] | {"model": model}}
 
 
-def with_uniform(found: dict[str, Any], **kl_divergences: float) -> dict[str, Any]:
+def with_uniform(found: dict[str, Any], **divergences: float) -> dict[str, Any]:
     """A report whose controls are these uniform schemes."""
     from dataclasses import asdict
 
-    points = [asdict(a_point([name] * 2, kl, kind="uniform", name=name)) for name, kl in kl_divergences.items()]
+    points = [asdict(a_point([name] * 2, kl, kind="uniform", name=name)) for name, kl in divergences.items()]
     return found | {"frontier": found["frontier"] | {"controls": points}}
 
 

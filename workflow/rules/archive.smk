@@ -36,6 +36,10 @@ rule archive_results:
         f"{RUN}/logs/archive_results.log",
     benchmark:
         f"{RUN}/benchmarks/archive_results.tsv"
+    threads: 1
+    resources:
+        mem_mb=SMALL_MEMORY,
+        runtime=doubled(SMALL_TIME),
     params:
         script=script_path("archive_results"),
         code=code_digest("scripts/archive_results.py"),

@@ -15,6 +15,10 @@ rule extract_calibration:
         f"{RUN}/logs/extract_calibration.log",
     benchmark:
         f"{RUN}/benchmarks/extract_calibration.tsv"
+    threads: 1
+    resources:
+        mem_mb=SMALL_MEMORY,
+        runtime=doubled(DOWNLOAD_TIME),
     params:
         script=script_path("extract_calibration"),
         code=code_digest("scripts/extract_calibration.py"),

@@ -29,9 +29,18 @@ DRAWING = ("altair", "vl-convert-python")
 
 
 def chosen_device():
-    """The device of the capture, which is part of the names of its results: the config's, or with `--resources gpu=0` cpu."""
+    """The device that was asked for, which is part of the names of results: the config's, or with `--resources gpu=0` cpu.
+
+    What this host has does not count: a job finds its device where it runs. The Snakemake that an executor starts on
+    another host gets the config and not `--resources`, so the answer goes into the config that it gets.
+    """
     gpus = getattr(workflow, "global_resources", {}).get("gpu")
-    return "cpu" if gpus is not None and gpus.value == 0 else config["sensitivity"]["device"]
+    asked = config["sensitivity"]["device"]
+    if gpus is None or gpus.value != 0 or asked == "cpu":
+        return asked
+    block = {**(given.config.get("sensitivity") or {}), "device": "cpu"}
+    given.config_args = [*(given.config_args or []), f"sensitivity={json.dumps(block)}"]
+    return "cpu"
 
 
 def require_packages():

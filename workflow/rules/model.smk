@@ -13,6 +13,10 @@ rule get_model:
         f"results/{MODEL}/logs/get_model.log",
     benchmark:
         f"results/{MODEL}/benchmarks/get_model.tsv"
+    threads: 1
+    resources:
+        mem_mb=SMALL_MEMORY,
+        runtime=doubled(DOWNLOAD_TIME),
     params:
         script=script_path("get_model"),
         code=code_digest("scripts/get_model.py"),

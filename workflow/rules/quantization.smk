@@ -18,7 +18,10 @@ rule quantize_model:
         f"{RUN}/logs/quantize_model.log",
     benchmark:
         f"{RUN}/benchmarks/quantize_model.tsv"
-    threads: 64
+    threads: MEASURING_THREADS
+    resources:
+        mem_mb=memory("quantize_model"),
+        runtime=minutes("quantize_model", "cpu"),
     params:
         script=script_path("quantize_model"),
         code=code_digest("scripts/quantize_model.py"),

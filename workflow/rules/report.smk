@@ -13,6 +13,10 @@ rule build_profiles:
         f"{RUN}/logs/build_profiles.log",
     benchmark:
         f"{RUN}/benchmarks/build_profiles.tsv"
+    threads: 1
+    resources:
+        mem_mb=SMALL_MEMORY,
+        runtime=doubled(SMALL_TIME),
     params:
         script=script_path("build_profiles"),
         code=code_digest("scripts/build_profiles.py"),
@@ -44,9 +48,11 @@ rule explain_units:
         f"{RUN}/logs/explain_units.log",
     benchmark:
         f"{RUN}/benchmarks/explain_units.tsv"
-    threads: 64
+    threads: MEASURING_THREADS
     resources:
-        gpu=1 if DEVICE == "cuda" else 0,
+        **ONE_GPU,
+        mem_mb=memory("explain_units"),
+        runtime=minutes("explain_units"),
     params:
         **REPLAYED,
         script=script_path("explain_units"),
@@ -79,6 +85,10 @@ rule export_profiles:
         f"{RUN}/logs/export_profiles.log",
     benchmark:
         f"{RUN}/benchmarks/export_profiles.tsv"
+    threads: 1
+    resources:
+        mem_mb=SMALL_MEMORY,
+        runtime=doubled(SMALL_TIME),
     params:
         script=script_path("export_profiles"),
         code=code_digest("scripts/export_profiles.py", "src/auto_quantize_model/export/templates"),
@@ -123,6 +133,10 @@ rule render_report:
         f"{RUN}/logs/render_report.log",
     benchmark:
         f"{RUN}/benchmarks/render_report.tsv"
+    threads: 1
+    resources:
+        mem_mb=SMALL_MEMORY,
+        runtime=doubled(SMALL_TIME),
     params:
         script=script_path("render_report"),
         # Templates are part of the code. As inputs they would have new times in every fresh clone.
@@ -170,6 +184,10 @@ rule draw_figures:
         f"{RUN}/logs/draw_figures.log",
     benchmark:
         f"{RUN}/benchmarks/draw_figures.tsv"
+    threads: 1
+    resources:
+        mem_mb=SMALL_MEMORY,
+        runtime=doubled(SMALL_TIME),
     params:
         script=script_path("draw_figures"),
         code=code_digest("scripts/draw_figures.py"),
@@ -198,6 +216,10 @@ rule render_page:
         f"{RUN}/logs/render_page.log",
     benchmark:
         f"{RUN}/benchmarks/render_page.tsv"
+    threads: 1
+    resources:
+        mem_mb=SMALL_MEMORY,
+        runtime=doubled(SMALL_TIME),
     params:
         script=script_path("render_page"),
         code=code_digest(
@@ -226,6 +248,10 @@ rule publish_summary:
         f"{RUN}/logs/publish_summary.log",
     benchmark:
         f"{RUN}/benchmarks/publish_summary.tsv"
+    threads: 1
+    resources:
+        mem_mb=SMALL_MEMORY,
+        runtime=doubled(SMALL_TIME),
     params:
         script=script_path("publish_summary"),
         code=code_digest("scripts/publish_summary.py"),

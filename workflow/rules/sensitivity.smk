@@ -21,6 +21,10 @@ rule plan_quantization:
         f"{RUN}/logs/plan_quantization.log",
     benchmark:
         f"{RUN}/benchmarks/plan_quantization.tsv"
+    threads: 1
+    resources:
+        mem_mb=memory("plan_quantization"),
+        runtime=minutes("plan_quantization", "cpu"),
     params:
         script=script_path("plan_quantization"),
         code=code_digest("scripts/plan_quantization.py"),
@@ -59,10 +63,11 @@ rule calibrate_scales:
         f"{RUN}/logs/calibrate_scales.log",
     benchmark:
         f"{RUN}/benchmarks/calibrate_scales.tsv"
-    # As many as --cores allows: Snakemake lowers the number.
-    threads: 64
+    threads: MEASURING_THREADS
     resources:
-        gpu=1 if DEVICE == "cuda" else 0,
+        **ONE_GPU,
+        mem_mb=memory("calibrate_scales"),
+        runtime=minutes("calibrate_scales"),
     params:
         **REPLAYED,
         script=script_path("calibrate_scales"),
@@ -103,10 +108,11 @@ rule capture_sensitivity:
         f"{RUN}/logs/capture_sensitivity.log",
     benchmark:
         f"{RUN}/benchmarks/capture_sensitivity.tsv"
-    # As many as --cores allows: Snakemake lowers the number.
-    threads: 64
+    threads: MEASURING_THREADS
     resources:
-        gpu=1 if DEVICE == "cuda" else 0,
+        **ONE_GPU,
+        mem_mb=memory("capture_sensitivity"),
+        runtime=minutes("capture_sensitivity"),
     params:
         **REPLAYED,
         script=script_path("capture_sensitivity"),
@@ -141,7 +147,10 @@ rule audit_capture:
         f"{RUN}/logs/audit_capture.log",
     benchmark:
         f"{RUN}/benchmarks/audit_capture.tsv"
-    threads: 64
+    threads: MEASURING_THREADS
+    resources:
+        mem_mb=memory("audit_capture"),
+        runtime=minutes("audit_capture", "cpu"),
     params:
         script=script_path("audit_capture"),
         code=code_digest("scripts/audit_capture.py"),
@@ -173,9 +182,11 @@ rule measure_frontier:
         f"{RUN}/logs/measure_frontier.log",
     benchmark:
         f"{RUN}/benchmarks/measure_frontier.tsv"
-    threads: 64
+    threads: MEASURING_THREADS
     resources:
-        gpu=1 if DEVICE == "cuda" else 0,
+        **ONE_GPU,
+        mem_mb=memory("measure_frontier"),
+        runtime=minutes("measure_frontier"),
     params:
         **REPLAYED,
         script=script_path("measure_frontier"),

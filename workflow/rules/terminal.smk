@@ -40,7 +40,9 @@ class Steps(logging.Handler):
                 purpose = (workflow.get_rule(record.rule_name).docstring or "").strip().partition("\n")[0]
                 say(f"[{self.begun:{len(str(self.total))}}/{self.total}] {record.rule_name}: {purpose}", sys.stderr)
         elif event == LogEvent.JOB_ERROR:
-            for log in map(Path, record.log):
+            # A scheduler's own log comes after the log of the step, whose last line says more.
+            logs = [Path(log) for log in reversed(record.log)]
+            for log in [log for log in logs if log.is_file()] or logs:
                 lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
                 self.failed += [f"{record.rule_name} failed; its log: {log}", *lines[-1:]]
         elif record.getMessage() == NOTHING_TO_BE_DONE_MSG:
@@ -69,6 +71,9 @@ def show_result():
 
         if "render_page" in made:
             step = made["render_page"]
+            if step.output.html.is_storage:  # the local copies are gone by now
+                atexit.register(say, f"The page is in the storage: {step.output.html.storage_object.query}")
+                return
             exports = str(Path(step.input.exports).parent)
             found = read_document(Path(step.input.report), "report")
             lines = sentences.closing(found, step.output.html, exports, config_files())

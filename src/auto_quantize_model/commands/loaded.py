@@ -16,6 +16,7 @@ from auto_quantize_model.documents import files_of, require_listed
 from auto_quantize_model.machine import choose_device, require_memory
 from auto_quantize_model.models.family import Processor
 from auto_quantize_model.models.snapshot import count_parameters, load_model, load_processor, verify_manifest
+from auto_quantize_model.needs import bytes_of_logits
 from auto_quantize_model.records import Scales
 from auto_quantize_model.replay.scales import name_of_batch, read_scales
 
@@ -51,9 +52,8 @@ class Loaded:
         """The bytes of the output on a batch of the longest samples; 0 where the vocabulary is unknown."""
         tokens = max(sample.tokens for samples in self.run.calibration.samples.values() for sample in samples)
         calibration = self.run.calibration
-        return (
-            4 * max(calibration.batch_size, calibration.heldout_batch_size) * tokens * (self.processor.vocabulary or 0)
-        )
+        rows = max(calibration.batch_size, calibration.heldout_batch_size)
+        return bytes_of_logits(rows, tokens, self.processor.vocabulary or 0)
 
     @cached_property
     def processor(self) -> Processor:

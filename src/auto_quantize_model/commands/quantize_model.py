@@ -51,12 +51,12 @@ def as_checkpoint(
     from auto_quantize_model.commands.loaded import Loaded
     from auto_quantize_model.export import proof
     from auto_quantize_model.export.checkpoint import Source
-    from auto_quantize_model.machine import WORKING_BYTES, require_free
+    from auto_quantize_model.machine import require_free
+    from auto_quantize_model.needs import bytes_of_checkpoint
     from auto_quantize_model.replay.scales import ALL_BATCHES
 
     directory, loaded = run.options.directory, Loaded(run)
-    # The loaded checkpoint has FP32 weights. A few more are in memory while they are written or compared.
-    require_free(5 * loaded.parameters + WORKING_BYTES, "loading the checkpoint back, to prove its error,")
+    require_free(bytes_of_checkpoint(loaded.parameters), "loading the checkpoint back, to prove its error,")
     source = Source(loaded.directory, run.plan, profile.assignment, loaded.scales[ALL_BATCHES])
     measured = run.options.profile, profile, frontier, *loaded.heldout(frontier.batches)
     with cli.progress_bar("checkpoint") as on_progress:
@@ -78,9 +78,10 @@ def by_inc(run: Run, profile: Profile, frontier: Frontier, beside: Sequence[str]
     from auto_quantize_model.inc.audit import incs_surroundings
     from auto_quantize_model.inc.engine import require_inc
     from auto_quantize_model.inc.quantize import WEIGHTS, load_quantized, logits, measure_error, quantize, release
-    from auto_quantize_model.machine import WORKING_BYTES, require_free
+    from auto_quantize_model.machine import require_free
     from auto_quantize_model.measure.heldout import compared
     from auto_quantize_model.measure.metrics import Reference
+    from auto_quantize_model.needs import WORKING_BYTES
 
     loaded = Loaded(run)
     require_inc(run.plan)

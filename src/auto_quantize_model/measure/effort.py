@@ -8,13 +8,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from auto_quantize_model.needs import IN_TEN_MINUTES
 from auto_quantize_model.records import Effort, Estimate
 
 PROBES = 16
 TOP = 40
 # Up to this many multiply-adds, exact scores are cheap: about ten minutes of two CPU cores, or of a GPU. Counting them
 # in place of seconds makes the same config measure the same scores on every machine.
-CHEAP = {"cpu": 3e13, "cuda": 1e16}
+CHEAP = IN_TEN_MINUTES
 MOST_PROBES = (64, 32, 16, 8)  # what a time budget may buy; a smaller one buys 4
 SHARE_OF_PROBES = 1 / 3  # of a time budget
 SECONDS = {"s": 1, "m": 60, "h": 3600}

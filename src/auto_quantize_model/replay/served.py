@@ -13,9 +13,9 @@ import torch
 from compressed_tensors.quantization import QuantizationScheme
 from torch.utils._pytree import tree_map_only
 
-from auto_quantize_model.machine import KEPT_BYTES
 from auto_quantize_model.models.checkpoint import Checkpoint
 from auto_quantize_model.models.experts import StackedLinear
+from auto_quantize_model.needs import KEPT_BYTES
 from auto_quantize_model.records import OpScales
 from auto_quantize_model.schemes.compressed import (
     QuantizationParameters,

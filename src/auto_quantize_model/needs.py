@@ -1,0 +1,141 @@
+"""What a step needs of a machine: bytes of memory, and minutes.
+
+In: the size of the model and of its batches, as numbers. Out: the numbers that a scheduler is asked for, and that a
+step compares with the memory of its machine. This is arithmetic alone, so planning imports neither torch nor INC.
+"""
+
+import math
+from dataclasses import dataclass
+
+GIB = 1 << 30
+LIBRARIES = 2 * GIB  # Python with torch, transformers, and INC or CUDA
+WORKING_BYTES = 2 * GIB  # kept block outputs and activations
+COPIES = 5  # of the logits: reference, output, their difference, a direction, and its gradient
+KEPT_BYTES = 2 << 30  # for quantized weights of a replay; a weight that does not fit is made again
+# Multiply-adds in ten minutes, on two CPU cores or on a GPU.
+IN_TEN_MINUTES = {"cpu": 3e13, "cuda": 1e16}
+SECONDS_OF_WEIGHT = (
+    1e-7  # to compare a weight with the manifest, load it and prepare its op: 6 minutes for 3.75 billion
+)
+AT_LEAST = 10  # minutes, for the start of a job on a slow file system
+MARGIN = 2  # on the estimated time; a job that needs more resumes from the score store with twice the time
+
+
+def bytes_loaded(weights: float) -> float:
+    """The memory of a model in FP32."""
+    return 4 * weights
+
+
+def bytes_of_logits(rows: int, tokens: int, vocabulary: int) -> int:
+    """The memory of a model's output on a batch of so many samples."""
+    return 4 * rows * tokens * vocabulary
+
+
+def bytes_of_replay(weights: float, schemes: int = 1, logits: float = 0) -> float:
+    """The memory of a replay.
+
+    Args:
+        weights: number of the model's weights; each takes 4 bytes in FP32 and 1 as an INT8 code.
+        schemes: how many the replay measures; with more than `inc_int8`, it keeps up to `KEPT_BYTES` of weights.
+        logits: bytes of the output on the largest batch. Probes hold its error in each scheme, and a few copies.
+    """
+    kept = min(KEPT_BYTES, 4 * (schemes - 1) * weights)
+    return 5 * weights + WORKING_BYTES + kept + (schemes + COPIES) * logits
+
+
+def bytes_of_checkpoint(weights: float) -> float:
+    """The memory to load a written checkpoint back in FP32, with a few more weights while they are compared."""
+    return 5 * weights + WORKING_BYTES
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a run.
+
+    Attributes:
+        weights: of the model.
+        logits: bytes of the output on the largest batch.
+        multiply_adds: of a forward of one scored batch.
+        ops: how many are measured, each in every scheme.
+        schemes: how many.
+        maps: how many.
+        batches: calibration batches that are scored.
+        all_batches: all calibration batches, and `heldout`: held-out batches, both in forwards of a scored batch.
+        audit_ops, points, refine_batches: as in the config.
+        top: ops whose exact scores follow their estimates; None where all scores are exact.
+        budget: minutes that the capture may take; None without a limit.
+    """
+
+    weights: float
+    logits: float
+    multiply_adds: float
+    ops: int
+    schemes: int
+    maps: int
+    batches: int
+    all_batches: float
+    heldout: float
+    audit_ops: int
+    points: int
+    refine_batches: int
+    top: int | None
+    budget: float | None
+
+
+def forwards(step: str, size: Size) -> float:
+    """About how many FP32 forwards of a scored batch a step's work equals.
+
+    A state runs half of the blocks in the mean, and takes up to twice the time of FP32. So a state counts as a forward.
+    """
+    if step == "plan_quantization":
+        return 20.0  # INC's checks, and the trials of the schemes
+    if step == "calibrate_scales":
+        return 3.0 * size.all_batches  # observers take longer than the model
+    if step == "capture_sensitivity":
+        probes = 0.0 if size.top is None else 2 + 2 * size.schemes + 1.5 * 64
+        exact = size.ops if size.top is None else min(size.ops, 2 * size.top)
+        return size.batches * (probes + exact * size.schemes + size.ops * (size.maps - 1))
+    if step == "audit_capture":
+        return 8.0 * size.audit_ops * (size.maps + size.schemes)  # INC converts the model for each score
+    if step == "measure_frontier":
+        refined = 8.0 * size.refine_batches * size.schemes * 64
+        return 3.0 * (2 * size.points + 16 + size.schemes) * size.heldout + refined
+    if step == "explain_units":
+        return 6.0 * 24 * (size.batches + size.heldout)  # six units, with the settings of all cures
+    return 4.0 * size.heldout
+
+
+def minutes(step: str, size: Size, device: str, threads: int, attempt: int = 1, share: float = 1.0) -> int:
+    """The time to ask for: the estimate with a margin, doubled at each attempt after the first.
+
+    Args:
+        step: name of the rule.
+        size: of the run.
+        device: `cpu` or `cuda`.
+        threads: of the job, on a CPU.
+        attempt: 1, 2, 3 and so on.
+        share: of the step's work, where a job does a part of it.
+    """
+    speed = IN_TEN_MINUTES[device] / 600 * (threads / 2 if device == "cpu" else 1)
+    measuring = forwards(step, size) * share * size.multiply_adds / speed / 60
+    if step == "capture_sensitivity" and size.budget is not None:
+        measuring = size.budget
+    loading = size.weights * SECONDS_OF_WEIGHT / 60
+    return math.ceil(AT_LEAST + MARGIN * (loading + measuring)) << (attempt - 1)
+
+
+def megabytes(step: str, size: Size, device: str, attempt: int = 1) -> int:
+    """The host memory to ask for, in units of 10^6 bytes. An attempt after the first may follow a kill for memory.
+
+    INC's conversion in `plan_quantization` and `audit_capture` needs as much as a replay on the CPU.
+    """
+    needed = {
+        "plan_quantization": bytes_of_replay(size.weights),
+        "audit_capture": bytes_of_replay(size.weights, size.schemes, size.logits),
+        "quantize_model": bytes_of_checkpoint(size.weights),
+    }.get(step)
+    if needed is None and device == "cuda":
+        needed = bytes_loaded(size.weights) + LIBRARIES  # weights pass through the host to the GPU
+    elif needed is None:
+        needed = bytes_of_replay(size.weights, size.schemes, size.logits)
+    return math.ceil((LIBRARIES + needed) * (1 + (attempt - 1) / 2) / 1e6)
