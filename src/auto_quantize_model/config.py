@@ -512,6 +512,8 @@ class SensitivitySpec(PlanSpec):
         Annotated[str, Matching(r"[1-9]\d{0,5}[smh]", "not a time; write a number and s, m or h, such as 20m")] | None
     ) = None
     """Time for the capture, such as 20m. It chooses the estimates, and with exact auto the scores. null: no limit."""
+    parts: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Jobs that share the capture, such as one for each node of a cluster. The results have the same bytes."""
     audit_ops: Annotated[int, Field(ge=2)] = 4
     """Ops that INC's own helpers measure again, the most and the least sensitive among them."""
 
@@ -530,6 +532,10 @@ class SensitivitySpec(PlanSpec):
             yield "sensitivity.time_budget needs sensitivity.engine replay; remove time_budget"
         if self.time_budget and self.exact == "all":
             yield "sensitivity.time_budget has nothing to choose with sensitivity.exact all; set exact to auto"
+        if self.parts > 1 and self.engine != "replay":
+            yield "sensitivity.parts needs sensitivity.engine replay; set parts to 1"
+        if self.parts > 1 and self.time_budget:
+            yield "sensitivity.time_budget would choose otherwise in each part; set exact to top:N, or parts to 1"
         for name in self.fallback_schemes:
             if name not in self.fields_of_schemes:
                 yield f"sensitivity.fallback_schemes: {quoted(name)} is not in sensitivity.schemes; add it there"

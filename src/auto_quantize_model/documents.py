@@ -28,6 +28,8 @@ RULES = {
     "calibration_manifest": "extract_calibration",
     "plan": "plan_quantization",
     "scales": "calibrate_scales",
+    "probes": "measure_probes",
+    "scores": "measure_scores",
     "capture": "capture_sensitivity",
     "audit": "audit_capture",
     "frontier": "measure_frontier",

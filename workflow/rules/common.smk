@@ -172,6 +172,7 @@ def effort_flags():
 
 
 CANDIDATES = list(checked.candidates)
+PARTS = config["sensitivity"]["parts"]
 # The frontier needs the scales of the whole set, and schemes of compressed-tensors need its input ranges.
 NEEDS_WHOLE_SET = bool(config["decide"]["heldout_batches"]) or len(config["sensitivity"]["schemes"]) > 1
 # The keys of the model block that matter, by source.

@@ -5,13 +5,20 @@ model and the samples that the documents describe.
 """
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from auto_quantize_model.documents import Document, read_documents, require_listed, write_document
+from auto_quantize_model.documents import (
+    Document,
+    read_document,
+    read_documents,
+    require_listed,
+    require_one_run,
+    write_document,
+)
 from auto_quantize_model.records import (
     Audit,
     CalibrationManifest,
@@ -19,6 +26,7 @@ from auto_quantize_model.records import (
     Frontier,
     ModelManifest,
     NotMeasured,
+    Part,
     Plan,
     Profiles,
     Record,
@@ -118,6 +126,23 @@ class Run:
 def either(kind: type[Record], document: Document) -> Record | NotMeasured:
     """The record of a document, or the record that says why nothing was measured."""
     return as_record(NotMeasured, document) if document.get("status") == "not_measured" else as_record(kind, document)
+
+
+def read_parts(run: Run, paths: Sequence[Path], kind: str) -> list[Part]:
+    """The parts of a capture, after a check that each is of this run.
+
+    Args:
+        run: the documents of the step.
+        paths: of the parts.
+        kind: `probes` or `scores`.
+
+    Raises:
+        InputError: a part is missing, damaged or of another run.
+    """
+    found = [read_document(path, kind) for path in paths]
+    for document in found:
+        require_one_run([*run.documents, document])
+    return [as_record(Part, document) for document in found]
 
 
 def open_run(args: argparse.Namespace) -> Run:

@@ -100,7 +100,7 @@ def measure_part(
                 by_replay.begin(index)
             costs, multiply_adds = by_replay.costs()
             work.effort = chosen(exact, None, costs, len(plan.ops), multiply_adds, replay.device.type)
-            say(f"{place}: {described_effort(work.effort, costs, len(plan.ops))}")
+            say(f"{place}; all parts together: {described_effort(work.effort, costs, len(plan.ops))}")
             if estimated is None:
                 probes = part_of_probes(by_replay, place, costs)
             else:
