@@ -53,6 +53,7 @@ EVERYTHING = {
     "publish_summary",
     "archive_results",
 }
+IN_PARTS = {"measure_probes", "measure_scores"}
 FROM_PAGE = {"render_page", "archive_results"}
 FROM_REPORT = FROM_PAGE | {"render_report", "draw_figures", "publish_summary"}
 FROM_AUDIT = FROM_REPORT | {"audit_capture"}
@@ -217,12 +218,12 @@ REPLAYING = ["calibrate_scales", "capture_sensitivity", "explain_units", "measur
 
 def test_every_rule_states_what_it_asks_of_a_scheduler() -> None:
     text = "".join(path.read_text() for path in sorted((ROOT / "workflow" / "rules").glob("*.smk")))
-    rules = dict(re.findall(r"^rule (\w+):\n(.*?)^    shell:", text, re.MULTILINE | re.DOTALL))
-    assert rules.keys() == EVERYTHING | {"quantize_model"}
-    for name, body in rules.items():
+    rules = re.findall(r"^rule (\w+):\n(.*?)^    shell:(.*?)(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert {name for name, *_ in rules} == EVERYTHING | IN_PARTS | {"quantize_model"}
+    for name, body, shell in rules:
         for stated in ("    threads: ", "        mem_mb=", "        runtime="):
             assert body.count(stated) == 1, (name, stated)
-        assert body.count("**ONE_GPU") == (name in REPLAYING), name
+        assert body.count("**ONE_GPU") == ("--device" in shell), name
 
 
 @pytest.mark.parametrize(("arguments", "device"), [((), "cuda"), (("--resources", "gpu=0"), "cpu")])
@@ -653,6 +654,26 @@ def test_a_killed_capture_resumes_and_ends_in_the_same_bytes(finished: tuple[Pat
     found = re.search(r"capture: (\d+) results came from the store", ended.stdout)
     assert found and int(found[1]) >= 9
     assert (tmp_path / "capture.json").read_bytes() == (results / "capture_cpu.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_capture_in_parts_has_the_same_bytes(finished: tuple[Path, str], tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+    capture = directory / "results" / "tiny" / "digits" / "capture_cpu.json"
+    expected = capture.read_bytes()
+    asked = ["--config", "sensitivity={parts: 2}"]
+    assert planned(directory, *asked) == FROM_CAPTURE | IN_PARTS
+    capture.unlink()
+    ended = snakemake(
+        directory, "--cores", "1", "--resources", "gpu=1", *asked, "--", str(capture.relative_to(directory))
+    )
+    assert ended.returncode == 0, ended.stdout
+    assert capture.read_bytes() == expected
+    parts = sorted(path.name for path in capture.parent.glob("parts_cpu/*_2/*.json"))
+    files = [
+        f"{kind}_{number}{end}" for kind in ("probes", "scores") for number in (1, 2) for end in (".json", ".run.json")
+    ]
+    assert parts == sorted(files)
 
 
 @pytest.mark.slow

@@ -17,12 +17,6 @@ PART = dict(
     candidates=CANDIDATES,
     config_digest=config_digest("capture_sensitivity"),
 )
-# The resources of a job that does a part of the capture.
-OF_PART = dict(
-    **ONE_GPU,
-    mem_mb=memory("capture_sensitivity"),
-    runtime=minutes("capture_sensitivity", share=1 / PARTS),
-)
 
 
 rule measure_probes:
@@ -41,7 +35,9 @@ rule measure_probes:
         f"{PARTS_FOLDER}/probes_{{number}}.tsv"
     threads: MEASURING_THREADS
     resources:
-        **OF_PART,
+        **ONE_GPU,
+        mem_mb=memory("capture_sensitivity"),
+        runtime=minutes("capture_sensitivity", share=1 / PARTS),
     params:
         **PART,
     shell:
@@ -72,7 +68,9 @@ rule measure_scores:
         f"{PARTS_FOLDER}/scores_{{number}}.tsv"
     threads: MEASURING_THREADS
     resources:
-        **OF_PART,
+        **ONE_GPU,
+        mem_mb=memory("capture_sensitivity"),
+        runtime=minutes("capture_sensitivity", share=1 / PARTS),
     params:
         **PART,
         estimated="" if PROBES else "--estimated",
@@ -108,6 +106,7 @@ rule capture_sensitivity:
         f"{RUN}/logs/capture_sensitivity.log",
     benchmark:
         f"{RUN}/benchmarks/capture_sensitivity.tsv"
+    threads: 1
     resources:
         mem_mb=SMALL_MEMORY,
         runtime=doubled(SMALL_TIME),
