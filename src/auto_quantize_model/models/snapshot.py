@@ -9,7 +9,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from auto_quantize_model.models.architecture import check_architecture
 from auto_quantize_model.models.family import Parts, Processor
 from auto_quantize_model.models.fx_safe import make_fx_safe
 from auto_quantize_model.models.hidden_state import with_hidden_state
+from auto_quantize_model.models.mapped import mapped_weights
 from auto_quantize_model.models.prepare import prepare
 from auto_quantize_model.models.sample import Limits, Prepared, Sample
 from auto_quantize_model.models.weights import (
@@ -284,12 +285,14 @@ def verify_manifest(manifest: ModelManifest) -> Path:
     return directory
 
 
-def load_model(directory: Path, experts: str = "each") -> PreTrainedModel:
+def load_model(directory: Path, experts: str = "each", mapped: bool = False) -> PreTrainedModel:
     """The model of a snapshot in FP32 and eval mode on the CPU, its parameters frozen, prepared for FX and the replay.
 
     Args:
         directory: the snapshot.
         experts: as `models.prepare.prepare` takes it.
+        mapped: leave matrices that are stored in BF16 or F16 in the files until they are used (`models.mapped`). Such a
+            model stays on the CPU, and its weights cannot be changed.
 
     Raises:
         InputError: `check_snapshot` refuses the snapshot, its weights do not fill the model, or they do not fit into
@@ -297,7 +300,7 @@ def load_model(directory: Path, experts: str = "each") -> PreTrainedModel:
     """
     config = check_snapshot(directory)
     require_memory(count_parameters(directory))
-    with explained(directory):
+    with explained(directory), mapped_weights() if mapped else nullcontext():
         loaded: Any = model_class(config).from_pretrained(
             directory,
             dtype=torch.float32,
