@@ -30,7 +30,7 @@ def calibrate_scales(args: argparse.Namespace) -> None:
     device = loaded.device
     batches = loaded.batches(None if args.whole_set else run.plan.confidence_batches)
     with explained_out_of_memory(device), cli.progress_bar("scales") as on_progress:
-        found = calibrate(loaded.model(device), run.plan, batches, args.whole_set, on_progress)
+        found = calibrate(loaded.model_to_replay(), run.plan, batches, args.whole_set, on_progress)
     write_scales(args.tensors, found)
     run.write("scales", args.scales, {"device": device.type, "ranges": ranges(found)}, [args.tensors])
     cli.say(f"scales: {len(run.plan.ops)} ops, {len(found)} calibrations")

@@ -41,7 +41,7 @@ def explain_units(args: argparse.Namespace) -> None:
     seen = {name: (found.get("input") or {}).get("percentiles") or {} for name, found in ranges.items()}
     with explained_out_of_memory(device), cli.progress_bar("causes and cures") as on_progress:
         found = explain(
-            loaded.model().to(device),
+            loaded.model_to_replay(),
             run.plan,
             run.frontier,
             run.profiles,

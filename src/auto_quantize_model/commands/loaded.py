@@ -69,10 +69,15 @@ class Loaded:
         """The first `count` held-out batches, and for each sample the positions of its answer's tokens."""
         return load_heldout(self.run.options.heldout_set, self.run.calibration, self.processor, count)
 
-    def model(self, device: torch.device | str = "cpu", experts: str | None = None) -> torch.nn.Module:
-        """The model in FP32 on a device, loaded again at each call; its experts are ops as the plan says, if None."""
-        model: torch.nn.Module = load_model(self.directory, experts or self.run.plan.experts)
-        return model.to(device)
+    def model(self, experts: str | None = None) -> torch.nn.Module:
+        """The model in FP32 on the CPU, loaded again at each call; its experts are ops as the plan says, if None."""
+        return load_model(self.directory, experts or self.run.plan.experts)
+
+    def model_to_replay(self) -> torch.nn.Module:
+        """The model in FP32 on the device of the options. On the CPU its weights stay in the files until they are used."""
+        on_cpu = self.device.type == "cpu"
+        model: torch.nn.Module = load_model(self.directory, self.run.plan.experts, mapped=on_cpu)
+        return model if on_cpu else model.to(self.device)
 
     @cached_property
     def scales(self) -> dict[str, Scales]:

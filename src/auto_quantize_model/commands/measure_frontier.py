@@ -39,14 +39,14 @@ def measure_frontier(args: argparse.Namespace) -> None:
     frontier.options_of(run.plan, run.capture, args.candidates, spec)  # refuses a pattern before the long work
     device = loaded.device
     samples, answers = loaded.heldout(spec.heldout_batches)
-    model = loaded.model()
+    model = loaded.model_to_replay()
     if refused := refusals(model, run.plan.ops):
         reason = f"{len(refused)} ops, such as {min(refused)}, cannot be replayed"
         run.write("frontier", args.frontier, NotMeasured("not_measured", reason))
         return
     with explained_out_of_memory(device), cli.progress_bar("frontier") as on_progress:
         found = frontier.measure_frontier(
-            model.to(device),
+            model,
             run.plan,
             run.capture,
             args.candidates,

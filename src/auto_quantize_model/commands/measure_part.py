@@ -41,7 +41,7 @@ def measure_part(args: argparse.Namespace) -> None:
     batches = loaded.batches(run.plan.confidence_batches)
     with explained_out_of_memory(device), cli.progress_bar(str(place)) as on_progress:
         part, record = parts.measure_part(
-            loaded.model(device),
+            loaded.model_to_replay(),
             batches,
             run.plan,
             ScoreStore(args.score_store),

@@ -4,8 +4,9 @@ In: a model, the ops of a unit, and a batch. Out: the name of a norm or of a Lin
 module is found by trying: with its output divided and the columns of the ops multiplied, all outputs must stay.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,8 +49,7 @@ def folding_of(
     before = outputs_of(model, watched, batch)
     factors = torch.linspace(0.5, 2.0, columns)[torch.randperm(columns, generator=seeded())]
     for name in (*fed, *linears):
-        with folded(modules[name], [modules[op] for op in ops], factors.to(modules[name].weight.device)):
-            after = outputs_of(model, watched, batch)
+        after = outputs_of(model, watched, batch, folded(modules, name, ops, factors))
         if all(is_near(after[op], before[op]) for op in watched):
             return name, ""
     for norm, found in fed.items():
@@ -82,29 +82,32 @@ def shares_weight(module: torch.nn.Module, op: torch.nn.Module) -> bool:
 
 
 def outputs_of(
-    model: torch.nn.Module, names: Sequence[str], batch: Mapping[str, torch.Tensor]
+    model: torch.nn.Module,
+    names: Sequence[str],
+    batch: Mapping[str, torch.Tensor],
+    values: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> dict[str, torch.Tensor]:
-    """The last output of each named module in one forward."""
+    """The last output of each named module in one forward.
+
+    Args:
+        values: {parameter: what it is in this forward}, also for the modules that share it.
+    """
     outputs: dict[str, torch.Tensor] = {}
     with ExitStack() as stack:
         for name in names:
             remember = lambda module, args, output, name=name: outputs.update({name: output})  # noqa: E731
             stack.callback(model.get_submodule(name).register_forward_hook(remember).remove)
-        model(**batch)
+        torch.func.functional_call(model, dict(values), kwargs=dict(batch))
     return outputs
 
 
-@contextmanager
-def folded(before: torch.nn.Module, ops: Sequence[Any], factors: torch.Tensor) -> Iterator[None]:
-    """Within this context, the parameters of a module are divided by factors, and the ops' columns multiplied."""
-    changed: list[torch.Tensor] = [*before.parameters(), *(op.weight for op in ops)]
-    kept = [parameter.detach().clone() for parameter in changed]
-    try:
-        for parameter in before.parameters():
-            parameter.div_(factors if parameter.ndim == 1 else factors.view(-1, 1))
-        for op in ops:
-            op.weight.mul_(factors)
-        yield
-    finally:
-        for tensor, value in zip(changed, kept, strict=True):
-            tensor.copy_(value)
+def folded(
+    modules: Mapping[str, Any], before: str, ops: Sequence[str], factors: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The parameters of a module divided by factors, and the ops' weights with their columns multiplied, by name."""
+    factors = factors.to(modules[ops[0]].weight.device)
+    divided = {
+        f"{before}.{name}": parameter / (factors if parameter.ndim == 1 else factors.view(-1, 1))
+        for name, parameter in modules[before].named_parameters()
+    }
+    return divided | {f"{op}.weight": modules[op].weight * factors for op in ops}

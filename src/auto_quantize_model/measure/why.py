@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationScheme
 
+from auto_quantize_model.models.mapped import in_fp32
 from auto_quantize_model.models.sample import image_positions
 from auto_quantize_model.models.units import tower_of
 from auto_quantize_model.records import Channel, Histogram, InputFacts, WeightFacts
@@ -147,12 +148,13 @@ def weight_facts(weights: Mapping[str, torch.Tensor], scheme: QuantizationScheme
     Args:
         weights: {op: (rows, columns)}, all with the same columns.
     """
-    whole = torch.cat([weight.detach().float() for weight in weights.values()])
+    weights = {name: in_fp32(weight.detach()) for name, weight in weights.items()}
+    whole = torch.cat(list(weights.values()))
     shared = global_scale(weights.values()) if scheme.weights.strategy == "tensor_group" else None
-    rows = {name: kurtosis(weight.detach()) for name, weight in weights.items()}
+    rows = {name: kurtosis(weight) for name, weight in weights.items()}
     name, of_op = max(rows.items(), key=lambda item: float(item[1].max()))
     low, high = (float(end) for end in whole.aminmax())
-    clipped = sum(clipped_values(weight.detach(), scheme, shared) for weight in weights.values())
+    clipped = sum(clipped_values(weight, scheme, shared) for weight in weights.values())
     return WeightFacts(
         kurtosis=float(kurtosis(whole.flatten())),
         worst_kurtosis=float(of_op.max()),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
+from auto_quantize_model.models.mapped import in_fp32
 from auto_quantize_model.records import OpScales
 from auto_quantize_model.replay.model import Replay
 from auto_quantize_model.replay.served import Kept, LastInput
@@ -117,7 +118,8 @@ class Altered:
 
 def smoothed(weight: torch.Tensor, alteration: Alteration) -> torch.Tensor:
     """A weight with its columns multiplied by the smoothing scale."""
-    return weight.detach() if alteration.scale is None else weight.detach() * alteration.scale
+    weight = in_fp32(weight.detach())
+    return weight if alteration.scale is None else weight * alteration.scale
 
 
 def add_altered(replay: Replay, ops: Sequence[str], alterations: Mapping[str, Alteration], kept: Kept) -> None:

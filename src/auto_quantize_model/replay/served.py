@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from auto_quantize_model.models.checkpoint import Checkpoint
 from auto_quantize_model.models.experts import StackedLinear
+from auto_quantize_model.models.mapped import in_fp32
 from auto_quantize_model.needs import KEPT_BYTES
 from auto_quantize_model.records import OpScales
 from auto_quantize_model.schemes.compressed import (
@@ -136,7 +137,7 @@ class Served:
 
     def weight(self) -> torch.Tensor:
         """The weight as the served model sees it, (rows, columns)."""
-        args, weight = self.scheme.weights, self.module.weight
+        args, weight = self.scheme.weights, in_fp32(self.module.weight)
         shared = global_scale(self.unit) if args.strategy == "tensor_group" else None
         return quantized_weight(weight, args, weight_parameters(weight, args, shared))
 
