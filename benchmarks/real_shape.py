@@ -11,7 +11,9 @@ instead of the capture. The file is loaded back without FP32 weights, and its er
 import argparse
 import functools
 import json
+import re
 import resource
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -50,6 +52,7 @@ def main() -> int:
     parser.add_argument("--schemes", nargs="+", default=["inc_int8"], help="schemes to measure, inc_int8 among them")
     parser.add_argument("--exact", default="all", help="scores to measure: all, top:N, or none; others are estimated")
     parser.add_argument("--folder", type=Path, default=Path("tmp/bench"), help="where snapshot, plan and result go")
+    parser.add_argument("--mapped", action="store_true", help="leave weights in the files until they are used (CPU)")
     parser.add_argument("--plan-only", action="store_true", help="write the snapshot and the plan, and end")
     parser.add_argument("--best-model", action="store_true", help="save INC's INT8 model, and load it back (CPU)")
     args = parser.parse_args()
@@ -59,17 +62,21 @@ def main() -> int:
 def bench(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     seconds: dict[str, float] = {}
+    cpu_seconds: dict[str, float] = {}
 
     def timed(step: str, work: Any) -> Any:
-        started = time.monotonic()
+        started, of_cpu = time.monotonic(), time.process_time()
         result = work()
         seconds[step] = round(time.monotonic() - started, 1)
+        cpu_seconds[step] = round(time.process_time() - of_cpu, 1)
         cli.say(f"{step}: {seconds[step]} s, peak memory so far {peak():.1f} GiB")
         return result
 
     directory = timed("write the snapshot", lambda: build_once(SHAPES[args.shape], args.folder / args.shape))
     batch = photo_batch(directory, args.visual_tokens)
-    model: Any = timed("load the model", lambda: load_model(directory))
+    memory = Memory()
+    model: Any = timed("load the model", lambda: load_model(directory, mapped=args.mapped))
+    loaded = memory.now()
     plan_file = args.folder / f"{args.shape}.plan.json"
     if not plan_file.exists():
         timed("INC's plan", lambda: make_plan(plan_file, args, model, batch))
@@ -101,10 +108,13 @@ def bench(args: argparse.Namespace) -> None:
         "effort": body_of(captured.effort),
         "estimates": len(captured.estimates),
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "fp32_gib": round(size, 2),
         "peak_gib": round(peak(), 2),
         "peak_before_capture_gib": round(before, 2),
         "peak_over_fp32": round(peak() / size, 2),
+        "anonymous_gib": {"loaded": loaded["RssAnon"], "peak": memory.peak["RssAnon"]},
+        "mapped_gib": {"loaded": loaded["RssFile"], "peak": memory.peak["RssFile"]},
         "run": record,
     }
     write_json(args.folder / f"real_shape_{args.shape}_{args.device}.json", result)
@@ -187,6 +197,24 @@ def make_plan(path: Path, args: argparse.Namespace, model: Any, batch: Any) -> N
 
     spec = PlanSpec(confidence_batches=1, maps=("isolated", "fallback", "requantize"))
     write_json(path, body_of(replace(build_plan(model, [batch], spec), model=args.shape, model_digest="0" * 64)))
+
+
+class Memory:
+    """The resident memory of this process in GiB, anonymous and of mapped files, and the most that a thread saw."""
+
+    def __init__(self) -> None:
+        self.peak = self.now()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def now(self) -> dict[str, float]:
+        status = Path("/proc/self/status").read_text()
+        pairs = re.findall(r"(RssAnon|RssFile):\s+(\d+) kB", status)
+        return {name: round(int(size) / (GIB >> 10), 2) for name, size in pairs}
+
+    def _watch(self) -> None:
+        while True:
+            self.peak = {name: max(size, self.peak[name]) for name, size in self.now().items()}
+            time.sleep(0.05)
 
 
 def peak() -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import a_plan, an_op
+from build import an_op
 from safetensors.torch import load_file, save_file
 from tiny_models import LIMITS, noise, sample
 from transformers import AutoModelForCausalLM
@@ -34,7 +34,12 @@ from auto_quantize_model.schemes.compressed import scheme_of
 from auto_quantize_model.schemes.scheme import assigned
 
 SCHEMES = {name: scheme_of(name) for name in ("W8A8", "FP8_DYNAMIC", "NVFP4", "FP8")}
-KINDS = {torch.nn.Linear: "Linear", torch.nn.Embedding: "Embedding", torch.nn.Conv3d: "Conv3d", StackedLinear: "Experts"}
+KINDS = {
+    torch.nn.Linear: "Linear",
+    torch.nn.Embedding: "Embedding",
+    torch.nn.Conv3d: "Conv3d",
+    StackedLinear: "Experts",
+}
 
 
 def stored_in(dtype: torch.dtype, directory: Path) -> Path:

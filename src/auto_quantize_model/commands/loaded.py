@@ -74,7 +74,7 @@ class Loaded:
         return load_model(self.directory, experts or self.run.plan.experts)
 
     def model_to_replay(self) -> torch.nn.Module:
-        """The model in FP32 on the device of the options. On the CPU its weights stay in the files until they are used."""
+        """The model in FP32 on the device of the options. On the CPU its weights stay in the files until used."""
         on_cpu = self.device.type == "cpu"
         model: torch.nn.Module = load_model(self.directory, self.run.plan.experts, mapped=on_cpu)
         return model if on_cpu else model.to(self.device)

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import transformers.modeling_utils
 from torch.utils._pytree import tree_map_only
+from transformers import modeling_utils
 
 HALVES = (torch.bfloat16, torch.float16)
 aten = torch.ops.aten
@@ -125,14 +125,15 @@ class Slice:
         return Mapped(self.found[key])
 
 
-OPEN = transformers.modeling_utils.safe_open
+LOADING: Any = modeling_utils
+OPEN = LOADING.safe_open
 
 
 @contextmanager
 def mapped_weights() -> Iterator[None]:
     """Within this context, transformers loads matrices in BF16 and F16 as mapped tensors."""
-    transformers.modeling_utils.safe_open = Opened  # type: ignore[misc,assignment]
+    LOADING.safe_open = Opened
     try:
         yield
     finally:
-        transformers.modeling_utils.safe_open = OPEN  # type: ignore[misc]
+        LOADING.safe_open = OPEN
