@@ -1,20 +1,25 @@
 """The device is chosen, and the memory is checked, before long work begins."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
+from auto_quantize_model import machine
 from auto_quantize_model.files import InputError
 from auto_quantize_model.machine import (
+    Limits,
+    Need,
     choose_device,
     explained_out_of_memory,
     require_free,
     require_memory,
+    stays_mapped,
     usage,
 )
-from auto_quantize_model.needs import COPIES, KEPT_BYTES, WORKING_BYTES
+from auto_quantize_model.needs import COPIES, KEPT_BYTES, LEAST_WORKING_BYTES, LIBRARIES, WORKING_BYTES
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +89,49 @@ def test_the_copies_of_the_logits_are_counted(monkeypatch):
         require_memory(10**9, torch.device("cpu"), schemes=5, logits=10**8)
     free.available += (5 + COPIES) * 10**8
     require_memory(10**9, torch.device("cpu"), schemes=5, logits=10**8)
+
+
+NEED = Need(weights=7 * 10**9, merged=0, largest=5 * 10**8, has_codes=False, schemes=3, logits=10**8)
+LEAST = 8 * 5 * 10**8 + LEAST_WORKING_BYTES + (3 + COPIES) * 10**8
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    found = Limits()
+    monkeypatch.setattr(machine, "LIMITS", found)
+    return found
+
+
+def test_weights_stay_in_their_files_only_where_fp32_does_not_fit(monkeypatch, limits):
+    free = SimpleNamespace(available=5 * 7 * 10**9 + WORKING_BYTES + KEPT_BYTES + (3 + COPIES) * 10**8)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    assert not stays_mapped(NEED) and limits == Limits()
+    free.available -= 1
+    assert stays_mapped(NEED) and limits == Limits()  # 24 GB for 7 billion weights leave room to keep all
+
+
+def test_a_seven_billion_model_fits_a_machine_of_24_gib_and_keeps_less_where_less_is_left(monkeypatch, limits):
+    free = SimpleNamespace(available=20 * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    assert stays_mapped(NEED) and limits == Limits()
+    assert stays_mapped(NEED, LIBRARIES + LEAST + 2**30)
+    assert limits == Limits(weights=2**29, outputs=2**29)
+    with pytest.raises(
+        InputError,
+        match=r"7\.00 billion weights need 5\.5 GiB while they stay in their files, and machine\.memory leaves 5\.0 GiB"
+        " beside the libraries; raise machine.memory, or lower calibration",
+    ):
+        stays_mapped(NEED, 7 * 2**30)
+    free.available = 2**30
+    with pytest.raises(InputError, match=r"need 12\.0 GiB .*, and this machine has 1\.0 GiB free; lower calibration"):
+        stays_mapped(replace(NEED, has_codes=True))
+
+
+def test_a_step_that_needs_the_fp32_model_is_refused_where_the_limit_is_below(monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**40))
+    require_memory(10**9, torch.device("cpu"), memory=LIBRARIES + 5 * 10**9 + WORKING_BYTES)
+    with pytest.raises(InputError, match=r"need 6\.7 GiB, and a step with this machine\.memory has 6\.0 GiB free"):
+        require_memory(10**9, torch.device("cpu"), memory=8 * 2**30)
 
 
 def test_running_out_of_memory_says_what_there_was_and_what_to_lower(monkeypatch):

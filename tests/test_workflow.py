@@ -454,6 +454,41 @@ def test_experts_are_measured_in_schemes_that_need_no_inc(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_weights_in_their_files_give_the_bytes_of_a_model_in_memory(tmp_path: Path) -> None:
+    """Plan, capture, audit, frontier and cures of a BF16 snapshot, with a memory that FP32 does not fit into."""
+    from safetensors.torch import load_file, save_file
+
+    from auto_quantize_model.made.tiny_text import write_tiny_text
+
+    directory = copy_checkout(tmp_path / "checkout")
+    weights = write_tiny_text("mistral", directory / "resources" / "models" / "tiny") / "model.safetensors"
+    save_file({key: value.to(torch.bfloat16) for key, value in load_file(weights).items()}, weights, {"format": "pt"})
+    samples = directory / "resources" / "texts.jsonl"
+    samples.write_text("".join(json.dumps({"prompt": f"Say {word}.", "answer": word}) + "\n" for word in "abcdefgh"))
+    schemes = ["FP8_DYNAMIC", "NVFP4"]
+    changes = {
+        **TINY,
+        "calibration": TINY["calibration"] | {"name": "texts", "path": "resources/texts.jsonl"},
+        "sensitivity": TINY["sensitivity"] | {"schemes": schemes},
+        "decide": TINY["decide"] | {"candidates": schemes},
+    }
+    names = ("plan", "scales_cpu", "capture_cpu", "audit_cpu", "frontier_cpu", "why_cpu")
+    files = [directory / "results" / "tiny" / "texts" / f"{name}.json" for name in names]
+    found = []
+    for memory in ("3500MiB", None):
+        write_config(directory, changes | {"machine": {"memory": memory}})
+        asked = [f"{file.relative_to(directory)}" for file in files]
+        ended = snakemake(directory, *asked, "--cores", "1", "--resources", "gpu=1")
+        assert ended.returncode == 0, ended.stdout
+        assert ("--memory 3670" in ended.stdout) == (memory is not None)
+        found.append([file.read_bytes() for file in files])
+        ended = snakemake(directory, *asked, "--cores", "1", "-n")
+        assert "Nothing to be done" in ended.stdout  # the limit is no part of what results depend on
+        shutil.rmtree(directory / "results")
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
 def test_the_archive_holds_the_results_with_their_checksums(finished: tuple[Path, str]) -> None:
     directory, _ = finished
     checksums = json.loads((directory / "results/archives/tiny-digits.tar.sha256.json").read_text())

@@ -592,6 +592,13 @@ class QuantizeSpec(Block):
     """Profile that is applied."""
 
 
+class MachineSpec(Block):
+    """What a step may take of its machine. No result depends on this block."""
+
+    memory: Annotated[str, Matching(r"[1-9]\d{0,5}[MG]iB", "not a size; write it as 10GiB or 9000MiB")] | None = None
+    """Memory of a step that runs the model, such as 10GiB. On the CPU, weights stay in their files if need be."""
+
+
 class Config(Block):
     """All blocks. The defaults measure the embedded digit reader."""
 
@@ -616,6 +623,7 @@ class Config(Block):
     decide: DecideSpec = DecideSpec(heldout_batches=4)
     profiles: Target = Target(max_divergence=0.001, max_bits=6.0)
     quantize: QuantizeSpec = QuantizeSpec()
+    machine: MachineSpec = MachineSpec()
 
     def contradictions(self) -> Iterator[str]:
         of_heldout = "heldout_batch_size" if self.calibration.heldout_batch_size else "batch_size"

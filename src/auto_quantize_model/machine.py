@@ -6,13 +6,22 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 
 from auto_quantize_model.files import InputError
-from auto_quantize_model.needs import GIB, bytes_loaded, bytes_of_replay
+from auto_quantize_model.needs import (
+    GIB,
+    KEPT_BYTES,
+    LIBRARIES,
+    OUTPUT_BYTES,
+    bytes_loaded,
+    bytes_of_mapped,
+    bytes_of_replay,
+)
 
 LOWER = "lower calibration.batch_size, max_pixels or max_tokens, or measure on a machine with more memory"
 
@@ -66,20 +75,26 @@ def any_algorithm() -> Iterator[None]:
         torch.use_deterministic_algorithms(saved)
 
 
-def require_memory(parameters: int, replay_on: torch.device | None = None, schemes: int = 1, logits: int = 0) -> None:
+def require_memory(
+    parameters: int, replay_on: torch.device | None = None, schemes: int = 1, logits: int = 0, memory: int = 0
+) -> None:
     """Refuse a model that will not fit, before it is loaded.
 
     Args:
         parameters: number of the model's weights.
         replay_on: the device of the replay; None without a replay. Weights pass through the host's memory to a GPU.
         schemes, logits: as `bytes_of_replay` takes them.
+        memory: bytes of the host that the process may take; 0 for all that is free.
 
     Raises:
         InputError: the message says what is needed, what is free, and what to lower.
     """
     loaded, replayed = bytes_loaded(parameters), bytes_of_replay(parameters, schemes, logits)
     on_cpu = replay_on is not None and replay_on.type == "cpu"
-    places = [("this machine", psutil.virtual_memory().available, replayed if on_cpu else loaded)]
+    on_host = replayed if on_cpu else loaded
+    places = [("this machine", psutil.virtual_memory().available, on_host)]
+    if memory:
+        places.append(("a step with this machine.memory", memory - LIBRARIES, on_host))
     if replay_on is not None and replay_on.type == "cuda":
         places.append((torch.cuda.get_device_name(replay_on), torch.cuda.mem_get_info(replay_on)[0], replayed))
     for place, free, wanted in places:
@@ -88,6 +103,63 @@ def require_memory(parameters: int, replay_on: torch.device | None = None, schem
                 f"{parameters / 1e9:.2f} billion weights need {wanted / GIB:.1f} GiB, and {place} has"
                 f" {free / GIB:.1f} GiB free; {LOWER}"
             )
+
+
+@dataclass
+class Limits:
+    """The most bytes that a replay keeps to save time. What it does not keep, it makes again.
+
+    Attributes:
+        weights: for quantized weights.
+        outputs: for the outputs of blocks.
+    """
+
+    weights: int = KEPT_BYTES
+    outputs: int = OUTPUT_BYTES
+
+
+LIMITS = Limits()  # of this process
+
+
+@dataclass(frozen=True)
+class Need:
+    """What decides about the memory of a replay on the CPU, as `bytes_of_replay` and `bytes_of_mapped` take it."""
+
+    weights: int
+    merged: int
+    largest: int
+    has_codes: bool
+    schemes: int
+    logits: int
+
+
+def stays_mapped(need: Need, memory: int = 0) -> bool:
+    """Whether weights stay in their files, because the model does not fit into memory in FP32; sets `LIMITS` then.
+
+    Args:
+        need: of the replay.
+        memory: bytes that the process may take; 0 for all that is free.
+
+    Raises:
+        InputError: the replay does not fit even so. The message says what is needed, what there is, and what to lower.
+    """
+    free = psutil.virtual_memory().available
+    is_limit = 0 < memory < free + LIBRARIES
+    room = memory - LIBRARIES if is_limit else free
+    if bytes_of_replay(need.weights, need.schemes, need.logits) <= room:
+        return False
+    codes = need.weights if need.has_codes else 0
+    least = bytes_of_mapped(codes, need.merged, need.largest, need.schemes, need.logits)
+    if least > room:
+        beside = f"machine.memory leaves {max(room, 0) / GIB:.1f} GiB beside the libraries"
+        raise InputError(
+            f"{need.weights / 1e9:.2f} billion weights need {least / GIB:.1f} GiB while they stay in their files, and"
+            f" {beside if is_limit else f'this machine has {free / GIB:.1f} GiB free'};"
+            f" {'raise machine.memory, or ' if is_limit else ''}{LOWER}"
+        )
+    LIMITS.outputs = int(min(OUTPUT_BYTES, (room - least) / 2))
+    LIMITS.weights = int(min(KEPT_BYTES, room - least - LIMITS.outputs))
+    return True
 
 
 def require_free(wanted: float, what: str) -> None:

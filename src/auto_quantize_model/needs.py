@@ -8,10 +8,13 @@ import math
 from dataclasses import dataclass
 
 GIB = 1 << 30
+UNITS = {"MiB": 1 << 20, "GiB": GIB}
 LIBRARIES = 2 * GIB  # Python with torch, transformers, and INC or CUDA
 WORKING_BYTES = 2 * GIB  # kept block outputs and activations
+LEAST_WORKING_BYTES = GIB  # activations alone, with the graph of one block in a backward pass
+OUTPUT_BYTES = 2 * GIB  # for kept block outputs; outputs that do not fit are computed again
 COPIES = 5  # of the logits: reference, output, their difference, a direction, and its gradient
-KEPT_BYTES = 2 << 30  # for quantized weights of a replay; a weight that does not fit is made again
+KEPT_BYTES = 2 * GIB  # for quantized weights of a replay; a weight that does not fit is made again
 # Multiply-adds in ten minutes, on two CPU cores or on a GPU.
 IN_TEN_MINUTES = {"cpu": 3e13, "cuda": 1e16}
 SECONDS_OF_WEIGHT = (
@@ -43,6 +46,25 @@ def bytes_of_replay(weights: float, schemes: int = 1, logits: float = 0) -> floa
     return 5 * weights + WORKING_BYTES + kept + (schemes + COPIES) * logits
 
 
+def bytes_of_mapped(codes: float, merged: float, largest: float, schemes: int = 1, logits: float = 0) -> float:
+    """The least memory of a replay on the CPU whose weights stay in the snapshot's files.
+
+    Pages of the files do not count: the system drops them where memory is short, and reads them again.
+
+    Args:
+        codes: number of weights that have an INT8 code, of one byte.
+        merged: bytes of weights that no file holds as the model does, such as experts that are stored one by one.
+        largest: number of weights of the largest matrix. Its FP32 values are there twice while it is quantized.
+        schemes, logits: as `bytes_of_replay` takes them.
+    """
+    return codes + merged + 8 * largest + LEAST_WORKING_BYTES + (schemes + COPIES) * logits
+
+
+def in_bytes(memory: str) -> int:
+    """The bytes of a text such as `10GiB`, as `machine.memory` takes it."""
+    return int(memory[:-3]) * UNITS[memory[-3:]]
+
+
 def bytes_of_checkpoint(weights: float) -> float:
     """The memory to load a written checkpoint back in FP32, with a few more weights while they are compared."""
     return 5 * weights + WORKING_BYTES
@@ -64,6 +86,7 @@ class Size:
         audit_ops, points, refine_batches: as in the config.
         top: ops whose exact scores follow their estimates; None where all scores are exact.
         budget: minutes that the capture may take; None without a limit.
+        memory: bytes that a step may take; None without a limit.
     """
 
     weights: float
@@ -80,6 +103,7 @@ class Size:
     refine_batches: int
     top: int | None
     budget: float | None
+    memory: int | None = None
 
 
 def forwards(step: str, size: Size) -> float:
@@ -127,7 +151,8 @@ def minutes(step: str, size: Size, device: str, threads: int, attempt: int = 1, 
 def megabytes(step: str, size: Size, device: str, attempt: int = 1) -> int:
     """The host memory to ask for, in units of 10^6 bytes. An attempt after the first may follow a kill for memory.
 
-    INC's conversion in `plan_quantization` and `audit_capture` needs as much as a replay on the CPU.
+    INC's conversion in `plan_quantization` and `audit_capture` needs as much as a replay on the CPU. With a limit, no
+    step asks for more: a step that cannot keep within it says so before its work.
     """
     needed = {
         "plan_quantization": bytes_of_replay(size.weights),
@@ -138,4 +163,5 @@ def megabytes(step: str, size: Size, device: str, attempt: int = 1) -> int:
         needed = bytes_loaded(size.weights) + LIBRARIES  # weights pass through the host to the GPU
     elif needed is None:
         needed = bytes_of_replay(size.weights, size.schemes, size.logits)
-    return math.ceil((LIBRARIES + needed) * (1 + (attempt - 1) / 2) / 1e6)
+    asked = (LIBRARIES + needed) * (1 + (attempt - 1) / 2)
+    return math.ceil((asked if size.memory is None else min(asked, size.memory)) / 1e6)

@@ -60,6 +60,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "help": "the store of all scores (%(default)s)",
     },
     "threads": {"type": int, "metavar": "N", "help": "CPU threads of torch (default: OMP_NUM_THREADS, or all cores)"},
+    "memory": {
+        "type": int,
+        "metavar": "MB",
+        "default": 0,
+        "help": "memory that the step may take, in units of 10^6 bytes (0: what is free)",
+    },
     "tf32": {"action": "store_true", "help": "let a GPU round float32 products to TF32"},
     "nondeterministic": {"action": "store_true", "help": "let torch choose faster algorithms"},
     "config_digest": {"help": "digest of the config that asks for the output; the output records it"},

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import an_op
+from build import a_plan, an_op
 from safetensors.torch import load_file, save_file
 from tiny_models import LIMITS, noise, sample
 from transformers import AutoModelForCausalLM
@@ -18,11 +18,12 @@ from auto_quantize_model.made.tiny import write_tiny
 from auto_quantize_model.made.tiny_text import small_config, write_tiny_text
 from auto_quantize_model.measure.folding import folding_of
 from auto_quantize_model.measure.probes import probe
+from auto_quantize_model.measure.served_audit import Library
 from auto_quantize_model.measure.why import weight_facts
 from auto_quantize_model.models.encode import encode
 from auto_quantize_model.models.experts import StackedLinear
 from auto_quantize_model.models.mapped import Mapped, in_fp32
-from auto_quantize_model.models.snapshot import load_model, load_processor
+from auto_quantize_model.models.snapshot import load_model, load_processor, stored_weights
 from auto_quantize_model.models.units import members_of, unit_of
 from auto_quantize_model.records import Op
 from auto_quantize_model.replay.altered import Alteration, Altered
@@ -165,6 +166,34 @@ def test_causes_and_cures_have_the_bits_of_the_fp32_model(tmp_path: Path) -> Non
         found.append((weight_facts(weights, scheme), folded, altered(x)))
     assert found[0][:2] == found[1][:2] and found[1][1] == ("model.layers.1.input_layernorm", "")
     assert torch.equal(found[0][2], found[1][2])
+
+
+def test_the_library_audits_a_mapped_model(tmp_path: Path) -> None:
+    directory = stored_in(torch.bfloat16, write_tiny_text("mixtral", tmp_path / "tiny"))
+    model, batch = load_model(directory, "block", mapped=True), {"input_ids": torch.arange(3, 27)[None]}
+    ops = [op for op in ops_of(model, batch) if op.op_type != "Embedding"]
+    with Replay(model, ops, "lm_head") as replay:
+        seen = replay.calibrate(batch)
+    library = Library(model, a_plan(ops), SCHEMES, seen)
+    states = [assigned([op.op_name for op in ops], scheme) for scheme in SCHEMES]
+    expected = [library.logits(batch, state) for state in states]
+    with Replay(model, ops, "lm_head", schemes=SCHEMES) as replay:
+        replay.set_scales(seen)
+        replay.begin(batch)
+        for state, output in zip(states, expected, strict=True):
+            assert torch.equal(replay.run(state), output)
+    assert all(isinstance(weight, Mapped) for weight in model.parameters() if weight.ndim > 1)
+
+
+def test_the_headers_tell_what_stays_in_the_files(tmp_path: Path) -> None:
+    dense = stored_weights(stored_in(torch.bfloat16, write_tiny_text("llama", tmp_path / "dense")))
+    assert dense.merged == 0 and dense.largest == 262 * 64
+    stored = write_tiny_text("mixtral", tmp_path / "mixtral")
+    experts = 2 * 4 * 3 * 64 * 96  # of two layers, four experts, and three matrices, which are stored one by one
+    assert [stored_weights(stored_in(dtype, stored)).merged for dtype in (torch.bfloat16, torch.float32)] == [
+        2 * experts,
+        4 * experts,
+    ]
 
 
 def a_weight(*shape: int) -> tuple[torch.Tensor, Mapped]:

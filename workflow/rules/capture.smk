@@ -19,6 +19,7 @@ rule capture_sensitivity:
     resources:
         **ONE_GPU,
         mem_mb=memory("capture_sensitivity"),
+        limit_mb=LIMIT,
         runtime=minutes("capture_sensitivity"),
     params:
         **REPLAYED,
@@ -33,6 +34,7 @@ rule capture_sensitivity:
         " {params.effort}"
         " --candidates {params.candidates:q}"
         " --device {params.device}"
+        " --memory {resources.limit_mb}"
         " {params.flags}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"

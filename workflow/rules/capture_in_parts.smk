@@ -37,6 +37,7 @@ rule measure_probes:
     resources:
         **ONE_GPU,
         mem_mb=memory("capture_sensitivity"),
+        limit_mb=LIMIT,
         runtime=minutes("capture_sensitivity", share=1 / PARTS),
     params:
         **PART,
@@ -46,6 +47,7 @@ rule measure_probes:
         " {params.effort}"
         " --candidates {params.candidates:q}"
         " --device {params.device}"
+        " --memory {resources.limit_mb}"
         " {params.flags}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"
@@ -70,6 +72,7 @@ rule measure_scores:
     resources:
         **ONE_GPU,
         mem_mb=memory("capture_sensitivity"),
+        limit_mb=LIMIT,
         runtime=minutes("capture_sensitivity", share=1 / PARTS),
     params:
         **PART,
@@ -81,6 +84,7 @@ rule measure_scores:
         " {params.effort}"
         " --candidates {params.candidates:q}"
         " --device {params.device}"
+        " --memory {resources.limit_mb}"
         " {params.flags}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"

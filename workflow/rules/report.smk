@@ -52,6 +52,7 @@ rule explain_units:
     resources:
         **ONE_GPU,
         mem_mb=memory("explain_units"),
+        limit_mb=LIMIT,
         runtime=minutes("explain_units"),
     params:
         **REPLAYED,
@@ -62,6 +63,7 @@ rule explain_units:
     shell:
         "exec python {params.script:q} {params.files}"
         " --device {params.device}"
+        " --memory {resources.limit_mb}"
         " {params.flags}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"

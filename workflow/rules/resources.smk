@@ -14,6 +14,8 @@ MEASURING_THREADS = config["sensitivity"]["threads"] or 64
 # The plugin for SLURM reads `gpu`, and that for Kubernetes both. On the CPU neither is there, because Kubernetes would
 # read `gpu: 0` as the wish for a node with GPUs.
 ONE_GPU = dict(gpu=1, gpu_manufacturer="nvidia") if DEVICE == "cuda" else {}
+# The memory that a step may take, in megabytes; 0 without a limit. A resource, because results do not depend on it.
+LIMIT = needs.in_bytes(config["machine"]["memory"] or "0MiB") // 10**6
 # The steps that need no model in memory: megabytes and minutes.
 SMALL_MEMORY, SMALL_TIME = 4000, 20
 DOWNLOAD_TIME = 240

@@ -24,6 +24,7 @@ rule plan_quantization:
     threads: 1
     resources:
         mem_mb=memory("plan_quantization"),
+        limit_mb=LIMIT,
         runtime=minutes("plan_quantization", "cpu"),
     params:
         script=script_path("plan_quantization"),
@@ -35,6 +36,7 @@ rule plan_quantization:
     shell:
         "exec python {params.script:q} {params.files}"
         " --spec {params.spec:q}"
+        " --memory {resources.limit_mb}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"
 
@@ -67,6 +69,7 @@ rule calibrate_scales:
     resources:
         **ONE_GPU,
         mem_mb=memory("calibrate_scales"),
+        limit_mb=LIMIT,
         runtime=minutes("calibrate_scales"),
     params:
         **REPLAYED,
@@ -79,6 +82,7 @@ rule calibrate_scales:
         "exec python {params.script:q} {params.files}"
         " {params.whole_set}"
         " --device {params.device}"
+        " --memory {resources.limit_mb}"
         " {params.flags}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"
@@ -113,6 +117,7 @@ rule audit_capture:
     threads: MEASURING_THREADS
     resources:
         mem_mb=memory("audit_capture"),
+        limit_mb=LIMIT,
         runtime=minutes("audit_capture", "cpu"),
     params:
         script=script_path("audit_capture"),
@@ -124,6 +129,7 @@ rule audit_capture:
     shell:
         "exec python {params.script:q} {params.files}"
         " --ops {params.ops}"
+        " --memory {resources.limit_mb}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"
 
@@ -149,6 +155,7 @@ rule measure_frontier:
     resources:
         **ONE_GPU,
         mem_mb=memory("measure_frontier"),
+        limit_mb=LIMIT,
         runtime=minutes("measure_frontier"),
     params:
         **REPLAYED,
@@ -165,6 +172,7 @@ rule measure_frontier:
         " --spec {params.spec:q}"
         " --target {params.target:q}"
         " --device {params.device}"
+        " --memory {resources.limit_mb}"
         " {params.flags}"
         " --config-digest {params.config_digest}"
         " --log {log:q}"

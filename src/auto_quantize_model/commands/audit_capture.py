@@ -14,22 +14,29 @@ from auto_quantize_model.commands.run import open_run
 
 def parser() -> argparse.ArgumentParser:
     reads = ("manifest", "calibration_manifest", "calibration_set", "plan", "scales", "capture")
-    made = options.parser(__doc__, *reads, "config_digest", "log", writes=["audit"])
+    made = options.parser(__doc__, *reads, "memory", "config_digest", "log", writes=["audit"])
     made.add_argument("--ops", type=int, default=6, help="ops to compare, the most and least sensitive among them")
     return made
 
 
 def audit_capture(args: argparse.Namespace) -> None:
     run = open_run(args)
+    import torch
+
     from auto_quantize_model.commands.loaded import Loaded
     from auto_quantize_model.inc import audit
+    from auto_quantize_model.machine import require_memory
     from auto_quantize_model.measure.served_audit import audit_served
     from auto_quantize_model.replay.scales import ALL_BATCHES
+    from auto_quantize_model.schemes.scheme import INC_INT8
 
     loaded = Loaded(run)
     batches = loaded.batches(run.plan.confidence_batches)
     cli.say(audit.announce(run.plan, run.capture, args.ops))
-    model, scales = loaded.model(), loaded.scales_of_batches()
+    by_inc = INC_INT8 in run.plan.schemes  # INC converts the model
+    if by_inc and loaded.memory:
+        require_memory(loaded.parameters, torch.device("cpu"), memory=loaded.memory)
+    model, scales = loaded.model(mapped=not by_inc and loaded.mapped), loaded.scales_of_batches()
     with cli.progress_bar("audit") as on_progress:
         result = audit.audit_capture(model, batches, run.plan, run.capture, args.ops, scales, on_progress)
     cli.say(f"audit: {result.status}, {result.compared} values compared")

@@ -13,7 +13,7 @@ from auto_quantize_model.commands.run import open_run
 
 def parser() -> argparse.ArgumentParser:
     reads = ("manifest", "calibration_manifest", "calibration_set", "plan")
-    settings = ("device", "threads", "tf32", "nondeterministic", "config_digest", "log")
+    settings = ("device", "threads", "memory", "tf32", "nondeterministic", "config_digest", "log")
     made = options.parser(__doc__, *reads, *settings, writes=["scales", "tensors"])
     made.add_argument("--whole-set", action="store_true", help="calibrate on all batches together as well")
     return made

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     reads = ("manifest", "calibration_manifest", "calibration_set", "plan", "scales")
-    settings = ("score_store", "device", "threads", "tf32", "nondeterministic", "config_digest", "log")
+    settings = ("score_store", "device", "threads", "memory", "tf32", "nondeterministic", "config_digest", "log")
     made = options.parser(__doc__, *reads, *settings, writes=["capture", "run_record"])
     made.add_argument("--exact", default="auto", help="scores to measure: auto, all, none or top:N (%(default)s)")
     made.add_argument("--candidates", nargs="*", default=[], help="schemes in which units of several ops are measured")

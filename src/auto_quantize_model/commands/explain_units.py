@@ -15,7 +15,7 @@ from auto_quantize_model.schemes.scheme import INC_INT8
 def parser() -> argparse.ArgumentParser:
     samples = ("manifest", "calibration_manifest", "calibration_set", "heldout_set")
     reads = ("plan", "scales", "frontier", "profiles")
-    settings = ("score_store", "device", "threads", "tf32", "nondeterministic", "config_digest", "log")
+    settings = ("score_store", "device", "threads", "memory", "tf32", "nondeterministic", "config_digest", "log")
     return options.parser(__doc__, *samples, *reads, *settings, writes=["why"])
 
 

@@ -13,8 +13,8 @@ from auto_quantize_model.records import NotMeasured
 
 def parser() -> argparse.ArgumentParser:
     reads = ("manifest", "calibration_manifest", "calibration_set", "heldout_set", "plan", "scales", "capture")
-    settings = ("spec", "score_store", "device", "threads", "tf32", "nondeterministic", "config_digest", "log")
-    made = options.parser(__doc__, *reads, *settings, writes=["frontier"])
+    settings = ("score_store", "device", "threads", "memory", "tf32", "nondeterministic", "config_digest", "log")
+    made = options.parser(__doc__, *reads, "spec", *settings, writes=["frontier"])
     made.add_argument("--candidates", nargs="+", required=True, help="the schemes to choose from")
     made.add_argument("--target", type=cli.json_value, required=True, help="the config's profiles block as JSON")
     return made

@@ -15,7 +15,7 @@ from auto_quantize_model.schemes.scheme import INC_INT8
 
 def parser() -> argparse.ArgumentParser:
     reads = ("manifest", "calibration_manifest", "calibration_set", "plan", "scales")
-    settings = ("score_store", "device", "threads", "tf32", "nondeterministic", "config_digest", "log")
+    settings = ("score_store", "device", "threads", "memory", "tf32", "nondeterministic", "config_digest", "log")
     made = options.parser(__doc__, *reads, *settings, writes=["part", "run_record"])
     made.add_argument("--number", type=int, required=True, help="of the part, from 1")
     made.add_argument("--parts", type=int, required=True, help="how many parts share the work")

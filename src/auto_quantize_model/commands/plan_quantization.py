@@ -10,7 +10,7 @@ from auto_quantize_model.files import digest_of
 
 def parser() -> argparse.ArgumentParser:
     reads = ("manifest", "calibration_manifest", "calibration_set", "spec")
-    return options.parser(__doc__, *reads, "config_digest", "log", writes=["plan"])
+    return options.parser(__doc__, *reads, "memory", "config_digest", "log", writes=["plan"])
 
 
 def plan_quantization(args: argparse.Namespace) -> None:
@@ -30,11 +30,14 @@ def plan_quantization(args: argparse.Namespace) -> None:
     spec = read_block(PlanSpec, args.spec, "sensitivity")
     for place in filter(None, (fields.get("checkpoint") for fields in spec.fields_of_schemes.values())):
         folder_of(place, cli.TerminalBar)
-    # INC's conversion with every op in INT8 needs as much memory as a replay on the CPU.
-    require_memory(loaded.parameters, torch.device("cpu"))
+    schemes, mapped = list(spec.fields_of_schemes), False
+    if INC_INT8 in schemes:  # INC's conversion with every op in INT8 needs as much memory as a replay on the CPU
+        require_memory(loaded.parameters, torch.device("cpu"), memory=loaded.memory)
+    else:
+        mapped = loaded.stays_mapped(schemes)
     batches = loaded.batches()
     plan = identify(
-        build_plan(loaded.model(experts=spec.experts), batches, spec),
+        build_plan(loaded.model(spec.experts, mapped), batches, spec),
         run.manifest,
         run.calibration,
         digest_of(args.spec),

@@ -13,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 from transformers import modeling_utils
 
-HALVES = (torch.bfloat16, torch.float16)
+HALVES = ("BF16", "F16")  # by the names of safetensors
 aten = torch.ops.aten
 # Functions that move values and change none: they run on the stored values.
 MOVES = {aten.clone.default, aten.stack.default, aten.cat.default}
@@ -30,21 +30,23 @@ class Mapped(torch.Tensor):
     """
 
     stored: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, stored: torch.Tensor) -> "Mapped":
-        made: Mapped = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Mapped = torch.Tensor._make_wrapper_subclass(
             cls, stored.shape, strides=stored.stride(), dtype=torch.float32, device=stored.device
         )
         made.stored = stored
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"Mapped({self.stored!r})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func.is_view and func is not aten.as_strided.default:
             return tree_map_only(torch.Tensor, Mapped, func(args[0].stored, *args[1:], **kwargs))
@@ -111,7 +113,7 @@ class Opened:
     def get_slice(self, name: str) -> Any:
         """A tensor that is read when it is indexed."""
         found = self.file.get_slice(name)
-        matrix = len(found.get_shape()) > 1 and found.get_dtype() in ("BF16", "F16")
+        matrix = len(found.get_shape()) > 1 and found.get_dtype() in HALVES
         return Slice(found) if matrix else found
 
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from auto_quantize_model.needs import IN_TEN_MINUTES, Size, bytes_of_logits
+from auto_quantize_model.needs import IN_TEN_MINUTES, Size, bytes_of_logits, in_bytes
 
 TOP = 40  # of `measure.effort`, for `sensitivity.exact: auto`
 OPS_OF_WEIGHTS = 5e6  # weights of an op, where no plan counts the ops; small models have smaller ones
@@ -84,7 +84,7 @@ def size_of_run(config: Mapping[str, Any], documents: Mapping[str, Path], device
     ops = len(plan.get("ops", ())) or math.ceil(min(MOST_OPS, weights / OPS_OF_WEIGHTS + 50))
     schemes, batches = len(sensitivity["schemes"]), sensitivity["confidence_batches"]
     multiply_adds = counted or weights * rows * tokens
-    budget = sensitivity["time_budget"]
+    budget, memory = sensitivity["time_budget"], config["machine"]["memory"]
     return Size(
         weights=weights,
         logits=bytes_of_logits(max(rows, heldout_rows), tokens, vocabulary_of(directory)),
@@ -100,6 +100,7 @@ def size_of_run(config: Mapping[str, Any], documents: Mapping[str, Path], device
         refine_batches=decide["refine_batches"],
         top=_top(sensitivity["exact"], ops * schemes * batches * multiply_adds <= IN_TEN_MINUTES[device]),
         budget=float(budget[:-1]) * PER_UNIT[budget[-1]] if budget else None,
+        memory=in_bytes(memory) if memory else None,
     )
 
 

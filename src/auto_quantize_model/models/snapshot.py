@@ -10,6 +10,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from auto_quantize_model.models.architecture import check_architecture
 from auto_quantize_model.models.family import Parts, Processor
 from auto_quantize_model.models.fx_safe import make_fx_safe
 from auto_quantize_model.models.hidden_state import with_hidden_state
-from auto_quantize_model.models.mapped import mapped_weights
+from auto_quantize_model.models.mapped import HALVES, mapped_weights
 from auto_quantize_model.models.prepare import prepare
 from auto_quantize_model.models.sample import Limits, Prepared, Sample
 from auto_quantize_model.models.weights import (
@@ -37,6 +38,7 @@ from auto_quantize_model.models.weights import (
     require_complete,
     require_filled,
     require_readable,
+    stored_names,
 )
 from auto_quantize_model.records import ModelManifest, SnapshotFile, body_of
 
@@ -266,6 +268,36 @@ def build_manifest(directory: Path, name: str, source: str, details: dict[str, A
     )
 
 
+@dataclass(frozen=True)
+class StoredWeights:
+    """What the weights of a snapshot take where they stay in their files.
+
+    Attributes:
+        count: of all; tied weights are stored and counted once.
+        merged: bytes of those that are made when the model is loaded: no file holds them in the model's shape, or the
+            files have them in 64 bits.
+        largest: count of the largest matrix.
+    """
+
+    count: int
+    merged: int
+    largest: int
+
+
+def stored_weights(directory: Path) -> StoredWeights:
+    """What the weights take, by the headers of the files and the model on torch's meta device.
+
+    Raises:
+        InputError: as `empty_model` says.
+    """
+    tensors = read_headers(directory)
+    alone = {name for names in stored_names(tensors, empty_model(directory)).values() for name in names}
+    sizes = {name: math.prod(tensor.shape) for name, tensor in tensors.items()}
+    made = [name for name, tensor in tensors.items() if name not in alone or tensor.dtype not in (*HALVES, "F32")]
+    merged = sum(sizes[name] * (2 if tensors[name].dtype in HALVES else 4) for name in made)
+    return StoredWeights(sum(sizes.values()), merged, max(sizes.values()))
+
+
 def verify_manifest(manifest: ModelManifest) -> Path:
     """The snapshot directory that a manifest names, after a check that its files are those of the manifest.
 
@@ -299,7 +331,8 @@ def load_model(directory: Path, experts: str = "each", mapped: bool = False) -> 
             memory.
     """
     config = check_snapshot(directory)
-    require_memory(count_parameters(directory))
+    if not mapped:
+        require_memory(count_parameters(directory))
     with explained(directory), mapped_weights() if mapped else nullcontext():
         loaded: Any = model_class(config).from_pretrained(
             directory,

@@ -14,6 +14,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from auto_quantize_model.files import InputError
+from auto_quantize_model.machine import LIMITS
 from auto_quantize_model.models.experts import RoutedExperts, StackedLinear
 from auto_quantize_model.records import Op, Scales
 from auto_quantize_model.replay.ops import SITES, Site, refusal
@@ -23,7 +24,6 @@ from auto_quantize_model.schemes.scheme import Assignment
 if TYPE_CHECKING:  # the library that it imports is needed for its own schemes alone
     from auto_quantize_model.replay.served import Norm
 
-CACHE_BYTES = 2 << 30  # for block outputs; outputs that do not fit are computed again
 Batch = dict[str, torch.Tensor]
 State = frozenset[tuple[str, str]]  # the items of an assignment
 
@@ -98,7 +98,7 @@ class Replay:
         ops: Sequence[Op],
         measured_op: str,
         call: Callable[[], Any] | None = None,
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int | None = None,
         schemes: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Replace the forwards of the planned ops and of their blocks.
@@ -108,7 +108,7 @@ class Replay:
             ops: the plan's ops.
             measured_op: the module at whose output the error is measured.
             call: runs the model; by default `model(**batch)` on the batch that was begun.
-            cache_bytes: the maximum memory for kept outputs.
+            cache_bytes: the maximum memory for kept outputs; None takes the limit of this process.
             schemes: the schemes of compressed-tensors that ops may have, as `replay.by_name.schemes_of` returns them.
 
         Raises:
@@ -119,7 +119,7 @@ class Replay:
         self.device = next(model.parameters()).device
         require_formula(self.device)
         self.call = call or (lambda: model(**self.batch))
-        self.cache_bytes = cache_bytes
+        self.cache_bytes = LIMITS.outputs if cache_bytes is None else cache_bytes
         modules = dict(model.named_modules())
         self.sites: dict[str, Site] = {}
         for op in ops:

@@ -13,10 +13,10 @@ import torch
 from compressed_tensors.quantization import QuantizationScheme
 from torch.utils._pytree import tree_map_only
 
+from auto_quantize_model.machine import LIMITS
 from auto_quantize_model.models.checkpoint import Checkpoint
 from auto_quantize_model.models.experts import StackedLinear
 from auto_quantize_model.models.mapped import in_fp32
-from auto_quantize_model.needs import KEPT_BYTES
 from auto_quantize_model.records import OpScales
 from auto_quantize_model.schemes.compressed import (
     QuantizationParameters,
@@ -48,11 +48,11 @@ class Kept:
     """Tensors that are made when they are asked for. The ones that were asked for least recently are dropped first.
 
     Args:
-        limit: the most bytes that are kept.
+        limit: the most bytes that are kept; None takes the limit of this process.
     """
 
-    def __init__(self, limit: int = KEPT_BYTES) -> None:
-        self.limit = limit
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = LIMITS.weights if limit is None else limit
         self.tensors: OrderedDict[Any, torch.Tensor] = OrderedDict()
         self.bytes = 0
 
