@@ -46,10 +46,8 @@ def test_no_step_asks_for_more_than_the_limit_at_any_attempt() -> None:
     limited = replace(LARGE, memory=needs.in_bytes("10GiB"))
     for step in STEPS:
         assert [megabytes(step, limited, "cpu", attempt) for attempt in (1, 2)] == [10738, 10738]
-    small = replace(limited, weights=10**6, logits=0)
-    assert megabytes("calibrate_scales", small, "cpu") == megabytes(
-        "calibrate_scales", replace(small, memory=None), "cpu"
-    )
+    small = replace(LARGE, weights=10**6, logits=0)
+    assert megabytes(STEPS[1], replace(small, memory=limited.memory), "cpu") == megabytes(STEPS[1], small, "cpu")
     assert needs.in_bytes("9000MiB") == 9000 << 20
 
 

@@ -22,7 +22,7 @@ from auto_quantize_model.measure.served_audit import Library
 from auto_quantize_model.measure.why import weight_facts
 from auto_quantize_model.models.encode import encode
 from auto_quantize_model.models.experts import StackedLinear
-from auto_quantize_model.models.mapped import Mapped, in_fp32
+from auto_quantize_model.models.mapped import Mapped, held, in_fp32
 from auto_quantize_model.models.snapshot import load_model, load_processor, stored_weights
 from auto_quantize_model.models.units import members_of, unit_of
 from auto_quantize_model.records import Op
@@ -233,6 +233,21 @@ def test_a_mapped_weight_cannot_be_changed() -> None:
     weight = a_weight(6, 8)[1]
     with pytest.raises(RuntimeError, match="would write into a weight that is mapped from a file"):
         weight.mul_(2)
+    with pytest.raises(RuntimeError, match="values of a weight that is mapped from a file cannot be set"):
+        weight.data = torch.zeros(6, 8)
+    torch.nn.ParameterList([torch.nn.Parameter(weight, requires_grad=False)]).to("cpu")  # changes nothing
+
+
+def test_a_weight_becomes_fp32_once_while_it_is_held() -> None:
+    plain, weight = a_weight(6, 8)
+    whole, view = weight.t(), weight[:, 2:5]
+    with held():
+        first = in_fp32(weight)
+        assert torch.equal(first, plain) and in_fp32(whole).data_ptr() == first.data_ptr()
+        assert torch.equal(in_fp32(view), plain[:, 2:5]) and in_fp32(view).stride() == (8, 1)
+        assert in_fp32(view).data_ptr() == first.data_ptr() + 8
+        assert torch.equal(plain @ whole, plain @ plain.t())
+    assert in_fp32(weight).data_ptr() != first.data_ptr()
 
 
 MEMORY = """

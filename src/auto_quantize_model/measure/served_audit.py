@@ -20,6 +20,7 @@ from auto_quantize_model.measure.metrics import Reference, output_at
 from auto_quantize_model.measure.states import UNITS
 from auto_quantize_model.models.checkpoint import Checkpoint
 from auto_quantize_model.models.experts import StackedLinear
+from auto_quantize_model.models.mapped import Mapped, in_fp32
 from auto_quantize_model.records import Capture, Plan, Scales, Score
 from auto_quantize_model.replay.by_name import schemes_of
 from auto_quantize_model.replay.model import Batch, Replay
@@ -164,6 +165,7 @@ class Library:
             for part, weight in self.parts(modules[name], name):
                 self.quantize(part, name, scheme, weight)
                 with_samples(part)
+                in_memory_for_a_call(part)
         return output_at(model, batch, self.measured_op)
 
     def parts(self, module: Any, name: str) -> list[tuple[torch.nn.Module, torch.Tensor]]:
@@ -260,6 +262,22 @@ def with_samples(module: torch.nn.Module) -> None:
 
     module.register_forward_pre_hook(add)
     module.register_forward_hook(remove)
+
+
+def in_memory_for_a_call(module: Any) -> None:
+    """Give a module whose weight stays in its file an FP32 copy for each call, because the library changes the copy."""
+    mapped = module.weight
+    if not isinstance(mapped, Mapped):
+        return
+
+    def fill(module: Any, args: Any) -> None:
+        module.weight = torch.nn.Parameter(in_fp32(mapped), requires_grad=False)
+
+    def drop(module: Any, args: Any, output: Any) -> None:
+        module.weight = mapped
+
+    module.register_forward_pre_hook(fill)
+    module.register_forward_hook(drop)
 
 
 def copied(model: torch.nn.Module) -> torch.nn.Module:

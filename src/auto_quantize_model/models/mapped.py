@@ -13,7 +13,10 @@ import torch
 from torch.utils._pytree import tree_map_only
 from transformers import modeling_utils
 
+from auto_quantize_model.needs import HELD_BYTES
+
 HALVES = ("BF16", "F16")  # by the names of safetensors
+FROM_FILE = "that is mapped from a file"
 aten = torch.ops.aten
 # Functions that move values and change none: they run on the stored values.
 MOVES = {aten.clone.default, aten.stack.default, aten.cat.default}
@@ -27,38 +30,54 @@ class Mapped(torch.Tensor):
 
     Attributes:
         stored: the values as the file has them.
+        whole: the stored values of the weight of which this is a view.
     """
 
     stored: torch.Tensor
+    whole: torch.Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, stored: torch.Tensor) -> "Mapped":
+    def __new__(cls, stored: torch.Tensor, whole: torch.Tensor | None = None) -> "Mapped":
         made: Mapped = torch.Tensor._make_wrapper_subclass(
             cls, stored.shape, strides=stored.stride(), dtype=torch.float32, device=stored.device
         )
-        made.stored = stored
+        made.stored, made.whole = stored, stored if whole is None else whole
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Mapped({self.stored!r})"
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The tensor without history."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        if not (isinstance(value, Mapped) and value.stored is self.stored):
+            raise RuntimeError(f"the values of a weight {FROM_FILE} cannot be set")
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        first: Any = args[0] if args else None
         if func.is_view and func is not aten.as_strided.default:
-            return tree_map_only(torch.Tensor, Mapped, func(args[0].stored, *args[1:], **kwargs))
-        if func in MOVES and are_alike(args[0]):
+            views = func(first.stored, *args[1:], **kwargs)
+            return tree_map_only(torch.Tensor, lambda view: Mapped(view, first.whole), views)
+        if func in MOVES and are_alike(first):
             return Mapped(func(*tree_map_only(Mapped, lambda tensor: tensor.stored, args), **kwargs))
-        if func in LOOKUPS and isinstance(args[0], Mapped):
-            return func(args[0].stored, *args[1:], **kwargs).float()
-        if func._schema.is_mutable and isinstance(args[0], Mapped):
-            raise RuntimeError(f"{func} would write into a weight that is mapped from a file")
+        if func in LOOKUPS and isinstance(first, Mapped):
+            return func(first.stored, *args[1:], **kwargs).float()
+        if func._schema.is_mutable and isinstance(first, Mapped):
+            raise RuntimeError(f"{func} would write into a weight {FROM_FILE}")
         buffers = [SCRATCH]
 
         def fp32(tensor: Mapped) -> torch.Tensor:
+            if (values := held_values(tensor)) is not None:
+                return values
             return buffers.pop().filled(tensor.stored) if buffers else tensor.stored.float()
 
         args, kwargs = tree_map_only(Mapped, fp32, (args, kwargs))
@@ -82,7 +101,7 @@ class Scratch:
 
     def filled(self, stored: torch.Tensor) -> torch.Tensor:
         """The values in FP32, in a tensor of the same strides, until the next call."""
-        if not aten.is_non_overlapping_and_dense.default(stored):
+        if not is_dense(stored):
             return stored.float()
         if self.memory.numel() < stored.numel():
             self.memory = torch.empty(0)  # frees the smaller one first
@@ -90,12 +109,47 @@ class Scratch:
         return self.memory.as_strided(stored.shape, stored.stride()).copy_(stored)
 
 
+def is_dense(stored: torch.Tensor) -> bool:
+    """Whether a tensor has each place of its memory once, in any order."""
+    return bool(aten.is_non_overlapping_and_dense.default(stored))
+
+
 SCRATCH = Scratch()
+HELD: list[dict[int, torch.Tensor]] = []  # the FP32 values of whole weights, in the contexts of `held`
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Within this context, a weight becomes FP32 once, when it is used first: for a block that runs many times.
+
+    That takes at most `HELD_BYTES`; weights that do not fit become FP32 at each use.
+    """
+    HELD.append({})
+    try:
+        yield
+    finally:
+        HELD.pop()
+
+
+def held_values(weight: Mapped) -> torch.Tensor | None:
+    """The FP32 values of a weight or of a view of one in a context of `held`; None where they are not held."""
+    stored, whole = weight.stored, weight.whole
+    if not HELD or not is_dense(whole):
+        return None
+    values = HELD[-1].get(id(whole))
+    if values is None:
+        if sum(other.nbytes for other in HELD[-1].values()) + 4 * whole.numel() > HELD_BYTES:
+            return None
+        values = HELD[-1][id(whole)] = whole.float()
+    return values.as_strided(stored.shape, stored.stride(), stored.storage_offset() - whole.storage_offset())
 
 
 def in_fp32(weight: torch.Tensor) -> torch.Tensor:
-    """A weight as a plain tensor in FP32, to be used several times; the weight itself if it is plain."""
-    return weight.stored.float() if isinstance(weight, Mapped) else weight
+    """A weight as a plain tensor in FP32, to be used several times and not changed; a plain weight itself."""
+    if not isinstance(weight, Mapped):
+        return weight
+    values = held_values(weight)
+    return weight.stored.float() if values is None else values
 
 
 class Opened:

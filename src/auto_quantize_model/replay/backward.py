@@ -16,6 +16,7 @@ import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from auto_quantize_model.files import InputError
+from auto_quantize_model.models.mapped import held
 from auto_quantize_model.replay.model import Replay
 from auto_quantize_model.replay.ops import Site
 from auto_quantize_model.schemes.scheme import UNQUANTIZED, Assignment
@@ -108,7 +109,8 @@ class Backward:
             for done, visit in enumerate(reversed(self.visits), start=1):
                 gradients = [self.gradients.pop(id(leaf), None) for leaf in visit.outputs]
                 if visit is last or any(gradients):
-                    self._back(visit, gradients, direction if visit is last else None)
+                    with held():
+                        self._back(visit, gradients, direction if visit is last else None)
                 on_block(done, len(self.visits))
                 visit.inputs, visit.incoming, visit.outputs = [], {}, []
         return {name: joined(executions) for name, executions in self.products.items()}
