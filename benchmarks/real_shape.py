@@ -1,6 +1,7 @@
 """The full shape of Qwen2.5-VL-3B through plan and capture: time of each step and peak memory, in one process.
 
     python benchmarks/real_shape.py [--device cpu|cuda] [--threads N] [--exact none --schemes inc_int8 W8A8 ...]
+    python benchmarks/real_shape.py --mapped --exact none --schemes W8A8 FP8_DYNAMIC NVFP4
     python benchmarks/real_shape.py --best-model [--shape medium]
 
 The snapshot (7.5 GB, weights from a seed) is written to tmp/bench/ once. The plan is INC's and is written there as
@@ -49,7 +50,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads on the CPU")
     parser.add_argument("--visual-tokens", type=int, default=64, help="of the one photograph (64: 224 x 224 pixels)")
     parser.add_argument("--maps", nargs="+", default=["isolated", "fallback"], help="maps to measure")
-    parser.add_argument("--schemes", nargs="+", default=["inc_int8"], help="schemes to measure, inc_int8 among them")
+    parser.add_argument("--schemes", nargs="+", default=["inc_int8"], help="schemes to measure")
     parser.add_argument("--exact", default="all", help="scores to measure: all, top:N, or none; others are estimated")
     parser.add_argument("--folder", type=Path, default=Path("tmp/bench"), help="where snapshot, plan and result go")
     parser.add_argument("--mapped", action="store_true", help="leave weights in the files until they are used (CPU)")
@@ -77,8 +78,12 @@ def bench(args: argparse.Namespace) -> None:
     memory = Memory()
     model: Any = timed("load the model", lambda: load_model(directory, mapped=args.mapped))
     loaded = memory.now()
+    if INC_INT8 not in args.schemes:
+        with torch.no_grad():
+            for _ in range(3):
+                timed("a forward", lambda: model(**batch))
     plan_file = args.folder / f"{args.shape}.plan.json"
-    if not plan_file.exists():
+    if INC_INT8 in args.schemes and not plan_file.exists():
         timed("INC's plan", lambda: make_plan(plan_file, args, model, batch))
     if args.plan_only:
         return
@@ -87,7 +92,10 @@ def bench(args: argparse.Namespace) -> None:
         del model  # INC's steps free it
         best_model(args, timed, directory, holder, as_record(Plan, read_json(plan_file)), batch)
         return
-    plan = in_schemes(replace(as_record(Plan, read_json(plan_file)), maps=tuple(args.maps)), args.schemes)
+    if INC_INT8 in args.schemes:
+        plan = in_schemes(replace(as_record(Plan, read_json(plan_file)), maps=tuple(args.maps)), args.schemes)
+    else:
+        plan = timed("the plan without INC", lambda: plan_of_schemes(args.schemes, model, batch))
     device = choose_device(args.device)
     timed("move to the device", lambda: model.to(device))
     before = peak()
@@ -215,6 +223,13 @@ class Memory:
         while True:
             self.peak = {name: max(size, self.peak[name]) for name, size in self.now().items()}
             time.sleep(0.05)
+
+
+def plan_of_schemes(schemes: list[str], model: Any, batch: Batch) -> Plan:
+    """A plan for which INC is not asked."""
+    from auto_quantize_model.inc.plan import build_plan
+
+    return build_plan(model, [batch], PlanSpec(confidence_batches=1, maps=("isolated",), schemes=tuple(schemes)))
 
 
 def peak() -> float:

@@ -119,7 +119,7 @@ def test_a_seven_billion_model_fits_a_machine_of_24_gib_and_keeps_less_where_les
     with pytest.raises(
         InputError,
         match=r"7\.00 billion weights need 5\.5 GiB while they stay in their files, and machine\.memory leaves 5\.0 GiB"
-        " beside the libraries; raise machine.memory, or lower calibration",
+        " for the model; raise machine.memory, or lower calibration",
     ):
         stays_mapped(NEED, 7 * 2**30)
     free.available = 2**30

@@ -151,10 +151,10 @@ def stays_mapped(need: Need, memory: int = 0) -> bool:
     codes = need.weights if need.has_codes else 0
     least = bytes_of_mapped(codes, need.merged, need.largest, need.schemes, need.logits)
     if least > room:
-        beside = f"machine.memory leaves {max(room, 0) / GIB:.1f} GiB beside the libraries"
+        left = f"machine.memory leaves {max(room, 0) / GIB:.1f} GiB for the model"
         raise InputError(
             f"{need.weights / 1e9:.2f} billion weights need {least / GIB:.1f} GiB while they stay in their files, and"
-            f" {beside if is_limit else f'this machine has {free / GIB:.1f} GiB free'};"
+            f" {left if is_limit else f'this machine has {free / GIB:.1f} GiB free'};"
             f" {'raise machine.memory, or ' if is_limit else ''}{LOWER}"
         )
     LIMITS.outputs = int(min(OUTPUT_BYTES, (room - least) / 2))

@@ -84,6 +84,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         vocab_size=32000,
         tie_word_embeddings=False,
     ),
+    # The sizes of Qwen/Qwen2.5-VL-7B-Instruct.
+    "qwen2_5_vl_7b": scaled(
+        {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+        },
+        {},
+        vocab_size=152064,
+        tie_word_embeddings=False,
+    ),
+    # The widths of the 3B model with six layers in each tower.
+    "short": scaled({"num_hidden_layers": 6}, {"depth": 6, "fullatt_block_indexes": [2, 5]}, vocab_size=32000),
     # The layout alone, for tests.
     "tiny": scaled(
         {

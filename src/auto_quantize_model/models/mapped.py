@@ -93,7 +93,7 @@ def are_alike(tensors: Any) -> bool:
 class Scratch:
     """Memory for the FP32 values of one weight at a time: to ask the system for it again takes longer than to fill it.
 
-    A function of torch that is no view returns none of its inputs' memory, so the values may go with the next use.
+    The output of a function has memory of its own, unless it is a view. So the values may go with the next use.
     """
 
     def __init__(self) -> None:

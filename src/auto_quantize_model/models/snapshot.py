@@ -274,8 +274,8 @@ class StoredWeights:
 
     Attributes:
         count: of all; tied weights are stored and counted once.
-        merged: bytes of those that are made when the model is loaded: no file holds them in the model's shape, or the
-            files have them in 64 bits.
+        merged: bytes of those that are made when the model is loaded. The files have them in other shapes, or in 64
+            bits.
         largest: count of the largest matrix.
     """
 
