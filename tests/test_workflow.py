@@ -53,7 +53,7 @@ EVERYTHING = {
     "publish_summary",
     "archive_results",
 }
-IN_PARTS = {"measure_probes", "measure_scores"}
+IN_PARTS = {"measure_probes", "measure_scores", "measure_heldout"}
 FROM_PAGE = {"render_page", "archive_results"}
 FROM_REPORT = FROM_PAGE | {"render_report", "draw_figures", "publish_summary"}
 FROM_AUDIT = FROM_REPORT | {"audit_capture"}
@@ -657,23 +657,21 @@ def test_a_killed_capture_resumes_and_ends_in_the_same_bytes(finished: tuple[Pat
 
 
 @pytest.mark.slow
-def test_a_capture_in_parts_has_the_same_bytes(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_capture_and_frontier_in_parts_have_the_same_bytes(finished: tuple[Path, str], tmp_path: Path) -> None:
     directory = Path(shutil.copytree(finished[0], tmp_path / "copy"))
-    capture = directory / "results" / "tiny" / "digits" / "capture_cpu.json"
-    expected = capture.read_bytes()
+    results = directory / "results" / "tiny" / "digits"
+    made = [results / f"{name}_cpu.json" for name in ("capture", "frontier")]
+    expected = [path.read_bytes() for path in made]
     asked = ["--config", "sensitivity={parts: 2}"]
     assert planned(directory, *asked) == FROM_CAPTURE | IN_PARTS
-    capture.unlink()
-    ended = snakemake(
-        directory, "--cores", "1", "--resources", "gpu=1", *asked, "--", str(capture.relative_to(directory))
-    )
+    for path in made:
+        path.unlink()
+    targets = [str(path.relative_to(directory)) for path in made]
+    ended = snakemake(directory, "--cores", "1", "--resources", "gpu=1", *asked, "--", *targets)
     assert ended.returncode == 0, ended.stdout
-    assert capture.read_bytes() == expected
-    parts = sorted(path.name for path in capture.parent.glob("parts_cpu/*_2/*.json"))
-    files = [
-        f"{kind}_{number}{end}" for kind in ("probes", "scores") for number in (1, 2) for end in (".json", ".run.json")
-    ]
-    assert parts == sorted(files)
+    assert [path.read_bytes() for path in made] == expected
+    parts = {path.name for path in results.glob("parts_cpu/*_2/*_?.json")}
+    assert parts == {f"{kind}_{number}.json" for kind in ("probes", "scores", "heldout") for number in (1, 2)}
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ RULES = {
     "scores": "measure_scores",
     "capture": "capture_sensitivity",
     "audit": "audit_capture",
+    "heldout": "measure_heldout",
     "frontier": "measure_frontier",
     "profiles": "build_profiles",
     "why": "explain_units",

@@ -496,6 +496,31 @@ class ProbeValues:
     values: dict[str, dict[str, list[float]]]
 
 
+@dataclass(frozen=True)
+class HeldOutRecord:
+    """What one state gave on one held-out batch, under the state's key; see `measure.heldout.record_of`."""
+
+    batch: int
+    key: str
+    record: dict[str, Any]
+
+
+@closed
+@dataclass(frozen=True, kw_only=True)
+class HeldOutPart:
+    """What one of several jobs measured on held-out batches.
+
+    Attributes:
+        number: of the part, from 1.
+        parts: how many jobs share the work.
+    """
+
+    number: int
+    parts: int
+    arithmetic: Arithmetic
+    records: tuple[HeldOutRecord, ...]
+
+
 @closed
 @dataclass(frozen=True, kw_only=True)
 class Part:

@@ -128,6 +128,27 @@ rule audit_capture:
         " --log {log:q}"
 
 
+# The forwards that are known from the start, in parts; none where one job does all.
+HELDOUT_FOLDER = f"{RUN}/parts_{DEVICE}/{config_digest('measure_frontier')[:8]}_{PARTS}"
+HELDOUT_PARTS = expand(
+    f"{HELDOUT_FOLDER}/heldout_{{number}}.json",
+    number=range(1, PARTS + 1) if PARTS > 1 and config["decide"]["heldout_batches"] else [],
+)
+# The params of a rule that measures on held-out samples.
+ON_HELDOUT = dict(
+    **REPLAYED,
+    files=file_options,
+    candidates=CANDIDATES,
+    spec=block("decide"),
+    target=block("profiles"),
+    config_digest=config_digest("measure_frontier"),
+)
+
+if HELDOUT_PARTS:
+
+    include: "heldout_in_parts.smk"
+
+
 rule measure_frontier:
     """Choose a scheme for each unit of ops for growing budgets, and measure each choice on held-out samples.
 
@@ -139,6 +160,7 @@ rule measure_frontier:
         stale=made_again_where_stale("measure_frontier"),
         heldout_set=rules.extract_calibration.output.heldout_set,
         capture=rules.capture_sensitivity.output.capture,
+        heldout_parts=HELDOUT_PARTS,
     output:
         frontier=f"{RUN}/frontier_{DEVICE}.json",
     log:
@@ -151,14 +173,9 @@ rule measure_frontier:
         mem_mb=memory("measure_frontier"),
         runtime=minutes("measure_frontier"),
     params:
-        **REPLAYED,
+        **ON_HELDOUT,
         script=script_path("measure_frontier"),
         code=code_digest("scripts/measure_frontier.py"),
-        files=file_options,
-        candidates=CANDIDATES,
-        spec=block("decide"),
-        target=block("profiles"),
-        config_digest=config_digest("measure_frontier"),
     shell:
         "exec python {params.script:q} {params.files}"
         " --candidates {params.candidates:q}"
