@@ -31,6 +31,7 @@ RULES = {
     "probes": "measure_probes",
     "scores": "measure_scores",
     "capture": "capture_sensitivity",
+    "audit_part": "audit_part",
     "audit": "audit_capture",
     "heldout": "measure_heldout",
     "frontier": "measure_frontier",

@@ -58,6 +58,9 @@ class Place(NamedTuple):
         return f"part {self.number} of {self.parts}"
 
 
+WHOLE = Place(1, 1)
+
+
 def cut(costs: Sequence[float], parts: int) -> list[range]:
     """The positions of each part: contiguous, and of nearly equal cost.
 
