@@ -53,7 +53,7 @@ EVERYTHING = {
     "publish_summary",
     "archive_results",
 }
-IN_PARTS = {"measure_probes", "measure_scores", "measure_heldout"}
+IN_PARTS = {"measure_probes", "measure_scores", "measure_heldout", "audit_part"}
 FROM_PAGE = {"render_page", "archive_results"}
 FROM_REPORT = FROM_PAGE | {"render_report", "draw_figures", "publish_summary"}
 FROM_AUDIT = FROM_REPORT | {"audit_capture"}
@@ -657,10 +657,10 @@ def test_a_killed_capture_resumes_and_ends_in_the_same_bytes(finished: tuple[Pat
 
 
 @pytest.mark.slow
-def test_capture_and_frontier_in_parts_have_the_same_bytes(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_capture_audit_and_frontier_in_parts_have_the_same_bytes(finished: tuple[Path, str], tmp_path: Path) -> None:
     directory = Path(shutil.copytree(finished[0], tmp_path / "copy"))
     results = directory / "results" / "tiny" / "digits"
-    made = [results / f"{name}_cpu.json" for name in ("capture", "frontier")]
+    made = [results / f"{name}_cpu.json" for name in ("capture", "audit", "frontier")]
     expected = [path.read_bytes() for path in made]
     asked = ["--config", "sensitivity={parts: 2}"]
     assert planned(directory, *asked) == FROM_CAPTURE | IN_PARTS
@@ -671,7 +671,7 @@ def test_capture_and_frontier_in_parts_have_the_same_bytes(finished: tuple[Path,
     assert ended.returncode == 0, ended.stdout
     assert [path.read_bytes() for path in made] == expected
     parts = {path.name for path in results.glob("parts_cpu/*_2/*_?.json")}
-    assert parts == {f"{kind}_{number}.json" for kind in ("probes", "scores", "heldout") for number in (1, 2)}
+    assert parts == {f"{kind}_{number}.json" for kind in ("probes", "scores", "heldout", "audit") for number in (1, 2)}
 
 
 @pytest.mark.slow
