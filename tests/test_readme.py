@@ -22,6 +22,8 @@ PAGES += [
 ]
 RULE = re.compile(r"^rule (\w+):", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+# The rules of a run in parts, which the picture does not show.
+IN_PARTS = {"measure_probes", "measure_scores", "audit_part", "measure_heldout"}
 # What a reader has from elsewhere.
 OTHER = {"git", "cd", ".", "pip", "export", "snakedeploy"}
 
@@ -121,7 +123,7 @@ def test_the_rule_graph_of_the_readme_has_few_edges_and_every_rule_of_a_run() ->
     graph = (ROOT / "README.md").read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
     edges = re.findall(r"(\w+)_rule\[\w+\] --> (\w+)_rule", graph)
     assert 0 < len(edges) <= 16
-    assert {rule for edge in edges for rule in edge} == rules() - {"all", "quantize_model", "compare_models"}
+    assert {rule for edge in edges for rule in edge} == rules() - {"all", "quantize_model", "compare_models"} - IN_PARTS
 
 
 def test_an_edge_that_a_longer_path_implies_is_left_out() -> None:
