@@ -528,7 +528,10 @@ def find_output_op(model: Any, batch: Batch) -> tuple[str, bool]:
             "the FP32 model's logits on the first calibration batch are the same for the whole vocabulary, so there is"
             " nothing to measure; check the weights"
         )
-    if found := next((name for name, output in reversed(outputs.items()) if output is logits), ""):
+    # A Dropout or Identity after the head returns the head's own tensor, and is no op.
+    owners = [name for name, output in reversed(outputs.items()) if output is logits]
+    weighted = {name for name, module in leaves if any(True for _ in module.parameters())}
+    if found := next((name for name in owners if name in weighted), next(iter(owners), "")):
         return found, False
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     name = next((name for name, module in leaves if module is head), "")

@@ -16,7 +16,7 @@ VISION = re.compile(
     r"(\w+_)?(vision|visual|image|video)(_\w+)?|((multi_modal|mm)_)?projector|connector|aligner|merger|qformer"
     r"|language_projection|resampler(_\w+)?|perceiver(_\w+)?|perception_\w+|vq_?model|generation_\w+"
     # The names that classifiers of images give to all but their heads.
-    r"|\w*vit(_\w+)?|deit|beit|\w*swin|swinv2|convnext(v2)?|cvt|dinat|dinov2\w*|efficientnet|focalnet|hiera|ijepa"
+    r"|\w*vit(v2|_\w+)?|deit|beit|bit|donut|\w*swin|swinv2|convnext(v2)?|cvt|dinat|dinov2\w*|efficientnet|focalnet|hiera|ijepa"
     r"|mobilenet_v\d|poolformer|pvt(_v2)?|resnet|regnet|segformer|swiftformer|textnet"
 )
 

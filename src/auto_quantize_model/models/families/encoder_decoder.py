@@ -27,6 +27,7 @@ TABLES = (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_S
 UNFIT = {
     "encoder-decoder": "its classes are named by other files",
     "fsmt": "its two vocabularies need a tokenizer each",
+    "prophetnet": "its logits are a part of what its head returns",
     "t5gemma2": "it takes images too",
 }
 

@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from transformers import AutoConfig
 from transformers.models.auto.auto_mappings import PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import processor_class_from_name
+from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
-from transformers.utils.import_utils import DummyObject
+from transformers.utils.import_utils import DummyObject, is_timm_available
 
 from auto_quantize_model.files import InputError
 from auto_quantize_model.models.families.causal import LISTED_ELSEWHERE
@@ -33,6 +35,8 @@ UNFIT = {
     "git": "its images have no tokens",
     "got_ocr2": "its processor writes the prompt itself",
     "instructblipvideo": "it takes videos alone",
+    "kosmos-2": "its processor names no token for images",
+    "kosmos-2.5": "its processor names no token for images",
     "pi0": "it predicts the motions of a robot",
     "pix2struct": "it is an encoder-decoder",
     "pp_formulanet": "it is an encoder-decoder",
@@ -89,7 +93,17 @@ def refuse(config: Mapping[str, Any]) -> str:
     """Why such a model cannot be measured, or not here, in words; empty if it can."""
     if reason := UNFIT.get(config["model_type"]):
         return f"is not supported: {reason}"
-    return refuse_backend(config)
+    return _refuse_timm(config) or refuse_backend(config)
+
+
+def _refuse_timm(config: Mapping[str, Any]) -> str:
+    """Why a tower for images cannot be built here, in words; empty if it can."""
+    of_type = getattr(CONFIG_MAPPING[config["model_type"]](), "vision_config", None)
+    model_type = (config.get("vision_config") or {}).get("model_type", getattr(of_type, "model_type", None))
+    needed = model_type in CONFIG_MAPPING and issubclass(CONFIG_MAPPING[model_type], TimmWrapperConfig)
+    if not needed or is_timm_available():
+        return ""
+    return "has a tower of timm, which is not installed; install timm (pip install timm), or use another model"
 
 
 def load(parts: Parts) -> dict[str, Any]:
