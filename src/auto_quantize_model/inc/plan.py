@@ -674,7 +674,7 @@ def with_schemes(op: Op, schemes: Mapping[str, QuantizationScheme | Checkpoint])
 def active_shares(model: torch.nn.Module) -> dict[str, float]:
     """{module that holds the experts of a block: the share of them that each token took in the last forward}."""
     return {
-        name: experts.chosen.shape[-1] / len(experts.get_submodule("down_proj"))  # type: ignore[arg-type]
+        name: experts.chosen.shape[-1] / experts.count()
         for name, experts in model.named_modules()
         if isinstance(experts, RoutedExperts) and experts.chosen is not None
     }
