@@ -26,6 +26,7 @@ from auto_quantize_model.schemes.inc_int8 import build_observer
 
 QUANTIZED: dict[str, Any] = {
     "Linear": torch_quantized.Linear,
+    "Conv1d": torch_quantized.Conv1d,
     "Conv2d": torch_quantized.Conv2d,
     "Conv3d": torch_quantized.Conv3d,
     "Embedding": torch_quantized.Embedding,
