@@ -13,7 +13,7 @@ BART: dict[str, Any] = {
     **{f"{part}_ffn_dim": 64 for part in ("encoder", "decoder")},
     "max_position_embeddings": 512,
 }
-GEMMA: dict[str, Any] = TEXT | {"sliding_window": 64, "vocab_size": 262}
+GEMMA: dict[str, Any] = TEXT | {"sliding_window": 64, "vocab_size": 262, "bos_token_id": 256, "eos_token_id": 257}
 
 ENCODER_DECODER_SHAPES: dict[str, Shape] = {
     "t5": Shape("T5ForConditionalGeneration", T5, ids=START),
@@ -50,5 +50,5 @@ ENCODER_DECODER_SHAPES: dict[str, Shape] = {
         | {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
         ids=START,
     ),
-    "t5gemma": Shape("T5GemmaForConditionalGeneration", {"encoder": GEMMA, "decoder": GEMMA}, ids=START),
+    "t5gemma": Shape("T5GemmaForConditionalGeneration", {"encoder": GEMMA, "decoder": GEMMA}),
 }

@@ -93,9 +93,9 @@ OTHER_SHAPES: dict[str, Shape] = {
         {
             "text_config": TEXT,
             "vq_config": BLOCKS
-            | {"codebook_size": 16, "channel_multiplier": [1, 1, 1, 1], "attn_resolutions": [], "hidden_size": 32},
+            | {"codebook_size": 128, "channel_multiplier": [1, 1, 1, 1], "attn_resolutions": [], "hidden_size": 32},
             "vocabulary_map": {"<image>": IMAGE_ID, "<|extra_200|>": 20}
-            | {f"<|visual token {code:06}|>": code for code in range(16)},
+            | {f"<|visual token {code:06}|>": code for code in range(128)},
         },
         ("Emu3ImageProcessor", {"min_pixels": SIDE**2, "max_pixels": (4 * SIDE) ** 2}),
         ("Emu3Processor", {}),
@@ -111,22 +111,6 @@ OTHER_SHAPES: dict[str, Shape] = {
         high_res_vision_config={"model_type": "sam_vision_model", "hidden_size": 32, "num_hidden_layers": 2}
         | {"num_attention_heads": 4, "mlp_dim": 64, "image_size": 64, "patch_size": 16, "output_channels": 16}
         | {"window_size": 2, "global_attn_indexes": [1]},
-    ),
-    "idefics": Shape(
-        "IdeficsForVisionText2Text",
-        {key: value for key, value in TEXT.items() if key not in ("num_key_value_heads", "head_dim")}
-        | {
-            "vision_config": {"embed_dim": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-            | {"num_attention_heads": 4, "image_size": SIDE, "patch_size": PATCH},
-            "alpha_initializer": "ones",
-            "qk_layer_norms": True,
-        },
-        ("IdeficsImageProcessorPil", {"image_size": SIDE}),
-        ("IdeficsProcessor", {"image_size": SIDE}),
-        "<fake_token_around_image><image><fake_token_around_image>",
-        ("<fake_token_around_image>", "<end_of_utterance>"),
-        {"image_token": "<image>"},
-        {"image_token_id": "<image>"},
     ),
     "instructblip": Shape(
         "InstructBlipForConditionalGeneration",

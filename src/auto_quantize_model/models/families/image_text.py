@@ -11,9 +11,8 @@ from PIL import Image
 from transformers import AutoConfig
 from transformers.models.auto.auto_mappings import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_MAPPING_NAMES
 from transformers.models.auto.processing_auto import processor_class_from_name
-from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
 from transformers.utils.import_utils import DummyObject, is_timm_available
 
@@ -34,6 +33,7 @@ UNFIT = {
     "fuyu": "its image processor fails with PIL in this release of transformers",
     "git": "its images have no tokens",
     "got_ocr2": "its processor writes the prompt itself",
+    "idefics": "its processor puts images behind the text",
     "instructblipvideo": "it takes videos alone",
     "kosmos-2": "its processor names no token for images",
     "kosmos-2.5": "its processor names no token for images",
@@ -100,8 +100,7 @@ def _refuse_timm(config: Mapping[str, Any]) -> str:
     """Why a tower for images cannot be built here, in words; empty if it can."""
     of_type = getattr(CONFIG_MAPPING[config["model_type"]](), "vision_config", None)
     model_type = (config.get("vision_config") or {}).get("model_type", getattr(of_type, "model_type", None))
-    needed = model_type in CONFIG_MAPPING and issubclass(CONFIG_MAPPING[model_type], TimmWrapperConfig)
-    if not needed or is_timm_available():
+    if MODEL_MAPPING_NAMES.get(model_type) != "TimmWrapperModel" or is_timm_available():
         return ""
     return "has a tower of timm, which is not installed; install timm (pip install timm), or use another model"
 
@@ -199,8 +198,8 @@ def tokenize(
 ) -> Tokenized:
     """The tokens that the processor makes of a text with images, and the positions of the answer's tokens.
 
-    The answer stands behind all images. So the processor's own text, which holds all tokens of images, ends as the
-    given text does. That text is tokenized again with the positions of its characters. Other tokens than those of the
+    The answer stands behind all images. So the end of the given text is in the processor's own text, which holds all
+    tokens of images. That text is tokenized again with the positions of its characters. Other tokens than those of the
     processor locate no answer.
     """
     made, heard = _made(text, images, processor)
@@ -208,9 +207,10 @@ def tokenize(
     if special and images and answer is not None:
         return ids, _behind_images(text, answer, ids, processor)
     expanded = heard[0] if len(heard) == 1 and isinstance(heard[0], str) else None
-    if answer is None or expanded is None or not expanded.endswith(text[answer.start :]):
+    end = text[answer.start :] if answer is not None else ""
+    if answer is None or expanded is None or end not in expanded:
         return ids, None
-    shift = len(expanded) - len(text)
+    shift = expanded.rindex(end) - answer.start  # Chameleon's processor writes a token of its own behind the text
     place = range(answer.start + shift, answer.stop + shift)
     again, span = tokenized(expanded, place, processor, _adds(text, processor))
     return ids, span if again == ids else None
