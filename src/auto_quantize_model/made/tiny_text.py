@@ -140,7 +140,7 @@ def text_types() -> list[str]:
 
 def class_of(model_type: str) -> str:
     """The name of a model type's causal class."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]  # type: ignore[no-any-return]
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
 
 
 def small_config(model_type: str, vocabulary: int, **others: Any) -> PreTrainedConfig:
@@ -158,8 +158,12 @@ def small_config(model_type: str, vocabulary: int, **others: Any) -> PreTrainedC
 
 def with_values(config: dict[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration with other values; those of a part's configuration are put into the part."""
-    parts = {key: value for key, value in others.items() if key.endswith("_config") and isinstance(value, dict)}
-    return config | others | {key: config.get(key, {}) | value for key, value in parts.items()}
+    in_parts = {
+        key: {**config.get(key, {}), **value}
+        for key, value in others.items()
+        if key.endswith("_config") and isinstance(value, dict)
+    }
+    return {**config, **others, **in_parts}
 
 
 def shrunk(config: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:

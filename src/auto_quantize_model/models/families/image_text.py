@@ -99,8 +99,8 @@ def refuse(config: Mapping[str, Any]) -> str:
 def _refuse_timm(config: Mapping[str, Any]) -> str:
     """Why a tower for images cannot be built here, in words; empty if it can."""
     of_type = getattr(CONFIG_MAPPING[config["model_type"]](), "vision_config", None)
-    model_type = (config.get("vision_config") or {}).get("model_type", getattr(of_type, "model_type", None))
-    if MODEL_MAPPING_NAMES.get(model_type) != "TimmWrapperModel" or is_timm_available():
+    model_type = (config.get("vision_config") or {}).get("model_type") or getattr(of_type, "model_type", "")
+    if MODEL_MAPPING_NAMES.get(str(model_type)) != "TimmWrapperModel" or is_timm_available():
         return ""
     return "has a tower of timm, which is not installed; install timm (pip install timm), or use another model"
 
