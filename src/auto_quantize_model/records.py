@@ -152,8 +152,8 @@ class Op:
 
     Attributes:
         op_name: the name of its module.
-        op_type: `Linear`, `Conv2d`, `Conv3d` or `Embedding`, in INC's spelling. `Experts` is the same matrix of all
-            experts of a block.
+        op_type: `Linear`, `Conv1d`, `Conv2d`, `Conv3d` or `Embedding`, in INC's spelling. `Experts` is the same matrix
+            of all experts of a block.
         shape: of its weight; for `Experts` the number of experts comes first.
         weight_bytes: of its weight in FP32.
         executions: how often the op runs in FP32 on each scored batch.
