@@ -129,9 +129,10 @@ def test_mamba_is_refused_with_what_inc_raises_and_what_to_keep(ids):
         "INC cannot measure this model: with every op in INT8, INC's model ends with RuntimeError (empty_strided not"
     )
     assert str(refused.value).endswith(
-        "The replay does not cover 1 of 7 ops, first backbone.layers.0.mixer.conv1d: no site for op type Conv1d; keep"
-        " them in FP32 with sensitivity.op_type_dict {Conv1d: fp32}, or add a scheme of compressed-tensors, such as"
-        " W8A8, to sensitivity.schemes, because such schemes need no plan of INC"
+        "The replay does not cover 1 of 7 ops, first backbone.layers.0.mixer.conv1d: a Conv1d whose stride is not its"
+        " kernel, or that has padding, dilation or groups; keep them in FP32 with sensitivity.op_type_dict"
+        " {Conv1d: fp32}, or add a scheme of compressed-tensors, such as W8A8, to sensitivity.schemes, because such"
+        " schemes need no plan of INC"
     )
     plan = build_plan(
         model, ids, PlanSpec(engine="auto", confidence_batches=1, maps=("isolated",), op_type_dict={"Conv1d": "fp32"})

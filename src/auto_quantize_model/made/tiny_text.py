@@ -105,7 +105,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe"]},
     "qwen4_exp": {"text_config": QWEN4 | {"eos_token_id": 257}},
-    "qwen4_exp_text": QWEN4,
+    "qwen4_exp_text": QWEN4 | {"eos_token_id": 1},
     "roc_bert": {"pronunciation_vocab_size": 64, "shape_vocab_size": 64},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
