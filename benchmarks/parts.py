@@ -2,9 +2,9 @@
 
     python benchmarks/parts.py [--parts 1 2 4 8] [--shape medium]
 
-Each node is a process that is pinned to one core, with one thread. As many nodes run at once as there are cores, and
-the wall time is that of a cluster with a node for each part: the longest part of the probes, the longest part of the
-exact scores, and the join. Everything lies in tmp/bench/parts.
+Each node is a process that is pinned to one core, with one thread. As many nodes run at once as there are cores. The
+wall time is that of a cluster with a node for each part. It sums the longest part of the probes, the longest part of
+the exact scores, and the join. Everything lies in tmp/bench/parts.
 """
 
 import argparse

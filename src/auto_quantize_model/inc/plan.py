@@ -265,7 +265,9 @@ def plan_ops(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -
     require_batches(batches, spec)
     measured_op, head_only = find_output_op(model, batches[0])
     if measured_op == HIDDEN_STATE:
-        raise CannotPlan("it has no head, and the last hidden state at which it is measured is no op of INC's")
+        raise CannotPlan(
+            "it has no head, and no op of INC gives the last hidden state, where it is measured"
+        )
     planned = planned_by_inc(model, batches, spec, measured_op, {})
     names = names_of_ops(model, planned.tune_cfg)
     kept = ops_to_keep(names, spec)
@@ -542,11 +544,12 @@ def find_output_op(model: Any, batch: Batch) -> tuple[str, bool]:
         return lambda module, args, output: outputs.update({name: output})
 
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    without_head = any(name == HIDDEN_STATE for name, _ in leaves)
     handles = [module.register_forward_hook(remember(name)) for name, module in leaves]
     try:
         with torch.no_grad(), explained("the first calibration batch", "the FP32 model cannot run on it"):
             returned = model(**batch)
-            logits = returned[HIDDEN_STATE] if HIDDEN_STATE in dict(model.named_modules()) else returned.logits
+            logits = returned[HIDDEN_STATE] if without_head else returned.logits
     finally:
         for handle in handles:
             handle.remove()
@@ -559,7 +562,9 @@ def find_output_op(model: Any, batch: Batch) -> tuple[str, bool]:
             "the FP32 model's output on the first calibration batch is the same in all channels, so there is nothing to"
             " measure; check the weights"
         )
-    # A Dropout or Identity after the head returns the head's own tensor, and is no op.
+    if without_head:
+        return HIDDEN_STATE, False
+    # A Dropout or Identity after the head returns the head's own tensor, and is not an op.
     owners = [name for name, output in reversed(outputs.items()) if output is logits]
     weighted = {name for name, module in leaves if any(True for _ in module.parameters())}
     if found := next((name for name in owners if name in weighted), next(iter(owners), "")):

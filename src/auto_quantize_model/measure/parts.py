@@ -3,8 +3,8 @@
 In: the same inputs as for a whole capture, and which part of how many. Out: a part, and from all parts the capture. Its
 bytes are those of a capture by one job, because a score depends on its state and its batch alone.
 
-The work is cut where it is contiguous in the order in which one job would do it, so that the states of a part share
-their kept outputs. Each part begins every batch, which is one forward in FP32, to know the states and their costs.
+A part is contiguous in the order in which one job would work, so that its states share their kept outputs. Each part
+begins every batch, which is one forward in FP32, to know the states and their costs.
 """
 
 import time
