@@ -1,4 +1,4 @@
-"""A mixture of experts through the workflow. A file of its own, so that it runs next to the tests of `test_workflow`."""
+"""A mixture of experts through the workflow, in a file of its own, so that it runs next to `test_workflow`."""
 
 import json
 from pathlib import Path
