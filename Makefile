@@ -12,7 +12,7 @@ ARCHIVE ?= tmp/auto-quantize-model.tar.gz
 PROFILE ?= balanced
 CONFIG ?=
 VERBOSE ?=
-SCRATCH := tmp/bench tmp/check_exports tmp/faults tmp/auto-quantize-model.tar.gz
+SCRATCH := tmp/bench tmp/check_exports tmp/faults tmp/slurm tmp/auto-quantize-model.tar.gz
 
 # The first of these that starts and is 3.11. A version manager's shim may exist and start nothing.
 find_python = for python in $(or $(PYTHON),python3.11 python3 python); do \
@@ -28,7 +28,7 @@ $(if $(VERBOSE),,PIPELINE_QUIET=1) $(BIN)/snakemake $(1) --cores 1 --resources g
 	$(if $(CONFIG),--configfile $(CONFIG)) $(2)
 endef
 
-.PHONY: help setup run test lint quantize bench bench-3b bench-estimates bench-rivals bench-families bench-page bench-gpu bench-faults bench-tests check-exports standin-3b train-digits dag config archive lock clean
+.PHONY: help setup run test test-slurm lint quantize bench bench-3b bench-estimates bench-rivals bench-families bench-page bench-gpu bench-faults bench-tests check-exports standin-3b train-digits dag config archive lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -53,6 +53,9 @@ run: $(READY) ## run the pipeline on config/config.yaml and CONFIG=FILE, one ste
 # Two processes on two cores, with one thread each: more threads would wait for each other.
 test: $(READY) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-slurm: $(READY) ## run the pipeline on a SLURM of its own with kills and time limits (root, apt-get install munge slurm-wlm; 15 minutes)
+	$(BIN)/python benchmarks/slurm.py
 
 lint: $(READY) ## check style, types and the workflow
 	$(BIN)/ruff check .

@@ -147,12 +147,24 @@ def of_images(plan: Any, capture: Any) -> tuple[int, int]:
 
 
 def write(name: str, directory: Path) -> Path:
-    """The tiny snapshot of an architecture."""
+    """The tiny snapshot of an architecture.
+
+    Raises:
+        InputError: transformers cannot build the model alone, and such a model is refused by name.
+    """
     from auto_quantize_model.made.tiny import write_tiny
     from auto_quantize_model.made.tiny_shapes import SHAPES
-    from auto_quantize_model.made.tiny_text import write_tiny_text
+    from auto_quantize_model.made.tiny_text import class_of, write_tiny_text
+    from auto_quantize_model.models.architecture import check_architecture
 
-    return write_tiny(name, directory) if name in SHAPES else write_tiny_text(name.removesuffix(OF_TEXT), directory)
+    if name in SHAPES:
+        return write_tiny(name, directory)
+    model_type = name.removesuffix(OF_TEXT)
+    try:
+        return write_tiny_text(model_type, directory)
+    except Exception:
+        check_architecture({"architectures": [class_of(model_type)], "model_type": model_type}, Path("config.json"))
+        raise
 
 
 def samples(processor: Any) -> list[Any]:

@@ -3,13 +3,13 @@
     python benchmarks/slurm.py [plain] [killed] [limit] [stopped] [failed] [--short]
 
 Debian's munge and slurm-wlm must be installed, and root must start this. Daemons and nodes run in namespaces of their
-own, so /etc/slurm and /run/munge of this machine stay as they are, and all processes end with this script. A node has
-its own host name and its own process ids, as another machine has.
+own, so /etc/slurm and /run/munge of this machine stay as they are. All processes end with this script. A node has its
+own host name and its own process ids, as another machine has.
 
-The pipeline measures a tiny model. Every result must have the bytes of a run without SLURM, where:
-`plain`: nothing disturbs it, and `--resources gpu=0` turns a config that asks for a GPU into a run on the CPU;
-`killed`: the node of the capture is drained in the middle, and the job on it is killed;
-`limit`: the capture hits its time limit in the middle;
+The pipeline measures a tiny model. Every result must have the bytes of a run without SLURM. The cases:
+`plain`: nothing disturbs the run. `--resources gpu=0` turns a config that asks for a GPU into a run on the CPU.
+`killed`: the node of the capture is drained in the middle, and the job on it is killed.
+`limit`: the capture hits its time limit in the middle.
 `stopped`: a signal ends Snakemake, which cancels the job.
 `failed`: the config asks for a GPU, the job finds none where it runs, and its own sentence is Snakemake's last.
 With --short, `plain` ends with the scales, and only `failed` follows.
@@ -285,7 +285,7 @@ def plain(run: Pipeline, wanted: list[str]) -> None:
     if "has been submitted with SLURM jobid" not in said:
         raise InputError(f"no job went to SLURM; see {run.log}")
     if not wanted and run.host() not in NODES:
-        raise InputError(f"the capture ran on {run.host()}, which is none of {', '.join(NODES)}")
+        raise InputError(f"the capture ran on {run.host()}, and not on {' or '.join(NODES)}")
 
 
 def killed(run: Pipeline, wanted: list[str]) -> None:

@@ -1,5 +1,6 @@
 """A document that was changed, mixed up or damaged is refused by every script that reads it, by name, in one line."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from auto_quantize_model import cli
 from auto_quantize_model.commands import auto_quantize
+from auto_quantize_model.commands.run import Run, read_parts
 from auto_quantize_model.documents import (
     CONFIG,
     HEAD,
@@ -23,9 +25,12 @@ from auto_quantize_model.documents import (
     write_document,
 )
 from auto_quantize_model.files import InputError, digest_of
+from auto_quantize_model.records import Arithmetic, HeldOutPart, Part, body_of
 
 # Where each kind lies, and the kinds that its step reads.
-NAMES = {kind: f"{kind}.json" for kind in RULES} | {"exports": "exports/index.json"}
+# Parts of a step's work are read by steps that join them; a test of their own is below.
+OF_PARTS = ("probes", "scores", "audit_part", "heldout")
+NAMES = {kind: f"{kind}.json" for kind in RULES if kind not in OF_PARTS} | {"exports": "exports/index.json"}
 READS: dict[str, tuple[str, ...]] = {
     "model_manifest": (),
     "calibration_manifest": ("model_manifest",),
@@ -62,7 +67,7 @@ SCRIPTS = {
     "render_page": ("report", "exports"),
     "publish_summary": ("report",),
     "quantize_model": READS["quantized"],
-    "archive_results": tuple(kind for kind in RULES if kind != "quantized"),
+    "archive_results": tuple(kind for kind in NAMES if kind != "quantized"),
 }
 SETS = ["--calibration-set", "a.parquet"]
 OTHERS = {
@@ -278,3 +283,17 @@ def test_a_document_is_stale_where_another_config_made_it_or_its_files_are_gone(
     Path("plan.json").write_text("{}")
     assert why_stale(Path("plan.json"), "1" * 64) == ""
     assert why_stale(Path("calibration.parquet"), "1" * 64) == ""
+
+
+def test_a_part_that_is_damaged_or_of_another_run_is_refused_by_name(tmp_path: Path) -> None:
+    plan = write_document(tmp_path / "plan.json", "plan", {"ops": 1})
+    run = Run(argparse.Namespace(), (plan,))
+    here = HeldOutPart(number=1, parts=1, arithmetic=Arithmetic("cpu", 1, "AVX2", "exact"), records=())
+    part = tmp_path / "heldout_1.json"
+    write_document(part, "heldout", body_of(here), [plan])
+    assert read_parts(run, [part], "heldout", HeldOutPart) == [here]
+    with pytest.raises(InputError, match=r"heldout_1.json: a heldout, where the scores is asked for; .*measure_scores"):
+        read_parts(run, [part], "scores", Part)
+    write_document(part, "heldout", body_of(here), [write_document(tmp_path / "other.json", "plan", {"ops": 2})])
+    with pytest.raises(InputError, match=r"heldout_1.json: made from another plan than .*forcerun measure_heldout"):
+        read_parts(run, [part], "heldout", HeldOutPart)

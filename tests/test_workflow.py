@@ -53,7 +53,7 @@ EVERYTHING = {
     "publish_summary",
     "archive_results",
 }
-IN_PARTS = {"measure_probes", "measure_scores"}
+IN_PARTS = {"measure_probes", "measure_scores", "measure_heldout", "audit_part"}
 FROM_PAGE = {"render_page", "archive_results"}
 FROM_REPORT = FROM_PAGE | {"render_report", "draw_figures", "publish_summary"}
 FROM_AUDIT = FROM_REPORT | {"audit_capture"}
@@ -361,8 +361,9 @@ def test_a_rules_digest_follows_the_files_that_the_rule_uses_and_no_others(check
 
 
 def digests(directory: Path) -> dict[str, str]:
-    """Each rule's digest of its code, by what the rules ask for."""
-    text = "".join(path.read_text() for path in (directory / "workflow" / "rules").glob("*.smk"))
+    """Each rule's digest of its code, by what the rules of a run by one job ask for."""
+    paths = [path for path in (directory / "workflow" / "rules").glob("*.smk") if not path.stem.endswith("in_parts")]
+    text = "".join(path.read_text() for path in paths)
     found = re.findall(r"^rule (\w+):.*?code_digest(\(.*?\)),$", text, re.M | re.S)
     asked = {rule: ast.literal_eval(names) for rule, names in found}
     return {
@@ -415,42 +416,6 @@ def test_one_run_makes_the_report_the_summary_and_the_archive(finished: tuple[Pa
     for rule in EVERYTHING:
         assert len(list(directory.glob(f"results/**/logs/{rule}.log"))) == 1
         assert len(list(directory.glob(f"results/**/benchmarks/{rule}.tsv"))) == 1
-
-
-@pytest.mark.slow
-def test_experts_are_measured_in_schemes_that_need_no_inc(tmp_path: Path) -> None:
-    from auto_quantize_model.made.tiny_text import write_tiny_text
-
-    directory = copy_checkout(tmp_path / "checkout")
-    write_tiny_text("mixtral", directory / "resources" / "models" / "tiny")
-    samples = directory / "resources" / "texts.jsonl"
-    samples.write_text("".join(json.dumps({"prompt": f"Say {word}.", "answer": word}) + "\n" for word in "abcdefgh"))
-    schemes = ["FP8_DYNAMIC", "NVFP4"]
-    changes = {
-        **TINY,
-        "calibration": TINY["calibration"] | {"name": "texts", "path": "resources/texts.jsonl"},
-        "sensitivity": TINY["sensitivity"] | {"schemes": schemes},
-        "decide": TINY["decide"] | {"candidates": schemes},
-    }
-    write_config(directory, changes)
-    results = "results/tiny/texts"
-    targets = [f"{results}/{name}_cpu.json" for name in ("audit", "frontier")]
-    ended = snakemake(directory, *targets, "--cores", "1", "--resources", "gpu=1")
-    assert ended.returncode == 0, ended.stdout
-    plan, capture, audit, frontier = (
-        json.loads((directory / results / f"{name}.json").read_text())
-        for name in ("plan", "capture_cpu", "audit_cpu", "frontier_cpu")
-    )
-    assert list(plan["schemes"]) == schemes and plan["inc_check"] == {"status": "not_asked"}
-    experts = [op for op in plan["ops"] if op["expert"]]
-    assert len(experts) == 2 * 4 * 2 and all(op["inc_int8"] is None for op in plan["ops"])
-    assert plan["coverage"]["share"] > 0.9
-    assert audit["status"] == "not_measured" and {*audit["served"]} > {*schemes}
-    of_all = [score for score in capture["scores"] if score["map"] == "all"]
-    assert all(0 <= score["router_agreement"] <= 1 for score in of_all) and len(of_all) == 2
-    units = {unit["name"]: unit["ops"] for unit in frontier["units"]}
-    assert [len(ops) for name, ops in units.items() if name.endswith(".experts")] == [8, 8]
-    assert {point["name"] for point in frontier["controls"]} >= {*schemes}
 
 
 @pytest.mark.slow
@@ -693,23 +658,21 @@ def test_a_killed_capture_resumes_and_ends_in_the_same_bytes(finished: tuple[Pat
 
 
 @pytest.mark.slow
-def test_a_capture_in_parts_has_the_same_bytes(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_capture_audit_and_frontier_in_parts_have_the_same_bytes(finished: tuple[Path, str], tmp_path: Path) -> None:
     directory = Path(shutil.copytree(finished[0], tmp_path / "copy"))
-    capture = directory / "results" / "tiny" / "digits" / "capture_cpu.json"
-    expected = capture.read_bytes()
+    results = directory / "results" / "tiny" / "digits"
+    made = [results / f"{name}_cpu.json" for name in ("capture", "audit", "frontier")]
+    expected = [path.read_bytes() for path in made]
     asked = ["--config", "sensitivity={parts: 2}"]
     assert planned(directory, *asked) == FROM_CAPTURE | IN_PARTS
-    capture.unlink()
-    ended = snakemake(
-        directory, "--cores", "1", "--resources", "gpu=1", *asked, "--", str(capture.relative_to(directory))
-    )
+    for path in made:
+        path.unlink()
+    targets = [str(path.relative_to(directory)) for path in made]
+    ended = snakemake(directory, "--cores", "1", "--resources", "gpu=1", *asked, "--", *targets)
     assert ended.returncode == 0, ended.stdout
-    assert capture.read_bytes() == expected
-    parts = sorted(path.name for path in capture.parent.glob("parts_cpu/*_2/*.json"))
-    files = [
-        f"{kind}_{number}{end}" for kind in ("probes", "scores") for number in (1, 2) for end in (".json", ".run.json")
-    ]
-    assert parts == sorted(files)
+    assert [path.read_bytes() for path in made] == expected
+    parts = {path.name for path in results.glob("parts_cpu/*_2/*_?.json")}
+    assert parts == {f"{kind}_{number}.json" for kind in ("probes", "scores", "heldout", "audit") for number in (1, 2)}
 
 
 @pytest.mark.slow

@@ -72,7 +72,8 @@ def check_model(name: str) -> None:
     for count, batch in enumerate((none, one, two)):
         logits = found[count][""]
         assert logits.shape[:2] == batch["input_ids"].shape
-        assert bool(logits.isfinite().all()) and 0.3 < float(logits.std()) < 3
+        allowed = logits[logits > -1e30]  # Chameleon excludes the tokens of its images
+        assert bool(logits.isfinite().all()) and 0.3 < float(allowed.std()) < 3
     counts = [int(batch.image_positions.sum()) for batch in (none, one, two) if batch.image_positions is not None]
     # LLaVA-OneVision cuts a lone image into tiles, so two images can have fewer tokens.
     assert counts[0] == 0 < counts[1] != counts[2] > 0
@@ -83,7 +84,7 @@ def check_model(name: str) -> None:
     assert vision <= with_images and all(re.search(r"\.experts\.|cross_attn|mlp", op) for op in with_images - vision)
     assert with_images == vision or name in ("mllama", "aria")
     other = outputs(model, batch_of(name, noise(60, 40, 2)))
-    changed = {op for op in found[1] if not torch.equal(found[1][op], other[op])}
+    changed = {op for op in found[1] if op not in other or not torch.equal(found[1][op], other[op])}
     # Positions have no pixels, and neither have the queries of a resampler, tables, and text that queries an image.
     unmoved = "pos|tile_embedding|perceiver|qformer|table|cross_attn.q_proj"
     assert with_images | {""} <= changed | {op for op in with_images if re.search(unmoved, op)}

@@ -27,6 +27,8 @@ from torch.ao.quantization.quantize_fx import prepare_fx
 OpKey = tuple[str, str]  # (op_name, op_type), INC's own key
 HELPERS = {"fallback": "get_mse_order_per_fp32", "requantize": "get_mse_order_per_int8"}
 MISSING = object()
+# What FX makes of a module whose output a BatchNorm takes.
+WITH_NORM = {"Linear": "LinearBn1d", "Conv1d": "ConvBn1d", "Conv2d": "ConvBn2d", "Conv3d": "ConvBn3d"}
 TORCH_NAMES = (torch.dtype, torch.qscheme)
 
 
@@ -260,8 +262,25 @@ def fused_patterns(adaptor: Any, model: torch.nn.Module, tune_cfg: dict[str, Any
     else:
         PyTorch_FXAdaptor.prepare_sub_graph(adaptor.sub_module_list, fx_cfgs, prepared, prefix="")
     assert_and_get_unique_device.cache_clear()
-    modules = dict(prepared.named_modules())
-    return {name: type(modules[name]).__name__ for name, _ in tune_cfg["op"] if name in modules}
+    modules, originals = dict(prepared.named_modules()), dict(model.named_modules())
+    return {
+        name: _fused(modules[name], originals.get(module_name(model, name)))
+        for name, _ in tune_cfg["op"]
+        if name in modules
+    }
+
+
+def _fused(module: Any, original: Any) -> str:
+    """The class of a prepared module. FX folds a BatchNorm into a weight and a bias, and the module keeps its class."""
+    kind = type(module).__name__
+    pairs = [(getattr(module, name, None), getattr(original, name, None)) for name in ("weight", "bias")]
+    return kind if all(_same(one, other) for one, other in pairs) else WITH_NORM.get(kind, kind)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return not isinstance(one, torch.Tensor) and not isinstance(other, torch.Tensor)
+    return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
 
 
 def module_name(model: torch.nn.Module, op_name: str) -> str:

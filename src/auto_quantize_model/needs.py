@@ -153,7 +153,7 @@ def megabytes(step: str, size: Size, device: str, attempt: int = 1) -> int:
     """The host memory to ask for, in units of 10^6 bytes. An attempt after the first may follow a kill for memory.
 
     INC's conversion in `plan_quantization` and `audit_capture` needs as much as a replay on the CPU. With a limit, no
-    step asks for more: a step that cannot keep within it says so before its work.
+    step but `quantize_model` asks for more: a step that cannot keep within the limit says so before its work.
     """
     needed = {
         "plan_quantization": bytes_of_replay(size.weights),
@@ -165,4 +165,6 @@ def megabytes(step: str, size: Size, device: str, attempt: int = 1) -> int:
     elif needed is None:
         needed = bytes_of_replay(size.weights, size.schemes, size.logits)
     asked = (LIBRARIES + needed) * (1 + (attempt - 1) / 2)
-    return math.ceil((asked if size.memory is None else min(asked, size.memory)) / 1e6)
+    if size.memory is not None and step != "quantize_model":
+        asked = min(asked, size.memory)
+    return math.ceil(asked / 1e6)

@@ -20,7 +20,7 @@ FILES = {
     "plan": ("the plan", ".json"),
     "scales": ("the scales of each calibration", ".json"),
     "tensors": ("scales and zero_points", ".safetensors"),
-    "part": ("one part of the capture", ".json"),
+    "part": ("one part of the work", ".json"),
     "capture": ("the capture", ".json"),
     "run_record": ("times and host of the run", ".json"),
     "audit": ("the audit of the capture", ".json"),

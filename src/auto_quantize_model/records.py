@@ -152,8 +152,8 @@ class Op:
 
     Attributes:
         op_name: the name of its module.
-        op_type: `Linear`, `Conv2d`, `Conv3d` or `Embedding`, in INC's spelling. `Experts` is the same matrix of all
-            experts of a block.
+        op_type: `Linear`, `Conv1d`, `Conv2d`, `Conv3d` or `Embedding`, in INC's spelling. `Experts` is the same matrix
+            of all experts of a block.
         shape: of its weight; for `Experts` the number of experts comes first.
         weight_bytes: of its weight in FP32.
         executions: how often the op runs in FP32 on each scored batch.
@@ -494,6 +494,31 @@ class ProbeValues:
     batch: int
     number: int
     values: dict[str, dict[str, list[float]]]
+
+
+@dataclass(frozen=True)
+class HeldOutRecord:
+    """What one state gave on one held-out batch, under the state's key; see `measure.heldout.record_of`."""
+
+    batch: int
+    key: str
+    record: dict[str, Any]
+
+
+@closed
+@dataclass(frozen=True, kw_only=True)
+class HeldOutPart:
+    """What one of several jobs measured on held-out batches.
+
+    Attributes:
+        number: of the part, from 1.
+        parts: how many jobs share the work.
+    """
+
+    number: int
+    parts: int
+    arithmetic: Arithmetic
+    records: tuple[HeldOutRecord, ...]
 
 
 @closed

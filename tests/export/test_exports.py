@@ -460,6 +460,13 @@ def test_an_op_that_never_ran_is_kept(tmp_path: Path, modules: Any) -> None:
         assert index[tool]["notes"][0] == f"Kept too ({inc_int8.IS_IDLE}): {PATCHES}, {UP_PROJ}."
 
 
+@pytest.mark.parametrize("kind", [torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d])
+def test_a_convolution_that_the_profile_keeps_is_kept(kind: Any, tmp_path: Path) -> None:
+    index = in_int8(tmp_path, [PATCHES], dict.fromkeys([K_PROJ, V_PROJ, O_PROJ], torch.nn.Linear) | {PATCHES: kind})[1]
+    for tool in ("inc", "nncf"):
+        assert index[tool]["kept"] == {PATCHES: inc_int8.BY_PROFILE}
+
+
 def test_a_whole_vision_tower_is_counted_in_the_note_and_named_in_the_index(tmp_path: Path) -> None:
     tower = [f"model.visual.blocks.{number}.mlp.fc1" for number in range(40)]
     modules = dict.fromkeys([K_PROJ, V_PROJ, O_PROJ, *tower], torch.nn.Linear)

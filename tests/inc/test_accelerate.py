@@ -163,7 +163,7 @@ def test_an_op_that_no_site_covers_goes_to_incs_own_helper_by_name(caplog):
                 )
             )
     assert orders[0] == orders[1]
-    assert "mse_v2 is not accelerated: 0: no site for op type Conv1d" in caplog.text
+    assert "mse_v2 is not accelerated: 0: a Conv1d whose stride is not its kernel" in caplog.text
 
 
 def test_everything_is_restored_after_an_exception():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from build import IDENTITY
+from build import IDENTITY, an_op
 from quick_inc import few_ops_model, token_batches
 
 from auto_quantize_model.config import PlanSpec
@@ -16,7 +16,7 @@ from auto_quantize_model.inc import plan as planning
 from auto_quantize_model.inc.audit import announce, audit_capture
 from auto_quantize_model.inc.engine import require_inc
 from auto_quantize_model.inc.plan import build_plan, described, identify, require_measurable
-from auto_quantize_model.inc.torch_modules import torch_scores
+from auto_quantize_model.inc.torch_modules import quantized, torch_scores
 from auto_quantize_model.measure.capture import capture_sensitivity
 from auto_quantize_model.measure.store import ScoreStore
 
@@ -129,9 +129,10 @@ def test_mamba_is_refused_with_what_inc_raises_and_what_to_keep(ids):
         "INC cannot measure this model: with every op in INT8, INC's model ends with RuntimeError (empty_strided not"
     )
     assert str(refused.value).endswith(
-        "The replay does not cover 1 of 7 ops, first backbone.layers.0.mixer.conv1d: no site for op type Conv1d; keep"
-        " them in FP32 with sensitivity.op_type_dict {Conv1d: fp32}, or add a scheme of compressed-tensors, such as"
-        " W8A8, to sensitivity.schemes, because such schemes need no plan of INC"
+        "The replay does not cover 1 of 7 ops, first backbone.layers.0.mixer.conv1d: a Conv1d whose stride is not its"
+        " kernel, or that has padding, dilation or groups; keep them in FP32 with sensitivity.op_type_dict"
+        " {Conv1d: fp32}, or add a scheme of compressed-tensors, such as W8A8, to sensitivity.schemes, because such"
+        " schemes need no plan of INC"
     )
     plan = build_plan(
         model, ids, PlanSpec(engine="auto", confidence_batches=1, maps=("isolated",), op_type_dict={"Conv1d": "fp32"})
@@ -191,3 +192,12 @@ def test_incs_int8_model_has_left_the_memory_when_the_replay_is_checked(monkeypa
     finally:
         gc.enable()
     assert seen == [before]
+
+
+def test_torchs_quantized_embedding_takes_ids_of_three_dimensions():
+    """torch's kernel takes two at most."""
+    torch.manual_seed(0)
+    module, ids = torch.nn.Embedding(7, 8).requires_grad_(False), torch.arange(6).view(1, 2, 3)
+    rows = quantized(module, an_op("table", "Embedding"), ())
+    assert torch.equal(rows(ids), rows(ids.flatten()).view(1, 2, 3, 8))
+    torch.testing.assert_close(rows(ids), module(ids), atol=0.02, rtol=0)

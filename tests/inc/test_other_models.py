@@ -137,6 +137,7 @@ class Changed(FewOps):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
+        self.passing = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Dropout())
 
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.lm_head
@@ -148,6 +149,7 @@ class Changed(FewOps):
             "scaled": lambda: logits / 8,
             "viewed": lambda: logits,
             "cut": lambda: logits[:, :, :-1],
+            "passed": lambda: self.passing(logits),
         }
         return SimpleNamespace(logits=changes[self.kind]())
 
@@ -158,7 +160,9 @@ def changed(kind: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize(("kind", "head_only"), [("capped", True), ("scaled", True), ("viewed", False)])
+@pytest.mark.parametrize(
+    ("kind", "head_only"), [("capped", True), ("scaled", True), ("viewed", False), ("passed", False)]
+)
 def test_a_model_that_changes_its_logits_is_measured_at_its_head(kind: str, head_only: bool) -> None:
     assert find_output_op(changed(kind), token_batches(1)[0]) == ("lm_head", head_only)
 

@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import (
 from auto_quantize_model.files import InputError
 from auto_quantize_model.models import pixels
 from auto_quantize_model.models.architecture import check_architecture, takes_images
+from auto_quantize_model.models.families import image_text
 from auto_quantize_model.models.families.causal import CAUSAL, LISTED_ELSEWHERE
 from auto_quantize_model.models.families.image_text import IMAGE_TEXT, PLACED, PLACING, UNFIT
 from auto_quantize_model.models.families.paligemma import PALIGEMMA
@@ -26,6 +27,7 @@ def config(model_type: str, architecture: str) -> dict[str, Any]:
 
 def test_every_class_of_images_and_text_has_a_family_or_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pixels, "is_torchvision_available", lambda: True)
+    monkeypatch.setattr(image_text, "is_timm_available", lambda: True)
     for model_type, architecture in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items():
         if model_type in UNFIT:
             with pytest.raises(InputError, match=f"config.json: architecture {architecture} .* is not supported: it"):
@@ -43,6 +45,14 @@ def test_a_processor_that_needs_torchvision_is_refused_before_long_work(monkeypa
     monkeypatch.setattr(pixels, "is_torchvision_available", lambda: False)
     with pytest.raises(InputError, match=r"Llama4For.* needs torchvision.*pip install torchvision"):
         check_architecture(config("llama4", "Llama4ForConditionalGeneration"), PLACE)
+    assert check_architecture(config("llava", "LlavaForConditionalGeneration"), PLACE) is IMAGE_TEXT
+
+
+def test_a_tower_of_timm_is_refused_where_timm_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_text, "is_timm_available", lambda: False)
+    for model_type, architecture in (("gemma3n", "Gemma3n"), ("fast_vlm", "FastVlm")):
+        with pytest.raises(InputError, match=r"has a tower of timm, .*pip install timm"):
+            check_architecture(config(model_type, f"{architecture}ForConditionalGeneration"), PLACE)
     assert check_architecture(config("llava", "LlavaForConditionalGeneration"), PLACE) is IMAGE_TEXT
 
 

@@ -96,42 +96,29 @@ MEASURED = dict(
 
 
 include: "capture.smk" if PARTS == 1 else "capture_in_parts.smk"
+# The ranks of a GPU's scores need all ops of the audit together.
+include: "audit.smk" if PARTS == 1 or DEVICE == "cuda" else "audit_in_parts.smk"
 
 
-rule audit_capture:
-    """Have INC and compressed-tensors measure a sample of ops again: on the CPU every bit has to be the same.
+# The forwards that are known from the start, in parts; none where one job does all.
+HELDOUT_FOLDER = f"{RUN}/parts_{DEVICE}/{config_digest('measure_frontier')[:8]}_{PARTS}"
+HELDOUT_PARTS = expand(
+    f"{HELDOUT_FOLDER}/heldout_{{number}}.json",
+    number=range(1, PARTS + 1) if PARTS > 1 and config["decide"]["heldout_batches"] else [],
+)
+# The params of a rule that measures on held-out samples.
+ON_HELDOUT = dict(
+    **REPLAYED,
+    files=file_options,
+    candidates=CANDIDATES,
+    spec=block("decide"),
+    target=block("profiles"),
+    config_digest=config_digest("measure_frontier"),
+)
 
-    INC's unmodified helpers measure in every run, with every engine, so no report depends on the replay alone. If INC
-    cannot measure the model, torch's own quantized modules do. The modules of compressed-tensors measure its schemes.
-    """
-    input:
-        **MEASURED,
-        stale=made_again_where_stale("audit_capture"),
-        capture=rules.capture_sensitivity.output.capture,
-    output:
-        audit=f"{RUN}/audit_{DEVICE}.json",
-    log:
-        f"{RUN}/logs/audit_capture.log",
-    benchmark:
-        f"{RUN}/benchmarks/audit_capture.tsv"
-    threads: MEASURING_THREADS
-    resources:
-        mem_mb=memory("audit_capture"),
-        limit_mb=LIMIT,
-        runtime=minutes("audit_capture", "cpu"),
-    params:
-        script=script_path("audit_capture"),
-        code=code_digest("scripts/audit_capture.py"),
-        files=file_options,
-        versions=versions_of(*MEASURING),
-        ops=config["sensitivity"]["audit_ops"],
-        config_digest=config_digest("audit_capture"),
-    shell:
-        "exec python {params.script:q} {params.files}"
-        " --ops {params.ops}"
-        " --memory {resources.limit_mb}"
-        " --config-digest {params.config_digest}"
-        " --log {log:q}"
+if HELDOUT_PARTS:
+
+    include: "heldout_in_parts.smk"
 
 
 rule measure_frontier:
@@ -145,6 +132,7 @@ rule measure_frontier:
         stale=made_again_where_stale("measure_frontier"),
         heldout_set=rules.extract_calibration.output.heldout_set,
         capture=rules.capture_sensitivity.output.capture,
+        heldout_parts=HELDOUT_PARTS,
     output:
         frontier=f"{RUN}/frontier_{DEVICE}.json",
     log:
@@ -158,14 +146,9 @@ rule measure_frontier:
         limit_mb=LIMIT,
         runtime=minutes("measure_frontier"),
     params:
-        **REPLAYED,
+        **ON_HELDOUT,
         script=script_path("measure_frontier"),
         code=code_digest("scripts/measure_frontier.py"),
-        files=file_options,
-        candidates=CANDIDATES,
-        spec=block("decide"),
-        target=block("profiles"),
-        config_digest=config_digest("measure_frontier"),
     shell:
         "exec python {params.script:q} {params.files}"
         " --candidates {params.candidates:q}"

@@ -15,6 +15,8 @@ from auto_quantize_model.commands.run import open_run
 def parser() -> argparse.ArgumentParser:
     reads = ("manifest", "calibration_manifest", "calibration_set", "plan", "scales", "capture")
     made = options.parser(__doc__, *reads, "memory", "config_digest", "log", writes=["audit"])
+    made.add_argument("--number", type=int, default=1, help="of the part, where several jobs share the audit (1)")
+    made.add_argument("--parts", type=int, default=1, help="how many parts share the audit (1)")
     made.add_argument("--ops", type=int, default=6, help="ops to compare, the most and least sensitive among them")
     return made
 
@@ -26,11 +28,12 @@ def audit_capture(args: argparse.Namespace) -> None:
     from auto_quantize_model.commands.loaded import Loaded
     from auto_quantize_model.inc import audit
     from auto_quantize_model.machine import require_memory
+    from auto_quantize_model.measure.parts import Place
     from auto_quantize_model.measure.served_audit import audit_served
     from auto_quantize_model.replay.scales import ALL_BATCHES
     from auto_quantize_model.schemes.scheme import INC_INT8
 
-    loaded = Loaded(run)
+    loaded, place = Loaded(run), Place(args.number, args.parts)
     batches = loaded.batches(run.plan.confidence_batches)
     cli.say(audit.announce(run.plan, run.capture, args.ops))
     by_inc = INC_INT8 in run.plan.schemes  # INC converts the model
@@ -38,15 +41,15 @@ def audit_capture(args: argparse.Namespace) -> None:
         require_memory(loaded.parameters, torch.device("cpu"), memory=loaded.memory)
     model, scales = loaded.model(mapped=not by_inc and loaded.mapped), loaded.scales_of_batches()
     with cli.progress_bar("audit") as on_progress:
-        result = audit.audit_capture(model, batches, run.plan, run.capture, args.ops, scales, on_progress)
+        result = audit.audit_capture(model, batches, run.plan, run.capture, args.ops, scales, on_progress, place)
     cli.say(f"audit: {result.status}, {result.compared} values compared")
     batch = audit.audited_batch(run.capture)
     ranges = loaded.scales.get(ALL_BATCHES, scales[batch])
     with cli.progress_bar("audit of schemes") as on_progress:
-        served = audit_served(model, batches, batch, run.plan, run.capture, args.ops, ranges, on_progress)
+        served = audit_served(model, batches, batch, run.plan, run.capture, args.ops, ranges, on_progress, place)
     for scheme, values in served.items():
         cli.say(f"audit: {scheme}, bit_identical, {values} values compared with compressed-tensors")
-    run.write("audit", args.audit, replace(result, served=served))
+    run.write("audit" if args.parts == 1 else "audit_part", args.audit, replace(result, served=served))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

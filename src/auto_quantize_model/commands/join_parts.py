@@ -7,6 +7,7 @@ from pathlib import Path
 from auto_quantize_model import cli, options
 from auto_quantize_model.commands.run import open_run, read_parts
 from auto_quantize_model.files import read_json, write_json
+from auto_quantize_model.records import Part
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,7 +21,9 @@ def parser() -> argparse.ArgumentParser:
 
 def join_parts(args: argparse.Namespace) -> None:
     run = open_run(args)
-    estimated, measured = read_parts(run, args.estimated, "probes"), read_parts(run, args.measured, "scores")
+    estimated, measured = (
+        read_parts(run, paths, kind, Part) for paths, kind in ((args.estimated, "probes"), (args.measured, "scores"))
+    )
     from auto_quantize_model.measure import capture, parts
 
     joined = parts.joined(run.plan, estimated, measured)

@@ -5,16 +5,20 @@ A killed run resumes.
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from auto_quantize_model import cli, options
-from auto_quantize_model.commands.run import open_run
-from auto_quantize_model.records import NotMeasured
+from auto_quantize_model.commands.run import open_run, read_parts
+from auto_quantize_model.records import HeldOutPart, NotMeasured
 
 
 def parser() -> argparse.ArgumentParser:
     reads = ("manifest", "calibration_manifest", "calibration_set", "heldout_set", "plan", "scales", "capture")
     settings = ("score_store", "device", "threads", "memory", "tf32", "nondeterministic", "config_digest", "log")
     made = options.parser(__doc__, *reads, "spec", *settings, writes=["frontier"])
+    made.add_argument(
+        "--heldout-parts", nargs="*", type=Path, default=[], metavar="FILE", help="all parts of the forwards, if any"
+    )
     made.add_argument("--candidates", nargs="+", required=True, help="the schemes to choose from")
     made.add_argument("--target", type=cli.json_value, required=True, help="the config's profiles block as JSON")
     return made
@@ -31,6 +35,7 @@ def measure_frontier(args: argparse.Namespace) -> None:
     from auto_quantize_model.replay.model import refusals
     from auto_quantize_model.replay.scales import ALL_BATCHES
 
+    parts = read_parts(run, args.heldout_parts, "heldout", HeldOutPart)
     spec, target = read_block(DecideSpec, args.spec, "decide"), read_block(Target, args.target, "profiles")
     loaded = Loaded(run)
     if not spec.heldout_batches:
@@ -58,6 +63,7 @@ def measure_frontier(args: argparse.Namespace) -> None:
             target,
             loaded.batches(),
             on_progress,
+            parts,
         )
     run.write("frontier", args.frontier, found)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from auto_quantize_model import cli, options
 from auto_quantize_model.commands.run import open_run, read_parts
 from auto_quantize_model.files import write_json
+from auto_quantize_model.records import Part
 from auto_quantize_model.schemes.scheme import INC_INT8
 
 
@@ -29,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
 
 def measure_part(args: argparse.Namespace) -> None:
     run = open_run(args)
-    estimated = None if args.estimated is None else read_parts(run, args.estimated, "probes")
+    estimated = None if args.estimated is None else read_parts(run, args.estimated, "probes", Part)
     from auto_quantize_model.commands.loaded import Loaded
     from auto_quantize_model.machine import explained_out_of_memory
     from auto_quantize_model.measure import capture, parts

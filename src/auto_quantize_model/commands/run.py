@@ -26,7 +26,6 @@ from auto_quantize_model.records import (
     Frontier,
     ModelManifest,
     NotMeasured,
-    Part,
     Plan,
     Profiles,
     Record,
@@ -128,13 +127,14 @@ def either(kind: type[Record], document: Document) -> Record | NotMeasured:
     return as_record(NotMeasured, document) if document.get("status") == "not_measured" else as_record(kind, document)
 
 
-def read_parts(run: Run, paths: Sequence[Path], kind: str) -> list[Part]:
-    """The parts of a capture, after a check that each is of this run.
+def read_parts(run: Run, paths: Sequence[Path], kind: str, record: type[Record]) -> list[Record]:
+    """The parts of a step's work, after a check that each is of this run.
 
     Args:
         run: the documents of the step.
         paths: of the parts.
-        kind: `probes` or `scores`.
+        kind: of their documents.
+        record: what each holds.
 
     Raises:
         InputError: a part is missing, damaged or of another run.
@@ -142,7 +142,7 @@ def read_parts(run: Run, paths: Sequence[Path], kind: str) -> list[Part]:
     found = [read_document(path, kind) for path in paths]
     for document in found:
         require_one_run([*run.documents, document])
-    return [as_record(Part, document) for document in found]
+    return [as_record(record, document) for document in found]
 
 
 def open_run(args: argparse.Namespace) -> Run:

@@ -34,10 +34,11 @@ from auto_quantize_model.escape import quoted
 from auto_quantize_model.files import InputError
 from auto_quantize_model.measure.capture import arithmetic
 from auto_quantize_model.measure.heldout import HeldOut
+from auto_quantize_model.measure.parts import require_all
 from auto_quantize_model.measure.states import UNITS
 from auto_quantize_model.measure.store import ScoreStore
 from auto_quantize_model.models.sample import samples_in
-from auto_quantize_model.records import Capture, Frontier, Op, Options, Plan, Point, Scales, Unit
+from auto_quantize_model.records import Capture, Frontier, HeldOutPart, Op, Options, Plan, Point, Scales, Unit
 from auto_quantize_model.replay.model import Batch
 from auto_quantize_model.schemes.scheme import INC_INT8, UNQUANTIZED
 
@@ -189,6 +190,7 @@ def measure_frontier(
     target: Target,
     calibration: Sequence[Batch] = (),
     on_progress: Progress = lambda done, total: None,
+    parts: Sequence[HeldOutPart] = (),
 ) -> Frontier:
     """Choose for growing budgets, and measure each choice and the controls on the held-out batches.
 
@@ -209,23 +211,21 @@ def measure_frontier(
         calibration: the batches that set the scales. The choices for the budgets of the target are refined on the first
             `spec.refine_batches` of these.
         on_progress: called after each forward, or what takes as long.
+        parts: what `in_parts.measure_part` measured of the choices that are known from the start; without parts all is
+            measured here.
 
     Raises:
-        InputError: as `options_of` says, or a number is not finite.
+        InputError: as `options_of` says, or a number is not finite. Or a part is missing, or other arithmetic did it.
     """
-    by, units = options_of(plan, capture, candidates, spec)
-    if not units:
-        raise InputError(
-            f"no op that ran can have {' or '.join(candidates)}, so nothing can be decided; change decide.candidates"
-        )
-    unit_bytes = 4 if INC_INT8 in candidates else 2
-    other = unit_bytes * (plan.coverage["weights_total"] - sum(unit.weights for unit in units))
+    by, units, other = units_of(plan, capture, candidates, spec)
+    require_all(parts, arithmetic(next(model.parameters()).device))
+    known = [record for part in parts for record in part.records]
     done, total = itertools.count(1), 0
 
     def on_forward() -> None:
         on_progress(next(done), total)
 
-    with HeldOut(model, plan, scales, heldout, answers, store, on_forward) as on_heldout:
+    with HeldOut(model, plan, scales, heldout, answers, store, on_forward, known) as on_heldout:
         decision = Decision(units, other, on_heldout)
         refinement = Refinement(units, on_heldout, calibration[: spec.refine_batches], on_forward)
         total = refinement.forwards * len(decision.asked(target))
@@ -255,6 +255,23 @@ def measure_frontier(
         points=tuple(sorted((point for point in points if point.kind == "frontier"), key=size)),
         controls=tuple(point for point in points if point.kind != "frontier"),
     )
+
+
+def units_of(
+    plan: Plan, capture: Capture, candidates: Sequence[str], spec: DecideSpec
+) -> tuple[str, list[Options], int]:
+    """The loss that is summed, the units with their options, and the bytes of all other weights.
+
+    Raises:
+        InputError: as `options_of` says, or no unit can have a candidate.
+    """
+    by, units = options_of(plan, capture, candidates, spec)
+    if not units:
+        raise InputError(
+            f"no op that ran can have {' or '.join(candidates)}, so nothing can be decided; change decide.candidates"
+        )
+    unit_bytes = 4 if INC_INT8 in candidates else 2
+    return by, units, unit_bytes * (plan.coverage["weights_total"] - sum(unit.weights for unit in units))
 
 
 State = tuple[str, str, Choice]  # kind and name of a point, and its choice

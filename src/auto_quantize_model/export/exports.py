@@ -25,7 +25,7 @@ from auto_quantize_model.report.explanations import NOT_EXPLAINED
 from auto_quantize_model.report.sentences import counted
 from auto_quantize_model.schemes.scheme import INC_INT8
 
-PLAIN = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv2d, torch.nn.Conv3d)
+PLAIN = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 ONLY_INC = (
     "INC's INT8 is the arithmetic of INC; choose from schemes of compressed-tensors (decide.candidates) for this tool"
 )

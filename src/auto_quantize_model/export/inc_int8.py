@@ -8,7 +8,8 @@ from auto_quantize_model.export.names import listed, regular_expressions
 from auto_quantize_model.export.subject import Subject, python_file
 from auto_quantize_model.files import canonical_json
 
-QUANTIZED = (torch.nn.Linear, torch.nn.Conv3d, torch.nn.Embedding)  # the classes that both tools quantize
+CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+QUANTIZED = (torch.nn.Linear, *CONVOLUTIONS, torch.nn.Embedding)  # the classes that both tools quantize
 FP32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
 BY_PROFILE, BY_PLAN = "the profile keeps it", "the plan keeps it"
 IS_IDLE = "did not run on any scored batch, so its error is unknown"

@@ -8,6 +8,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from auto_quantize_model.inc.torch_modules import torch_scores
 from auto_quantize_model.inc_pytorch_mse_patching import activations_reduced
 from auto_quantize_model.machine import any_algorithm, with_threads
 from auto_quantize_model.measure.metrics import squared_error
+from auto_quantize_model.measure.parts import WHOLE, Place, cut
 from auto_quantize_model.measure.states import ALL
 from auto_quantize_model.records import Audit, Capture, Plan, Scales, Score, digest_of_record
 from auto_quantize_model.replay.devices import check_sites
@@ -94,6 +96,7 @@ def audit_capture(
     count: int,
     scales: Sequence[Scales] | None = None,
     on_op: Callable[[int, int], None] = lambda done, total: None,
+    place: Place = WHOLE,
 ) -> Audit:
     """Compare `count` ops of one batch, in every map, with INC's unmodified helpers, or with torch where INC cannot.
 
@@ -105,6 +108,7 @@ def audit_capture(
         count: ops to compare, at most those that ran; batch and ops are drawn by the plan's digest.
         scales: of each scored batch, used to compare a GPU's ops with the CPU's; None calibrates here.
         on_op: called with the number done and the total, before the first score and after each.
+        place: which part of how many; a part compares its share of the ops.
 
     Returns:
         `status` is `bit_identical`, `not_needed` where INC itself was the engine, or `not_measured` where `inc_int8`
@@ -123,7 +127,8 @@ def audit_capture(
     if INC_INT8 not in plan.schemes:
         return Audit("not_measured", by, None, (), (), 0, {})
     batch = audited_batch(capture)
-    names = sample_ops(plan, capture, batch, count)
+    sample = sample_ops(plan, capture, batch, count)
+    names = [sample[position] for position in cut([1.0] * len(sample), place.parts)[place.number - 1]]
     found = {label: values_of(capture.of_map(label), names, batch) for label in plan.maps}
     missing = [name for name in names if name not in found.get("isolated", names)]
     measure = _by_inc if by == "inc" else _by_torch
@@ -131,7 +136,7 @@ def audit_capture(
     with incs_surroundings(capture.arithmetic.threads, plan.reduce_range):
         if missing:
             found["isolated"] |= replayed(model, batches[batch], plan, missing)
-        expected = measure(model, batches, batch, plan, names, _counted(on_op, total))
+        expected = measure(model, batches, batch, plan, names, _counted(on_op, total)) if names else {}
         gc.collect()  # INC's models hold themselves in circles, and the audit of other schemes needs the memory
     on_op(total, total)
     compared = by, batch, tuple(names), plan.maps, total
@@ -144,6 +149,13 @@ def audit_capture(
     captured = [label for label in plan.maps if label != "isolated" or not missing]
     agreement = {label: rank_agreement(found[label], expected[label]) for label in captured}
     return Audit("sites_bit_identical", *compared, agreement)
+
+
+def joined(parts: Sequence[Audit]) -> Audit:
+    """The audit of all parts, in their order; of a capture on the CPU, because ranks on a GPU need all ops together."""
+    served = {scheme: sum(part.served[scheme] for part in parts) for scheme in parts[0].served}
+    ops = tuple(name for part in parts for name in part.ops)
+    return replace(parts[0], ops=ops, compared=sum(part.compared for part in parts), served=served)
 
 
 def values_of(scores: Mapping[str, Sequence[Score | None]], names: Sequence[str], batch: int) -> dict[str, float]:

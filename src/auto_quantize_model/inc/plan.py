@@ -5,7 +5,6 @@ In: a model, its calibration batches, and the plan's keys of the config. Out: th
 
 import gc
 import json
-import math
 import re
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.files import InputError
 from auto_quantize_model.inc.loader import CalibrationLoader
 from auto_quantize_model.inc_pytorch_mse_patching import (
+    HelperCall,
     activations_reduced,
     build_strategy,
     describe_observers,
@@ -79,7 +79,8 @@ INC_ERRORS = (
     TypeError,
     ValueError,
 )
-CHECKED_STATES = {"no_op": "no op", "all_int8": "every op"}
+INT8_STATES = {"all_int8": "every op", "fallback": "every op but the last"}
+CHECKED_STATES = {"no_op": "no op", **INT8_STATES}
 
 
 def versions() -> dict[str, str]:
@@ -171,8 +172,8 @@ def planned_and_checked(model: torch.nn.Module, batches: Sequence[Batch], spec: 
         inc_check, incs_errors = check_inc(planned, scored)
         require_measurable(model, planned.ops, spec.engine, inc_check)
         if spec.engine != "inc" and not refusals(model, planned.ops):
-            for index, incs_error in incs_errors.items():
-                require_same_int8(model, planned, scored, index, incs_error)
+            for index, errors in incs_errors.items():
+                require_same_int8(model, planned, scored, index, errors)
     except WithoutInc as error:
         if len(spec.schemes) == 1 or spec.engine != "replay":
             raise
@@ -264,7 +265,9 @@ def plan_ops(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -
     require_batches(batches, spec)
     measured_op, head_only = find_output_op(model, batches[0])
     if measured_op == HIDDEN_STATE:
-        raise CannotPlan("it has no head, and the last hidden state at which it is measured is no op of INC's")
+        raise CannotPlan(
+            "it has no head, and no op of INC gives the last hidden state, where it is measured"
+        )
     planned = planned_by_inc(model, batches, spec, measured_op, {})
     names = names_of_ops(model, planned.tune_cfg)
     kept = ops_to_keep(names, spec)
@@ -392,14 +395,14 @@ def described(error: Exception) -> str:
     return f"{type(error).__name__} ({' '.join(first[:200].split())})" if first else type(error).__name__
 
 
-def check_inc(planned: Planned, batches: Sequence[Batch]) -> tuple[IncCheck, dict[int, float]]:
+def check_inc(planned: Planned, batches: Sequence[Batch]) -> tuple[IncCheck, dict[int, dict[str, float]]]:
     """Whether INC can measure the model of a plan.
 
     Of the scored batches, the first with each set of inputs is tried: a batch without images runs no vision tower.
 
     Returns:
-        {"status": "reproduces_fp32"}, or {"status": "cannot", "reason": ...}. And INC's error with every op in INT8 on
-        each batch that was tried, by the batch's index; empty where INC cannot measure the model.
+        {"status": "reproduces_fp32"}, or {"status": "cannot", "reason": ...}. And INC's errors in `INT8_STATES` on each
+        batch that was tried, by the batch's index; empty where INC cannot measure the model.
     """
     first_of_kind: dict[frozenset[str], int] = {}
     for index, batch in enumerate(batches):
@@ -414,43 +417,47 @@ def check_inc(planned: Planned, batches: Sequence[Batch]) -> tuple[IncCheck, dic
     return {"status": "reproduces_fp32"}, errors
 
 
-def tried_by_inc(planned: Planned, batch: Batch) -> tuple[str, float]:
+def tried_by_inc(planned: Planned, batch: Batch) -> tuple[str, dict[str, float]]:
     """What is wrong with INC's conversion of a model, by INC's unmodified helpers; empty if nothing is wrong.
 
     With no op quantized, INC's model must give the FP32 output, bit for bit. It fails where FX drops an in-place
     operation whose result nobody reads, such as `scatter_`: INC then measures another model. With every op quantized,
-    INC's model must run. The second value is its error in that state: the sum of squared errors at the measured op.
+    INC's model must run. The second value holds its errors in `INT8_STATES`: sums of squared errors at the measured op.
     """
     reached = ["no_op"]
     assert planned.strategy is not None  # noqa: S101  INC planned
     try:
-        calls = run_planned_pass(
-            planned.strategy,
-            planned.tune_cfg,
-            CalibrationLoader([batch]),
-            maps=list(CHECKED_STATES),
-            on_op=lambda label, name: reached.append(label),
-        )
+        calls: dict[str, HelperCall] = {}
+        for label in CHECKED_STATES:
+            calls |= run_planned_pass(
+                planned.strategy,
+                planned.tune_cfg,
+                CalibrationLoader([batch]),
+                maps=[label],
+                only=[planned.ops[-1].op_name],  # the measured one, unless the config keeps it in FP32
+                on_op=lambda label, name: reached.append(label),
+            )
     except INC_ERRORS as error:
-        return f"with {CHECKED_STATES[reached[-1]]} in INT8, INC's model ends with {described(error)}", math.nan
+        return f"with {CHECKED_STATES[reached[-1]]} in INT8, INC's model ends with {described(error)}", {}
     (difference,) = calls["no_op"].scores.values()
-    (error_of_all,) = calls["all_int8"].scores.values()
+    errors = {name: next(iter(calls[label].scores.values())) for label, name in INT8_STATES.items()}
     if difference == 0:
-        return "", error_of_all
+        return "", errors
     problem = (
         f"with no op in INT8, INC's model differs from the FP32 model by a sum of squared errors of {difference:.2g} at"
         f" {planned.measured_op}"
     )
-    return problem, error_of_all
+    return problem, errors
 
 
 def require_same_int8(
-    model: torch.nn.Module, planned: Planned, batches: Sequence[Batch], index: int, incs_error: float
+    model: torch.nn.Module, planned: Planned, batches: Sequence[Batch], index: int, incs_errors: Mapping[str, float]
 ) -> None:
-    """Refuse a model whose state with every op in INT8 is another in INC than in the replay.
+    """Refuse a model whose states with many ops in INT8 are others in INC than in the replay.
 
     A site gives FP32 to whatever follows its op. INC keeps some functions between two ops in INT8, such as tanh and
-    clamp. A state with one op in INT8 does not show that, and the frontier would be wrong.
+    clamp. A state with one op in INT8 does not show that, and the frontier would be wrong. Where the measured op is in
+    INT8 too, the codes of few values can hide it.
 
     Raises:
         WithoutInc: the errors differ in any bit.
@@ -460,12 +467,14 @@ def require_same_int8(
         replay.calibrate(batch)
         reference = replay.begin(batch)
         names = [op.op_name for op in planned.ops if op.inc_int8 and op.op_name in replay.first_visit]
-        found = squared_error(reference, replay.run(assigned(names)))
-    if found != incs_error:
+        but_last = [name for name in names if name != planned.ops[-1].op_name]
+        of_state = dict(zip(INT8_STATES.values(), (names, but_last), strict=True))
+        found = {state: squared_error(reference, replay.run(assigned(ops))) for state, ops in of_state.items()}
+    if state := next((state for state, error in found.items() if error != incs_errors[state]), ""):
         raise WithoutInc(
-            f"with every op in INT8, the replay has a sum of squared errors of {found:.4g} at {planned.measured_op} on"
-            f" batch {index}, and INC has {incs_error:.4g}. INC computes a function between two ops in INT8, such as"
-            " tanh or clamp",
+            f"with {state} in INT8, the replay has a sum of squared errors of {found[state]:.4g} at"
+            f" {planned.measured_op} on batch {index}, and INC has {incs_errors[state]:.4g}. INC computes a function"
+            " between two ops in INT8, such as tanh or clamp",
             "set sensitivity.engine to inc, or ",
         )
 
@@ -535,11 +544,12 @@ def find_output_op(model: Any, batch: Batch) -> tuple[str, bool]:
         return lambda module, args, output: outputs.update({name: output})
 
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    without_head = any(name == HIDDEN_STATE for name, _ in leaves)
     handles = [module.register_forward_hook(remember(name)) for name, module in leaves]
     try:
         with torch.no_grad(), explained("the first calibration batch", "the FP32 model cannot run on it"):
             returned = model(**batch)
-            logits = returned[HIDDEN_STATE] if HIDDEN_STATE in dict(model.named_modules()) else returned.logits
+            logits = returned[HIDDEN_STATE] if without_head else returned.logits
     finally:
         for handle in handles:
             handle.remove()
@@ -552,7 +562,12 @@ def find_output_op(model: Any, batch: Batch) -> tuple[str, bool]:
             "the FP32 model's output on the first calibration batch is the same in all channels, so there is nothing to"
             " measure; check the weights"
         )
-    if found := next((name for name, output in reversed(outputs.items()) if output is logits), ""):
+    if without_head:
+        return HIDDEN_STATE, False
+    # A Dropout or Identity after the head returns the head's own tensor, and is not an op.
+    owners = [name for name, output in reversed(outputs.items()) if output is logits]
+    weighted = {name for name, module in leaves if any(True for _ in module.parameters())}
+    if found := next((name for name in owners if name in weighted), next(iter(owners), "")):
         return found, False
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     name = next((name for name, module in leaves if module is head), "")
@@ -704,7 +719,7 @@ def with_schemes(op: Op, schemes: Mapping[str, QuantizationScheme | Checkpoint])
 def active_shares(model: torch.nn.Module) -> dict[str, float]:
     """{module that holds the experts of a block: the share of them that each token took in the last forward}."""
     return {
-        name: experts.chosen.shape[-1] / len(experts.get_submodule("down_proj"))  # type: ignore[arg-type]
+        name: experts.chosen.shape[-1] / experts.count()
         for name, experts in model.named_modules()
         if isinstance(experts, RoutedExperts) and experts.chosen is not None
     }

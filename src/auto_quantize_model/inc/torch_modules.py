@@ -26,6 +26,7 @@ from auto_quantize_model.schemes.inc_int8 import build_observer
 
 QUANTIZED: dict[str, Any] = {
     "Linear": torch_quantized.Linear,
+    "Conv1d": torch_quantized.Conv1d,
     "Conv2d": torch_quantized.Conv2d,
     "Conv3d": torch_quantized.Conv3d,
     "Embedding": torch_quantized.Embedding,
@@ -126,8 +127,9 @@ def quantized(module: torch.nn.Module, op: Op, observers: tuple[Any, ...]) -> Fo
         plain.qconfig = qconfig  # torch reads that of the Linear, and asks for one of both
     if not observers:
         # A module itself cannot be set as another module's `forward`: torch would register it as a child.
-        forward: Forward = kind.from_float(plain).forward
-        return forward
+        rows_of: Forward = kind.from_float(plain).forward
+        # torch's kernel takes ids of one or two dimensions. Each id has its own row.
+        return lambda input: rows_of(input.flatten()).unflatten(0, input.shape)
     of_input, plain.activation_post_process = observers
     kernel = kind.from_float(plain)
     scale, zero_point = of_input.calculate_qparams()

@@ -5,7 +5,7 @@ from typing import Any
 from auto_quantize_model.made.tiny_parts import PATCH, PINPOINTS, SIDE, SQUARE, TEXT, VISION, Shape
 
 
-def _llava(architecture: str, image_processor: str, settings: dict[str, Any], processor: str, **others: Any) -> Shape:
+def llava(architecture: str, image_processor: str, settings: dict[str, Any], processor: str, **others: Any) -> Shape:
     return Shape(
         architecture,
         {"text_config": TEXT | {"model_type": "llama"}, "vision_config": VISION | {"model_type": "clip_vision_model"}}
@@ -38,7 +38,7 @@ def _idefics3(architecture: str, image_processor: str, processor: str) -> Shape:
     )
 
 
-def _qwen(architecture: str, text: dict[str, Any], vision: dict[str, Any], processor: str, **sizes: Any) -> Shape:
+def qwen(architecture: str, text: dict[str, Any], vision: dict[str, Any], processor: str, **sizes: Any) -> Shape:
     side = sizes.get("patch_size", 14)
     names = ("vision_start", "vision_end", "image_pad", "video_pad")
     area = {"shortest_edge": (2 * side) ** 2, "longest_edge": (8 * side) ** 2}
@@ -81,39 +81,39 @@ HYBRID |= {
 IMAGE = {"image_token": "<image>"}
 
 IMAGE_TEXT_SHAPES: dict[str, Shape] = {
-    "qwen2_vl": _qwen(
+    "qwen2_vl": qwen(
         "Qwen2VLForConditionalGeneration",
         {"rope_parameters": MROPE},
         {"embed_dim": 32, "hidden_size": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2},
         "Qwen2VLProcessor",
     ),
-    "qwen2_5_vl": _qwen(
+    "qwen2_5_vl": qwen(
         "Qwen2_5_VLForConditionalGeneration",
         {"rope_parameters": MROPE},
         {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 4, "out_hidden_size": 32}
         | {"window_size": 56, "fullatt_block_indexes": [1]},
         "Qwen2_5_VLProcessor",
     ),
-    "qwen3_vl": _qwen(
+    "qwen3_vl": qwen(
         "Qwen3VLForConditionalGeneration", {"rope_parameters": MROPE}, QWEN3_VISION, "Qwen3VLProcessor", patch_size=16
     ),
-    "qwen3_vl_moe": _qwen(
+    "qwen3_vl_moe": qwen(
         "Qwen3VLMoeForConditionalGeneration",
         {"rope_parameters": MROPE, "decoder_sparse_step": 1, **EXPERTS},
         QWEN3_VISION,
         "Qwen3VLProcessor",
         patch_size=16,
     ),
-    "qwen3_5": _qwen("Qwen3_5ForConditionalGeneration", HYBRID, QWEN3_VISION, "Qwen3VLProcessor", patch_size=16),
-    "qwen3_5_moe": _qwen(
+    "qwen3_5": qwen("Qwen3_5ForConditionalGeneration", HYBRID, QWEN3_VISION, "Qwen3VLProcessor", patch_size=16),
+    "qwen3_5_moe": qwen(
         "Qwen3_5MoeForConditionalGeneration",
         HYBRID | EXPERTS | {"shared_expert_intermediate_size": 16},
         QWEN3_VISION,
         "Qwen3VLProcessor",
         patch_size=16,
     ),
-    "llava": _llava("LlavaForConditionalGeneration", "CLIPImageProcessorPil", {}, "LlavaProcessor"),
-    "llava_next": _llava(
+    "llava": llava("LlavaForConditionalGeneration", "CLIPImageProcessorPil", {}, "LlavaProcessor"),
+    "llava_next": llava(
         "LlavaNextForConditionalGeneration",
         "LlavaNextImageProcessorPil",
         {"image_grid_pinpoints": PINPOINTS},

@@ -1,5 +1,7 @@
 """More tiny models of images and text, one for each family that is less common."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from auto_quantize_model.made.tiny_parts import PATCH, SIDE, SQUARE, TEXT, VISION, Shape
@@ -12,11 +14,13 @@ AREA = {"shortest_edge": SIDE**2, "longest_edge": (4 * SIDE) ** 2}
 BY_TOKENIZER = {"image_token": "<image>", "boi_token": "<begin>", "eoi_token": "<end>"}
 
 
-def _siglip_of_janus(architecture: str, kind: str, processor: str, **others: Any) -> Shape:
+def siglip_of_janus(
+    architecture: str, kind: str, processor: str, sizes: Mapping[str, Any] = MappingProxyType({}), **others: Any
+) -> Shape:
     return Shape(
         architecture,
         {"text_config": LLAMA, "vision_config": SIGLIP} | others,
-        (kind, {"size": SQUARE, "min_size": PATCH}),
+        (kind, {"size": SQUARE, "min_size": PATCH, **sizes}),
         (processor, {"num_image_tokens": 16}),
         "<image>",
         tuple(BY_TOKENIZER.values()),
@@ -105,7 +109,7 @@ MORE_SHAPES: dict[str, Shape] = {
         ("<|python_tag|>",),
         ids={"image_token_index": "<|image|>"},
     ),
-    "janus": _siglip_of_janus(
+    "janus": siglip_of_janus(
         "JanusForConditionalGeneration",
         "JanusImageProcessorPil",
         "JanusProcessor",
@@ -115,7 +119,7 @@ MORE_SHAPES: dict[str, Shape] = {
         | {"channel_multiplier": [1, 1], "num_res_blocks": 1, "num_patches": 4, "projection_dim": 32}
         | {"image_token_embed_dim": 32},
     ),
-    "deepseek_vl": _siglip_of_janus(
+    "deepseek_vl": siglip_of_janus(
         "DeepseekVLForConditionalGeneration", "DeepseekVLImageProcessorPil", "DeepseekVLProcessor"
     ),
     "gemma4": Shape(

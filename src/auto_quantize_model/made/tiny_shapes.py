@@ -6,6 +6,7 @@ from auto_quantize_model.made.tiny_encoders import ENCODER_SHAPES
 from auto_quantize_model.made.tiny_image_classifiers import IMAGE_CLASSIFIER_SHAPES
 from auto_quantize_model.made.tiny_image_text import IMAGE_TEXT_SHAPES
 from auto_quantize_model.made.tiny_more import MORE_SHAPES
+from auto_quantize_model.made.tiny_others import OTHER_SHAPES
 from auto_quantize_model.made.tiny_parts import Shape
 
 __all__ = ["SHAPES", "Shape"]
@@ -13,6 +14,7 @@ __all__ = ["SHAPES", "Shape"]
 SHAPES: dict[str, Shape] = {
     **IMAGE_TEXT_SHAPES,
     **MORE_SHAPES,
+    **OTHER_SHAPES,
     **ENCODER_SHAPES,
     **EMBEDDING_SHAPES,
     **IMAGE_CLASSIFIER_SHAPES,

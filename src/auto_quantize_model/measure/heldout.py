@@ -4,6 +4,7 @@ In: a model, its plan, the scales of the calibration, held-out batches, and assi
 and batch, kept in the score store, and their summary.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -17,7 +18,7 @@ from auto_quantize_model.measure.aggregate import decibels, interval, weighted
 from auto_quantize_model.measure.capture import context, digest_of_batch, state_key
 from auto_quantize_model.measure.metrics import Reference, next_token_loss, require_finite, right_answers
 from auto_quantize_model.measure.store import ScoreStore, Shelf
-from auto_quantize_model.records import Frontier, Plan, Profile, Scales
+from auto_quantize_model.records import Frontier, HeldOutRecord, Plan, Profile, Scales
 from auto_quantize_model.replay.by_name import schemes_of
 from auto_quantize_model.replay.model import Batch, Replay
 from auto_quantize_model.replay.scales import digest_of_scales
@@ -38,6 +39,8 @@ class HeldOut:
         answers: for each sample of each batch, the positions of its answer's tokens; None without an answer.
         store: keeps the record of each forward; a record in the store is not measured again.
         on_forward: called after each forward.
+        known: records that other jobs have measured, which are not measured again.
+        part: of several jobs, with a shelf of its own; empty for one job.
     """
 
     def __init__(
@@ -49,10 +52,15 @@ class HeldOut:
         answers: Sequence[list[range | None]],
         store: ScoreStore,
         on_forward: Callable[[], None] = lambda: None,
+        known: Sequence[HeldOutRecord] = (),
+        part: str = "",
     ) -> None:
+        self.known = {(found.batch, found.key): found.record for found in known}
         self.plan, self.scales, self.batches, self.answers = plan, scales, batches, answers
         self.store, self.on_forward = store, on_forward
-        self.base = context(model, plan, plan.ops) | {"scales": digest_of_scales(scales)}
+        self.base = (
+            context(model, plan, plan.ops) | {"scales": digest_of_scales(scales)} | ({"part": part} if part else {})
+        )
         self.replay = Replay(model, plan.ops, plan.measured_op, schemes=schemes_of(plan.schemes, model))
         self.replay.set_scales(scales)
         self.asked = sum(span is not None for spans in answers for span in spans)
@@ -74,18 +82,46 @@ class HeldOut:
         """
         records: list[list[Record]] = [[] for _ in states]
         self.totals = []
-        for index, batch in enumerate(self.batches):
-            reference = Reference.of(self.replay.begin(batch), batch, self.plan.measured_op)
-            self.totals.append(totals(reference, index))
-            of = self.base | {"batch": digest_of_batch(batch), "answers": _spans(self.answers[index])}
-            with self.store.shelf(of) as shelf:
-                for state, of_state in zip(states, records, strict=True):
-                    of_state.append(self._record(index, reference, shelf, state))
-                    self.on_forward()
+        for index in range(len(self.batches)):
+            for of_state, record in zip(records, self._on_batch(index, states), strict=True):
+                of_state.append(record)
         return [summary(of_state, self.totals, self.asked) for of_state in records]
 
+    def measure_part(self, states: Sequence[Assignment], share: range) -> list[HeldOutRecord]:
+        """The records of a share of the pairs of batch and state, batch by batch.
+
+        Raises:
+            InputError: a number is not finite.
+        """
+        pairs = [divmod(position, len(states)) for position in share]
+        found = []
+        for index, of_batch in itertools.groupby(pairs, lambda pair: pair[0]):
+            own = [states[position] for _, position in of_batch]
+            records = self._on_batch(index, own)
+            found += [
+                HeldOutRecord(index, self._key(state), dict(record)) for state, record in zip(own, records, strict=True)
+            ]
+        return found
+
+    def _on_batch(self, index: int, states: Sequence[Assignment]) -> list[Record]:
+        """The records of states on a batch."""
+        batch, found = self.batches[index], []
+        reference = Reference.of(self.replay.begin(batch), batch, self.plan.measured_op)
+        self.totals.append(totals(reference, index))
+        of = self.base | {"batch": digest_of_batch(batch), "answers": _spans(self.answers[index])}
+        with self.store.shelf(of) as shelf:
+            for state in states:
+                found.append(self._record(index, reference, shelf, state))
+                self.on_forward()
+        return found
+
+    def _key(self, state: Assignment) -> str:
+        return state_key(state, self.plan.schemes, self.scales)
+
     def _record(self, index: int, reference: Reference, shelf: Shelf, state: Assignment) -> Record:
-        key = state_key(state, self.plan.schemes, self.scales)
+        key = self._key(state)
+        if (known := self.known.get((index, key))) is not None:
+            return known
         if (record := shelf.get(key)) is None:
             record = record_of(self.replay.run(state), reference, self.batches[index], self.answers[index])
             if (agreement := self.replay.routing_agreement()) is not None:

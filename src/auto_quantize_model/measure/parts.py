@@ -3,8 +3,8 @@
 In: the same inputs as for a whole capture, and which part of how many. Out: a part, and from all parts the capture. Its
 bytes are those of a capture by one job, because a score depends on its state and its batch alone.
 
-The work is cut where it is contiguous in the order in which one job would do it, so that the states of a part share
-their kept outputs. Each part begins every batch, which is one forward in FP32, to know the states and their costs.
+A part is contiguous in the order in which one job would work, so that its states share their kept outputs. Each part
+begins every batch, which is one forward in FP32, to know the states and their costs.
 """
 
 import time
@@ -28,9 +28,24 @@ from auto_quantize_model.measure.effort import Costs, chosen, described_effort
 from auto_quantize_model.measure.probes import Values
 from auto_quantize_model.measure.states import ALL
 from auto_quantize_model.measure.store import ScoreStore
-from auto_quantize_model.records import METRICS, Capture, Part, Plan, ProbeValues, Scales, Score, ScoredBatch
+from auto_quantize_model.records import (
+    METRICS,
+    Arithmetic,
+    Capture,
+    HeldOutPart,
+    Part,
+    Plan,
+    ProbeValues,
+    Scales,
+    Score,
+    ScoredBatch,
+)
 from auto_quantize_model.replay.by_name import schemes_of
 from auto_quantize_model.replay.model import Batch, OtherOrder, Replay
+
+SAME_MACHINES = (
+    "The bits of scores depend on the machine; run all parts on machines of one kind, with the same number of threads"
+)
 
 
 class Place(NamedTuple):
@@ -41,6 +56,9 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         return f"part {self.number} of {self.parts}"
+
+
+WHOLE = Place(1, 1)
 
 
 def cut(costs: Sequence[float], parts: int) -> list[range]:
@@ -203,10 +221,27 @@ def require_fitting(parts: Sequence[Part], other: Part) -> None:
                     if field == "batches"
                     else f"its {field} is {one}, and another part has {expected}"
                 )
-                raise InputError(
-                    f"part {part.number} of {part.parts}: {differs}. The bits of scores depend on the machine; run all"
-                    " parts on machines of one kind, with the same number of threads"
-                )
+                raise InputError(f"part {part.number} of {part.parts}: {differs}. {SAME_MACHINES}")
+
+
+def require_all(parts: Sequence[HeldOutPart], here: Arithmetic) -> None:
+    """Refuse held-out parts of which one is missing, or which other arithmetic measured than that of this process.
+
+    Args:
+        parts: all parts, or none.
+        here: by which this process measures.
+
+    Raises:
+        InputError: the message names the part.
+    """
+    if parts and sorted(part.number for part in parts) != list(range(1, parts[0].parts + 1)):
+        raise InputError(f"the held-out parts are not number 1 to {parts[0].parts}, each once; name all parts")
+    for part in parts:
+        if part.arithmetic != here:
+            raise InputError(
+                f"held-out part {part.number} of {part.parts}: measured with {part.arithmetic}, and this process has"
+                f" {here}. {SAME_MACHINES}"
+            )
 
 
 def joined(plan: Plan, estimated: Sequence[Part], measured: Sequence[Part]) -> Capture:

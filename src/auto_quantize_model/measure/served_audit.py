@@ -17,6 +17,7 @@ from compressed_tensors.quantization.lifecycle.initialize import initialize_modu
 from auto_quantize_model.files import InputError
 from auto_quantize_model.machine import with_threads
 from auto_quantize_model.measure.metrics import Reference, output_at
+from auto_quantize_model.measure.parts import WHOLE, Place, cut
 from auto_quantize_model.measure.states import UNITS
 from auto_quantize_model.models.checkpoint import Checkpoint
 from auto_quantize_model.models.experts import StackedLinear
@@ -46,6 +47,7 @@ def audit_served(
     count: int,
     scales: Scales,
     on_state: Callable[[int, int], None] = lambda done, total: None,
+    place: Place = WHOLE,
 ) -> dict[str, int]:
     """Compare single ops, a unit, all ops, and a mixed assignment with the model as compressed-tensors quantizes it.
 
@@ -58,6 +60,7 @@ def audit_served(
         count: ops to compare in each scheme, the most and the least sensitive among them.
         scales: whose input ranges the capture took.
         on_state: called with the number done and the total.
+        place: which part of how many; a part compares its share of the states.
 
     Returns:
         {scheme: number of compared values}, with the mixed assignment under `MIXED`; empty for a plan without such
@@ -71,6 +74,8 @@ def audit_served(
         return {}
     generator = np.random.default_rng(int(capture.plan_digest[:16], 16))
     states = list(states_to_audit(plan, capture, index, count, schemes, generator))
+    share = cut([1.0] * len(states), place.parts)[place.number - 1]
+    states = states[share.start : share.stop]
     library = Library(model, plan, schemes, scales)
     batch = batches[index]
     compared = dict.fromkeys((*schemes, MIXED), 0)

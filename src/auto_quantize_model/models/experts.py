@@ -6,7 +6,7 @@ shares the memory, and with a forward that gives the same bits. `models.prepare`
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ TRIAL_ROWS = 8  # of an input on which a changed module must give the same bits
 
 def form_of(module: torch.nn.Module) -> type[torch.nn.Module] | None:
     """The class below that runs a module's experts; None where the module holds none in a known form."""
+    if flat(module):
+        return FlatExperts
     found = stacked(module)
     if "down_proj" in found and ("gate_up_proj" in found or "up_proj" in found):
         return BatchedExperts if takes_one_input(module) else RoutedExperts
@@ -25,6 +27,16 @@ def form_of(module: torch.nn.Module) -> type[torch.nn.Module] | None:
 def stacked(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The parameters of a module that hold one matrix for each expert."""
     return {name: weight for name, weight in module.named_parameters(recurse=False) if weight.ndim == 3}
+
+
+def flat(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The matrices of DBRX's experts, (experts, rows, columns): views of parameters that hold one under the other."""
+    held: Any = module._modules.get("mlp")
+    found = dict(held.named_parameters(recurse=False)) if held is not None else {}
+    if not {"w1", "v1", "w2"} == {*found} or not hasattr(module, "num_experts"):
+        return {}
+    whole = {name: weight.data.unflatten(0, (held.moe_num_experts, -1)) for name, weight in found.items()}
+    return whole | {"w2": whole["w2"].transpose(1, 2)}
 
 
 def takes_one_input(module: torch.nn.Module) -> bool:
@@ -97,6 +109,9 @@ def with_experts(module: Any, form: type[torch.nn.Module], as_block: bool) -> No
         as_block: whether all experts of a matrix are one op, with the name of the stacked parameter. Otherwise each
             expert is a Linear: `NAME.0`, `NAME.1` and so on.
     """
+    if form is FlatExperts:
+        with_flat_experts(module, as_block)
+        return
     experts = len(stacked(module).get("down_proj", ())) or None  # LongCat stacks experts without a second matrix
     found: dict[str, torch.nn.Module] = {}
     for name, parameter in stacked(module).items():
@@ -107,6 +122,18 @@ def with_experts(module: Any, form: type[torch.nn.Module], as_block: bool) -> No
         delattr(module, name)
         setattr(module, name, matrix.train(module.training))
     module.__class__ = type(type(module).__name__, (form, type(module)), {})
+
+
+def with_flat_experts(module: Any, as_block: bool) -> None:
+    """As `with_experts`, for DBRX. The matrices stay in the child that held the parameters."""
+    matrices, held = flat(module), module.mlp
+    module.mlp = torch.nn.Module()
+    for name, matrix in matrices.items():
+        whole = StackedLinear(matrix)
+        setattr(module.mlp, name, whole if as_block else torch.nn.ModuleList(whole.linears()))
+    module.mlp.activation_fn = held.activation_fn
+    module.mlp.train(module.training)
+    module.__class__ = type(type(module).__name__, (FlatExperts, type(module)), {})
 
 
 class Experts(torch.nn.Module):
@@ -125,6 +152,11 @@ class RoutedExperts(Experts):
 
     chosen: torch.Tensor | None = None
 
+    def count(self) -> int:
+        """The number of experts."""
+        own: Any = self
+        return len(own.down_proj)
+
     def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         self.chosen = chosen.detach()
         total = torch.zeros_like(hidden)
@@ -138,7 +170,7 @@ class RoutedExperts(Experts):
     def of_expert(self, expert: int, rows: torch.Tensor) -> torch.Tensor | None:
         """The output of one expert for its rows; None for a number that stands for no expert."""
         own: Any = self
-        if expert >= len(own.down_proj):
+        if expert >= self.count():
             return rows if hasattr(own, "identity_expert") else None
         if "gate_up_proj" in own._modules:
             inner = gated(own, product(own, "gate_up_proj", expert, rows))
@@ -146,6 +178,26 @@ class RoutedExperts(Experts):
             inner = own.act_fn(product(own, "up_proj", expert, rows))
         output = product(own, "down_proj", expert, inner)
         return own.post_expert_norm(output) if getattr(own, "has_post_expert_norm", False) else output
+
+
+class FlatExperts(RoutedExperts):
+    """Experts of DBRX, whose matrices lie one under the other, as Linears."""
+
+    def count(self) -> int:
+        """The number of experts."""
+        own: Any = self
+        return int(own.num_experts)
+
+    def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        rows = hidden.flatten(0, -2)
+        return super().forward(rows, chosen, weights).view(len(hidden), -1, hidden.shape[-1])
+
+    def of_expert(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
+        """The output of one expert for its rows."""
+        own: Any = self
+        inner = own.mlp.activation_fn(own.mlp.w1[expert](rows)) * own.mlp.v1[expert](rows)
+        output: torch.Tensor = own.mlp.w2[expert](inner)
+        return output
 
 
 def product(experts: Any, name: str, expert: int, rows: torch.Tensor) -> torch.Tensor:
@@ -188,14 +240,15 @@ class SplitExperts(Experts):
 
 def trial_of_experts(module: Any) -> tuple[Any, ...]:
     """Random rows for experts, and a random choice of a router where they take one. The last expert has one row."""
-    found = stacked(module)
+    found: Mapping[str, torch.Tensor] = flat(module) or stacked(module)
     name, weight = next(item for item in found.items() if item[0] != "down_proj")
     experts, width = len(weight), weight.shape[1 if is_transposed(module) else 2]
     if name == "weight":
         return torch.randn(2 * experts, width), [2] * experts
     if takes_one_input(module):
         return (torch.randn(experts * TRIAL_ROWS, width),)
-    preference = torch.rand(TRIAL_ROWS, len(found["down_proj"]))
+    able = len(found.get("down_proj", weight))  # LongCat stacks experts without a second matrix
+    preference = torch.rand(TRIAL_ROWS, able)
     preference[:, -1] = torch.eye(TRIAL_ROWS)[0] * 2 - 1  # products of one row have a kernel of their own
-    index = preference.topk(min(2, len(found["down_proj"]))).indices
+    index = preference.topk(min(2, able)).indices
     return torch.randn(TRIAL_ROWS, width), index, torch.rand(index.shape)

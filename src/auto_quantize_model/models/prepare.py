@@ -23,7 +23,7 @@ from auto_quantize_model.models.experts import (
 
 INNER = "plain"  # the name of the plain module inside a module that scales or shifts
 PLAIN: tuple[type[torch.nn.Module], ...] = (torch.nn.Linear, torch.nn.Embedding)
-CONVOLUTIONS: tuple[type[torch.nn.Module], ...] = (torch.nn.Conv2d, torch.nn.Conv3d)
+CONVOLUTIONS: tuple[type[torch.nn.Module], ...] = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 Change = Callable[[Any], None]
 Trial = tuple[Any, ...]  # arguments of a forward
 # What a forward raises on an input that it does not take.

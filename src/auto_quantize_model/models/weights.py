@@ -232,6 +232,9 @@ def load_shapes(model: PreTrainedModel, tensors: dict[str, Tensor]) -> LoadState
     """What transformers reports when it loads tensors of these names and shapes into a model on the meta device."""
     state = {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
     mapping: Any = get_model_conversion_mapping(model)
+    for entry in mapping:
+        if isinstance(entry, WeightConverter):
+            entry.force_cpu = False  # true where a weight is too large for an accelerator
     options = LoadStateDictConfig(device_map={"": "meta"}, dtype=torch.float32, weight_mapping=mapping)
     loading: LoadStateDictInfo
     loading, _ = convert_and_load_state_dict_in_model(model=model, state_dict=state, load_config=options)

@@ -240,7 +240,7 @@ class LinearSite(MatmulSite):
 
 
 class ConvSite(MatmulSite):
-    """A Conv2d or Conv3d whose stride is its kernel, which is a linear over patches.
+    """A Conv1d, Conv2d or Conv3d whose stride is its kernel, which is a linear over patches.
 
     torch has two kernels for each: oneDNN's with AVX-512 VNNI, and fbgemm's without. They round differently. On the
     CPU torch chooses. The formula follows the kernel that this CPU takes.
@@ -249,7 +249,7 @@ class ConvSite(MatmulSite):
     def pack(self) -> Any:
         weight = per_channel(quantize_weight(self.module.weight.detach(), self.w_scale), self.w_scale)
         module, sides = self.module, len(self.module.kernel_size)
-        prepack = torch.ops.quantized.conv2d_prepack if sides == 2 else torch.ops.quantized.conv3d_prepack
+        prepack = getattr(torch.ops.quantized, f"conv{sides}d_prepack")
         return prepack(weight, module.bias, module.stride, [0] * sides, [1] * sides, 1)
 
     def columns(self, codes: torch.Tensor) -> torch.Tensor:
@@ -257,15 +257,15 @@ class ConvSite(MatmulSite):
         return codes.movedim(1, -1).flatten(1)
 
     def kernel(self, codes: torch.Tensor, packed: Any, scale: float, zero_point: int) -> torch.Tensor:
-        kernel = torch.ops.quantized.conv2d if codes.ndim == 4 else torch.ops.quantized.conv3d
+        kernel = getattr(torch.ops.quantized, f"conv{codes.ndim - 2}d")
         output: torch.Tensor = kernel(codes, packed, scale, zero_point)
         return output
 
     def by_formula(self, x: torch.Tensor) -> torch.Tensor:
-        """For patches (n, channels, h, w), or with t before h, of the kernel's size or whole multiples of the size."""
-        if x.ndim == 4:
+        """For patches (n, channels, [t, [h,]] w), of the kernel's size or whole multiples of the size."""
+        if x.ndim < 5:
             return self.by_formula(x.unsqueeze(2)).squeeze(2)
-        kernel = (1, *self.module.kernel_size)[-3:]
+        kernel = (1, 1, *self.module.kernel_size)[-3:]
         patches, spatial = as_patches(quantize(x, self.in_scale, self.in_zero), kernel)
         accumulated = self.accumulated(patches)
         result = self.by_onednn(accumulated) if has_vnni() else self.requantized(accumulated)
@@ -349,6 +349,7 @@ def what_was_seen(observer: Any) -> ObservedRange:
 
 SITES: dict[str, tuple[type[torch.nn.Module], type[Site]]] = {
     "Linear": (torch.nn.Linear, LinearSite),
+    "Conv1d": (torch.nn.Conv1d, ConvSite),
     "Conv2d": (torch.nn.Conv2d, ConvSite),
     "Conv3d": (torch.nn.Conv3d, ConvSite),
     "Embedding": (torch.nn.Embedding, EmbeddingSite),
@@ -367,7 +368,7 @@ def refusal(module: torch.nn.Module, op: Op) -> str:
         return f"no site for op type {op.op_type}"
     if type(module) is not SITES[op.op_type][0]:
         return f"its module is a {type(module).__name__}"
-    if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+    if isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d):
         plain = not any(module.padding) and set(module.dilation) == {1} and module.groups == 1
         if module.stride != module.kernel_size or isinstance(module.padding, str) or not plain:
             return f"a {op.op_type} whose stride is not its kernel, or that has padding, dilation or groups"

@@ -150,7 +150,7 @@ def lead(report: Report) -> str:
 
 
 def has_images(report: Report) -> bool:
-    """Whether scored batches hold images beside text, so that both can be compared."""
+    """Whether scored batches hold images and text, so that both can be compared."""
     return any(batch["image_tokens"] for batch in report["batches"]) and any(
         batch["image_tokens"] < batch["tokens"] for batch in report["batches"]
     )

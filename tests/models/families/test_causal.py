@@ -7,7 +7,7 @@ from PIL import Image
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from auto_quantize_model.files import InputError
-from auto_quantize_model.models.families.causal import CAUSAL, TAKE_MORE_THAN_TEXT
+from auto_quantize_model.models.families.causal import CAUSAL, TAKE_MORE_THAN_TEXT, UNFIT
 from auto_quantize_model.models.sample import Limits
 
 
@@ -31,6 +31,12 @@ def test_a_block_of_another_sense_is_a_reason() -> None:
     assert CAUSAL.refuse(config("llama", "LlamaForCausalLM")) == ""
     reason = CAUSAL.refuse(config("llama", "LlamaForCausalLM", speech_config={}, use_cache=True))
     assert reason.startswith("takes images or sound (speech_config)")
+
+
+def test_what_text_alone_does_not_measure_is_refused_in_words() -> None:
+    for model_type, reason in UNFIT.items():
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "MusicgenForCausalLM")
+        assert CAUSAL.refuse(config(model_type, architecture)) == f"is not supported: {reason}"
 
 
 def test_no_image_is_taken() -> None:

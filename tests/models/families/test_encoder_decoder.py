@@ -18,8 +18,11 @@ from auto_quantize_model.models.families.encoder_decoder import ENCODER_DECODER
 from auto_quantize_model.models.sample import Sample, tokens_of
 from auto_quantize_model.models.snapshot import build_manifest, load_processor
 
+# They take the last label as the decoder's first token, which is the language where a tokenizer has languages.
+BY_LANGUAGE = {"mbart", "plbart"}
 
-@pytest.mark.parametrize("name", ENCODER_DECODER_SHAPES)
+
+@pytest.mark.parametrize("name", [name for name in ENCODER_DECODER_SHAPES if name not in BY_LANGUAGE])
 def test_the_logits_are_those_of_the_labels(name: str) -> None:
     """transformers makes the decoder's tokens of labels in the same way."""
     assert build_manifest(snapshot(name), name, "local", {}).architecture == ENCODER_DECODER_SHAPES[name].architecture

@@ -17,15 +17,16 @@ from auto_quantize_model.models import pixels
 from auto_quantize_model.models.chat_template import renderer
 from auto_quantize_model.models.encode import collate, encode, prepare, tensors
 from auto_quantize_model.models.families.image_text import IMAGE_TEXT, PLACED
+from auto_quantize_model.models.families.qwen_vl import ARCHITECTURES
 from auto_quantize_model.models.sample import Limits, Sample, image_positions
 from auto_quantize_model.models.snapshot import build_manifest, load_processor
 from auto_quantize_model.models.words import messages
 
-PLACING = {"blip_2"}
+PLACING = {"blip_2", "instructblip"}
 NAMES = [
     name
     for name, shape in SHAPES.items()
-    if shape.processor and name not in PLACING and not name.startswith(("qwen", "paligemma"))
+    if shape.processor and name not in {*PLACING, "paligemma"} and shape.architecture not in ARCHITECTURES.values()
 ]
 # The others have a video processor, and AutoProcessor cannot load it without torchvision; or transformers hides them.
 WHOLE = ["llava", "llava_next", "gemma3", "idefics3"]
@@ -177,9 +178,9 @@ def test_a_missing_library_of_the_image_processor_is_named(monkeypatch: pytest.M
         load_processor(snapshot("llava"))
 
 
-def test_a_processor_that_places_images_needs_no_chat_template() -> None:
-    name = "blip_2"
-    assert build_manifest(snapshot(name), name, "local", {}).architecture == "Blip2ForConditionalGeneration"
+@pytest.mark.parametrize("name", sorted(PLACING))
+def test_a_processor_that_places_images_needs_no_chat_template(name: str) -> None:
+    assert build_manifest(snapshot(name), name, "local", {}).architecture == SHAPES[name].architecture
     model, processor = loaded(name)
     assert processor.family is PLACED
     for images in ((), (noise(60, 40),)):

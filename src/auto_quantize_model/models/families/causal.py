@@ -25,6 +25,16 @@ TAKE_MORE_THAN_TEXT = {
     *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
     *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values(),
 } - set(LISTED_ELSEWHERE.values())
+# Models of the mapping that a text alone does not measure.
+DRAFTS = "it drafts tokens for another model, and takes the states of that model"
+UNFIT = {
+    "gemma4_assistant": DRAFTS,
+    "gemma4_unified_assistant": DRAFTS,
+    "musicgen_decoder": "it writes sound",
+    "musicgen_melody_decoder": "it writes sound",
+    "prophetnet": "its logits are a part of what its head returns",
+    "reformer": "its attention draws random numbers",
+}
 # Keys of a configuration that describe a part for images or sound.
 OTHER_SENSES = re.compile(r"vision|visual|image|video|audio|speech|(^|_)vq_")
 
@@ -40,8 +50,10 @@ def matches(config: Mapping[str, Any]) -> bool:
 
 
 def refuse(config: Mapping[str, Any]) -> str:
-    """A part for images or sound, which no sample would reach, in words; empty without one."""
+    """Why such a model cannot be measured, in words. A part for images or sound is one, which no sample would reach."""
     architecture, model_type = config["architectures"][0], config["model_type"]
+    if reason := UNFIT.get(model_type):
+        return f"is not supported: {reason}"
     blocks = {key for key, value in config.items() if isinstance(value, dict)}
     senses = sorted(key for key in blocks | set(CONFIG_MAPPING[model_type].sub_configs) if OTHER_SENSES.search(key))
     if not senses and architecture not in TAKE_MORE_THAN_TEXT:

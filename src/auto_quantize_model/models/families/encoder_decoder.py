@@ -27,6 +27,7 @@ TABLES = (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_S
 UNFIT = {
     "encoder-decoder": "its classes are named by other files",
     "fsmt": "its two vocabularies need a tokenizer each",
+    "prophetnet": "its logits are a part of what its head returns",
     "t5gemma2": "it takes images too",
 }
 
@@ -53,7 +54,10 @@ def load(parts: Parts) -> dict[str, Any]:
     Raises:
         InputError: no file names it.
     """
-    start = getattr(AutoConfig.from_pretrained(parts.directory, local_files_only=True), "decoder_start_token_id", None)
+    config = AutoConfig.from_pretrained(parts.directory, local_files_only=True)
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None:  # T5Gemma's decoder starts with its own token of beginning
+        start = getattr(getattr(config, "decoder", None), "bos_token_id", None)
     if type(start) is not int:
         raise InputError(f"{parts.directory}/config.json: decoder_start_token_id is {start!r}; complete the snapshot")
     return {"decoder_start_token_id": start}

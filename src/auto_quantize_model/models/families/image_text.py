@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from transformers import AutoConfig
 from transformers.models.auto.auto_mappings import PROCESSOR_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_MAPPING_NAMES
 from transformers.models.auto.processing_auto import processor_class_from_name
 from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
-from transformers.utils.import_utils import DummyObject
+from transformers.utils.import_utils import DummyObject, is_timm_available
 
 from auto_quantize_model.files import InputError
 from auto_quantize_model.models.families.causal import LISTED_ELSEWHERE
@@ -32,7 +33,10 @@ UNFIT = {
     "fuyu": "its image processor fails with PIL in this release of transformers",
     "git": "its images have no tokens",
     "got_ocr2": "its processor writes the prompt itself",
+    "idefics": "its processor puts images behind the text",
     "instructblipvideo": "it takes videos alone",
+    "kosmos-2": "its processor names no token for images",
+    "kosmos-2.5": "its processor names no token for images",
     "pi0": "it predicts the motions of a robot",
     "pix2struct": "it is an encoder-decoder",
     "pp_formulanet": "it is an encoder-decoder",
@@ -89,7 +93,16 @@ def refuse(config: Mapping[str, Any]) -> str:
     """Why such a model cannot be measured, or not here, in words; empty if it can."""
     if reason := UNFIT.get(config["model_type"]):
         return f"is not supported: {reason}"
-    return refuse_backend(config)
+    return _refuse_timm(config) or refuse_backend(config)
+
+
+def _refuse_timm(config: Mapping[str, Any]) -> str:
+    """Why a tower for images cannot be built here, in words; empty if it can."""
+    of_type = getattr(CONFIG_MAPPING[config["model_type"]](), "vision_config", None)
+    model_type = (config.get("vision_config") or {}).get("model_type") or getattr(of_type, "model_type", "")
+    if MODEL_MAPPING_NAMES.get(str(model_type)) != "TimmWrapperModel" or is_timm_available():
+        return ""
+    return "has a tower of timm, which is not installed; install timm (pip install timm), or use another model"
 
 
 def load(parts: Parts) -> dict[str, Any]:
@@ -185,8 +198,8 @@ def tokenize(
 ) -> Tokenized:
     """The tokens that the processor makes of a text with images, and the positions of the answer's tokens.
 
-    The answer stands behind all images. So the processor's own text, which holds all tokens of images, ends as the
-    given text does. That text is tokenized again with the positions of its characters. Other tokens than those of the
+    The answer stands behind all images. So the end of the given text is in the processor's own text, which holds all
+    tokens of images. That text is tokenized again with the positions of its characters. Other tokens than those of the
     processor locate no answer.
     """
     made, heard = _made(text, images, processor)
@@ -194,9 +207,10 @@ def tokenize(
     if special and images and answer is not None:
         return ids, _behind_images(text, answer, ids, processor)
     expanded = heard[0] if len(heard) == 1 and isinstance(heard[0], str) else None
-    if answer is None or expanded is None or not expanded.endswith(text[answer.start :]):
+    end = text[answer.start :] if answer is not None else ""
+    if answer is None or expanded is None or end not in expanded:
         return ids, None
-    shift = len(expanded) - len(text)
+    shift = expanded.rindex(end) - answer.start  # Chameleon's processor writes a token of its own behind the text
     place = range(answer.start + shift, answer.stop + shift)
     again, span = tokenized(expanded, place, processor, _adds(text, processor))
     return ids, span if again == ids else None
