@@ -38,8 +38,8 @@ CONFIG = {
     "sensitivity": {
         "schemes": ["W8A8", "FP8_DYNAMIC", "NVFP4"],
         "maps": ["isolated"],
-        "confidence_batches": 2,
-        "exact": "top:40",
+        "confidence_batches": 1,
+        "exact": "top:10",
         "threads": 1,
     },
     "decide": {"heldout_batches": 1},
