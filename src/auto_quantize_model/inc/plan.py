@@ -265,9 +265,7 @@ def plan_ops(model: torch.nn.Module, batches: Sequence[Batch], spec: PlanSpec) -
     require_batches(batches, spec)
     measured_op, head_only = find_output_op(model, batches[0])
     if measured_op == HIDDEN_STATE:
-        raise CannotPlan(
-            "it has no head, and no op of INC gives the last hidden state, where it is measured"
-        )
+        raise CannotPlan("it has no head, and no op of INC gives the last hidden state, where it is measured")
     planned = planned_by_inc(model, batches, spec, measured_op, {})
     names = names_of_ops(model, planned.tune_cfg)
     kept = ops_to_keep(names, spec)
