@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
-from transformers import modeling_utils
 
 from auto_quantize_model.needs import HELD_BYTES
 
@@ -150,46 +149,3 @@ def in_fp32(weight: torch.Tensor) -> torch.Tensor:
         return weight
     values = held_values(weight)
     return weight.stored.float() if values is None else values
-
-
-class Opened:
-    """A safetensors file whose matrices in BF16 and F16 are read as mapped tensors."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        self.file = OPEN(*args, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-    def __exit__(self, *args: Any) -> None:
-        self.file.__exit__(*args)
-
-    def get_slice(self, name: str) -> Any:
-        """A tensor that is read when it is indexed."""
-        found = self.file.get_slice(name)
-        matrix = len(found.get_shape()) > 1 and found.get_dtype() in HALVES
-        return Slice(found) if matrix else found
-
-
-class Slice:
-    """A matrix of a file, which is mapped when it is indexed."""
-
-    def __init__(self, found: Any) -> None:
-        self.found = found
-
-    def __getitem__(self, key: Any) -> Mapped:
-        return Mapped(self.found[key])
-
-
-LOADING: Any = modeling_utils
-OPEN = LOADING.safe_open
-
-
-@contextmanager
-def mapped_weights() -> Iterator[None]:
-    """Within this context, transformers loads matrices in BF16 and F16 as mapped tensors."""
-    LOADING.safe_open = Opened
-    try:
-        yield
-    finally:
-        LOADING.safe_open = OPEN

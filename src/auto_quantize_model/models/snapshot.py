@@ -28,7 +28,8 @@ from auto_quantize_model.models.architecture import check_architecture
 from auto_quantize_model.models.family import Parts, Processor
 from auto_quantize_model.models.fx_safe import make_fx_safe
 from auto_quantize_model.models.hidden_state import with_hidden_state
-from auto_quantize_model.models.mapped import HALVES, mapped_weights
+from auto_quantize_model.models.mapped import HALVES
+from auto_quantize_model.models.mapped_files import mapped_weights
 from auto_quantize_model.models.prepare import prepare
 from auto_quantize_model.models.sample import Limits, Prepared, Sample
 from auto_quantize_model.models.weights import (
