@@ -28,7 +28,7 @@ $(if $(VERBOSE),,PIPELINE_QUIET=1) $(BIN)/snakemake $(1) --cores 1 --resources g
 	$(if $(CONFIG),--configfile $(CONFIG)) $(2)
 endef
 
-.PHONY: help setup run test test-slurm lint quantize bench bench-3b bench-estimates bench-rivals bench-families bench-page bench-gpu bench-faults bench-tests check-exports standin-3b train-digits dag config archive lock clean
+.PHONY: help setup run test test-slurm lint quantize bench bench-3b bench-estimates bench-parts bench-rivals bench-families bench-page bench-gpu bench-faults bench-tests check-exports standin-3b train-digits dag config archive lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -76,6 +76,9 @@ bench-estimates: $(READY) ## compare estimates with exact scores of SmolLM2-135M
 	$(MAKE) run CONFIG=config/smollm2_135m.yaml
 	$(BIN)/python benchmarks/estimates.py
 	$(BIN)/python benchmarks/real_shape.py --exact none --maps isolated --schemes inc_int8 W8A8 FP8_DYNAMIC W4A16 NVFP4
+
+bench-parts: $(READY) ## share a capture among simulated nodes, and compare the bytes (5 minutes)
+	$(BIN)/python benchmarks/parts.py --parts 1 2 4
 
 bench-rivals: $(READY) ## compare with ModelOpt and AutoRound on SmolLM2-135M (installs both into tmp/, 4 GB; two hours)
 	$(MAKE) run CONFIG=config/smollm2_135m.yaml

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_workflow import TINY, copy_checkout, snakemake, write_config
+from test_workflow import copy_checkout, on_texts, snakemake, write_config
 
 
 @pytest.mark.slow
@@ -13,16 +13,8 @@ def test_experts_are_measured_in_schemes_that_need_no_inc(tmp_path: Path) -> Non
 
     directory = copy_checkout(tmp_path / "checkout")
     write_tiny_text("mixtral", directory / "resources" / "models" / "tiny")
-    samples = directory / "resources" / "texts.jsonl"
-    samples.write_text("".join(json.dumps({"prompt": f"Say {word}.", "answer": word}) + "\n" for word in "abcdefgh"))
     schemes = ["FP8_DYNAMIC", "NVFP4"]
-    changes = {
-        **TINY,
-        "calibration": TINY["calibration"] | {"name": "texts", "path": "resources/texts.jsonl"},
-        "sensitivity": TINY["sensitivity"] | {"schemes": schemes},
-        "decide": TINY["decide"] | {"candidates": schemes},
-    }
-    write_config(directory, changes)
+    write_config(directory, on_texts(directory, schemes))
     results = "results/tiny/texts"
     targets = [f"{results}/{name}_cpu.json" for name in ("audit", "frontier")]
     ended = snakemake(directory, *targets, "--cores", "1", "--resources", "gpu=1")

@@ -151,6 +151,18 @@ def write_config(directory: Path, changes: dict[str, Any]) -> None:
     (directory / "config" / "config.yaml").write_text(yaml.safe_dump(config))
 
 
+def on_texts(directory: Path, schemes: list[str]) -> dict[str, Any]:
+    """Write eight short texts, and return the changes of a config that measures a tiny model on them in schemes."""
+    samples = directory / "resources" / "texts.jsonl"
+    samples.write_text("".join(json.dumps({"prompt": f"Say {word}.", "answer": word}) + "\n" for word in "abcdefgh"))
+    return {
+        **TINY,
+        "calibration": TINY["calibration"] | {"name": "texts", "path": "resources/texts.jsonl"},
+        "sensitivity": TINY["sensitivity"] | {"schemes": schemes},
+        "decide": TINY["decide"] | {"candidates": schemes},
+    }
+
+
 def write_samples(file: Path) -> None:
     """Write five digits as images, and the JSONL that names them."""
     from auto_quantize_model.data.digits import digit_samples
@@ -428,15 +440,7 @@ def test_weights_in_their_files_give_the_bytes_of_a_model_in_memory(tmp_path: Pa
     directory = copy_checkout(tmp_path / "checkout")
     weights = write_tiny_text("mistral", directory / "resources" / "models" / "tiny") / "model.safetensors"
     save_file({key: value.to(torch.bfloat16) for key, value in load_file(weights).items()}, weights, {"format": "pt"})
-    samples = directory / "resources" / "texts.jsonl"
-    samples.write_text("".join(json.dumps({"prompt": f"Say {word}.", "answer": word}) + "\n" for word in "abcdefgh"))
-    schemes = ["FP8_DYNAMIC", "NVFP4"]
-    changes = {
-        **TINY,
-        "calibration": TINY["calibration"] | {"name": "texts", "path": "resources/texts.jsonl"},
-        "sensitivity": TINY["sensitivity"] | {"schemes": schemes},
-        "decide": TINY["decide"] | {"candidates": schemes},
-    }
+    changes = on_texts(directory, ["FP8_DYNAMIC", "NVFP4"])
     names = ("plan", "scales_cpu", "capture_cpu", "audit_cpu", "frontier_cpu", "why_cpu")
     files = [directory / "results" / "tiny" / "texts" / f"{name}.json" for name in names]
     found = []

@@ -102,7 +102,10 @@ rule capture_sensitivity:
         scales=rules.calibrate_scales.output.scales,
         estimated=PROBES,
         measured=expand(rules.measure_scores.output.part, number=NUMBERS),
-        records=expand(rules.measure_scores.output.run_record, number=NUMBERS),
+        records=[
+            path.replace(".json", ".run.json")
+            for path in [*PROBES, *expand(rules.measure_scores.output.part, number=NUMBERS)]
+        ],
     output:
         capture=f"{RUN}/capture_{DEVICE}.json",
         run_record=f"{REPORT}.run.json",

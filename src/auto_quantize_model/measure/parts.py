@@ -114,19 +114,18 @@ def measure_part(
             maps = [*plan.maps, ALL]
             by_replay = ByReplay(work, maps, plan.ops, replay, scales, of_all, on_progress)
             by_replay.base |= {"part": str(place)}  # a shelf of its own, so that no two parts write to one file
-            for index in range(len(scored)):  # each part computes all references, so that differences are found
-                by_replay.begin(index)
             costs, multiply_adds = by_replay.costs()
             work.effort = chosen(exact, None, costs, len(plan.ops), multiply_adds, replay.device.type)
             say(f"{place}; all parts together: {described_effort(work.effort, costs, len(plan.ops))}")
             if estimated is None:
                 probes = part_of_probes(by_replay, place, costs)
             else:
-                if work.effort.probes or estimated:
-                    require_fitting(estimated, Part(number=1, parts=place.parts, **_fields(work, by, tf32)))
                 if work.effort.probes:
                     work.estimate(values_of(estimated, work.effort.probes, len(scored)))
-                part_of_scores(by_replay, place)
+                listed = states_of_all(by_replay)
+                if estimated:
+                    require_fitting(estimated, Part(number=1, parts=place.parts, **_fields(work, by, tf32)))
+                part_of_scores(by_replay, place, listed)
     except OtherOrder as error:
         raise InputError(f"{error}; {without_replay(plan)}") from None
     scores = [
@@ -170,15 +169,23 @@ def part_of_probes(by_replay: ByReplay, place: Place, costs: Costs) -> list[Prob
     for index, numbers in of_batches:
         values = by_replay.probed(index, numbers, runs[index])
         found += [ProbeValues(index, number, of) for number, of in zip(numbers, values, strict=True)]
+    for index in indices:  # each part computes all references, so that differences are found
+        if index not in by_replay.work.references:
+            by_replay.begin(index)
     return found
 
 
-def part_of_scores(by_replay: ByReplay, place: Place) -> None:
-    """Measure a part's states."""
-    listed: list[tuple[int, int, float]] = []  # batch, position among its states, cost
+def states_of_all(by_replay: ByReplay) -> list[tuple[int, int, float]]:
+    """All states, as batch, position among its states, and cost; each batch is begun for that."""
+    listed: list[tuple[int, int, float]] = []
     for index in range(len(by_replay.work.batches)):
         by_replay.begin(index)
         listed += [(index, position, cost) for position, (cost, _) in enumerate(by_replay.states())]
+    return listed
+
+
+def part_of_scores(by_replay: ByReplay, place: Place, listed: Sequence[tuple[int, int, float]]) -> None:
+    """Measure a part's share of the listed states."""
     own = [listed[position] for position in cut([cost for *_, cost in listed], place.parts)[place.number - 1]]
     by_replay.expect(sum(cost for *_, cost in own))
     for index, of_batch in groupby(own, lambda one: one[0]):

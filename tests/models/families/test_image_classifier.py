@@ -61,9 +61,7 @@ def test_a_sample_has_one_image_and_its_words_are_left_out() -> None:
     prepared = prepare(Sample("a", "What is it?", (noise(60, 40),), "x"), processor, LIMITS, None)
     assert (prepared.text, prepared.sample.prompt, prepared.sample.answer) == ("", "", None)
     for images in ((), (noise(8, 8), noise(8, 8))):
-        with pytest.raises(
-            InputError, match=f"sample a: the sample has {len(images)} images, and the model classifies"
-        ):
+        with pytest.raises(InputError, match=f"sample a: the sample has {len(images)} images, and the model takes one"):
             prepare(Sample("a", "What is it?", images), processor, LIMITS, None)
 
 

@@ -64,7 +64,7 @@ def tokenize(
         InputError: the sample does not have one image.
     """
     if len(images) != 1:
-        raise InputError(f"the sample has {len(images)} images, and the model classifies one; give it one")
+        raise InputError(f"the sample has {len(images)} images, and the model takes one; give it one")
     return (IMAGE_ID,), None
 
 
