@@ -86,6 +86,9 @@ def outputs(model: Any, checkpoint: Checkpoint, *states: list[str]) -> list[torc
         fp32 = replay.begin(batch).clone()
         found = [replay.run(assigned(names, "mine")).clone() for names in states]
         assert torch.equal(replay.run({}), fp32)
+        replay.together = 3
+        each = [output.clone() for output in replay.run_each([assigned(names, "mine") for names in (*states, [])])]
+        assert all(map(torch.equal, each, [*found, fp32]))
     for names, output in zip(states, found, strict=True):
         assert torch.equal(library.logits(batch, assigned(names, "mine")), output)
         assert not torch.equal(output, fp32)
@@ -172,6 +175,15 @@ def test_a_norm_that_smoothing_changed_goes_with_its_ops_alone(model, tmp_path) 
     checkpoint.norms.clear()
     (torn,) = outputs(model, checkpoint, [q_proj])
     assert (alone - fp32).norm() < 0.2 * (torn - fp32).norm()
+
+
+def test_a_changed_norm_outside_of_all_blocks_goes_with_the_head(model, tmp_path) -> None:
+    """States that advance together come to the head one after another, all of them behind the norm."""
+    scheme = scheme_of("INT8_STATIC", OWN["INT8_STATIC"])
+    folder = write_checkpoint(model, tmp_path / "c", scheme, before=smoothed("model.norm", ["lm_head"]), ignore=[])
+    checkpoint, fields = opened(folder, model)
+    assert fields["norms"] == {"model.norm": ["lm_head"]}
+    outputs(model, checkpoint, ["lm_head"], list(checkpoint.schemes), ["lm_head", *ATTENTION])
 
 
 def test_a_norm_that_feeds_an_unquantized_op_is_refused(model, tmp_path) -> None:

@@ -28,7 +28,7 @@ from auto_quantize_model.models.units import members_of, unit_of
 from auto_quantize_model.records import Op
 from auto_quantize_model.replay.altered import Alteration, Altered
 from auto_quantize_model.replay.backward import Backward
-from auto_quantize_model.replay.model import Batch, Replay
+from auto_quantize_model.replay.model import TOGETHER, Batch, Replay
 from auto_quantize_model.replay.ops import refusal
 from auto_quantize_model.replay.served import Kept, LastInput
 from auto_quantize_model.schemes.compressed import scheme_of
@@ -104,6 +104,9 @@ def measured(model: Any, batch: Batch) -> dict[str, Any]:
         for scheme, of_scheme in names.items():
             found[f"all {scheme}"] = replay.run(assigned(of_scheme, scheme)).clone()
             found[f"one {scheme}"] = replay.run({of_scheme[len(of_scheme) // 2]: scheme}).clone()
+            found[f"each {scheme}"] = []
+            for output in replay.run_each([{name: scheme} for name in reversed(of_scheme)]):
+                found[f"each {scheme}"].append((output.clone(), replay.routing_agreement()))
         wanted = {op.op_name: ([op.op_name], [name for name in op.schemes if op.op_type == "Linear"]) for op in ops}
         found["probes"] = probe(replay, {name: asked for name, asked in wanted.items() if asked[1]}, [1, 2])
         state = assigned(names["FP8_DYNAMIC"], "FP8_DYNAMIC")
@@ -248,6 +251,34 @@ def test_a_weight_becomes_fp32_once_while_it_is_held() -> None:
         assert in_fp32(view).data_ptr() == first.data_ptr() + 8
         assert torch.equal(plain @ whole, plain @ plain.t())
     assert in_fp32(weight).data_ptr() != first.data_ptr()
+
+
+def test_a_weight_becomes_fp32_once_for_states_that_advance_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(stored_in(torch.bfloat16, write_tiny_text("llama", tmp_path)), mapped=True)
+    batch = batch_for("llama", tmp_path)
+    ops = ops_of(model, batch)
+    states = [{op.op_name: "inc_int8"} for op in ops if "layers.0" in op.op_name]
+    assert len(states) > 4
+    made: list[torch.Tensor] = []
+    to_fp32, copy = torch.Tensor.float, torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: made.append(x) or to_fp32(x))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda x, y: made.append(y) or copy(x, y))  # type: ignore[func-returns-value]
+    counts = {}
+    with Replay(model, ops, "lm_head") as replay:
+        assert replay.together == TOGETHER
+        replay.calibrate(batch)
+        for together in (1, len(states)):
+            replay.together = together
+            replay.begin(batch)
+            made.clear()
+            for _ in replay.run_each(states):
+                pass
+            counts[together] = sum(x.dtype == torch.bfloat16 and x.ndim == 2 for x in made)
+    # A state does not use the FP32 values of its own op.
+    ops_after = sum("layers" in op.op_name or op.op_name == "lm_head" for op in ops)
+    assert counts == {1: len(states) * (ops_after - 1), len(states): ops_after}
 
 
 MEMORY = """

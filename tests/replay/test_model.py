@@ -113,6 +113,28 @@ def test_whatever_ran_before_a_state_gives_the_same_bits(model, batches, plan, s
 
 
 @pytest.mark.slow
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_states_that_advance_together_have_the_bits_that_each_has_alone(model, batches, plan, scales, data):
+    """Also where some are left behind: they change nothing of the states after them."""
+    subsets = data.draw(st.lists(st.sets(st.sampled_from(plan.op_names)), min_size=1, max_size=7))
+    taken = data.draw(st.integers(0, len(subsets)))
+    cache_bytes = data.draw(st.sampled_from([0, 20_000, 1 << 30]))
+    states = [assigned(subset) for subset in subsets]
+    with start(model, plan, cache_bytes=cache_bytes) as replay:
+        replay.set_scales(scales)
+        replay.begin(batches[0])
+        alone = [replay.run(state).clone() for state in states]
+        replay.together = data.draw(st.integers(2, 5))
+        begun = replay.run_each(states)
+        assert all(torch.equal(next(begun), expected) for expected in alone[:taken])
+        begun.close()
+        found = list(replay.run_each(states[::-1]))
+        assert torch.equal(replay.run({}), replay.measured)
+    assert all(torch.equal(left, right) for left, right in zip(found, alone[::-1], strict=True))
+
+
+@pytest.mark.slow
 def test_only_what_follows_a_change_runs_again(model, batches, plan):
     ran = []
     layers = [*model.model.visual.blocks, *model.model.language_model.layers]

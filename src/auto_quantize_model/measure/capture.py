@@ -392,10 +392,12 @@ class ByReplay:
         """Measure the states of a batch, or a share of them, as far as the store does not have them."""
         reference = self.begin(index)
         with self.work.shelf(self.of) as shelf:
-            for cost, (scheme, label, name, assignment) in self.states()[share]:
-                key = self.key(assignment)
+            work = [(self.key(state[-1]), cost, state) for cost, state in self.states()[share]]
+            missing = {key: state[-1] for key, _, state in work if shelf.get(key) is None}
+            outputs = self.replay.run_each(list(missing.values()))
+            for key, cost, (scheme, label, name, _) in work:
                 if (record := shelf.get(key)) is None:
-                    record = require_finite(reference.compare(self.replay.run(assignment)), index, label, name, scheme)
+                    record = require_finite(reference.compare(next(outputs)), index, label, name, scheme)
                     if (agreement := self.replay.routing_agreement()) is not None:
                         record = record | {"router_agreement": agreement}
                     shelf.add(key, record)

@@ -110,25 +110,33 @@ class HeldOut:
         self.totals.append(totals(reference, index))
         of = self.base | {"batch": digest_of_batch(batch), "answers": _spans(self.answers[index])}
         with self.store.shelf(of) as shelf:
-            for state in states:
-                found.append(self._record(index, reference, shelf, state))
+            keys = [self._key(state) for state in states]
+            missing = {
+                key: state for key, state in zip(keys, states, strict=True) if not self._known(index, key, shelf)
+            }
+            outputs = self.replay.run_each(list(missing.values()))
+            for key, state in zip(keys, states, strict=True):
+                if (record := self._known(index, key, shelf)) is None:
+                    record = self._record(index, reference, next(outputs), state)
+                    shelf.add(key, record)
+                found.append(record)
                 self.on_forward()
         return found
 
     def _key(self, state: Assignment) -> str:
         return state_key(state, self.plan.schemes, self.scales)
 
-    def _record(self, index: int, reference: Reference, shelf: Shelf, state: Assignment) -> Record:
-        key = self._key(state)
-        if (known := self.known.get((index, key))) is not None:
-            return known
-        if (record := shelf.get(key)) is None:
-            record = record_of(self.replay.run(state), reference, self.batches[index], self.answers[index])
-            if (agreement := self.replay.routing_agreement()) is not None:
-                record["router_agreement"] = agreement
-            numbers = {name: value for name, value in record.items() if isinstance(value, float)}
-            require_finite(numbers, f"held-out batch {index}", in_words(state), ADVICE)
-            shelf.add(key, record)
+    def _known(self, index: int, key: str, shelf: Shelf) -> Record | None:
+        """The record of a state that another job or an earlier run has measured."""
+        return self.known.get((index, key)) or shelf.get(key)
+
+    def _record(self, index: int, reference: Reference, output: torch.Tensor, state: Assignment) -> dict[str, Any]:
+        """The record of a state that the replay ran last."""
+        record = record_of(output, reference, self.batches[index], self.answers[index])
+        if (agreement := self.replay.routing_agreement()) is not None:
+            record["router_agreement"] = agreement
+        numbers = {name: value for name, value in record.items() if isinstance(value, float)}
+        require_finite(numbers, f"held-out batch {index}", in_words(state), ADVICE)
         return record
 
 

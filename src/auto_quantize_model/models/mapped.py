@@ -47,6 +47,11 @@ class Mapped(torch.Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Mapped({self.stored!r})"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Mapped":
+        """The tensor itself, because nothing can write into it: a copy of a model shares the mapped weights."""
+        memo[id(self)] = self
+        return self
+
     @property
     def data(self) -> torch.Tensor:
         """The tensor without history."""
@@ -77,7 +82,7 @@ class Mapped(torch.Tensor):
         def fp32(tensor: Mapped) -> torch.Tensor:
             if (values := held_values(tensor)) is not None:
                 return values
-            return buffers.pop().filled(tensor.stored) if buffers else tensor.stored.float()
+            return buffers.pop().filled(tensor) if buffers else tensor.stored.float()
 
         args, kwargs = tree_map_only(Mapped, fp32, (args, kwargs))
         return func(*args, **kwargs)
@@ -92,20 +97,35 @@ def are_alike(tensors: Any) -> bool:
 class Scratch:
     """Memory for the FP32 values of one weight at a time: to ask the system for it again takes longer than to fill it.
 
-    The output of a function has memory of its own, unless it is a view. So the values may go with the next use.
+    The output of a function has memory of its own, unless it is a view. So the values may go with the next use. Where
+    the next use is of the same weight, as in states that advance together, they are there already.
     """
 
     def __init__(self) -> None:
         self.memory = torch.empty(0)
+        self.whole: torch.Tensor | None = None  # the stored weight whose values the memory has
+        self.values = torch.empty(0)
 
-    def filled(self, stored: torch.Tensor) -> torch.Tensor:
+    def filled(self, tensor: Mapped) -> torch.Tensor:
         """The values in FP32, in a tensor of the same strides, until the next call."""
-        if not is_dense(stored):
-            return stored.float()
-        if self.memory.numel() < stored.numel():
-            self.memory = torch.empty(0)  # frees the smaller one first
-            self.memory = torch.empty(stored.numel(), dtype=torch.float32)
-        return self.memory.as_strided(stored.shape, stored.stride()).copy_(stored)
+        # All views of a whole weight share its values; a part, such as one expert's, has its own.
+        part = tensor.stored.numel() < tensor.whole.numel()
+        whole = tensor.stored if part else tensor.whole
+        if not is_dense(whole):
+            return tensor.stored.float()
+        if self.whole is not whole:
+            self.whole = None
+            if self.memory.numel() < whole.numel():
+                self.values = self.memory = torch.empty(0)  # frees the smaller one first
+                self.memory = torch.empty(whole.numel(), dtype=torch.float32)
+            self.values = self.memory.as_strided(whole.shape, whole.stride()).copy_(whole)
+            self.whole = whole
+        return as_view(self.values, tensor.stored, whole)
+
+
+def as_view(values: torch.Tensor, stored: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """The view of a weight's FP32 values that is where `stored` is in the stored weight."""
+    return values.as_strided(stored.shape, stored.stride(), stored.storage_offset() - whole.storage_offset())
 
 
 def is_dense(stored: torch.Tensor) -> bool:
@@ -140,7 +160,7 @@ def held_values(weight: Mapped) -> torch.Tensor | None:
         if sum(other.nbytes for other in HELD[-1].values()) + 4 * whole.numel() > HELD_BYTES:
             return None
         values = HELD[-1][id(whole)] = whole.float()
-    return values.as_strided(stored.shape, stored.stride(), stored.storage_offset() - whole.storage_offset())
+    return as_view(values, stored, whole)
 
 
 def in_fp32(weight: torch.Tensor) -> torch.Tensor:

@@ -335,7 +335,12 @@ def require_meaningful(model: torch.nn.Module) -> None:
     Raises:
         InputError: the message names the weights.
     """
-    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    # In parts, because a weight of a gigabyte takes as much again for the comparison.
+    broken = [
+        name
+        for name, weight in model.named_parameters()
+        if not all(part.isfinite().all() for part in weight.flatten().split(1 << 24))
+    ]
     if broken:
         raise InputError(f"weights that are not finite: {listed(broken)}; download the snapshot again")
     if not any(weight.any() for weight in model.parameters()):

@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_map_only
 from auto_quantize_model.files import InputError
 from auto_quantize_model.machine import LIMITS
 from auto_quantize_model.models.experts import RoutedExperts, StackedLinear
+from auto_quantize_model.models.mapped import Mapped, held
 from auto_quantize_model.records import Op, Scales
+from auto_quantize_model.replay.forward import Forward
 from auto_quantize_model.replay.ops import SITES, Site, refusal
 from auto_quantize_model.schemes.inc_int8 import require_formula
 from auto_quantize_model.schemes.scheme import Assignment
@@ -26,6 +28,7 @@ if TYPE_CHECKING:  # the library that it imports is needed for its own schemes a
 
 Batch = dict[str, torch.Tensor]
 State = frozenset[tuple[str, str]]  # the items of an assignment
+TOGETHER = 16  # states that advance together where weights stay in their files
 
 
 def refusals(model: torch.nn.Module, ops: Sequence[Op]) -> dict[str, str]:
@@ -84,12 +87,14 @@ class Replay:
     `run(assignment)` then returns the measured output with exactly the ops of the assignment quantized. Prefix reuse:
     outputs of blocks before the first changed op come from the previous run. They are the same tensors, so nothing is
     approximated. Going through the ops from the last to the first runs each time only the blocks from the op on.
+    `run_each(assignments)` runs many states. Where weights stay in their files, some of the states advance together.
 
     Attributes:
         order: the ops that ran, in the order of their first execution.
         first_visit: {op_name: when its block ran first}, for ops that can run on the batch.
         executions: how often each op ran in FP32 on the batch.
         cached_bytes: the size of the kept outputs, at most `cache_bytes`.
+        together: how many states advance together in `run_each`.
     """
 
     def __init__(
@@ -134,6 +139,7 @@ class Replay:
         for block in dict.fromkeys(self.blocks.values()):
             self._take_over(modules[block], functools.partial(self._visit, block, modules[block].forward))
         self._hook = modules[measured_op].register_forward_hook(self._measure)
+        self.together = TOGETHER if any(isinstance(weight, Mapped) for weight in model.parameters()) else 1
         self._forget()
 
     def _serve(self, ops: Sequence[Op], modules: Mapping[str, Any], schemes: Mapping[str, Any]) -> None:
@@ -187,8 +193,9 @@ class Replay:
         self.batch: Batch = {}
         self.sequence: list[str] = []  # the blocks in the order in which they ran
         self.outputs: list[Any] = []  # the output of each block in the previous run, as far as it is kept
-        self.recording = self.running = False
-        self.state: State | None = None
+        self.recording = False
+        self.now: Forward | None = None  # the forward that runs
+        self.state: State | None = None  # to which the kept outputs belong
         self.measured = torch.empty(0)
         self.order: list[str] = []
         self.executions: dict[str, int] = {}
@@ -243,7 +250,7 @@ class Replay:
         self.batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         before = {name: site.executions for name, site in self.sites.items()}
         self.recording = True
-        self._forward(frozenset())
+        self.measured = self._forward(frozenset())
         self.recording = False
         self.executions = {name: site.executions - before[name] for name, site in self.sites.items()}
         for name, count in self.executions.items():
@@ -273,12 +280,27 @@ class Replay:
             InputError: an op does not have its scheme.
             OtherOrder: the blocks ran in another order than when the batch was begun, so kept outputs would be wrong.
         """
-        return self._forward(
-            frozenset(
-                (name, scheme)
-                for name, scheme in assignment.items()
-                if self.sites[name].ready(scheme) and name in self.first_visit
-            )
+        return self._forward(self._state(assignment))
+
+    def run_each(self, assignments: Sequence[Assignment]) -> Iterator[torch.Tensor]:
+        """As `run` for one assignment after the other.
+
+        Where weights stay in their files, some states advance together, block by block. So the weights of a block are
+        read, and become FP32, once for these states. Each state has the bits that it has alone.
+
+        Raises:
+            InputError, OtherOrder: as `run` says.
+        """
+        states = [self._state(assignment) for assignment in assignments]
+        for start in range(0, len(states), self.together):
+            yield from self._together(states[start : start + self.together])
+
+    def _state(self, assignment: Assignment) -> State:
+        """The ops of an assignment that the batch runs and that have their scales."""
+        return frozenset(
+            (name, scheme)
+            for name, scheme in assignment.items()
+            if self.sites[name].ready(scheme) and name in self.first_visit
         )
 
     def routed(self) -> list[torch.Tensor]:
@@ -299,29 +321,81 @@ class Replay:
         return float(torch.cat([same.flatten() for same in kept]).double().mean())
 
     def _forward(self, state: State) -> torch.Tensor:
-        self.valid = self._unchanged(state)
+        """Run one state to its end, and keep the outputs of its blocks."""
+        forward = Forward(state, self._unchanged(state, self.state))
         # Until this run has ended, the kept outputs belong to no state.
-        self.state, self.visits = None, 0
-        self._switch(dict(state), running=True)
+        self.state = None
+        with self._running(forward):
+            self.call()
+        output = self._ended(forward)
+        self.state = state
+        return output
+
+    def _together(self, states: Sequence[State]) -> Iterator[torch.Tensor]:
+        """Run states block by block, each from its first block that differs from the state of the kept outputs."""
+        first, others = states[0], states[1:]
+        by_kept = sum(self._unchanged(state, self.state) for state in others)
+        if not others or sum(self._unchanged(state, first) for state in others) > by_kept:
+            yield self._forward(first)
+            states = others
+        forwards = [Forward(state, self._unchanged(state, self.state)) for state in states]
+        for forward in forwards:
+            forward.remembered = self._remembered()
+            self._resume(forward)
+        for index in range(len(self.sequence)):
+            with held():
+                for forward in list(forwards):
+                    if forward.visits == index + 1 and not forward.ended:
+                        self._resume(forward)
+                    while forwards and forwards[0].ended:
+                        yield self._ended(forwards.pop(0))
+
+    def _resume(self, forward: Forward) -> None:
+        """Let a forward go on until it comes to a block that it runs, or to its end."""
+        with self._running(forward):
+            self._recall(forward.remembered)
+            forward.go_on(self.call)
+            forward.remembered = self._remembered()
+
+    def _ended(self, forward: Forward) -> torch.Tensor:
+        """The output of a forward that has ended."""
+        if forward.visits != len(self.sequence):
+            raise OtherOrder(f"{forward.visits} blocks ran")
+        if forward.remembered:
+            self._recall(forward.remembered)
+        return forward.measured
+
+    def _remembered(self) -> tuple[list[Any], list[Any]]:
+        """What routers and norms remember of the forward that ran last."""
+        return [experts.chosen for experts in self.experts], [norm.inputs for norm in self.norms.values()]
+
+    def _recall(self, remembered: tuple[list[Any], list[Any]]) -> None:
+        """Let routers and norms remember another forward."""
+        chosen, inputs = remembered
+        for experts, of_router in zip(self.experts, chosen, strict=True):
+            experts.chosen = of_router
+        for norm, of_norm in zip(self.norms.values(), inputs, strict=True):
+            norm.inputs = of_norm
+
+    def _unchanged(self, state: State, other: State | None) -> int:
+        """How many of the kept outputs of one state are valid for another too; `other` is None for no state."""
+        if other is None:
+            return 0
+        return min((self.first_visit[name] for name, _ in state ^ other), default=len(self.sequence))
+
+    @contextmanager
+    def _running(self, forward: Forward) -> Iterator[None]:
+        """For as long as the context lasts, a forward runs in its state. Otherwise all ops of the model are in FP32."""
+        self._switch(forward, dict(forward.state))
         try:
             with torch.no_grad():
-                self.call()
+                yield
         finally:
-            self._switch({}, running=False)
-        if self.visits != len(self.sequence):
-            raise OtherOrder(f"{self.visits} blocks ran")
-        self.state = state
-        return self.measured
+            self._switch(None, {})
 
-    def _unchanged(self, state: State) -> int:
-        """How many of the kept outputs are valid for `state` too."""
-        if self.state is None:
-            return 0
-        return min((self.first_visit[name] for name, _ in state ^ self.state), default=len(self.outputs))
-
-    def _switch(self, schemes: Assignment, running: bool) -> None:
-        """Set every op's scheme; outside of a run, all ops of the model are in FP32."""
-        self.running = running
+    def _switch(self, forward: Forward | None, schemes: Assignment) -> None:
+        """Set the forward that runs, and every op's scheme."""
+        self.now = forward
         for norm in self.norms.values():
             norm.inputs = ()
         for name, site in self.sites.items():
@@ -356,24 +430,26 @@ class Replay:
         """Run a block, or return its kept output."""
         if self.visitor:
             return self.visitor(block, forward, *args, **kwargs)
-        if not self.running:
+        if self.now is None:
             return forward(*args, **kwargs)
-        index = self.visits
-        self.visits += 1
+        now, index = self.now, self.now.visits
+        now.visits += 1
         if self.recording:
             self.sequence.append(block)
             before = {name: site.executions for name, site in self.sites.items() if self.blocks[name] == block}
         elif index >= len(self.sequence) or self.sequence[index] != block:
             raise OtherOrder(f"{block} ran")
-        if index < min(self.valid, len(self.outputs)):
+        if index < min(now.valid, len(self.outputs)):
             return _copied(self.outputs[index])
+        now.wait()
         output = forward(*args, **kwargs)
         if self.recording:
             for name, count in before.items():
                 self.inside[name] += self.sites[name].executions - count
                 if self.inside[name] and name not in self.order:
                     self.order.append(name)
-        self._keep(index, output)
+        if not now.waits:
+            self._keep(index, output)
         return output
 
     def _keep(self, index: int, output: Any) -> None:
@@ -388,8 +464,8 @@ class Replay:
             self.cached_bytes += _size(output)
 
     def _measure(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
-        if self.running:
-            self.measured = output
+        if self.now is not None:
+            self.now.measured = output
 
 
 def _given_back(module: torch.nn.Module, before: Any) -> None:
