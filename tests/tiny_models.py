@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from auto_quantize_model.made.tiny import write_tiny
 from auto_quantize_model.models.encode import encode
@@ -88,3 +89,10 @@ def check_model(name: str) -> None:
     # Positions have no pixels, and neither have the queries of a resampler, tables, and text that queries an image.
     unmoved = "pos|tile_embedding|perceiver|qformer|table|cross_attn.q_proj"
     assert with_images | {""} <= changed | {op for op in with_images if re.search(unmoved, op)}
+
+
+def stored_in(dtype: torch.dtype, directory: Path) -> Path:
+    """A snapshot with its weights in another type."""
+    for path in directory.glob("*.safetensors"):
+        save_file({name: weight.to(dtype) for name, weight in load_file(path).items()}, path, {"format": "pt"})
+    return directory

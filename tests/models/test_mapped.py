@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from build import a_plan, an_op
-from safetensors.torch import load_file, save_file
-from tiny_models import LIMITS, noise, sample
+from tiny_models import LIMITS, noise, sample, stored_in
 from transformers import AutoModelForCausalLM
 
 from auto_quantize_model.made.tiny import write_tiny
@@ -41,13 +40,6 @@ KINDS = {
     torch.nn.Conv3d: "Conv3d",
     StackedLinear: "Experts",
 }
-
-
-def stored_in(dtype: torch.dtype, directory: Path) -> Path:
-    """A snapshot with its weights in another type."""
-    for path in directory.glob("*.safetensors"):
-        save_file({name: weight.to(dtype) for name, weight in load_file(path).items()}, path, {"format": "pt"})
-    return directory
 
 
 def tied(directory: Path) -> Path:

@@ -23,23 +23,16 @@ def parser() -> argparse.ArgumentParser:
 
 def audit_capture(args: argparse.Namespace) -> None:
     run = open_run(args)
-    import torch
-
     from auto_quantize_model.commands.loaded import Loaded
     from auto_quantize_model.inc import audit
-    from auto_quantize_model.machine import require_memory
     from auto_quantize_model.measure.parts import Place
     from auto_quantize_model.measure.served_audit import audit_served
     from auto_quantize_model.replay.scales import ALL_BATCHES
-    from auto_quantize_model.schemes.scheme import INC_INT8
 
     loaded, place = Loaded(run), Place(args.number, args.parts)
     batches = loaded.batches(run.plan.confidence_batches)
     cli.say(audit.announce(run.plan, run.capture, args.ops))
-    by_inc = INC_INT8 in run.plan.schemes  # INC converts the model
-    if by_inc and loaded.memory:
-        require_memory(loaded.parameters, torch.device("cpu"), memory=loaded.memory)
-    model, scales = loaded.model(mapped=not by_inc and loaded.mapped), loaded.scales_of_batches()
+    model, scales = loaded.model(mapped=loaded.mapped), loaded.scales_of_batches()
     with cli.progress_bar("audit") as on_progress:
         result = audit.audit_capture(model, batches, run.plan, run.capture, args.ops, scales, on_progress, place)
     cli.say(f"audit: {result.status}, {result.compared} values compared")

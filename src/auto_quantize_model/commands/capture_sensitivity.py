@@ -37,7 +37,7 @@ def capture_sensitivity(args: argparse.Namespace) -> None:
     by_inc = inc_engine() if run.plan.engine != "replay" else None
     with explained_out_of_memory(device), cli.progress_bar("capture") as on_progress:
         captured, record = capture.capture_sensitivity(
-            loaded.model_to_replay() if by_inc is None else loaded.model().to(device),
+            loaded.model_to_replay(),
             batches,
             run.plan,
             ScoreStore(args.score_store),

@@ -101,7 +101,10 @@ class Loaded:
         return load_model(self.directory, experts or self.run.plan.experts, mapped)
 
     def model_to_replay(self) -> torch.nn.Module:
-        """The model in FP32 on the device of the options. On the CPU its weights stay in their files if they must."""
+        """The model in FP32 on the device of the options. On the CPU its weights stay in their files if they must.
+
+        INC, where it is the engine, takes this model too, on the CPU alone.
+        """
         on_cpu = self.device.type == "cpu"
         model = self.model(mapped=on_cpu and self.mapped)
         return model if on_cpu else model.to(self.device)

@@ -15,13 +15,10 @@ def parser() -> argparse.ArgumentParser:
 
 def plan_quantization(args: argparse.Namespace) -> None:
     run = open_run(args)
-    import torch
-
     from auto_quantize_model.commands.loaded import Loaded
     from auto_quantize_model.config import PlanSpec
     from auto_quantize_model.config_text import read_block
     from auto_quantize_model.inc.plan import build_plan, identify
-    from auto_quantize_model.machine import require_memory
     from auto_quantize_model.models.checkpoint import folder_of
     from auto_quantize_model.report import coverage, sentences
     from auto_quantize_model.schemes.scheme import INC_INT8
@@ -30,11 +27,8 @@ def plan_quantization(args: argparse.Namespace) -> None:
     spec = read_block(PlanSpec, args.spec, "sensitivity")
     for place in filter(None, (fields.get("checkpoint") for fields in spec.fields_of_schemes.values())):
         folder_of(place, cli.TerminalBar)
-    schemes, mapped = list(spec.fields_of_schemes), False
-    if INC_INT8 in schemes:  # INC's conversion with every op in INT8 needs as much memory as a replay on the CPU
-        require_memory(loaded.parameters, torch.device("cpu"), memory=loaded.memory)
-    else:
-        mapped = loaded.stays_mapped(schemes)
+    # INC's conversion with every op in INT8 needs as much memory as a replay on the CPU.
+    mapped = loaded.stays_mapped(list(spec.fields_of_schemes))
     batches = loaded.batches()
     plan = identify(
         build_plan(loaded.model(spec.experts, mapped), batches, spec),

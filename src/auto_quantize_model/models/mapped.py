@@ -5,6 +5,7 @@ Any other use gets FP32 values, which are made for this use alone. BF16 and F16 
 gets the bits that an FP32 model has. The operating system can drop a page of a mapped file and read it again.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,6 +52,10 @@ class Mapped(torch.Tensor):
         """The tensor itself, because nothing can write into it: a copy of a model shares the mapped weights."""
         memo[id(self)] = self
         return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A saved file holds the FP32 values."""
+        return in_fp32(self).__reduce_ex__(protocol)
 
     @property
     def data(self) -> torch.Tensor:
@@ -161,6 +166,14 @@ def held_values(weight: Mapped) -> torch.Tensor | None:
             return None
         values = HELD[-1][id(whole)] = whole.float()
     return as_view(values, stored, whole)
+
+
+def moved(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """A copy of a module on a device, whose own weights are plain tensors in FP32."""
+    made = copy.deepcopy(module)
+    for name, weight in [*made.named_parameters(recurse=False)]:
+        setattr(made, name, torch.nn.Parameter(in_fp32(weight), requires_grad=False))
+    return made.to(device)
 
 
 def in_fp32(weight: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """The INT8 outputs of another device, compared with the CPU's, op by op, on the same input and with the same scales."""
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
@@ -8,6 +7,7 @@ import torch
 
 from auto_quantize_model.files import InputError
 from auto_quantize_model.machine import any_algorithm
+from auto_quantize_model.models.mapped import moved
 from auto_quantize_model.records import Op, Plan, Scales
 from auto_quantize_model.replay.model import Batch, Replay
 from auto_quantize_model.replay.ops import Site
@@ -82,7 +82,7 @@ def site_differences(
     by_name = {op.op_name: op for op in ops}
     found = {}
     for name, x in inputs.items():
-        there = type(sites[name])(copy.deepcopy(sites[name].module).to(device), by_name[name])
+        there = type(sites[name])(moved(sites[name].module, device), by_name[name])
         there.set_scales(scales[name])
         with torch.no_grad():
             expected, output = sites[name].quantized(x), there.quantized(x.to(device)).cpu()
