@@ -3,12 +3,12 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 
 from auto_quantize_model import machine
 from auto_quantize_model.files import InputError
+from auto_quantize_model.free_memory import Free
 from auto_quantize_model.machine import (
     Limits,
     Need,
@@ -74,7 +74,7 @@ def test_a_model_that_does_not_fit_is_refused_with_both_figures():
 
 def test_quantized_weights_that_a_replay_keeps_are_counted(monkeypatch):
     free = SimpleNamespace(available=5 * 10**9 + WORKING_BYTES)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(machine, "free_memory", lambda: Free(free.available, "this machine"))
     require_memory(10**9, torch.device("cpu"))
     with pytest.raises(InputError, match="1.00 billion weights need"):
         require_memory(10**9, torch.device("cpu"), schemes=2)
@@ -84,7 +84,7 @@ def test_quantized_weights_that_a_replay_keeps_are_counted(monkeypatch):
 
 def test_the_copies_of_the_logits_are_counted(monkeypatch):
     free = SimpleNamespace(available=5 * 10**9 + WORKING_BYTES + KEPT_BYTES)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(machine, "free_memory", lambda: Free(free.available, "this machine"))
     with pytest.raises(InputError, match="1.00 billion weights need"):
         require_memory(10**9, torch.device("cpu"), schemes=5, logits=10**8)
     free.available += (5 + COPIES) * 10**8
@@ -104,7 +104,7 @@ def limits(monkeypatch):
 
 def test_weights_stay_in_their_files_only_where_fp32_does_not_fit(monkeypatch, limits):
     free = SimpleNamespace(available=5 * 7 * 10**9 + WORKING_BYTES + KEPT_BYTES + (3 + COPIES) * 10**8)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(machine, "free_memory", lambda: Free(free.available, "this machine"))
     assert not stays_mapped(NEED) and limits == Limits()
     free.available -= 1
     assert stays_mapped(NEED) and limits == Limits()  # 24 GB for 7 billion weights leave room to keep all
@@ -112,7 +112,7 @@ def test_weights_stay_in_their_files_only_where_fp32_does_not_fit(monkeypatch, l
 
 def test_a_seven_billion_model_fits_a_machine_of_24_gib_and_keeps_less_where_less_is_left(monkeypatch, limits):
     free = SimpleNamespace(available=20 * 2**30)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(machine, "free_memory", lambda: Free(free.available, "this machine"))
     assert stays_mapped(NEED) and limits == Limits()
     assert stays_mapped(NEED, LIBRARIES + LEAST + 2**30)
     assert limits == Limits(weights=2**29, outputs=2**29)
@@ -128,7 +128,7 @@ def test_a_seven_billion_model_fits_a_machine_of_24_gib_and_keeps_less_where_les
 
 
 def test_a_step_that_needs_the_fp32_model_is_refused_where_the_limit_is_below(monkeypatch):
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**40))
+    monkeypatch.setattr(machine, "free_memory", lambda: Free(2**40, "this machine"))
     require_memory(10**9, torch.device("cpu"), memory=LIBRARIES + 5 * 10**9 + WORKING_BYTES)
     with pytest.raises(InputError, match=r"need 6\.7 GiB, and a step with this machine\.memory has 6\.0 GiB free"):
         require_memory(10**9, torch.device("cpu"), memory=8 * 2**30)

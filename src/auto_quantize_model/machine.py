@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from auto_quantize_model.files import InputError
+from auto_quantize_model.free_memory import free_memory
 from auto_quantize_model.needs import (
     GIB,
     KEPT_BYTES,
@@ -92,7 +92,8 @@ def require_memory(
     loaded, replayed = bytes_loaded(parameters), bytes_of_replay(parameters, schemes, logits)
     on_cpu = replay_on is not None and replay_on.type == "cpu"
     on_host = replayed if on_cpu else loaded
-    places = [("this machine", psutil.virtual_memory().available, on_host)]
+    here = free_memory()
+    places = [(here.place, here.count, on_host)]
     if memory:
         places.append(("a step with this machine.memory", memory - LIBRARIES, on_host))
     if replay_on is not None and replay_on.type == "cuda":
@@ -143,9 +144,9 @@ def stays_mapped(need: Need, memory: int = 0) -> bool:
     Raises:
         InputError: the replay does not fit even so. The message says what is needed, what there is, and what to lower.
     """
-    free = psutil.virtual_memory().available
-    is_limit = 0 < memory < free + LIBRARIES
-    room = memory - LIBRARIES if is_limit else free
+    free = free_memory()
+    is_limit = 0 < memory < free.count + LIBRARIES
+    room = memory - LIBRARIES if is_limit else free.count
     if bytes_of_replay(need.weights, need.schemes, need.logits) <= room:
         return False
     codes = need.weights if need.has_codes else 0
@@ -154,7 +155,7 @@ def stays_mapped(need: Need, memory: int = 0) -> bool:
         left = f"machine.memory leaves {max(room, 0) / GIB:.1f} GiB for the model"
         raise InputError(
             f"{need.weights / 1e9:.2f} billion weights need {least / GIB:.1f} GiB while they stay in their files, and"
-            f" {left if is_limit else f'this machine has {free / GIB:.1f} GiB free'};"
+            f" {left if is_limit else f'{free.place} has {free.count / GIB:.1f} GiB free'};"
             f" {'raise machine.memory, or ' if is_limit else ''}{LOWER}"
         )
     LIMITS.outputs = int(min(OUTPUT_BYTES, (room - least) / 2))
@@ -163,7 +164,7 @@ def stays_mapped(need: Need, memory: int = 0) -> bool:
 
 
 def require_free(wanted: float, what: str) -> None:
-    """Refuse work that will not fit into this machine's memory, before the work begins.
+    """Refuse work that will not fit into memory, before the work begins.
 
     Args:
         wanted: bytes.
@@ -172,10 +173,10 @@ def require_free(wanted: float, what: str) -> None:
     Raises:
         InputError: the message says what is needed and what is free.
     """
-    free = psutil.virtual_memory().available
-    if wanted > free:
+    free = free_memory()
+    if wanted > free.count:
         raise InputError(
-            f"{what} needs {wanted / GIB:.1f} GiB, and this machine has {free / GIB:.1f} GiB free; use a machine"
+            f"{what} needs {wanted / GIB:.1f} GiB, and {free.place} has {free.count / GIB:.1f} GiB free; use a machine"
             " with more memory"
         )
 
