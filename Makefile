@@ -28,7 +28,7 @@ $(if $(VERBOSE),,PIPELINE_QUIET=1) $(BIN)/snakemake $(1) --cores 1 --resources g
 	$(if $(CONFIG),--configfile $(CONFIG)) $(2)
 endef
 
-.PHONY: help setup run test test-slurm lint quantize bench bench-3b bench-estimates bench-parts bench-rivals bench-families bench-page bench-gpu bench-faults bench-tests check-exports standin-3b train-digits dag config archive lock clean
+.PHONY: help setup run test test-slurm image lint quantize bench bench-3b bench-estimates bench-parts bench-rivals bench-families bench-page bench-gpu bench-faults bench-tests check-exports standin-3b train-digits dag config archive lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -56,6 +56,15 @@ test: $(READY) ## run the tests
 
 test-slurm: $(READY) ## run the pipeline on a SLURM of its own with kills and time limits (root, apt-get install munge slurm-wlm; 15 minutes)
 	$(BIN)/python benchmarks/slurm.py
+
+# docker or podman, whichever is there. BASE and PIP_ARGS are those of the Dockerfile.
+image: ## build the image auto-quantize-model:VERSION from the Dockerfile (docker or podman)
+	@engine=$$(command -v docker || command -v podman) || { \
+		echo "error: neither docker nor podman is installed; install one of them" >&2; exit 2; }; \
+	version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml); \
+	"$$engine" build $(if $(BASE),--build-arg BASE="$(BASE)") $(if $(PIP_ARGS),--build-arg PIP_ARGS="$(PIP_ARGS)") \
+		--tag "auto-quantize-model:$$version" .; \
+	echo "made the image auto-quantize-model:$$version"
 
 lint: $(READY) ## check style, types and the workflow
 	$(BIN)/ruff check .

@@ -432,7 +432,10 @@ def test_one_run_makes_the_report_the_summary_and_the_archive(finished: tuple[Pa
 
 @pytest.mark.slow
 def test_weights_in_their_files_give_the_bytes_of_a_model_in_memory(tmp_path: Path) -> None:
-    """Plan, capture, audit, frontier and cures of a BF16 snapshot, with a memory that FP32 does not fit into."""
+    """Plan, capture, audit, frontier and cures of a BF16 snapshot, with a memory that FP32 does not fit into.
+
+    The scores lie where the config says, as on a volume that outlives a pod.
+    """
     from safetensors.torch import load_file, save_file
 
     from auto_quantize_model.made.tiny_text import write_tiny_text
@@ -440,17 +443,20 @@ def test_weights_in_their_files_give_the_bytes_of_a_model_in_memory(tmp_path: Pa
     directory = copy_checkout(tmp_path / "checkout")
     weights = write_tiny_text("mistral", directory / "resources" / "models" / "tiny") / "model.safetensors"
     save_file({key: value.to(torch.bfloat16) for key, value in load_file(weights).items()}, weights, {"format": "pt"})
-    changes = on_texts(directory, ["FP8_DYNAMIC", "NVFP4"])
+    changes = on_texts(directory, ["FP8_DYNAMIC"])
+    changes["sensitivity"]["schemes"] = ["inc_int8", "FP8_DYNAMIC"]
     names = ("plan", "scales_cpu", "capture_cpu", "audit_cpu", "frontier_cpu", "why_cpu")
     files = [directory / "results" / "tiny" / "texts" / f"{name}.json" for name in names]
     found = []
     for memory in ("3500MiB", None):
-        write_config(directory, changes | {"machine": {"memory": memory}})
+        write_config(directory, changes | {"machine": {"memory": memory, "score_store": str(tmp_path / "scores")}})
         asked = [f"{file.relative_to(directory)}" for file in files]
         ended = snakemake(directory, *asked, "--cores", "1", "--resources", "gpu=1")
         assert ended.returncode == 0, ended.stdout
         assert ("--memory 3670" in ended.stdout) == (memory is not None)
         found.append([file.read_bytes() for file in files])
+        assert list((tmp_path / "scores").glob("*.jsonl")) and not (directory / "results" / "scores").exists()
+        shutil.rmtree(tmp_path / "scores")
         write_config(directory, changes | {"machine": {"memory": "20GiB"}})
         ended = snakemake(directory, *asked, "--cores", "1", "-n")
         assert "Nothing to be done" in ended.stdout  # results do not depend on the limit

@@ -37,9 +37,6 @@ except InputError as error:
     sys.exit(redacted(str(error)))
 
 
-container: "docker://python:3.11-slim"  # ignored without --sdm apptainer
-
-
 for run, spec in RUNS.items():
     prefix = f"{run}_"
 

@@ -25,6 +25,7 @@ from auto_quantize_model.files import (
 )
 
 SCORES = Path("results/scores")  # the score store of a checkout
+SCORES_PLACE = "PIPELINE_SCORES"  # the environment variable with another place, which the workflow sets by its config
 MOVE_AWAY = "name another folder, or move what is yours out of it"
 SNAKEMAKES = ".snakemake_timestamp"  # Snakemake's own file in a folder that is an output; older exports have one
 

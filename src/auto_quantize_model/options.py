@@ -4,12 +4,13 @@ In: names of options. Out: a parser; and, from `start`, the exit code of a comma
 """
 
 import argparse
+import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from auto_quantize_model import cli
-from auto_quantize_model.folders import SCORES
+from auto_quantize_model.folders import SCORES, SCORES_PLACE
 
 # Each file that a command reads or writes: its content, and the ending of its name where a command writes it.
 FILES = {
@@ -56,7 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "score_store": {
         "type": Path,
         "metavar": "FOLDER",
-        "default": SCORES,
+        "default": Path(os.environ.get(SCORES_PLACE) or SCORES),
         "help": "the store of all scores (%(default)s)",
     },
     "threads": {"type": int, "metavar": "N", "help": "CPU threads of torch (default: OMP_NUM_THREADS, or all cores)"},
