@@ -1,4 +1,4 @@
-"""`--sdm apptainer` runs each job in the image that the config names. A stand-in of apptainer writes down what it gets."""
+"""`--sdm apptainer` runs each job in the image that the config names. A stand-in of apptainer notes what it gets."""
 
 import os
 from pathlib import Path

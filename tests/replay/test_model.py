@@ -119,9 +119,8 @@ def test_states_that_advance_together_have_the_bits_that_each_has_alone(model, b
     """Also where some are left behind: they change nothing of the states after them."""
     subsets = data.draw(st.lists(st.sets(st.sampled_from(plan.op_names)), min_size=1, max_size=7))
     taken = data.draw(st.integers(0, len(subsets)))
-    cache_bytes = data.draw(st.sampled_from([0, 20_000, 1 << 30]))
     states = [assigned(subset) for subset in subsets]
-    with start(model, plan, cache_bytes=cache_bytes) as replay:
+    with start(model, plan) as replay:
         replay.set_scales(scales)
         replay.begin(batches[0])
         alone = [replay.run(state).clone() for state in states]
@@ -132,6 +131,21 @@ def test_states_that_advance_together_have_the_bits_that_each_has_alone(model, b
         found = list(replay.run_each(states[::-1]))
         assert torch.equal(replay.run({}), replay.measured)
     assert all(torch.equal(left, right) for left, right in zip(found, alone[::-1], strict=True))
+
+
+@pytest.mark.slow
+def test_fewer_states_advance_together_where_the_memory_for_kept_outputs_is_short(model, batches, plan, scales):
+    states = [assigned([name]) for name in plan.op_names[-6:]]
+    waiting = []
+    for room in (0, 2, 100):
+        with start(model, plan) as replay:
+            replay.set_scales(scales)
+            replay.begin(batches[0])
+            replay.together, replay.cache_bytes = 4, (1 + room) * replay.cached_bytes
+            together = replay._together
+            replay._together = lambda states, together=together: waiting.append(len(states)) or together(states)
+            assert len(list(replay.run_each(states))) == 6
+    assert waiting == [1] * 6 + [2] * 3 + [4, 2]
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ class Replay:
         first_visit: {op_name: when its block ran first}, for ops that can run on the batch.
         executions: how often each op ran in FP32 on the batch.
         cached_bytes: the size of the kept outputs, at most `cache_bytes`.
-        together: how many states advance together in `run_each`.
+        together: how many states advance together in `run_each`, if `cache_bytes` has room for them.
     """
 
     def __init__(
@@ -292,8 +292,11 @@ class Replay:
             InputError, OtherOrder: as `run` says.
         """
         states = [self._state(assignment) for assignment in assignments]
-        for start in range(0, len(states), self.together):
-            yield from self._together(states[start : start + self.together])
+        # A forward that waits holds its keys and values, which take about as much as the outputs of all its blocks.
+        room = self.cache_bytes - self.cached_bytes
+        together = min(self.together, max(1, room // max(1, self.cached_bytes)))
+        for start in range(0, len(states), together):
+            yield from self._together(states[start : start + together])
 
     def _state(self, assignment: Assignment) -> State:
         """The ops of an assignment that the batch runs and that have their scales."""
