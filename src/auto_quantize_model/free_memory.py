@@ -23,7 +23,7 @@ PAGES = (("total_inactive_file", "total_active_file"), ("inactive_file", "active
 class Free(NamedTuple):
     """Bytes, and the place that has them, as the subject of a sentence."""
 
-    count: int
+    bytes: int
     place: str
 
 
@@ -35,7 +35,7 @@ def free_memory(own: Path = OWN, mounted: Path = MOUNTED) -> Free:
         mounted: where the files of cgroups are.
     """
     machine = Free(psutil.virtual_memory().available, "this machine")
-    left = [Free(count, "this job's cgroup") for group in memory_groups(own, mounted) for count in left_in(group)]
+    left = [Free(left, "this job's cgroup") for group in memory_groups(own, mounted) for left in left_in(group)]
     return min(machine, *left) if left else machine
 
 

@@ -93,7 +93,7 @@ def require_memory(
     on_cpu = replay_on is not None and replay_on.type == "cpu"
     on_host = replayed if on_cpu else loaded
     here = free_memory()
-    places = [(here.place, here.count, on_host)]
+    places = [(here.place, here.bytes, on_host)]
     if memory:
         places.append(("a step with this machine.memory", memory - LIBRARIES, on_host))
     if replay_on is not None and replay_on.type == "cuda":
@@ -145,8 +145,8 @@ def stays_mapped(need: Need, memory: int = 0) -> bool:
         InputError: the replay does not fit even so. The message says what is needed, what there is, and what to lower.
     """
     free = free_memory()
-    is_limit = 0 < memory < free.count + LIBRARIES
-    room = memory - LIBRARIES if is_limit else free.count
+    is_limit = 0 < memory < free.bytes + LIBRARIES
+    room = memory - LIBRARIES if is_limit else free.bytes
     if bytes_of_replay(need.weights, need.schemes, need.logits) <= room:
         return False
     codes = need.weights if need.has_codes else 0
@@ -155,7 +155,7 @@ def stays_mapped(need: Need, memory: int = 0) -> bool:
         left = f"machine.memory leaves {max(room, 0) / GIB:.1f} GiB for the model"
         raise InputError(
             f"{need.weights / 1e9:.2f} billion weights need {least / GIB:.1f} GiB while they stay in their files, and"
-            f" {left if is_limit else f'{free.place} has {free.count / GIB:.1f} GiB free'};"
+            f" {left if is_limit else f'{free.place} has {free.bytes / GIB:.1f} GiB free'};"
             f" {'raise machine.memory, or ' if is_limit else ''}{LOWER}"
         )
     LIMITS.outputs = int(min(OUTPUT_BYTES, (room - least) / 2))
@@ -174,9 +174,9 @@ def require_free(wanted: float, what: str) -> None:
         InputError: the message says what is needed and what is free.
     """
     free = free_memory()
-    if wanted > free.count:
+    if wanted > free.bytes:
         raise InputError(
-            f"{what} needs {wanted / GIB:.1f} GiB, and {free.place} has {free.count / GIB:.1f} GiB free; use a machine"
+            f"{what} needs {wanted / GIB:.1f} GiB, and {free.place} has {free.bytes / GIB:.1f} GiB free; use a machine"
             " with more memory"
         )
 

@@ -90,10 +90,7 @@ def options_of(plan: Plan, capture: Capture, candidates: Sequence[str], spec: De
             elif made := estimates[scheme].get(unit.name):
                 loss[scheme], error[scheme] = made.divergence, made.standard_error
             else:
-                raise InputError(
-                    f"{unit.name} was not measured in {scheme}; capture again with the candidates of the config"
-                    " (snakemake --cores 1 --forcerun capture_sensitivity)"
-                )
+                raise InputError(f"{unit.name} was not measured in {scheme}; {advice_to_measure(plan, scheme)}")
         weights = [ops[name].weight_bytes // 4 for name in unit.ops]
         size = weights[0] if unit.tied else sum(weights)
         losses = {name: loss[name] for name in allowed}
@@ -101,6 +98,13 @@ def options_of(plan: Plan, capture: Capture, candidates: Sequence[str], spec: De
         found.append(Options(unit.name, unit.ops, size, allowed, losses, error, times_of(unit, allowed, spec), active))
     require_matches(spec, units)
     return by, found
+
+
+def advice_to_measure(plan: Plan, scheme: str) -> str:
+    """What the user can do about a unit without a score."""
+    if scheme == INC_INT8 and plan.engine != "replay":
+        return "INC as the engine measures each op alone; set sensitivity.engine to replay"
+    return "capture again with the candidates of the config (snakemake --cores 1 --forcerun capture_sensitivity)"
 
 
 def times_of(unit: Unit, schemes: Iterable[str], spec: DecideSpec) -> dict[str, float]:

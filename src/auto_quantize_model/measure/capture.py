@@ -61,7 +61,9 @@ class Measured:
         scores: {(batch, scheme, map, op_name): record}, for all scores that are known already.
         references: for each batch, the sums of squares of the FP32 output.
         second_pass: for each batch, the scores of INC's second pass: {op_name: mse_value}.
-        candidates: the schemes in which units of several ops are measured as well.
+        candidates: the schemes of compressed-tensors in which units of several ops are measured as well.
+        tied: whether ops with one weight are measured together in `inc_int8` too, because a decision is about both.
+            INC as the engine measures each op alone.
         effort: which scores of the isolated map are measured.
         estimates: of every op, unit and scheme, where not all scores are measured.
         selected: {scheme: ops and units whose scores alone are measured}; None for all.
@@ -72,6 +74,7 @@ class Measured:
     references: dict[int, dict[str, float]] = field(default_factory=dict)
     second_pass: dict[int, dict[str, float]] = field(default_factory=dict)
     candidates: Sequence[str] = ()
+    tied: bool = True
     effort: Effort = Effort()
     estimates: Sequence[Estimate] = ()
     selected: Mapping[str, set[str]] | None = None
@@ -93,9 +96,10 @@ class Measured:
 
     def units(self, scheme: str) -> dict[str, tuple[str, ...]]:
         """{unit: its ops} for the units of several ops that are measured in a scheme."""
-        if scheme not in self.candidates:
-            return {}
-        return {unit.name: unit.ops for unit in self.plan.units if len(unit.ops) > 1 and scheme in unit.schemes}
+        several = [unit for unit in self.plan.units if len(unit.ops) > 1]
+        if scheme == INC_INT8:  # INC holds each op as a matrix of its own
+            return {"+".join(unit.ops): unit.ops for unit in several if unit.tied and self.tied}
+        return {unit.name: unit.ops for unit in several if scheme in unit.schemes and scheme in self.candidates}
 
 
 @dataclass(kw_only=True)
@@ -188,6 +192,7 @@ def capture_sensitivity(
     of_replay, of_inc = share_of_engines(model, plan)
     if of_inc and by_inc is None:
         raise InputError("the plan asks for INC, and INC is not available here; set sensitivity.engine to replay")
+    work.tied = not of_inc
     record: dict[str, Any] = {}
     if of_replay:
         try:
@@ -335,7 +340,7 @@ class ByReplay:
         batches = range(len(self.work.batches))
         # Other batches may run other ops, whose states take as long as those of this batch in the mean.
         states = sum(len(op.schemes) for op in self.ops.values() for index in batches if op.executions[index])
-        states += len(batches) * sum(len(self.work.units(scheme)) for scheme in self.work.candidates)
+        states += len(batches) * sum(len(self.work.units(scheme)) for scheme in self.plan.schemes)
         mean = math.fsum(isolated) / len(isolated) if isolated else 1.0
         found = Costs(
             batches=len(batches),
@@ -382,11 +387,12 @@ class ByReplay:
     def wanted(self) -> dict[str, Wanted]:
         """What is estimated on the batch that was begun: each op that runs, and each unit of several ops."""
         found: dict[str, Wanted] = {name: ([name], self.ops[name].schemes) for name in self.replay.order}
-        for unit in self.work.plan.units:
-            if schemes := [scheme for scheme in self.work.candidates if unit.name in self.work.units(scheme)]:
-                if ran := [name for name in unit.ops if name in self.replay.order]:
-                    found[unit.name] = ran, schemes
-        return found
+        units: dict[str, tuple[list[str], list[str]]] = {}
+        for scheme in self.plan.schemes:
+            for unit, ops in self.work.units(scheme).items():
+                if ran := [name for name in ops if name in self.replay.order]:
+                    units.setdefault(unit, (ran, []))[1].append(scheme)
+        return found | units
 
     def measure(self, index: int, share: slice = slice(None)) -> None:
         """Measure the states of a batch, or a share of them, as far as the store does not have them."""
