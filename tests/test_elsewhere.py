@@ -23,6 +23,7 @@ from test_workflow import (
     changed,
     copy_checkout,
     dry_run,
+    on_texts,
     planned,
     snakemake,
     write_samples,
@@ -129,6 +130,30 @@ def test_a_directory_elsewhere_takes_the_shipped_model_and_the_defaults_of_the_c
     assert "results/mine/digits/plan.json" in told and "results/there" not in told
     told = dry_run(checkout, "--directory", str(directory), "--printshellcmds").stdout
     assert "results/there/digits/plan.json" in told and '"num_samples": 34' in told
+
+
+@pytest.mark.slow
+def test_a_run_in_another_directory_makes_every_result_there_and_names_the_next_command(
+    checkout: Path, tmp_path: Path
+) -> None:
+    from auto_quantize_model.made.tiny_text import write_tiny_text
+
+    directory = tmp_path / "made there"
+    (directory / "resources").mkdir(parents=True)
+    write_tiny_text("mistral", directory / "resources/models/tiny")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(on_texts(directory, ["FP8_DYNAMIC"])))
+    before = contents(checkout)
+    asked = ["--snakefile", str(checkout / "workflow/Snakefile"), "--directory", str(directory)]
+    config = ["--configfile", str(tmp_path / "mine.yaml")]
+    ended = snakemake(tmp_path, *asked, *config, "--cores", "1", PYTHONDONTWRITEBYTECODE="1")
+    assert ended.returncode == 0, ended.stdout
+    assert contents(checkout) == before
+    assert list(directory.glob("results/tiny/texts/*.html")) and not (tmp_path / "results").exists()
+    last = ended.stdout.splitlines()[-1]
+    command = shlex.split(last.removeprefix("Next: "))
+    assert command[0] == "snakemake" and command[-1] == "quantize_model"
+    told = snakemake(tmp_path, *command[1:-2], "--dry-run", *command[-2:]).stdout
+    assert rules_of(told) == {"quantize_model"}
 
 
 def quoted(path: Path) -> str:

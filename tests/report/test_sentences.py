@@ -259,6 +259,15 @@ def test_a_run_ends_with_its_decision_its_page_and_the_next_step(target: Target,
     assert decision == f"Decision: {' '.join(sentences.decision(found))}"
 
 
+def test_a_run_in_another_folder_ends_with_a_command_that_works_there() -> None:
+    there = "--snakefile /a/workflow/Snakefile --directory /b"
+    lines = sentences.closing(report_of(measured(), Target()), "page.html", "exports", "a.yaml b.yaml", there)
+    run = f"snakemake {there} --cores all --configfile a.yaml b.yaml"
+    assert lines[-1] == f"Next: {run} --config quantize='{{profile: balanced}}' -- quantize_model"
+    last = sentences.closing(report_of(), "page.html", "exports", "", there)[-1]
+    assert last.endswith(f"`snakemake {there} --cores all`")
+
+
 def test_without_a_decision_the_next_step_is_the_config() -> None:
     last = sentences.closing(report_of(), "page.html", "exports", "a.yaml")[-1]
     assert last == "Next: change the config's blocks decide and profiles, then `make run CONFIG=a.yaml`"

@@ -3,6 +3,7 @@
 import atexit
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def show_result():
                 return
             exports = str(Path(step.input.exports).parent)
             found = read_document(Path(step.input.report), "report")
-            lines = sentences.closing(found, step.output.html, exports, config_files())
+            lines = sentences.closing(found, step.output.html, exports, config_files(), elsewhere())
         elif "quantize_model" in made:
             record = Path(made["quantize_model"].output.record)
             lines = [sentences.quantized(read_document(record, "quantized"), str(record.parent))]
@@ -97,7 +98,15 @@ def show_failure():
 
 def config_files():
     """The config files of the command line, as make's CONFIG takes them."""
-    return " ".join(os.path.relpath(file) for file in workflow.config_settings.configfiles)
+    files = [Path(file).absolute() for file in workflow.config_settings.configfiles]
+    return " ".join(shlex.quote(str(file)) if elsewhere() else os.path.relpath(file) for file in files)
+
+
+def elsewhere():
+    """The options that name this Snakefile and a working directory that is not the checkout; empty in the checkout."""
+    if Path.cwd() == ROOT:
+        return ""
+    return f"--snakefile {shlex.quote(str(ROOT / 'workflow/Snakefile'))} --directory {shlex.quote(str(Path.cwd()))}"
 
 
 STEPS = Steps()

@@ -293,7 +293,7 @@ def of_profiles(report: Report) -> list[str]:
     return [*lines, *(f"{name}: none, because {why}" for name, why in found["missed"].items())]
 
 
-def closing(report: Report, page: str, exports: str, configs: str) -> list[str]:
+def closing(report: Report, page: str, exports: str, configs: str, elsewhere: str = "") -> list[str]:
     """The last lines of a run: its warnings, the decision, the page and the next step.
 
     Args:
@@ -301,15 +301,19 @@ def closing(report: Report, page: str, exports: str, configs: str) -> list[str]:
         page: path of its HTML page.
         exports: path of the folder of exports.
         configs: the config files of the command line, with spaces between them; empty for the default config.
+        elsewhere: options of Snakemake that name Snakefile and working directory; empty in the checkout, for make.
     """
     warnings = [f"warning: {sentence}" for sentence in (*report["warnings"], *breaks(report))]
     what, why = decision(report)
     again = f" CONFIG={configs}" if configs and " " not in configs else f' CONFIG="{configs}"' if configs else ""
     found = decided(report)
+    run = f"snakemake {elsewhere} --cores all" + (f" --configfile {configs}" if configs else "")
     if not found:
-        step = f"change the config's blocks decide and profiles, then `make run{again}`"
+        step = f"change the config's blocks decide and profiles, then `{run if elsewhere else f'make run{again}'}`"
     elif INC_INT8 in report["frontier"]["candidates"] and report["measurement"]["inc_check"]["status"] == "cannot":
         step = f"use an export in {exports}"
+    elif elsewhere:
+        step = f"{run} --config quantize='{{profile: {found[0]}}}' -- quantize_model"
     else:
         step = f"make quantize PROFILE={found[0]}{again}"
     return [*warnings, f"Decision: {what} {why}".strip(), f"The page: {page}", f"Next: {step}"]
