@@ -151,7 +151,8 @@ def best_model(
         holder.append(timed("load it back", lambda: load_quantized(folder, directory)))
         found = timed("a forward", lambda: reference.compare(logits(holder.pop(), batch)))
         release()
-        expected = timed("the replay, all ops in INT8", lambda: replayed(load_model(directory), plan, batch, reference))
+        model = load_model(directory, mapped=args.mapped)
+        expected = timed("the replay, all ops in INT8", lambda: replayed(model, plan, batch, reference))
     size = (folder / WEIGHTS).stat().st_size / GIB
     cli.say(f"{WEIGHTS}: {size:.2f} GiB; mse_value {found['mse_value']}, by the replay {expected['mse_value']}")
     if found != expected:

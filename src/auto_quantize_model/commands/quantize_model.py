@@ -19,7 +19,7 @@ from auto_quantize_model.schemes.scheme import INC_INT8
 
 def parser() -> argparse.ArgumentParser:
     reads = ("manifest", "calibration_manifest", "calibration_set", "heldout_set", "plan", "scales", "frontier")
-    settings = ("directory", "memory", "config_digest", "log")
+    settings = ("directory", "config_digest", "log")
     made = options.parser(__doc__, *reads, "profiles", "exports", *settings, writes=["record"])
     made.add_argument("--profile", required=True, help="the profile's name")
     return made
@@ -85,15 +85,14 @@ def by_inc(run: Run, profile: Profile, frontier: Frontier, beside: Sequence[str]
 
     loaded = Loaded(run)
     require_inc(run.plan)
-    # The FP32 model and INC's are in memory together, unless the FP32 weights stay in their files. Loaded back, INC's
-    # model and its file take less.
-    mapped = loaded.stays_mapped([INC_INT8])
-    needed = (0 if mapped else 4 * loaded.parameters) + profile.point.weight_bytes + WORKING_BYTES
+    # The FP32 weights stay in their files. INC's are there three times when it loads its file: those of the file, the
+    # codes of zeros that they replace, and the new codes.
+    needed = 3 * profile.point.weight_bytes + WORKING_BYTES
     require_free(needed, "quantizing this model, and loading the result back,")
     batches = loaded.batches()
     heldout, answers = loaded.heldout(frontier.batches)
     with incs_surroundings(frontier.threads, run.plan.reduce_range):
-        model = loaded.model(mapped=mapped)
+        model = loaded.model(mapped=True)
         references = [Reference.of(logits(model, batch), batch, run.plan.measured_op) for batch in heldout]
         with atomic_folder(directory, beside=beside) as folder:
             quantize(model, batches, op_name_dict, folder)

@@ -92,7 +92,8 @@ def load_quantized(directory: Path, snapshot: Path) -> torch.nn.Module:
     Raises:
         InputError: as `models.snapshot.empty_model` says.
     """
-    loaded: torch.nn.Module = load(str(directory), zero_model(snapshot))
+    with copies_sharing_parameters():
+        loaded: torch.nn.Module = load(str(directory), zero_model(snapshot))
     return loaded
 
 

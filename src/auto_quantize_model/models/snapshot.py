@@ -5,6 +5,7 @@ Out: a manifest (sha256 per file), an FP32 model in eval mode, and the model's o
 """
 
 import math
+import mmap
 import os
 import re
 import textwrap
@@ -373,7 +374,7 @@ def empty_model(directory: Path) -> PreTrainedModel:
 def zero_model(directory: Path) -> PreTrainedModel:
     """The model as `load_model` returns it, with zeros for weights.
 
-    The operating system gives memory to a page of zeros when the page is written. So this model takes next to none.
+    This model takes next to no memory.
 
     Raises:
         InputError: as `empty_model` says.
@@ -381,11 +382,21 @@ def zero_model(directory: Path) -> PreTrainedModel:
     with no_init_weights():
         model = _of_config(directory)
     for parameter in model.parameters():
-        parameter.data = torch.zeros_like(parameter)
+        parameter.data = untouched_zeros(parameter.shape)
     make_fx_safe(model)
     model.eval().requires_grad_(False)
     name_hidden_state(model, read_object(directory / "config.json"))
     return model
+
+
+def untouched_zeros(shape: torch.Size) -> torch.Tensor:
+    """Zeros in float32 whose pages get memory when they are written. torch.zeros writes them."""
+    size = 4 * shape.numel()
+    if size < 1 << 20:  # the system allows a limited number of maps
+        return torch.zeros(shape)
+    # Private, because a page of shared memory gets memory when it is read, too.
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.float32).view(shape)
 
 
 def name_hidden_state(model: torch.nn.Module, config: Mapping[str, Any]) -> None:
