@@ -25,7 +25,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 # The rules of a run in parts, which the picture does not show.
 IN_PARTS = {"measure_probes", "measure_scores", "audit_part", "measure_heldout"}
 # What a reader has from elsewhere.
-OTHER = {"git", "cd", ".", "pip", "export", "snakedeploy"}
+OTHER = {"apptainer", "docker", "git", "cd", ".", "pip", "export", "snakedeploy"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
