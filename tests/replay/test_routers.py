@@ -110,6 +110,8 @@ def test_the_share_of_kept_choices_is_that_of_the_librarys_own_model(routers: Tw
         for state in states:
             replay.run(state)
             found.append(replay.routing_agreement())
+        replay.together = data.draw(st.integers(2, 3))
+        assert [replay.routing_agreement() for _ in replay.run_each([*states, *states])] == found + found
     library = Library(routers.model, routers.plan, routers.schemes, scales)
     with choices_of(routers.model) as choices:
         for state in states:

@@ -196,6 +196,7 @@ class Replay:
         self.recording = False
         self.now: Forward | None = None  # the forward that runs
         self.state: State | None = None  # to which the kept outputs belong
+        self.base: Any = None  # what routers and norms remember of that state
         self.measured = torch.empty(0)
         self.order: list[str] = []
         self.executions: dict[str, int] = {}
@@ -329,9 +330,11 @@ class Replay:
         # Until this run has ended, the kept outputs belong to no state.
         self.state = None
         with self._running(forward):
+            if self.base:  # the routers of blocks that do not run again have chosen as in the state of the kept outputs
+                self._recall(self.base)
             self.call()
         output = self._ended(forward)
-        self.state = state
+        self.state, self.base = state, self._remembered()  # norms remember nothing outside of a run
         return output
 
     def _together(self, states: Sequence[State]) -> Iterator[torch.Tensor]:
@@ -343,7 +346,7 @@ class Replay:
             states = others
         forwards = [Forward(state, self._unchanged(state, self.state)) for state in states]
         for forward in forwards:
-            forward.remembered = self._remembered()
+            forward.remembered = self.base
             self._resume(forward)
         for index in range(len(self.sequence)):
             with held():
