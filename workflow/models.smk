@@ -37,6 +37,9 @@ except InputError as error:
     sys.exit(redacted(str(error)))
 
 
+container: image_of(workflow, config)  # ignored without --sdm apptainer
+
+
 for run, spec in RUNS.items():
     prefix = f"{run}_"
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -29,3 +30,17 @@ def checkout_of(folder):
                 if not unpacked.exists():  # no other process was faster
                     raise
     return unpacked
+
+
+def image_of(workflow, config):
+    """The image that the config names for containers; without one, the name that `make image` gives, which is local.
+
+    A run that asks for a container and names no image ends here, because no registry has the local image.
+    """
+    image = (config.get("machine") or {}).get("image")
+    if not image and "APPTAINER" in {method.name for method in workflow.deployment_settings.deployment_method}:
+        sys.exit(
+            "--sdm apptainer needs an image, and machine.image names none; make one (make image), and name it:"
+            " --config machine='{image: docker://REGISTRY/auto-quantize-model:TAG}', or the path of a .sif file"
+        )
+    return image or "docker://auto-quantize-model"

@@ -52,16 +52,6 @@ def require_packages():
         )
 
 
-def require_image():
-    """End a run that asks for a container before the first job, if the config names no image."""
-    methods = {method.name for method in workflow.deployment_settings.deployment_method}
-    if "APPTAINER" in methods and not config["machine"]["image"]:
-        sys.exit(
-            "--sdm apptainer needs an image, and machine.image names none; make one (make image), and name it:"
-            " --config machine='{image: docker://REGISTRY/auto-quantize-model:TAG}', or the path of a .sif file"
-        )
-
-
 def require_device():
     """End a run without its GPU before the first job. Jobs on other machines check for themselves."""
     jobs = workflow.dag.needrun_jobs()
