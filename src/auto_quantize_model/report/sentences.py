@@ -307,7 +307,8 @@ def closing(report: Report, page: str, exports: str, configs: str, elsewhere: st
     what, why = decision(report)
     again = f" CONFIG={configs}" if configs and " " not in configs else f' CONFIG="{configs}"' if configs else ""
     found = decided(report)
-    run = f"snakemake {elsewhere} --cores all" + (f" --configfile {configs}" if configs else "")
+    given = f" --configfile {configs}" if configs else ""
+    run = f"snakemake {elsewhere} --cores all{given}"
     if not found:
         step = f"change the config's blocks decide and profiles, then `{run if elsewhere else f'make run{again}'}`"
     elif INC_INT8 in report["frontier"]["candidates"] and report["measurement"]["inc_check"]["status"] == "cannot":
