@@ -42,8 +42,8 @@ def test_parts_have_the_bytes_of_one_job(
     sizes = [len(part.records) for part in parts]
     assert max(sizes) - min(sizes) <= 1
     runs: list[Any] = []
-    run = Replay.run
-    monkeypatch.setattr(Replay, "run", lambda self, state: runs.append(state) or run(self, state))
+    run_each = Replay.run_each
+    monkeypatch.setattr(Replay, "run_each", lambda self, states: runs.extend(states) or run_each(self, states))
     found = measure_frontier(*data, ScoreStore(tmp_path / "rest"), SPEC, TARGET, token_batches(1), parts=parts[::-1])
     assert canonical_json(body_of(found)) == canonical_json(body_of(whole))
     measured = 2 * len({point.schemes for point in (*whole.points, *whole.controls)})

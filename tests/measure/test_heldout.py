@@ -176,7 +176,7 @@ def test_a_value_that_is_no_number_is_named_with_its_state(
     batches = token_batches(2)
     with Replay(model, plan.ops, plan.measured_op) as replay:
         scales = replay.calibrate(batches[0])
-    monkeypatch.setattr(Replay, "run", lambda replay, state: replay.measured + math.inf)
+    monkeypatch.setattr(Replay, "run_each", lambda replay, states: iter([replay.measured + math.inf]))
     with (
         HeldOut(model, plan, scales, batches[1:], [[None]], ScoreStore(tmp_path)) as heldout,
         pytest.raises(
