@@ -93,6 +93,19 @@ def test_no_other_choice_within_bytes_and_time_loses_less(
     assert loss_of(choice, units)[0] <= best * (1 + 1e-5) + 1e-15
 
 
+def test_a_choice_that_exceeds_the_budget_within_the_solvers_tolerance_gives_way_to_another() -> None:
+    """Of 20 million bytes 3 are within the tolerance. The smaller option of the first unit takes too long."""
+    tight = options_of("a", {"NVFP4": (1774, 0.0), "W8A8": (1777, 0.0)})
+    tight = replace(tight, seconds={"NVFP4": 2.0, "W8A8": 1.0})
+    large = replace(options_of("b", {"FP8": (19997722, 0.1)}), seconds={"FP8": 1.0})
+    budget = bytes_of(("NVFP4", "FP8"), [tight, large])
+    with pytest.raises(InputError, match=r"^no choice of schemes fits in 19999496 bytes and 2.5 s; the fastest"):
+        allocate([tight, large], budget, 2.5)
+    other = options_of("b", {"FP8": (19997722, 0.1), "W4A16": (19997719, 0.3)})
+    slower = replace(other, seconds={"FP8": 1.0, "W4A16": 1.2})
+    assert allocate([tight, slower], budget, 2.5) == ("W8A8", "W4A16")
+
+
 def test_a_choice_without_a_table_has_no_time() -> None:
     assert seconds_of(("W8A8",), [options("a", W8A8=(8, 0.1))]) is None
 

@@ -1,4 +1,4 @@
-"""Where the checkout of this workflow lies: its library, scripts, default config and shipped model are files of it."""
+"""What both Snakefiles need first: the checkout with library, scripts, default config and shipped model; and the image."""
 
 import os
 import shutil

@@ -90,17 +90,23 @@ def solved(units: Sequence[Options], budget: int, seconds: float | None, known: 
     if seconds is not None:
         times = np.array([units[index].seconds[scheme] for index, scheme in columns])
         limits.append(LinearConstraint(times[None] / seconds, -np.inf, 1 - TOLERANCE))
-    found = milp(
-        losses / known,
-        integrality=np.ones(len(columns)),
-        bounds=Bounds(0, 1),
-        constraints=limits,
-        options={"mip_rel_gap": 0},
-    )
-    if found.x is None:
-        raise InputError(f"no choice of schemes fits in {budget} bytes{within_time(units, seconds)}: {found.message}")
-    choice = tuple(scheme for (_, scheme), taken in zip(columns, found.x, strict=True) if taken > 0.5)
-    return within(choice, units, budget)
+    while True:
+        found = milp(
+            losses / known,
+            integrality=np.ones(len(columns)),
+            bounds=Bounds(0, 1),
+            constraints=limits,
+            options={"mip_rel_gap": 0},
+        )
+        if found.x is None:
+            problem = f"no choice of schemes fits in {budget} bytes{within_time(units, seconds)}"
+            raise InputError(f"{problem}: {found.message}")
+        taken = found.x > 0.5
+        choice = tuple(scheme for (_, scheme), one in zip(columns, taken, strict=True) if one)
+        if (fitting := within(choice, units, budget)) is not None:
+            return fitting
+        # No step back keeps within the time. The solver takes any other choice from here on.
+        limits.append(LinearConstraint(taken[None].astype(float), -np.inf, len(units) - 1))
 
 
 def within_time(units: Sequence[Options], seconds: float | None) -> str:
@@ -111,10 +117,10 @@ def within_time(units: Sequence[Options], seconds: float | None) -> str:
     return f" and {seconds:g} s; the fastest choice takes {least:g} s"
 
 
-def within(choice: Choice, units: Sequence[Options], budget: int) -> Choice:
+def within(choice: Choice, units: Sequence[Options], budget: int) -> Choice | None:
     """A choice that a solver's tolerance let exceed the budget by a few bytes, with the cheapest step back.
 
-    A step back never takes more time.
+    A step back never takes more time. None where there is no such step.
     """
     while (over := bytes_of(choice, units) - budget) > 0:
         steps = [
@@ -124,7 +130,7 @@ def within(choice: Choice, units: Sequence[Options], budget: int) -> Choice:
             if unit.bytes[other] < unit.bytes[scheme] and unit.seconds.get(other, 0) <= unit.seconds.get(scheme, 0)
         ]
         if not steps:
-            raise InputError(f"no choice of schemes was found in {budget} bytes; change the budget by a few bytes")
+            return None
         _, index, other = min(steps)
         choice = (*choice[:index], other, *choice[index + 1 :])
     return choice
