@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from quick_inc import few_ops_model, plans_unchecked, token_batches
 from safetensors.torch import save_file
+from transformers import DynamicCache
 
 from auto_quantize_model.config import PlanSpec
 from auto_quantize_model.data.digits import LIMITS
@@ -24,7 +25,8 @@ from auto_quantize_model.models.encode import collate, encode
 from auto_quantize_model.models.sample import Sample
 from auto_quantize_model.models.snapshot import load_model
 from auto_quantize_model.replay import model as replay_module
-from auto_quantize_model.replay.model import Replay, block_of
+from auto_quantize_model.replay.forward import bytes_held_by
+from auto_quantize_model.replay.model import AROUND, Replay, block_of
 from auto_quantize_model.replay.scales import name_of_batch, read_scales, write_scales
 from auto_quantize_model.schemes.scheme import assigned
 
@@ -141,11 +143,20 @@ def test_fewer_states_advance_together_where_the_memory_for_kept_outputs_is_shor
         with start(model, plan) as replay:
             replay.set_scales(scales)
             replay.begin(batches[0])
-            replay.together, replay.cache_bytes = 4, (1 + room) * replay.cached_bytes
+            replay.together, replay.cache_bytes = 4, replay.cached_bytes + room * AROUND * replay.waiting_bytes
             together = replay._together
             replay._together = lambda states, together=together: waiting.append(len(states)) or together(states)
             assert len(list(replay.run_each(states))) == 6
     assert waiting == [1] * 6 + [2] * 3 + [4, 2]
+
+
+def test_what_a_waiting_block_gets_counts_with_the_cache_of_keys_and_values_and_without_weights_and_views():
+    cache = DynamicCache()
+    for layer in range(3):
+        cache.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), layer)
+    hidden, mask = torch.zeros(5, 8), torch.zeros(5, dtype=torch.bool)
+    given = {"past_key_values": cache, "mask": mask, "again": hidden[:3], "norm": torch.nn.Linear(8, 8)}
+    assert bytes_held_by(((hidden, torch.nn.Parameter(hidden.clone())), given)) == 3 * 2 * 160 + 160 + 5
 
 
 @pytest.mark.slow

@@ -4,11 +4,13 @@ In: a state, and a function that runs the model. Out: what the forward gives at 
 forward that waits: all forwards run in one thread, one at a time, so torch's settings are those of this thread.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from greenlet import greenlet
+
+from auto_quantize_model.models.mapped import Mapped
 
 
 class Forward:
@@ -49,3 +51,22 @@ class Forward:
     def ended(self) -> bool:
         """Whether the forward has ended."""
         return self.running is None or self.running.dead
+
+
+def bytes_held_by(what: Any) -> int:
+    """The bytes of all tensors in an object, such as a cache of keys and values, without weights; views count once."""
+    found, seen, left = {}, set(), [what]
+    while left:
+        one = left.pop()
+        if id(one) in seen or isinstance(one, torch.nn.Module | torch.nn.Parameter | Mapped):
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.Tensor):
+            found[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        elif isinstance(one, Mapping):
+            left += one.values()
+        elif isinstance(one, list | tuple):
+            left += one
+        else:
+            left += vars(one).values() if hasattr(one, "__dict__") else ()
+    return sum(found.values())

@@ -18,7 +18,7 @@ from auto_quantize_model.machine import LIMITS
 from auto_quantize_model.models.experts import RoutedExperts, StackedLinear
 from auto_quantize_model.models.mapped import Mapped, held
 from auto_quantize_model.records import Op, Scales
-from auto_quantize_model.replay.forward import Forward
+from auto_quantize_model.replay.forward import Forward, bytes_held_by
 from auto_quantize_model.replay.ops import SITES, Site, refusal
 from auto_quantize_model.schemes.inc_int8 import require_formula
 from auto_quantize_model.schemes.scheme import Assignment
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the library that it imports is needed for its own schemes a
 Batch = dict[str, torch.Tensor]
 State = frozenset[tuple[str, str]]  # the items of an assignment
 TOGETHER = 16  # states that advance together where weights stay in their files
+AROUND = 2  # times what a block gets, for tensors that the code around the blocks holds
 
 
 def refusals(model: torch.nn.Module, ops: Sequence[Op]) -> dict[str, str]:
@@ -94,6 +95,7 @@ class Replay:
         first_visit: {op_name: when its block ran first}, for ops that can run on the batch.
         executions: how often each op ran in FP32 on the batch.
         cached_bytes: the size of the kept outputs, at most `cache_bytes`.
+        waiting_bytes: the most that a block of the batch gets, with the keys and values of the blocks before it.
         together: how many states advance together in `run_each`, if `cache_bytes` has room for them.
     """
 
@@ -201,7 +203,7 @@ class Replay:
         self.order: list[str] = []
         self.executions: dict[str, int] = {}
         self.inside = dict.fromkeys(self.sites, 0)  # how often each op ran in its own block
-        self.cached_bytes = 0
+        self.cached_bytes = self.waiting_bytes = 0
 
     def calibrate(self, *batches: Batch, on_batch: Callable[[], None] = lambda: None) -> Scales:
         """Run `batches` in FP32, and set the scales that the plan's observers find on all of them.
@@ -293,9 +295,8 @@ class Replay:
             InputError, OtherOrder: as `run` says.
         """
         states = [self._state(assignment) for assignment in assignments]
-        # A forward that waits holds its keys and values, which take about as much as the outputs of all its blocks.
         room = self.cache_bytes - self.cached_bytes
-        together = min(self.together, max(1, room // max(1, self.cached_bytes)))
+        together = min(self.together, max(1, room // max(1, AROUND * self.waiting_bytes)))
         for start in range(0, len(states), together):
             yield from self._together(states[start : start + together])
 
@@ -443,6 +444,7 @@ class Replay:
         if self.recording:
             self.sequence.append(block)
             before = {name: site.executions for name, site in self.sites.items() if self.blocks[name] == block}
+            self.waiting_bytes = max(self.waiting_bytes, bytes_held_by((args, kwargs)))
         elif index >= len(self.sequence) or self.sequence[index] != block:
             raise OtherOrder(f"{block} ran")
         if index < min(now.valid, len(self.outputs)):
