@@ -28,7 +28,7 @@ $(if $(VERBOSE),,PIPELINE_QUIET=1) $(BIN)/snakemake $(1) --cores 1 --resources g
 	$(if $(CONFIG),--configfile $(CONFIG)) $(2)
 endef
 
-.PHONY: help setup run test test-slurm image lint quantize bench bench-3b bench-estimates bench-parts bench-rivals bench-families bench-page bench-gpu bench-faults bench-tests check-exports standin-3b train-digits dag config archive lock clean
+.PHONY: help setup run test test-slurm image lint quantize bench bench-3b bench-estimates bench-parts bench-memory bench-rivals bench-families bench-page bench-gpu bench-faults bench-tests check-exports standin-3b train-digits dag config archive lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -88,6 +88,9 @@ bench-estimates: $(READY) ## compare estimates with exact scores of SmolLM2-135M
 
 bench-parts: $(READY) ## share a capture among simulated nodes, and compare the bytes (5 minutes)
 	$(BIN)/python benchmarks/parts.py --parts 1 2 4
+
+bench-memory: standin-3b ## run the stand-in of the 3B in memory and within 10 GiB: seconds, memory, bytes (8 GB of disk; an hour)
+	$(BIN)/python benchmarks/memory_limit.py
 
 bench-rivals: $(READY) ## compare with ModelOpt and AutoRound on SmolLM2-135M (installs both into tmp/, 4 GB; two hours)
 	$(MAKE) run CONFIG=config/smollm2_135m.yaml
