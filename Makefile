@@ -57,10 +57,11 @@ test: $(READY) ## run the tests
 test-slurm: $(READY) ## run the pipeline on a SLURM of its own with kills and time limits (root, apt-get install munge slurm-wlm; 15 minutes)
 	$(BIN)/python benchmarks/slurm.py
 
-# docker or podman, whichever is there. BASE and PIP_ARGS are those of the Dockerfile.
+# The first that works: docker may be there without its daemon. BASE and PIP_ARGS are those of the Dockerfile.
 image: ## build the image auto-quantize-model:VERSION from the Dockerfile (docker or podman)
-	@engine=$$(command -v docker || command -v podman) || { \
-		echo "error: neither docker nor podman is installed; install one of them" >&2; exit 2; }; \
+	@for engine in docker podman; do if "$$engine" version >/dev/null 2>&1; then break; fi; engine=; done; \
+	if [ -z "$$engine" ]; then \
+	echo "error: neither docker nor podman works here; install podman, or start the daemon of docker" >&2; exit 2; fi; \
 	version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml); \
 	"$$engine" build $(if $(BASE),--build-arg BASE="$(BASE)") $(if $(PIP_ARGS),--build-arg PIP_ARGS="$(PIP_ARGS)") \
 		--tag "auto-quantize-model:$$version" .; \
