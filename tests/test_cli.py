@@ -262,15 +262,19 @@ def test_a_signal_that_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
 
 PARENT = """
 import os, subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=os.environ | eval(sys.argv[2]))
+python = [sys.executable, "-c", sys.argv[1]]
+shell = ["sh", "-c", '"$@"; true', "sh"]  # stays, as the process of a container does
+child = subprocess.Popen(shell + python if sys.argv[3:] else python, env=os.environ | eval(sys.argv[2]))
 print(child.pid, flush=True)
 child.wait()
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the parent-death signal is Linux's")
-@pytest.mark.parametrize("job", [True, False])
-def test_a_job_ends_with_its_workflow_and_a_script_started_by_hand_goes_on(tmp_path: Path, job: bool) -> None:
+@pytest.mark.parametrize(("job", "between"), [(True, []), (True, ["a shell"]), (False, [])])
+def test_a_job_ends_with_its_workflow_and_a_script_started_by_hand_goes_on(
+    tmp_path: Path, job: bool, between: list[str]
+) -> None:
     body = """
 import time
 def work():
@@ -280,7 +284,7 @@ def work():
     code = f"{PREAMBLE}\nlog = Path('work.log')\n{body}\nraise SystemExit(cli.run(work, log))"
     settings = "{'PIPELINE_PID': str(os.getpid())}" if job else "{}"
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, code, settings],
+        [sys.executable, "-c", PARENT, code, settings, *between],
         cwd=tmp_path,
         env={name: value for name, value in os.environ.items() if name != "PIPELINE_PID"},
         stdout=subprocess.PIPE,

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import select
 import signal
 import sys
 import tempfile
@@ -14,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 from unittest import mock
 
 from tqdm import tqdm
@@ -104,19 +105,29 @@ def json_value(text: str) -> Any:
 
 
 def end_with_parent() -> None:
-    """Have the kernel end a job of the workflow when the workflow ends, so that no orphan process keeps writing.
+    """End a job of the workflow when the workflow ends, so that no orphan process keeps writing.
 
     The workflow names itself in the environment, because it may have ended while this process was still importing. A
     script that a person started is not a job, and does not end with any other program. Neither does a job whose
-    Snakemake runs on another host: that scheduler ends its jobs. Only Linux has that signal. On other systems the score
-    store's lock keeps a second writer out.
+    Snakemake runs on another host: that scheduler ends its jobs. On Linux the kernel sends a signal when the parent
+    ends. A container's own process may be the parent, so a thread waits for the workflow then. On other systems the
+    score store's lock keeps a second writer out.
     """
     workflow = workflow_process(os.environ)
     if sys.platform != "linux" or workflow is None:
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != workflow:
+        with contextlib.suppress(OSError):  # an old kernel, or a process that has ended
+            threading.Thread(target=_end_with, args=(os.pidfd_open(workflow),), daemon=True).start()
     if has_ended(workflow):
         raise InputError("the Snakemake that started this job has ended; run Snakemake again")
+
+
+def _end_with(process: int) -> None:
+    """Send SIGTERM to the main thread when the process of a pidfd ends."""
+    select.select([process], [], [])
+    signal.pthread_kill(cast(int, threading.main_thread().ident), signal.SIGTERM)
 
 
 class Stopped(BaseException):
