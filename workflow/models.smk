@@ -37,7 +37,8 @@ except InputError as error:
     sys.exit(redacted(str(error)))
 
 
-container: image_of(workflow, config)  # ignored without --sdm apptainer
+# Ignored without --sdm apptainer. Each run has its own image, and the page is made in the first.
+container: image_of(workflow, next((spec.machine.image for spec in RUNS.values() if spec.machine.image), None))
 
 
 for run, spec in RUNS.items():

@@ -598,10 +598,10 @@ class MachineSpec(Block):
     memory: Annotated[str, Matching(r"[1-9]\d{0,5}[MG]iB", "not a size; write it as 10GiB or 9000MiB")] | None = None
     """Memory of a step that runs the model, such as 10GiB. On the CPU, weights stay in their files if need be."""
 
-    score_store: str | None = None
+    score_store: Location | None = None
     """Folder of the score store, such as one on a volume that outlives a job. Null: results/scores."""
 
-    image: str | None = None
+    image: Location | None = None
     """Image for --sdm apptainer: a .sif file or docker://REGISTRY/NAME:TAG, made by the Dockerfile. Null: no image."""
 
 

@@ -1,5 +1,6 @@
-"""What both Snakefiles need first: the checkout with library, scripts, default config and shipped model; and the image."""
+"""What both Snakefiles need first: the checkout with library, scripts, default config and shipped model; and containers."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -32,15 +33,44 @@ def checkout_of(folder):
     return unpacked
 
 
-def image_of(workflow, config):
-    """The image that the config names for containers; without one, the name that `make image` gives, which is local.
+def in_containers(workflow):
+    """Whether jobs run in containers: --sdm apptainer."""
+    return "APPTAINER" in {method.name for method in workflow.deployment_settings.deployment_method}
+
+
+def image_of(workflow, image):
+    """The image for containers: the one that the config names, or the name that `make image` gives, which is local.
 
     A run that asks for a container and names no image ends here, because no registry has the local image.
     """
-    image = (config.get("machine") or {}).get("image")
-    if not image and "APPTAINER" in {method.name for method in workflow.deployment_settings.deployment_method}:
+    if not image and in_containers(workflow):
         sys.exit(
             "--sdm apptainer needs an image, and machine.image names none; make one (make image), and name it:"
             " --config machine='{image: docker://REGISTRY/auto-quantize-model:TAG}', or the path of a .sif file"
         )
     return image or "docker://auto-quantize-model"
+
+
+def show_to_containers(checkout, config):
+    """Let containers see what a run uses outside of its working directory, through a variable that apptainer reads.
+
+    Without it a container has the working directory as its home folder, and no other folder of the user. So the hub's
+    cache gets its name from the home folder out here. Folders that jobs write into must exist before they are shown.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    written = [os.environ.setdefault("HF_HOME", f"{cache}/huggingface"), config["machine"]["score_store"]]
+    if config["model"]["source"] == "hub":
+        written.append(os.path.dirname(config["model"]["path"]))  # get_model makes a link there
+    for folder in filter(None, written):
+        with contextlib.suppress(OSError):  # a job that needs the folder says what is wrong with it
+            os.makedirs(folder, exist_ok=True)
+    read = [os.environ.get("HF_HUB_CACHE"), config["model"]["path"], config["calibration"]["path"]]
+    read += [scheme.get("checkpoint") for scheme in config["sensitivity"]["schemes"] if isinstance(scheme, dict)]
+    variable = "APPTAINER_BIND" if shutil.which("apptainer") else "SINGULARITY_BIND"
+    shown = list(filter(None, os.environ.get(variable, "").split(",")))
+    for name in filter(None, [str(checkout), *written, *read]):
+        for path in (Path(os.path.abspath(name)), Path(name).resolve()):  # a link, and where it leads
+            folder = path if path.is_dir() and not path.is_symlink() else path.parent
+            if folder.exists() and folder != folder.parent and not folder.is_relative_to(Path.cwd()):
+                shown.append(str(folder))
+    os.environ[variable] = ",".join(dict.fromkeys(shown))

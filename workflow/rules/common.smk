@@ -45,7 +45,7 @@ def chosen_device():
 
 def require_packages():
     """End a run before the first job if its jobs would run in this Python without their packages."""
-    if MISSING and workflow.local_exec and not workflow.deployment_settings.deployment_method:
+    if MISSING and workflow.local_exec and not in_containers(workflow):
         sys.exit(
             f"This Python ({sys.executable}) has no {', '.join(MISSING)}, so it can plan and not measure; install them"
             " (make setup), and run the Snakemake of that environment (.venv/bin/snakemake)"
@@ -53,9 +53,11 @@ def require_packages():
 
 
 def require_device():
-    """End a run without its GPU before the first job. Jobs on other machines check for themselves."""
+    """End a run without its GPU before the first job. Jobs on other machines or in containers check for themselves."""
     jobs = workflow.dag.needrun_jobs()
-    if DEVICE != "cuda" or not workflow.local_exec or not any(getattr(job.resources, "gpu", 0) for job in jobs):
+    if DEVICE != "cuda" or not workflow.local_exec or in_containers(workflow):
+        return
+    if not any(getattr(job.resources, "gpu", 0) for job in jobs):
         return
     import torch
 
@@ -330,11 +332,12 @@ LOCKED = dict(re.findall(r"^([\w.-]+)==([^\s+]+)", (ROOT / "envs/requirements.lo
 def versions_of(*packages):
     """The versions of packages that a rule's output depends on: those with which its job runs.
 
-    Jobs run in this Python. One that lacks a package does not run jobs, so it knows nothing of their versions. The
-    lock does: `make setup` installs these. If results were made with others, a plan without the packages says that the
-    params have changed, and shows both versions.
+    Jobs run in this Python, or in an image of the lock. A Python that lacks a package runs no jobs, and takes those of
+    the lock too: `make setup` installs these. If results were made with others, a plan without the packages says that
+    the params have changed, and shows both versions.
     """
-    found = LOCKED if MISSING else {package: installed_version(package) for package in packages}
+    of_lock = MISSING or in_containers(workflow)
+    found = LOCKED if of_lock else {package: installed_version(package) for package in packages}
     return " ".join(f"{package}={found[package]}" for package in packages)
 
 
