@@ -40,14 +40,22 @@ class Steps(logging.Handler):
             if QUIET:
                 purpose = (workflow.get_rule(record.rule_name).docstring or "").strip().partition("\n")[0]
                 say(f"[{self.begun:{len(str(self.total))}}/{self.total}] {record.rule_name}: {purpose}", sys.stderr)
-        elif event == LogEvent.JOB_ERROR:
-            # A scheduler's own log comes after the log of the step, whose last line says more.
-            logs = [Path(log) for log in reversed(record.log)]
-            for log in [log for log in logs if log.is_file()] or logs:
-                lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-                self.failed += [f"{record.rule_name} failed; its log: {log}", *lines[-1:]]
+        elif event == LogEvent.JOB_ERROR and not record.indent:  # a job of a group has an indent, and no log here
+            # A storage gets the log of a step later. This host may have its local copy now, and a pod has it.
+            copies = [log for job in workflow.dag.jobs if workflow.dag.jobid(job) == record.jobid for log in job.log]
+            self.failed += self.lines(record.rule_name, record.log, map(str, copies))
+        elif event == LogEvent.GROUP_ERROR:
+            self.failed += self.lines(", ".join(job["rule_name"] for job in record.job_error_info), record.aux_logs)
         elif record.getMessage() == NOTHING_TO_BE_DONE_MSG:
             show_result()
+
+    def lines(self, name, logs, copies=()):
+        """What to show of a failure. A scheduler's own log comes after that of the step, whose last line says more."""
+        logs = [*reversed(logs)]
+        for log in [log for log in dict.fromkeys([*logs, *copies]) if Path(log).is_file()] or logs:
+            yield f"{name} failed; its log: {log}"
+            text = Path(log).read_text(errors="replace") if Path(log).is_file() else ""
+            yield from text.rstrip().splitlines()[-1:]  # that of a pod ends with an empty line
 
 
 def say(text, stream=None):
@@ -92,8 +100,7 @@ def show_result():
 
 def show_failure():
     """When Snakemake has ended, show the failed jobs, and last the sentence with the cause."""
-    if STEPS.failed:
-        atexit.register(say, "\n".join(STEPS.failed), sys.stderr)
+    atexit.register(lambda: STEPS.failed and say("\n".join(STEPS.failed), sys.stderr))
 
 
 def config_files():
@@ -111,6 +118,8 @@ def elsewhere():
 
 STEPS = Steps()
 logger.addHandler(STEPS)
+if workflow.remote_exec:  # Snakemake runs no onerror here, and the log of a pod is all that its host sees
+    show_failure()
 if QUIET:
     for handler in logger.handlers:
         if handler.name == "DefaultStreamHandler":  # the file in .snakemake/log keeps all messages
