@@ -12,8 +12,9 @@ KINDS = ("manifest", "calibration_manifest", "plan")
 # As many as --cores or --max-threads allow: Snakemake lowers the number.
 MEASURING_THREADS = config["sensitivity"]["threads"] or 64
 # The plugin for SLURM reads `gpu`, and that for Kubernetes both. On the CPU neither is there, because Kubernetes would
-# read `gpu: 0` as the wish for a node with GPUs.
-ONE_GPU = dict(gpu=1, gpu_manufacturer="nvidia") if DEVICE == "cuda" else {}
+# read `gpu: 0` as the wish for a node with GPUs. A cluster refuses a GPU without a limit, and its plugin writes limits for
+# a job with `scale: 0` alone.
+ONE_GPU = dict(gpu=1, gpu_manufacturer="nvidia", scale=0) if DEVICE == "cuda" else {}
 # The memory that a step may take, in megabytes; 0 without a limit. A resource, because results do not depend on it.
 LIMIT = needs.in_bytes(config["machine"]["memory"] or "0MiB") // 10**6
 # The steps that need no model in memory: megabytes and minutes.
