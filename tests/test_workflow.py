@@ -244,10 +244,17 @@ def test_results_have_the_name_of_the_device_that_was_asked_for_and_only_a_gpu_i
 ) -> None:
     told = dry_run(checkout, "--printshellcmds", "--config", "sensitivity={device: cuda}", *arguments).stdout
     steps = dict(re.findall(r"^rule (\w+):\n(.*?)^Shell command: ", told, re.MULTILINE | re.DOTALL))
-    asked = sorted(name for name, body in steps.items() if "gpu=1, gpu_manufacturer=nvidia" in body)
+    asked = sorted(name for name, body in steps.items() if "gpu=1, gpu_manufacturer=nvidia, scale=0" in body)
     assert asked == (REPLAYING if device == "cuda" else [])
     assert "gpu=" not in "".join(body for name, body in steps.items() if name not in asked)
     assert f"/capture_{device}.json" in told and told.count(f"--device {device} ") == len(REPLAYING)
+
+
+def test_a_copy_without_the_library_ends_with_the_reason(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "workflow", tmp_path / "workflow")
+    told = dry_run(tmp_path).stdout.splitlines()
+    assert told[-1].startswith(f"{tmp_path} has no src/auto_quantize_model. ")
+    assert told[-1].endswith("start Snakemake in a git clone")
 
 
 @pytest.mark.parametrize("profile", ["slurm", "kubernetes"])

@@ -16,7 +16,13 @@ def checkout_of(folder):
     jobs on other machines find it too.
     """
     if folder.is_local:
-        return Path(folder.get_path_or_uri(secret_free=True)).parent
+        checkout = Path(folder.get_path_or_uri(secret_free=True)).parent
+        if not (checkout / "src/auto_quantize_model").is_dir():
+            sys.exit(
+                f"{checkout} has no src/auto_quantize_model. Without shared files, Snakemake sends a job what git tracks in"
+                " the working directory; start Snakemake in a git clone"
+            )
+        return checkout
     repository = folder.hosted_repo.repo
     commit = repository.commit(folder.ref).hexsha
     unpacked = Path(".snakemake/auto-quantize", commit).absolute()
