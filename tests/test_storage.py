@@ -53,6 +53,18 @@ def server(python: Path, tmp_path: Path) -> Iterator[str]:
     running.wait()
 
 
+def keys(address: str) -> dict[str, str]:
+    """What tells Snakemake of the server."""
+    values = {"ENDPOINT_URL": address, "ACCESS_KEY": "a", "SECRET_KEY": "b"}
+    return {f"SNAKEMAKE_STORAGE_S3_{name}": value for name, value in values.items()}
+
+
+def contents(python: Path, address: str) -> dict[str, str]:
+    """The digest of each object in the bucket."""
+    listed = subprocess.run([python, "-c", LIST, address], capture_output=True, text=True, check=True)
+    return dict(json.loads(listed.stdout))
+
+
 @pytest.mark.slow
 def test_documents_in_a_bucket_have_the_bytes_of_a_local_run_and_are_up_to_date_afterwards(
     python: Path, server: str, tmp_path: Path
@@ -61,16 +73,11 @@ def test_documents_in_a_bucket_have_the_bytes_of_a_local_run_and_are_up_to_date_
     run.local([SCALES])
     expected = digests(run.checkout)
     run.empty()
-    settings = {
-        "SNAKEMAKE_STORAGE_S3_ENDPOINT_URL": server,
-        "SNAKEMAKE_STORAGE_S3_ACCESS_KEY": "a",
-        "SNAKEMAKE_STORAGE_S3_SECRET_KEY": "b",
-    }
+    settings = keys(server)
     run.finish(run.start(*STORED, "--", SCALES, **settings))
     assert not (run.checkout / SCALES).exists()
-    listed = subprocess.run([python, "-c", LIST, server], capture_output=True, text=True, check=True)
     wanted = {name: digest for name, digest in expected.items() if name.startswith("results/tiny/")}
-    found = {name: digest for name, digest in json.loads(listed.stdout).items() if name in wanted}
+    found = {name: digest for name, digest in contents(python, server).items() if name in wanted}
     assert found.keys() >= {SCALES, "results/tiny/model_manifest.json", "results/tiny/digits/plan.json"}
     assert found == wanted
     assert "Nothing to be done" in run.finish(run.start(*STORED, "--dry-run", "--", SCALES, **settings))

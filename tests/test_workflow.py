@@ -250,6 +250,21 @@ def test_results_have_the_name_of_the_device_that_was_asked_for_and_only_a_gpu_i
     assert f"/capture_{device}.json" in told and told.count(f"--device {device} ") == len(REPLAYING)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_that_measures_has_the_tensors_of_the_scales_as_input_and_not_as_option(
+    checkout: Path, parts: int
+) -> None:
+    settings = {"exact": "all", "parts": parts, "threads": 1}
+    told = dry_run(checkout, "--printshellcmds", "--config", f"sensitivity={json.dumps(settings)}").stdout
+    steps = re.findall(r"^rule (\w+):\n    input: (.*?)\n.*?^Shell command: (.*?)$", told, re.MULTILINE | re.DOTALL)
+    measuring = {"capture_sensitivity", "audit_capture", "measure_frontier", "explain_units"}
+    if parts > 1:
+        measuring = measuring - {"capture_sensitivity", "audit_capture"} | IN_PARTS - {"measure_probes"}
+    having = {rule for rule, inputs, _ in steps if "scales_cpu.safetensors" in inputs}
+    assert having == measuring | {"archive_results", "all"}
+    assert not any("--listed" in command for _, _, command in steps)
+
+
 def test_a_copy_without_the_library_ends_with_the_reason(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "workflow", tmp_path / "workflow")
     told = dry_run(tmp_path).stdout.splitlines()

@@ -105,10 +105,12 @@ def folder_of_output(wildcards, output):
 def input_options(wildcards, input):
     """A rule's inputs as options of its script. An input has the name of its option.
 
-    `stale` has no files, so it makes no option. Snakemake does not rerun a job when such a param changes. It compares the
-    inputs themselves.
+    `stale` has no files, so it makes no option. `listed` makes none either: a script finds these files by the document
+    that lists them, but a host without shared files gets inputs alone. Snakemake does not rerun a job when such a param
+    changes. It compares the inputs themselves.
     """
-    paths = {name: shlex.join([path] if isinstance(path, str) else path) for name, path in input.items()}
+    named = {name: path for name, path in input.items() if name != "listed"}
+    paths = {name: shlex.join([path] if isinstance(path, str) else path) for name, path in named.items()}
     return " ".join(f"--{name.replace('_', '-')} {words}" for name, words in paths.items() if words)
 
 

@@ -92,6 +92,7 @@ rule calibrate_scales:
 MEASURED = dict(
     **PLANNED,
     scales=rules.calibrate_scales.output.scales,
+    listed=rules.calibrate_scales.output.tensors,
 )
 
 
