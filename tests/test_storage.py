@@ -1,6 +1,11 @@
-"""The pipeline with its documents in an S3 bucket, as pods without shared files have it; here the server is local."""
+"""The pipeline where hosts share no files: its documents lie in an S3 bucket. Here the S3 server is local.
+
+On Kubernetes, Snakemake's plugin starts the steps. Here its API server is a stub, and a pod is a process. The weights
+lie on a volume, so a pod has only what volume and bucket give it.
+"""
 
 import json
+import shutil
 import socket
 import subprocess
 import time
@@ -9,12 +14,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from faults import digests
-from slurm import SCALES, Pipeline, copied, environment
+from slurm import CONFIG, SCALES, Pipeline, copied, environment
+from stub_kubernetes import Cluster
 
 BUCKET = "runs"
+PLAN = SCALES.replace("scales_cpu", "plan")
+WEIGHTS = "weights"  # the folder of the volume, next to the checkout
 STORED = ["--cores", "1", "--configfile", "config/tiny.yaml", "--shared-fs-usage", "none"]
 STORED += ["--default-storage-provider", "s3", "--default-storage-prefix", f"s3://{BUCKET}"]
+
+ON_GPU = ["--config", "sensitivity={device: cuda}", "--", SCALES.replace("cpu", "cuda")]
 
 LIST = f"""
 import boto3, hashlib, json, sys
@@ -26,10 +37,38 @@ print(json.dumps({{one.key: hashlib.sha256(one.get()["Body"].read()).hexdigest()
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    locks = ("kubernetes.lock", "s3.lock", "s3_server.lock")
     try:
-        return environment(tmp_path_factory.mktemp("python") / "venv", "s3.lock", "s3_server.lock")
+        return environment(tmp_path_factory.mktemp("python") / "venv", *locks)
     except subprocess.CalledProcessError:
-        pytest.skip("pip cannot install envs/s3.lock and envs/s3_server.lock here")
+        pytest.skip(f"pip cannot install {', '.join(f'envs/{lock}' for lock in locks)} here")
+
+
+@pytest.fixture(scope="module")
+def made(python: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, dict[str, str]]:
+    """The pipeline in a clone whose config names weights outside of it, and the digests of a local run."""
+    folder = tmp_path_factory.mktemp("made")
+    run = Pipeline(python, copied(folder / "checkout"))
+    shutil.move(run.checkout / CONFIG["model"]["path"], folder / WEIGHTS)
+    git = "git init --quiet && git add . && git rm --quiet --cached config/tiny.yaml"
+    subprocess.run(git, shell=True, cwd=run.checkout, check=True)
+    model = {**CONFIG["model"], "path": str(folder / WEIGHTS)}
+    (run.checkout / "config" / "tiny.yaml").write_text(yaml.safe_dump({**CONFIG, "model": model}))
+    run.local([SCALES])
+    found = digests(run.checkout).items()
+    return run, {name: digest for name, digest in found if name.startswith("results/tiny/")}
+
+
+@pytest.fixture
+def run(made: tuple[Pipeline, dict[str, str]]) -> Pipeline:
+    """The pipeline without results."""
+    made[0].empty()
+    return made[0]
+
+
+@pytest.fixture
+def expected(made: tuple[Pipeline, dict[str, str]]) -> dict[str, str]:
+    return made[1]
 
 
 @pytest.fixture
@@ -65,19 +104,58 @@ def contents(python: Path, address: str) -> dict[str, str]:
     return dict(json.loads(listed.stdout))
 
 
+@pytest.fixture
+def cluster(python: Path, run: Pipeline, tmp_path: Path) -> Iterator[Cluster]:
+    """A cluster with the volume `weights`; its image has the plugins already, so its pip installs nothing."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, command in {"python": f'exec {python} "$@"', "pip": 'echo pip "$@"'}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{command}\n")
+        (programs / name).chmod(0o755)
+    (tmp_path / "cluster").mkdir()
+    with Cluster(tmp_path / "cluster", programs, {"weights": run.checkout.parent / WEIGHTS}) as made:
+        yield made
+
+
 @pytest.mark.slow
 def test_documents_in_a_bucket_have_the_bytes_of_a_local_run_and_are_up_to_date_afterwards(
-    python: Path, server: str, tmp_path: Path
+    python: Path, run: Pipeline, expected: dict[str, str], server: str
 ) -> None:
-    run = Pipeline(python, copied(tmp_path / "checkout"))
-    run.local([SCALES])
-    expected = digests(run.checkout)
-    run.empty()
     settings = keys(server)
     run.finish(run.start(*STORED, "--", SCALES, **settings))
     assert not (run.checkout / SCALES).exists()
-    wanted = {name: digest for name, digest in expected.items() if name.startswith("results/tiny/")}
-    found = {name: digest for name, digest in contents(python, server).items() if name in wanted}
-    assert found.keys() >= {SCALES, "results/tiny/model_manifest.json", "results/tiny/digits/plan.json"}
-    assert found == wanted
+    assert expected.keys() >= {SCALES, "results/tiny/model_manifest.json", PLAN}
+    assert {name: digest for name, digest in contents(python, server).items() if name in expected} == expected
     assert "Nothing to be done" in run.finish(run.start(*STORED, "--dry-run", "--", SCALES, **settings))
+
+
+@pytest.mark.slow
+def test_pods_make_the_bytes_of_a_local_run_and_ask_for_what_the_rules_state_and_a_failed_one_says_why(
+    python: Path, run: Pipeline, expected: dict[str, str], server: str, cluster: Cluster
+) -> None:
+    weights = run.checkout.parent / WEIGHTS
+    words = ["--workflow-profile", "workflow/profiles/kubernetes", "--configfile", "config/tiny.yaml"]
+    words += ["--default-storage-prefix", f"s3://{BUCKET}/folder", "--container-image", "IMAGE", "--max-threads", "1"]
+    words += ["--kubernetes-persistent-volumes", f"weights:{weights}", "--envvars", "HF_TOKEN"]
+    words += ["--seconds-between-status-checks", "1", "--retries", "0"]
+    settings = {**keys(server), "KUBECONFIG": str(cluster.kubeconfig()), "HF_TOKEN": "hf_secret"}
+
+    said = run.finish(run.start(*words, *ON_GPU, **settings), 1)
+    *_, where, last = said.splitlines()
+    assert where.startswith("calibrate_scales failed; its log: ") and "kubernetes-logs" in where
+    assert last.startswith("error: no GPU that this build of torch")
+    assert not cluster.pods and not cluster.secrets
+
+    assert not (run.checkout / "results/tiny").exists()
+    found = contents(python, server)
+    planned = {name: digest for name, digest in expected.items() if "/scales_cpu." not in name}
+    assert found.items() >= {f"folder/{name}": digest for name, digest in planned.items()}.items()
+    assert PLAN in planned and not [name for name in found if "snakemake-workflow-sources" in name]
+    assert "Nothing to be done" in run.finish(run.start("--dry-run", *words, "--", PLAN, **settings))
+
+    small, _, planning, replaying = asked = [cluster.container(name)["resources"] for name in cluster.jobs]
+    assert {one["requests"]["cpu"] for one in asked} == {"950m"}  # the plugin asks for 95 % of a thread
+    assert small["requests"]["memory"] == "4000M" != planning["requests"]["memory"]
+    assert replaying["requests"]["nvidia.com/gpu"] == replaying["limits"]["nvidia.com/gpu"] == "1"
+    assert not any("limits" in one for one in asked[:3])
+    assert "hf_secret" not in str(cluster.jobs) and str(run.checkout) not in str(cluster.jobs)
