@@ -136,28 +136,25 @@ def anonymous(process: psutil.Process) -> int:
 
 
 def steps(directory: Path) -> dict[str, dict[str, float]]:
-    """What Snakemake measured of each step: seconds, CPU seconds, and megabytes read."""
+    """What Snakemake measured of each step: seconds, and megabytes read."""
     found = {}
     for path in (directory / "results").rglob("benchmarks/*.tsv"):
         with open(path, newline="") as file:
             (row,) = csv.DictReader(file, delimiter="\t")
-        found[path.stem] = {name: float(row[name]) for name in ("s", "cpu_time", "io_in")}
+        found[path.stem] = {name: float(row[name]) for name in ("s", "io_in")}
     return found
 
 
 def table(first: dict[str, dict[str, float]], second: dict[str, dict[str, float]]) -> Iterator[str]:
     """The lines of a table of two runs, the longest step first."""
-    yield "| step | in memory, s | within the limit, s | ratio | CPU seconds | ratio | read from disk |"
-    yield "|---|---:|---:|---:|---:|---:|---:|"
+    yield "| step | in memory, s | within the limit, s | ratio | read within the limit |"
+    yield "|---|---:|---:|---:|---:|"
     rows = {name: (first[name], second[name]) for name in first}
-    total = tuple(
-        {key: sum(step[key] for step in run.values()) for key in ("s", "cpu_time", "io_in")} for run in (first, second)
-    )
+    total = tuple({key: sum(step[key] for step in run.values()) for key in ("s", "io_in")} for run in (first, second))
     long = sorted((name for name in rows if second[name]["s"] > SHORT), key=lambda name: -second[name]["s"])
     for name, (before, after) in [*((f"`{name}`", rows[name]) for name in long), ("all steps", total)]:
         yield (
             f"| {name} | {before['s']:.0f} | {after['s']:.0f} | {after['s'] / before['s']:.2f} |"
-            f" {before['cpu_time']:.0f} and {after['cpu_time']:.0f} | {after['cpu_time'] / before['cpu_time']:.2f} |"
             f" {after['io_in'] / 1000:.0f} GB |"
         )
 
