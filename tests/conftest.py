@@ -21,12 +21,14 @@ settings.load_profile("untimed")
 # Files that take minutes, the longest first. They begin first: else one process works on the last of them alone.
 LONGEST = [
     "test_workflow",
+    "test_storage",
     "test_model",
     "test_plan_and_capture",
     "test_hub",
     "test_page",
     "test_figures",
     "test_driver",
+    "test_slurm",
 ]
 
 
