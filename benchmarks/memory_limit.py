@@ -86,15 +86,17 @@ def group(limit: int | None) -> Iterator[list[str]]:
         yield []
         return
     made = parent / "memory_limit"
+    joined = ["sh", "-c", 'echo $$ > "$0"; exec "$@"', str(made / "cgroup.procs")]
     try:
         made.mkdir(exist_ok=True)
         next(made / name for name in FILES if (made / name).exists()).write_text(str(limit))
     except (OSError, StopIteration):
-        print("no cgroup could be made here, so pages of files are not limited", flush=True)
-        yield []
-        return
+        print(
+            "no cgroup could be made here, so the ratio is that of a run whose pages of files have no limit", flush=True
+        )
+        joined = []
     try:
-        yield ["sh", "-c", 'echo $$ > "$0"; exec "$@"', str(made / "cgroup.procs")]
+        yield joined
     finally:
         with contextlib.suppress(OSError):
             made.rmdir()
@@ -141,7 +143,7 @@ def steps(directory: Path) -> dict[str, dict[str, float]]:
     for path in (directory / "results").rglob("benchmarks/*.tsv"):
         with open(path, newline="") as file:
             (row,) = csv.DictReader(file, delimiter="\t")
-        found[path.stem] = {name: float(row[name]) for name in ("s", "io_in")}
+        found[path.stem] = {name: float(row[name].replace("NA", "0")) for name in ("s", "io_in")}
     return found
 
 

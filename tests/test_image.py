@@ -91,6 +91,10 @@ def scattered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scattered:
     monkeypatch.delenv("HF_HOME", raising=False)
     copy_checkout(tmp_path / "checkout")
     build_snapshot(tmp_path / "weights" / "tiny", depth=1, hidden=32)
+    weights = tmp_path / "weights" / "tiny" / "model.safetensors"  # a link, as in a cache of the hub
+    (tmp_path / "blobs").mkdir()
+    weights.rename(tmp_path / "blobs" / "1")
+    weights.symlink_to("../../blobs/1")
     (tmp_path / "link").symlink_to("weights/tiny")
     write_samples(tmp_path / "samples" / "digits.jsonl")
     return Scattered(tmp_path)
@@ -117,7 +121,7 @@ def test_a_container_sees_all_that_a_run_uses_outside_of_its_working_directory(
     assert len(jobs) == 2
     for job in jobs:
         variables = [job["environment"][name] for name in ("PYTHONPATH", "PIPELINE_SCORES", "HF_HOME")]
-        linked = [str(scattered.folder / "weights" / "tiny"), str(scattered.folder / "samples")]
+        linked = [str(scattered.folder / name) for name in ("weights/tiny", "blobs/1", "samples")]
         words = [word for word in shlex.split(job["job"]) if word.startswith("/")]
         assert len(words) == (2 if "get_model" in job["job"] else 1)
         for path in (*words, *variables, *linked):
@@ -145,6 +149,15 @@ def test_without_an_image_a_run_in_containers_is_refused_before_its_first_job(
     ended = snakemake(directory, MANIFEST, *IN_CONTAINERS, PATH=stand_in.path)
     assert ended.returncode != 0 and not stand_in.log.exists()
     assert "machine.image names none; make one (make image)" in ended.stdout
+
+
+@pytest.mark.slow
+def test_a_folder_that_apptainer_cannot_show_is_refused_by_name(tmp_path: Path, stand_in: StandIn) -> None:
+    directory = copy_checkout(tmp_path / "checkout")
+    write_config(directory, {"machine": {"image": "mine.sif", "score_store": f"{tmp_path}/scores, old"}})
+    ended = snakemake(directory, MANIFEST, *IN_CONTAINERS, PATH=stand_in.path)
+    assert ended.returncode != 0 and not stand_in.log.exists()
+    assert f"{tmp_path}/scores, old: apptainer cannot show a folder whose name has a comma" in ended.stdout
 
 
 @pytest.mark.slow

@@ -118,7 +118,7 @@ def end_with_parent() -> None:
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != workflow:
-        with contextlib.suppress(OSError):  # an old kernel, or a process that has ended
+        with contextlib.suppress(AttributeError, OSError):  # an old kernel or a Python for one, or a process that ended
             threading.Thread(target=_end_with, args=(os.pidfd_open(workflow),), daemon=True).start()
     if has_ended(workflow):
         raise InputError("the Snakemake that started this job has ended; run Snakemake again")

@@ -64,7 +64,8 @@ def show_to_containers(checkout, config):
     cache gets its name from the home folder out here. Folders that jobs write into must exist before they are shown.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    written = [os.environ.setdefault("HF_HOME", f"{cache}/huggingface"), config["machine"]["score_store"]]
+    os.environ["HF_HOME"] = os.path.expanduser(os.environ.get("HF_HOME") or f"{cache}/huggingface")
+    written = [os.environ["HF_HOME"], config["machine"]["score_store"]]
     if config["model"]["source"] == "hub":
         written.append(os.path.dirname(config["model"]["path"]))  # get_model makes a link there
     for folder in filter(None, written):
@@ -73,10 +74,24 @@ def show_to_containers(checkout, config):
     read = [os.environ.get("HF_HUB_CACHE"), config["model"]["path"], config["calibration"]["path"]]
     read += [scheme.get("checkpoint") for scheme in config["sensitivity"]["schemes"] if isinstance(scheme, dict)]
     variable = "APPTAINER_BIND" if shutil.which("apptainer") else "SINGULARITY_BIND"
-    shown = list(filter(None, os.environ.get(variable, "").split(",")))
+    shown = {}
     for name in filter(None, [str(checkout), *written, *read]):
-        for path in (Path(os.path.abspath(name)), Path(name).resolve()):  # a link, and where it leads
-            folder = path if path.is_dir() and not path.is_symlink() else path.parent
+        for folder in folders_behind(Path(name)):
             if folder.exists() and folder != folder.parent and not folder.is_relative_to(Path.cwd()):
-                shown.append(str(folder))
-    os.environ[variable] = ",".join(dict.fromkeys(shown))
+                shown[str(folder)] = None
+    if wrong := [folder for folder in shown if {",", ":"} & set(folder)]:
+        sys.exit(f"{wrong[0]}: apptainer cannot show a folder whose name has a comma or a colon; rename it")
+    already = os.environ.get(variable, "")  # of the user, or of another model of this run
+    new = [folder for folder in shown if folder not in already.split(",")]
+    os.environ[variable] = ",".join(filter(None, [already, *new]))
+
+
+def folders_behind(path):
+    """The folder of a path, where the path leads if it is a link, and where the links in its folder lead.
+
+    A snapshot in a cache of the hub is a folder of such links.
+    """
+    for place in (Path(os.path.abspath(path)), path.resolve()):
+        yield place if place.is_dir() and not place.is_symlink() else place.parent
+    if path.is_dir():
+        yield from {entry.resolve().parent for entry in path.iterdir() if entry.is_symlink()}

@@ -13,8 +13,8 @@ KINDS = ("manifest", "calibration_manifest", "plan")
 MEASURING_THREADS = config["sensitivity"]["threads"] or 64
 # The plugin for SLURM reads `gpu`, and that for Kubernetes both. On the CPU neither is there, because Kubernetes would
 # read `gpu: 0` as the wish for a node with GPUs. A cluster refuses a GPU without a limit, and its plugin writes limits for
-# a job with `scale: 0` alone.
-ONE_GPU = dict(gpu=1, gpu_manufacturer="nvidia", scale=0) if DEVICE == "cuda" else {}
+# a job with `scale: 0` alone. These limits are of the disk too: room for sources, plugins, documents and scores.
+ONE_GPU = dict(gpu=1, gpu_manufacturer="nvidia", scale=0, disk_mb=10000) if DEVICE == "cuda" else {}
 # The memory that a step may take, in megabytes; 0 without a limit. A resource, because results do not depend on it.
 LIMIT = needs.in_bytes(config["machine"]["memory"] or "0MiB") // 10**6
 # The steps that need no model in memory: megabytes and minutes.

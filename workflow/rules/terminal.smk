@@ -45,7 +45,9 @@ class Steps(logging.Handler):
             copies = [log for job in workflow.dag.jobs if workflow.dag.jobid(job) == record.jobid for log in job.log]
             self.failed += self.lines(record.rule_name, record.log, map(str, copies))
         elif event == LogEvent.GROUP_ERROR:
-            self.failed += self.lines(", ".join(job["rule_name"] for job in record.job_error_info), record.aux_logs)
+            names = ", ".join(sorted(job["rule_name"] for job in record.job_error_info))
+            own = [log for job in record.job_error_info for log in job["log"]]
+            self.failed += self.lines(f"one of {names}", record.aux_logs or own)
         elif record.getMessage() == NOTHING_TO_BE_DONE_MSG:
             show_result()
 
