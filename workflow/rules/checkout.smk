@@ -64,8 +64,9 @@ def show_to_containers(checkout, config):
     cache gets its name from the home folder out here. Folders that jobs write into must exist before they are shown.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    os.environ["HF_HOME"] = os.path.expanduser(os.environ.get("HF_HOME") or f"{cache}/huggingface")
-    written = [os.environ["HF_HOME"], config["machine"]["score_store"]]
+    home = os.path.expanduser(os.environ.get("HF_HOME") or f"{cache}/huggingface")
+    os.environ.update(HF_HOME=home)
+    written = [home, config["machine"]["score_store"]]
     if config["model"]["source"] == "hub":
         written.append(os.path.dirname(config["model"]["path"]))  # get_model makes a link there
     for folder in filter(None, written):
